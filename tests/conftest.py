@@ -1,0 +1,103 @@
+"""Fixtures that several tests share: a toy language model, a toy open_clip tower, and shards, all made on the fly."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+COLOURS = {"red": (220, 30, 30), "green": (30, 180, 60), "blue": (40, 60, 220), "yellow": (230, 220, 40)}
+Members = dict[str, bytes]  # member name -> content, of one sample
+
+
+@pytest.fixture(scope="session")
+def toy_language_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a Llama of 2 layers, width 32, with a tokenizer of 400 entries; Yi's special ids 0 to 2."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    from yi_vl.chat import SYSTEM_PROMPT
+
+    directory = tmp_path_factory.mktemp("toy_language_model")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    corpus = [SYSTEM_PROMPT, "### Human: What colour is it?\n### Assistant: It is red, green, blue or yellow.\n"] * 3
+    special = ["<unk>", "<|startoftext|>", "<|endoftext|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator(corpus, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<|startoftext|>", eos_token="<|endoftext|>", pad_token="<unk>"
+    )
+    fast.save_pretrained(directory)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(fast), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=512, pad_token_id=0,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def toy_tower(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The name, known to open_clip, of a tower of 2 blocks, width 32, for 28 px images in patches of 14."""
+    import open_clip
+
+    path = tmp_path_factory.mktemp("towers") / "toy-tower.json"
+    tower = {"image_size": 28, "layers": 2, "width": 32, "head_width": 16, "patch_size": 14}
+    text = {"context_length": 8, "vocab_size": 64, "width": 16, "heads": 2, "layers": 1}
+    path.write_text(json.dumps({"embed_dim": 16, "vision_cfg": tower, "text_cfg": text}))
+    open_clip.add_model_config(path)
+    return "toy-tower"
+
+
+@pytest.fixture
+def write_shard() -> Callable[[Path, Iterable[tuple[str, Members]]], Path]:
+    """A function (path, [(key, {suffix: content})]) that writes a WebDataset tar."""
+
+    def write(path: Path, samples: Iterable[tuple[str, Members]]) -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tarfile.open(path, "w") as tar:
+            for key, members in samples:
+                for suffix, content in members.items():
+                    info = tarfile.TarInfo(f"{key}.{suffix}")
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+        return path
+
+    return write
+
+
+def png(colour: str, size: tuple[int, int] = (32, 24)) -> bytes:
+    """A picture in one colour."""
+    file = io.BytesIO()
+    Image.new("RGB", size, COLOURS[colour]).save(file, "PNG")
+    return file.getvalue()
+
+
+def caption_sample(index: int) -> tuple[str, Members]:
+    """A picture in one colour, and its name."""
+    colour = list(COLOURS)[index % len(COLOURS)]
+    return f"c{index:05d}", {"png": png(colour), "txt": f"a {colour} picture".encode()}
+
+
+def chat_sample(index: int) -> tuple[str, Members]:
+    """A question about a picture; every fifth sample has two pictures, every seventh none."""
+    colours = [list(COLOURS)[index % len(COLOURS)], list(COLOURS)[index // 3 % len(COLOURS)]]
+    count = 0 if index % 7 == 6 else 2 if index % 5 == 4 else 1
+    question = "<image>" * count + ("\nWhat colour is it?" if count else "Hello!")
+    answer = " and ".join(colours[:count]) if count else "Hello."
+    conversation: list[dict[str, Any]] = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    suffixes = ["png"] if count == 1 else [f"{i}.png" for i in range(count)]
+    members = {suffix: png(colour) for suffix, colour in zip(suffixes, colours)}
+    return f"q{index:05d}", members | {"json": json.dumps({"conversations": conversation}).encode()}

@@ -1,0 +1,64 @@
+"""A tiny Yi-VL with random weights and the tokenizer of the official-layout test checkpoint; made in memory, in 0.1 s."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig
+
+from yi_vl.config import OpenClipVisionConfig, YiVLConfig
+from yi_vl.image import YiVLImageProcessor
+from yi_vl.model import YiVLForConditionalGeneration
+from yi_vl.predict import YiVL
+from yi_vl.processor import YiVLProcessor, prepare_tokenizer
+
+OFFICIAL = Path(__file__).parent / "official_tiny"
+IMAGE_SIZE_PX, PATCH_SIZE_PX, NUM_PATCHES = 56, 14, 16
+IMAGE_TOKEN_ID = 900  # the row after the tokenizer's 900 pieces
+
+
+def tiny_config(stem_widths: list[int] | None = None, max_position_embeddings: int = 512) -> YiVLConfig:
+    return YiVLConfig(
+        vision_config=OpenClipVisionConfig(
+            image_size=IMAGE_SIZE_PX,
+            patch_size=PATCH_SIZE_PX if stem_widths is None else 28,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            stem_widths=stem_widths,
+        ),
+        text_config=LlamaConfig(
+            vocab_size=960,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=max_position_embeddings,
+            pad_token_id=0,
+        ),
+        image_token_id=IMAGE_TOKEN_ID,
+    )
+
+
+def tiny_model(seed: int = 0, **config: object) -> YiVLForConditionalGeneration:
+    """Random weights, spread wide enough that no two logits tie."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = YiVLForConditionalGeneration(tiny_config(**config))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim > 1:
+                    parameter.mul_(4)
+    return model.eval()
+
+
+def tiny_processor(patch_size: int = PATCH_SIZE_PX) -> YiVLProcessor:
+    tokenizer = prepare_tokenizer(str(OFFICIAL / "checkpoint"))
+    return YiVLProcessor(YiVLImageProcessor(size_px=IMAGE_SIZE_PX), tokenizer, patch_size=patch_size)
+
+
+def tiny_yi_vl(seed: int = 0, **config: object) -> YiVL:
+    return YiVL(tiny_model(seed, **config), tiny_processor())

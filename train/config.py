@@ -1,0 +1,264 @@
+"""What a training run is: structured settings, read from YAML and the command line, refused when they make no sense.
+
+Called by everything in train/; calls OmegaConf. Stages of a recipe are files; nothing here knows of them.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+
+FORMS = ("caption", "chat")
+PRECISIONS = ("fp32", "bf16", "fp16")
+
+
+@dataclass
+class TowerConfig:
+    """An open_clip vision tower: its model name, and a pretrained tag or weight file (null: random weights)."""
+
+    name: str = MISSING
+    pretrained: str | None = None
+
+
+@dataclass
+class InitConfig:
+    """Where the weights come from: a checkpoint of ours, or a tower and a language model with a fresh projector."""
+
+    checkpoint: str | None = None
+    tower: TowerConfig | None = None
+    language_model: str | None = None
+
+
+@dataclass
+class TrainableConfig:
+    """Which components learn. Frozen ones keep their weights and their batch statistics to the last bit."""
+
+    vision: bool = True
+    projector: bool = True
+    language: bool = True
+
+
+@dataclass
+class LearningRateConfig:
+    """The peak learning rate of each component."""
+
+    vision: float = 1e-4
+    projector: float = 1e-4
+    language: float = 1e-4
+
+
+@dataclass
+class OptimiserConfig:
+    """AdamW. Norms, biases and single vectors are never decayed."""
+
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+
+
+@dataclass
+class SourceConfig:
+    """A set of shards.
+
+    shards: paths, globs, URLs or `pipe:` commands with {000..999} braces; several joined by `::`, as webdataset takes them.
+    weight: its share of the stream, relative to the other sources'.
+    max_samples: after so many samples its epoch ends and the next begins, in another order.
+    form: null takes data.form.
+    """
+
+    name: str = MISSING
+    shards: str = MISSING
+    weight: float = 1.0
+    max_samples: int | None = None
+    form: str | None = None
+
+
+@dataclass
+class DataConfig:
+    """The stream of samples.
+
+    form: `caption` (KEY.txt, plain form) or `chat` (KEY.json, `###` form), for sources that do not say.
+    workers: loading processes per rank; 0 loads in the training process.
+    shuffle_buffer: samples per worker that are permuted together, shared by the sources in proportion to their weights.
+    max_broken_fraction: the run stops when more than this part of a worker's samples cannot be used.
+    """
+
+    form: str = "caption"
+    sources: list[SourceConfig] = MISSING
+    workers: int = 2
+    shuffle_buffer: int = 1000
+    max_broken_fraction: float = 0.01
+
+
+@dataclass
+class CheckpointConfig:
+    """When to save, and how many of the newest checkpoints to keep; the finished model is saved in any case."""
+
+    every_steps: int = 1000
+    keep_last: int = 2
+
+
+@dataclass
+class TrainConfig:
+    """A training run. Exactly one of `steps` and `epochs`; `epochs` needs `samples`, the length of one epoch."""
+
+    run_dir: str = MISSING
+    seed: int = 0
+    resume: bool = True  # continue from the newest complete checkpoint in run_dir, if there is one
+    init_from: InitConfig = MISSING
+    image_size: int = 448
+    trainable: TrainableConfig = field(default_factory=TrainableConfig)
+    lr: LearningRateConfig = field(default_factory=LearningRateConfig)
+    optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
+    warmup_ratio: float = 0.03  # of the steps, linear from 0; then cosine to 0
+    clip_norm: float | None = 1.0
+    global_batch: int = MISSING  # samples per optimiser step, over all ranks
+    micro_batch: int = MISSING  # samples at once on one rank
+    steps: int | None = None
+    epochs: float | None = None
+    samples: int | None = None
+    max_tokens: int = 2048  # longer samples are skipped and counted, never cut
+    precision: str = "bf16"
+    compile: bool = False
+    data: DataConfig = MISSING
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log_every: int = 10
+    trackers: list[str] = field(default_factory=list)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """The run that a YAML file and `key.sub=value` overrides describe.
+
+    Raises:
+        ValueError: no such file, not YAML, an unknown key, a wrong type, a missing value or a contradiction; one line.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: there is no such config file; the recipes are in train/configs/.")
+    merged = OmegaConf.structured(TrainConfig)
+    content = _parse(lambda: OmegaConf.load(path), str(path))
+    if not isinstance(content, DictConfig):
+        raise ValueError(f"{path}: expected keys and values at the top, found {type(content).__name__}.")
+    with _named_errors(merged, str(path)):
+        merged = cast(DictConfig, OmegaConf.merge(merged, content))
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        where = f"command line ({override})"
+        if not equals:
+            raise ValueError(f"command line: {override!r} is not of the form key.sub=value.")
+        value = _parse(lambda text=text: OmegaConf.create({"value": yaml.safe_load(text)})["value"], where)
+        with _named_errors(merged, where):
+            OmegaConf.update(merged, key, value, merge=True)
+    try:
+        OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
+        config = cast(TrainConfig, OmegaConf.to_object(merged))
+    except (MissingMandatoryValue, OmegaConfBaseException) as error:
+        raise ValueError(f"{path}: {getattr(error, 'full_key', '')} is missing; {_first_line(error)}") from error
+    _check(config, str(path))
+    return config
+
+
+def to_yaml(config: TrainConfig) -> str:
+    """The whole run as YAML that `load_config` takes back."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def num_steps(config: TrainConfig) -> int:
+    """Optimiser steps of the run."""
+    if config.steps is not None:
+        return config.steps
+    assert config.epochs is not None and config.samples is not None
+    return max(1, int(config.samples * config.epochs) // config.global_batch)
+
+
+def exit_on_user_error(main: Any) -> None:
+    """Run a command; what the user got wrong becomes one line on stderr and exit code 2."""
+    try:
+        main()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+def _parse(parse: Callable[[], Any], where: str) -> Any:
+    try:
+        return parse()
+    except Exception as error:  # YAML's and OmegaConf's parsers raise a family of their own
+        raise ValueError(f"{where}: cannot be read as YAML: {' '.join(str(error).split())}") from error
+
+
+@contextmanager
+def _named_errors(base: DictConfig, where: str) -> Iterator[None]:
+    """What OmegaConf refuses, as one line with the key and where it was written."""
+    try:
+        yield
+    except ConfigKeyError as error:
+        parent, _, key = error.full_key.rpartition(".")
+        known = ", ".join(_keys_at(base, parent)) or "nothing"
+        raise ValueError(f"{where}: unknown key {error.full_key!r}; {parent or 'the top level'} knows {known}.") from error
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{where}: {error.full_key}: {_first_line(error)}") from error
+    except (TypeError, IndexError) as error:  # a list where keys belong, or the other way round
+        raise ValueError(f"{where}: {_first_line(error)}.") from error
+
+
+def _keys_at(base: DictConfig, dotted: str) -> list[str]:
+    if dotted.startswith("data.sources"):
+        return list(SourceConfig.__dataclass_fields__)
+    fields = {"init_from.tower": TowerConfig, "init_from": InitConfig, "data": DataConfig}
+    if dotted in fields:
+        return list(fields[dotted].__dataclass_fields__)
+    node = OmegaConf.select(base, dotted) if dotted else base
+    return [str(key) for key in node] if isinstance(node, DictConfig) else []
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]
+
+
+def _check(config: TrainConfig, where: str) -> None:
+    """What types cannot say."""
+
+    def require(holds: bool, message: str) -> None:
+        if not holds:
+            raise ValueError(f"{where}: {message}")
+
+    init = config.init_from
+    parts = init.tower is not None or init.language_model is not None
+    require((init.checkpoint is None) == parts, "init_from needs either checkpoint, or tower and language_model.")
+    require(not parts or (init.tower is not None and init.language_model is not None),
+            "init_from: a model from parts needs both tower and language_model.")
+    require((config.steps is None) != (config.epochs is None), "give exactly one of steps and epochs.")
+    require(config.epochs is None or config.samples is not None, "epochs needs samples, the number in one epoch.")
+    for key in ("steps", "epochs", "samples", "clip_norm", "image_size", "global_batch", "micro_batch", "max_tokens", "log_every"):
+        value = getattr(config, key)
+        require(value is None or value > 0, f"{key} is {value}; it must be positive.")
+    require(config.precision in PRECISIONS, f"precision is {config.precision!r}; expected one of {', '.join(PRECISIONS)}.")
+    require(0 <= config.warmup_ratio < 1, f"warmup_ratio is {config.warmup_ratio}; expected 0 to 1.")
+    require(len(config.optimiser.betas) == 2, f"optimiser.betas is {config.optimiser.betas}; expected two numbers.")
+    require(config.checkpoint.every_steps > 0 and config.checkpoint.keep_last > 0,
+            "checkpoint.every_steps and checkpoint.keep_last must be positive.")
+    trains = config.trainable
+    require(trains.vision or trains.projector or trains.language, "trainable: nothing is; set a component to true.")
+    _check_data(config.data, require)
+
+
+def _check_data(data: DataConfig, require: Any) -> None:
+    require(bool(data.sources), "data.sources is empty; list at least one with name and shards.")
+    names = [source.name for source in data.sources]
+    require(len(set(names)) == len(names), f"data.sources: names repeat ({', '.join(names)}).")
+    require(data.workers >= 0, f"data.workers is {data.workers}; 0 or more.")
+    require(data.shuffle_buffer >= 1, f"data.shuffle_buffer is {data.shuffle_buffer}; 1 (no shuffling) or more.")
+    for source in data.sources:
+        form = source.form if source.form is not None else data.form
+        require(form in FORMS, f"the form of source {source.name!r} is {form!r}; expected one of {', '.join(FORMS)}.")
+        require(source.weight > 0, f"the weight of source {source.name!r} is {source.weight}; it must be positive.")
+        require(source.max_samples is None or source.max_samples > 0,
+                f"max_samples of source {source.name!r} is {source.max_samples}; it must be positive.")

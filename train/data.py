@@ -1,0 +1,302 @@
+"""From raw samples to the batches of an optimiser step.
+
+B samples of a micro-batch, S tokens, N images, H, W pixels. A worker makes whole steps: it encodes the samples of its
+rank's part of a global batch, sorts them by length and cuts them into micro-batches, so that little is padded and yet the
+step's gradient is that of the unsorted batch. Called by loop.py and preview.py; calls stream.py and yi_vl.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from yi_vl.chat import Encoded, Segment, from_llava, render, render_caption
+from yi_vl.processor import YiVLProcessor
+
+from .config import DataConfig, SourceConfig
+from .stream import Mixture, RawSample
+
+IGNORE = -100
+_IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+_MIN_SEEN = 100  # samples before a broken fraction means anything
+_MAX_LONG_FRACTION = 0.5
+
+
+class TooLong(ValueError):
+    """A sample with more than max_tokens tokens."""
+
+
+@dataclass
+class Sample:
+    """A sample as the model takes it, with its segments for people to look at."""
+
+    name: str  # shard and key
+    source: int
+    segments: list[Segment]
+    encoded: Encoded
+    images: list[Tensor]  # (H, W, 3) uint8 each
+
+
+@dataclass
+class MicroBatch:
+    """What one forward pass takes. `prefix` tokens at the start are the same in all rows, text only and unsupervised."""
+
+    input_ids: Tensor  # (B, S) int64
+    attention_mask: Tensor  # (B, S) int64, 1 on real tokens
+    labels: Tensor  # (B, S) int64, unshifted, IGNORE off the loss mask
+    images: Tensor | None  # (N, H, W, 3) uint8
+    sources: Tensor  # (B,) int64, index into data.sources
+    prefix: int
+
+
+@dataclass
+class StepBatch:
+    """One rank's part of an optimiser step, and where the stream stands after it; or why the stream cannot go on."""
+
+    micros: list[MicroBatch]
+    names: list[str]
+    stream: int
+    state: dict[str, Any]
+    reports: list[str]
+    error: str | None = None
+
+
+class SampleEncoder:
+    """Raw members of a tar to a `Sample`."""
+
+    def __init__(self, processor: YiVLProcessor, data: DataConfig, max_tokens: int) -> None:
+        self._processor = processor
+        self._forms = [source.form if source.form is not None else data.form for source in data.sources]
+        self._max_tokens = max_tokens
+
+    def encode(self, raw: RawSample, source: int) -> Sample:
+        """
+        Raises:
+            TooLong: it has more than max_tokens tokens.
+            ValueError: it cannot be learned from, and why.
+        """
+        if "__error__" in raw:
+            raise ValueError(raw["__error__"])
+        pictures = _pictures(raw)
+        if self._forms[source] == "caption":
+            segments = render_caption(_text(raw, "txt"), len(pictures))
+        else:
+            segments = render(from_llava(_conversations(_text(raw, "json"))))
+        num_slots = sum(segment.is_image for segment in segments)
+        if num_slots != len(pictures):
+            raise ValueError(f"{num_slots} <image> in the text but {len(pictures)} pictures beside it")
+        encoded = self._processor.encode(segments)
+        if len(encoded.input_ids) > self._max_tokens:
+            raise TooLong(f"{len(encoded.input_ids)} tokens, max_tokens is {self._max_tokens}")
+        if not any(encoded.loss_mask[1:]):
+            raise ValueError("no answer to learn from")
+        images = [self._processor.image_processor.square(picture) for picture in pictures]
+        return Sample(sample_name(raw), source, segments, encoded, images)
+
+
+class StepStream(IterableDataset[StepBatch]):
+    """The steps of one stream, without end; in a DataLoader each worker is a stream of its own.
+
+    Args:
+        states: of this rank's streams, by number in the rank; `first` is the one whose turn it is.
+    """
+
+    def __init__(
+        self, encoder: SampleEncoder, data: DataConfig, seed: int, rank: int, world_size: int,
+        samples_per_step: int, micro_batch: int, pad_id: int, states: dict[int, Any] | None = None, first: int = 0,
+    ) -> None:  # fmt: skip
+        self._encoder, self._data, self._seed = encoder, data, seed
+        self._rank, self._num_workers = rank, max(1, data.workers)
+        self._num_streams = world_size * self._num_workers
+        self._samples_per_step, self._micro_batch, self._pad_id = samples_per_step, micro_batch, pad_id
+        self._states, self._first = states if states is not None else {}, first
+
+    def __iter__(self) -> Iterator[StepBatch]:
+        worker = get_worker_info()
+        number = ((worker.id if worker else 0) + self._first) % self._num_workers
+        stream = self._rank * self._num_workers + number
+        mixture = Mixture(self._data.sources, self._data.shuffle_buffer, self._seed, stream, self._num_streams)
+        counts: Counter[str] = Counter()
+        if number in self._states:
+            mixture.load_state_dict(self._states[number]["mixture"])
+            counts.update(self._states[number]["counts"])
+        while True:
+            reports: list[str] = []
+            try:
+                samples = self._gather(mixture, counts, reports)
+            except ValueError as error:
+                yield StepBatch([], [], number, {}, reports, error=str(error))
+                return
+            names = [sample.name for sample in samples]
+            samples.sort(key=lambda sample: len(sample.encoded.input_ids))  # stable
+            cuts = range(0, len(samples), self._micro_batch)
+            micros = [collate(samples[cut : cut + self._micro_batch], self._pad_id) for cut in cuts]
+            state = {"mixture": mixture.state_dict(), "counts": dict(counts)}
+            yield StepBatch(micros, names, number, state, reports)
+
+    def _gather(self, mixture: Mixture, counts: Counter[str], reports: list[str]) -> list[Sample]:
+        """The samples of one step; what is broken is counted and reported.
+
+        Raises:
+            ValueError: too many are broken, or there are none.
+        """
+        samples: list[Sample] = []
+        while len(samples) < self._samples_per_step:
+            source, raw = mixture.next_sample()
+            counts["seen"] += 1
+            try:
+                samples.append(self._encoder.encode(raw, source))
+            except TooLong as error:
+                counts["too_long"] += 1
+                reports.append(f"{sample_name(raw)}: skipped, {error}")
+            except ValueError as error:
+                counts["broken"] += 1
+                reports.append(f"{sample_name(raw)}: skipped, {error}")
+            self._check(counts, reports)
+        return samples
+
+    def _check(self, counts: Counter[str], reports: list[str]) -> None:
+        seen, broken, too_long = counts["seen"], counts["broken"], counts["too_long"]
+        if seen < _MIN_SEEN:
+            return
+        if broken > self._data.max_broken_fraction * seen:
+            raise ValueError(
+                f"{broken} of {seen} samples are broken, more than data.max_broken_fraction "
+                f"{self._data.max_broken_fraction:g} allows; the last: {reports[-1]}"
+            )
+        if too_long > _MAX_LONG_FRACTION * seen:
+            raise ValueError(
+                f"{too_long} of {seen} samples are longer than max_tokens; the last: {reports[-1]}. "
+                "Raise max_tokens (an image alone takes (image_size / patch size)^2)."
+            )
+
+
+class StepLoader:
+    """The steps of one rank, made by worker processes, with the cursor of the last one consumed.
+
+    Args:
+        samples_per_step: this rank's part of the global batch.
+        state: of an earlier `state_dict`, to go on behind it.
+    """
+
+    def __init__(
+        self, processor: YiVLProcessor, data: DataConfig, max_tokens: int, seed: int, rank: int, world_size: int,
+        samples_per_step: int, micro_batch: int, state: dict[str, Any] | None = None,
+    ) -> None:  # fmt: skip
+        self._layout = {"workers": max(1, data.workers), "world_size": world_size, "sources": _layout(data.sources)}
+        if state is not None and state["layout"] != self._layout:
+            raise ValueError(
+                f"The checkpoint's data cursor is for {state['layout']}, this run has {self._layout}; continue with the "
+                "same data and number of workers and ranks, or start anew (resume=false, another run_dir)."
+            )
+        self._states: dict[int, Any] = dict(state["streams"]) if state else {}
+        self._first = state["first"] if state else 0
+        pad_id = processor.tokenizer.pad_token_id
+        dataset = StepStream(
+            SampleEncoder(processor, data, max_tokens), data, seed, rank, world_size, samples_per_step, micro_batch,
+            pad_id if pad_id is not None else 0, dict(self._states), self._first,
+        )  # fmt: skip
+        self._loader = DataLoader(dataset, batch_size=None, num_workers=data.workers)
+
+    def __iter__(self) -> Iterator[StepBatch]:
+        """
+        Raises:
+            ValueError: a worker cannot go on; see `StepBatch.error`.
+        """
+        for batch in self._loader:
+            if batch.error is not None:
+                raise ValueError(batch.error)
+            self._states[batch.stream] = batch.state
+            self._first = (batch.stream + 1) % self._layout["workers"]
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream stands after the batch that was given out last."""
+        return {"layout": self._layout, "streams": dict(self._states), "first": self._first}
+
+    def counts(self) -> Counter[str]:
+        """Samples seen, broken and too long up to the batch that was given out last."""
+        return sum((Counter(state["counts"]) for state in self._states.values()), Counter())
+
+
+def collate(samples: Sequence[Sample], pad_id: int) -> MicroBatch:
+    """Right-padded tensors of some samples."""
+    width = max(len(sample.encoded.input_ids) for sample in samples)
+    input_ids = torch.full((len(samples), width), pad_id)
+    attention_mask = torch.zeros(len(samples), width, dtype=torch.long)
+    labels = torch.full((len(samples), width), IGNORE)
+    for row, sample in enumerate(samples):
+        ids = torch.tensor(sample.encoded.input_ids)
+        input_ids[row, : len(ids)] = ids
+        attention_mask[row, : len(ids)] = 1
+        labels[row, : len(ids)] = torch.where(torch.tensor(sample.encoded.loss_mask), ids, IGNORE)
+    images = [image for sample in samples for image in sample.images]
+    return MicroBatch(
+        input_ids, attention_mask, labels, torch.stack(images) if images else None,
+        torch.tensor([sample.source for sample in samples]), _common_prefix(samples, input_ids, labels),
+    )  # fmt: skip
+
+
+def num_supervised(labels: Tensor) -> int:
+    """Tokens that are predicted: the first of a row never is."""
+    return int((labels[:, 1:] != IGNORE).sum())
+
+
+def sample_name(raw: RawSample) -> str:
+    """Shard and key, for people to find the sample again."""
+    return f"{raw['__url__']} {raw['__key__'] or '(tar)'}"
+
+
+def _common_prefix(samples: Sequence[Sample], input_ids: Tensor, labels: Tensor) -> int:
+    """Length of the text that all rows begin with, such as the system prompt; one token before anything else at least."""
+    shortest = min(len(sample.encoded.input_ids) for sample in samples)
+    first_image = min((start for sample in samples for start in sample.encoded.image_starts[:1]), default=shortest)
+    differs = (input_ids != input_ids[:1]).any(0) | (labels != IGNORE).any(0)  # (S,)
+    first = int(differs.int().argmax()) if differs.any() else shortest
+    return max(0, min(first, first_image, shortest) - 1)
+
+
+def _pictures(raw: RawSample) -> list[bytes]:
+    """Images in order: `jpg`, or `0.jpg`, `1.jpg`, ..."""
+    numbered: dict[int, bytes] = {}
+    for suffix, content in raw.items():
+        number, _, extension = suffix.rpartition(".")
+        if extension not in _IMAGE_SUFFIXES:
+            continue
+        if number and not number.isdecimal():
+            raise ValueError(f"the member name .{suffix} is neither .{extension} nor .<number>.{extension}")
+        if int(number or 0) in numbered:
+            raise ValueError(f"two pictures are number {number or 0}")
+        numbered[int(number or 0)] = content
+    if sorted(numbered) != list(range(len(numbered))):
+        raise ValueError(f"pictures are numbered {sorted(numbered)}; expected 0, 1, ...")
+    return [numbered[index] for index in sorted(numbered)]
+
+
+def _text(raw: RawSample, suffix: str) -> str:
+    if suffix not in raw:
+        members = ", ".join("." + name for name in raw if not name.startswith("__"))
+        raise ValueError(f"it has no .{suffix}, only {members or 'nothing'}")
+    text = raw[suffix].decode("utf-8").strip()
+    if not text:
+        raise ValueError(f"its .{suffix} is empty")
+    return text
+
+
+def _conversations(text: str) -> list[dict[str, str]]:
+    content = json.loads(text)
+    conversations = content.get("conversations") if isinstance(content, dict) else content
+    if not isinstance(conversations, list):
+        raise ValueError("its .json has no list of `conversations`")
+    return conversations
+
+
+def _layout(sources: Sequence[SourceConfig]) -> list[tuple[str, str, float, int | None]]:
+    return [(source.name, source.shards, source.weight, source.max_samples) for source in sources]

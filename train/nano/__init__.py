@@ -1,0 +1,1 @@
+"""Everything that makes the bundled nano model: its pictures, its questions, its shards and its stages."""

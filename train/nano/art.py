@@ -1,0 +1,155 @@
+"""Artwork as rasters: the SVGs of the pinned packages rendered once, cached, and loaded in a second.
+
+The cache is two files: `art.npy`, every RGBA raster flattened into one uint8 array, and `art.json`, where each one lies.
+Training artwork and held-out artwork are told apart by the package they come from and never mixed.
+"""
+
+import io
+import json
+import logging
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import resvg_py
+from PIL import Image
+
+from train.nano.names import FLAGS, LABELS, THINGS
+from train.nano.packages import FLAG_ART, FONTS, THING_ART, Package, Split, fetch, read_members
+
+LONGER_SIDE_PX = 192
+DATA_DIR = Path("data/nano")
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """One raster of one class: `style` names its package (and variant), `pixels` is (H, W, 4) uint8, cropped to its ink."""
+
+    style: str
+    pixels: npt.NDArray[np.uint8]
+    is_primary: bool = True  # drawn from the class's first icon name: the one that is tested on
+
+
+@dataclass(frozen=True)
+class Art:
+    """Drawings by label ("thing dog", "flag jp"), and font files by split: everything `compose` draws from."""
+
+    train: dict[str, list[Drawing]]
+    heldout: dict[str, list[Drawing]]
+    fonts: dict[Split, list[Path]] = field(default_factory=lambda: {"train": [], "test": []})
+
+    def of(self, split: Split) -> dict[str, list[Drawing]]:
+        """The drawings a split may use."""
+        return self.train if split == "train" else self.heldout
+
+
+def load_art(data_dir: Path = DATA_DIR) -> Art:
+    """The cached artwork and fonts; rendered (and first downloaded) when the cache is not there."""
+    if not (data_dir / "art.json").exists():
+        render_art(data_dir)
+    index = json.loads((data_dir / "art.json").read_text())
+    flat = np.load(data_dir / "art.npy", mmap_mode="r")
+    art = Art(train={}, heldout={}, fonts={"train": [], "test": []})
+    for row in index["drawings"]:
+        height, width = row["height"], row["width"]
+        pixels = flat[row["offset"] : row["offset"] + height * width * 4].reshape(height, width, 4)
+        drawing = Drawing(row["style"], pixels, row["is_primary"])
+        art.of(row["split"]).setdefault(row["label"], []).append(drawing)
+    for name, package in FONTS.items():
+        art.fonts[package.split].extend(sorted((data_dir / "fonts").glob(f"{name}-latin-*.woff2")))
+    return art
+
+
+def render_art(data_dir: Path) -> None:
+    """Fetch every package, unpack the fonts, render all drawings and write the cache (index last, so it is complete)."""
+    _unpack_fonts(data_dir)
+    rasters: list[npt.NDArray[np.uint8]] = []
+    rows: list[dict[str, Any]] = []
+    offset = num_failed = 0
+    for label, style, split, is_primary, svg in _all_svgs(data_dir / "npm"):
+        pixels = render(svg)
+        if pixels is None:
+            num_failed += 1
+            _logger.warning("resvg could not draw %s of %s; skipped", label, style)
+            continue
+        height, width = pixels.shape[:2]
+        row = {"label": label, "style": style, "split": split, "is_primary": is_primary}
+        rows.append({**row, "offset": offset, "height": height, "width": width})
+        rasters.append(pixels.reshape(-1))
+        offset += pixels.size
+    _logger.info("%d drawings rendered, %d skipped", len(rows), num_failed)
+    np.save(data_dir / "art.npy", np.concatenate(rasters))
+    partial = data_dir / "art.json.tmp"
+    partial.write_text(json.dumps({"drawings": rows, "num_failed": num_failed}))
+    os.replace(partial, data_dir / "art.json")
+
+
+def render(svg: str) -> npt.NDArray[np.uint8] | None:
+    """(H, W, 4) raster of an SVG cropped to its ink, or None where resvg fails or draws nothing."""
+    try:
+        png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=LONGER_SIDE_PX, skip_system_fonts=True))
+    except ValueError:
+        return None
+    image = Image.open(io.BytesIO(png)).convert("RGBA")
+    box = image.getchannel("A").point(lambda alpha: 255 * (alpha > 16)).getbbox()
+    return None if box is None else np.asarray(image.crop(box))
+
+
+def _unpack_fonts(data_dir: Path) -> None:
+    """Write the regular and the bold Latin file of every font package to `data_dir/fonts`."""
+    folder = data_dir / "fonts"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, package in FONTS.items():
+        files = [f"files/{name}-latin-{weight}-normal.woff2" for weight in (400, 700)]
+        for member, content in read_members(fetch(package, data_dir / "npm"), files).items():
+            (folder / Path(member).name).write_bytes(content)
+
+
+def _all_svgs(npm_dir: Path) -> list[tuple[str, str, Split, bool, str]]:
+    """(label, style, split, is_primary, svg) of every drawing of every class."""
+    found: list[tuple[str, str, Split, bool, str]] = []
+    for style, package in THING_ART.items():
+        icons = _IconSet(package, npm_dir)
+        for named in THINGS.values():
+            names = named.icons if package.split == "train" else named.icons[:1]
+            for rank, svg in enumerate(icons.svgs(names)):
+                found.append((f"thing {named.key}", style, package.split, rank == 0, svg))
+        if package.split == "train":  # emojione draws all flags, noto-v1 a few
+            for named in FLAGS.values():
+                found += [(f"flag {named.key}", style, "train", True, svg) for svg in icons.svgs(named.icons)[:1]]
+    for style, package in FLAG_ART.items():
+        icons = _IconSet(package, npm_dir)
+        for suffix in ("-4x3", "-1x1") if package.split == "train" else ("",):
+            for named in FLAGS.values():
+                for svg in icons.svgs((named.key + suffix,)):
+                    found.append((f"flag {named.key}", style + suffix, package.split, True, svg))
+    known = set(LABELS)
+    assert all(label in known for label, *_ in found)
+    return found
+
+
+class _IconSet:
+    """An iconify package's `icons.json`: icon name to SVG text."""
+
+    def __init__(self, package: Package, npm_dir: Path) -> None:
+        content = json.loads(read_members(fetch(package, npm_dir), ["icons.json"])["icons.json"])
+        self.icons: dict[str, dict[str, Any]] = content["icons"]
+        self.aliases: dict[str, dict[str, Any]] = content.get("aliases", {})
+        self.size = (content.get("width", 16), content.get("height", 16))
+
+    def svgs(self, names: tuple[str, ...]) -> list[str]:
+        """SVGs of those names that the set has, in order, each drawing once."""
+        resolved = [self.aliases.get(name, {}).get("parent", name) for name in names]
+        return [self._svg(self.icons[name]) for name in dict.fromkeys(resolved) if name in self.icons]
+
+    def _svg(self, icon: dict[str, Any]) -> str:
+        width, height = icon.get("width", self.size[0]), icon.get("height", self.size[1])
+        return (
+            '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+            f'viewBox="{icon.get("left", 0)} {icon.get("top", 0)} {width} {height}" width="{width}" height="{height}">'
+            f"{icon['body']}</svg>"
+        )

@@ -1,0 +1,270 @@
+"""The one picture composer: things, flags, digits, words and scenes, with their ground truth, at any size.
+
+The tower's pretraining calls it on the fly (about a millisecond at 224 px), the shard writer at 448 px. Pictures of the
+split "train" are varied; those of "test" use held-out drawings, fonts and digits, plainly and mildly placed.
+"""
+
+from collections.abc import Iterator
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from train.nano import paint
+from train.nano.art import Art, Drawing
+from train.nano.layout import place_items
+from train.nano.names import COLOURS, DIGITS, FLAGS, SHAPES, THINGS
+from train.nano.packages import Split
+from train.nano.picture import Item, Kind, Picture, Truth
+from train.nano.words import VOCABULARY
+
+NUM_TEST_DIGITS = 360
+_FONT_PX = 64
+_RIGID_SHAPES = {"square": 10.0, "diamond": 10.0, "triangle": 14.0, "cross": 12.0, "heart": 16.0, "star": 30.0}
+_Sprite = tuple[Image.Image, Image.Image | None]  # what is pasted, and its outline (None: the whole box counts)
+
+
+class Composer:
+    """Composes pictures from `art`. Stateless but for caches: what comes out depends on the arguments alone."""
+
+    def __init__(self, art: Art) -> None:
+        self.art = art
+
+    def compose(
+        self, rng: np.random.Generator, kind: Kind, size_px: int, split: Split = "train", key: str | None = None
+    ) -> Picture:
+        """One picture of `kind`, square, `size_px` wide; `key` fixes the thing, flag, digit or word instead of drawing it."""
+        if kind == "scene":
+            return self._scene(rng, size_px, split)
+        if kind == "word":
+            return self._word(rng, size_px, split, key)
+        if kind == "digit":
+            return self._single(rng, "digit", key or DIGITS[rng.integers(10)], size_px, split)
+        classes = THINGS if kind == "thing" else FLAGS
+        return self._single(rng, kind, key or _choice(rng, tuple(classes)), size_px, split)
+
+    def pair(self, rng: np.random.Generator, size_px: int, split: Split = "train") -> Picture:
+        """Two images, half of the time of the same thing or flag."""
+        kind: Literal["thing", "flag"] = "thing" if rng.random() < 0.75 else "flag"
+        keys = tuple(THINGS if kind == "thing" else FLAGS)
+        first = second = _choice(rng, keys)
+        if rng.random() < 0.5:
+            similar = (first, *FLAGS[first].alike) if kind == "flag" else (first,)
+            second = _choice(rng, tuple(key for key in keys if key not in similar))
+        pictures = [self.compose(rng, kind, size_px, split, key) for key in (first, second)]
+        items = tuple(picture.truth.items[0] for picture in pictures)
+        outlines = tuple(picture.outlines[0] for picture in pictures)
+        return Picture(tuple(picture.image for picture in pictures), Truth("same", items), outlines)
+
+    def all_test_pictures(self, size_px: int, seed: int = 0) -> Iterator[Picture]:
+        """Every thing and every flag once, from held-out drawings."""
+        keys: list[tuple[Kind, str]] = [("thing", key) for key in THINGS] + [("flag", key) for key in FLAGS]
+        for index, (kind, key) in enumerate(keys):
+            yield self.compose(np.random.default_rng([seed, index]), kind, size_px, "test", key)
+
+    def _drawing(self, rng: np.random.Generator, label: str, split: Split) -> Image.Image:
+        drawings: list[Drawing] = self.art.of(split).get(label, [])
+        if not drawings:
+            raise ValueError(f"no {split} drawing of {label!r}: the artwork cache is incomplete; render it again")
+        return Image.fromarray(np.asarray(drawings[rng.integers(len(drawings))].pixels))
+
+    def _sprite(self, rng: np.random.Generator, item: Item, split: Split, size_px: float) -> _Sprite:
+        """The item drawn, coloured, warped and cropped to its ink, its longer side `size_px`."""
+        is_train = split == "train"
+        how = paint.random_warp(rng) if is_train else paint.Warp()
+        if item.kind == "shape":
+            assert item.colour is not None
+            colour = paint.shifted(rng, COLOURS[item.colour][1], 14 if is_train else 6)
+            base = paint.inked(paint.outline(item.name), colour)
+            if is_train:
+                limit = _RIGID_SHAPES.get(item.name, 0.0)
+                how = paint.Warp(rotation=rng.uniform(-limit, limit), stretch=rng.uniform(0.93, 1.07))
+        else:
+            base = self._drawing(rng, item.label, split)
+            if is_train and item.kind == "flag" and base.getextrema()[3][0] == 255:
+                base = paint.flag_form(rng, base)
+            if is_train and rng.random() < 0.7:
+                base = paint.jitter(rng, base)
+        sprite, _ = paint.warp(base, size_px, how)
+        alpha = sprite.getchannel("A")
+        box = alpha.point(_OPAQUE).getbbox() or (0, 0, *sprite.size)
+        return sprite.crop(box), None if item.kind == "thing" else alpha.crop(box)
+
+    def _single(self, rng: np.random.Generator, kind: Kind, key: str, size_px: int, split: Split) -> Picture:
+        """One thing, flag or digit somewhere in the frame."""
+        is_train = split == "train"
+        scale = rng.uniform(0.35, 1.0) if is_train else rng.uniform(0.6, 0.95)
+        if kind == "digit":
+            item = Item("digit", key, (0, 0, 1, 1))
+            canvas, ink = _canvas_and_ink(rng, size_px, split)
+            how = paint.random_warp(rng, 8.0) if is_train else paint.Warp()
+            mask, _ = paint.warp(_digit_mask(rng, key, split), scale * size_px, how)
+            sprite: _Sprite = (paint.inked(mask, ink), None)
+        else:
+            item = Item(kind, key, (0, 0, 1, 1))  # type: ignore[arg-type]
+            canvas = _canvas(rng, size_px, split, [])
+            sprite = self._sprite(rng, item, split, scale * size_px)
+        room = [size_px - side for side in sprite[0].size]
+        spread = (0.0, 1.0) if is_train else (0.4, 0.6)
+        corner = [max(0, round(side * rng.uniform(*spread))) for side in room]
+        return _finish(rng, kind, canvas, [item], [sprite], [(corner[0], corner[1])], split)
+
+    def _word(self, rng: np.random.Generator, size_px: int, split: Split, key: str | None) -> Picture:
+        """One printed word in lower, Title or UPPER case, every letter with its box."""
+        is_train = split == "train"
+        word = key or _choice(rng, tuple(VOCABULARY))
+        shown = (word, word.title(), word.upper())[rng.choice(3, p=[0.5, 0.25, 0.25])]
+        fonts = self.art.fonts[split]
+        tracking = rng.uniform(0.0, 0.2) if is_train else 0.03
+        mask, boxes = _word_mask(str(fonts[rng.integers(len(fonts))]), shown, tracking)
+        longest = min(0.95, 0.3 + 0.11 * len(word))
+        how = paint.random_warp(rng, 6.0) if is_train else paint.Warp()
+        scale = rng.uniform(0.75, 1.0) * longest
+        canvas, ink = _canvas_and_ink(rng, size_px, split)
+        warped, forward = paint.warp(mask, scale * size_px, how)
+        spread = (0.0, 1.0) if is_train else (0.35, 0.65)
+        x, y = (round((size_px - side) * rng.uniform(*spread)) for side in warped.size)
+        canvas.paste(ink, (x, y), warped)
+        items = tuple(
+            Item("letter", letter, _moved_box(box, forward, (x, y), size_px))
+            for letter, box in zip(word, boxes, strict=True)
+        )
+        return Picture((_aged(rng, canvas, split),), Truth("word", items), (None,) * len(items))
+
+    def _scene(self, rng: np.random.Generator, size_px: int, split: Split) -> Picture:
+        """One to five shapes and things, apart from each other."""
+        num_items = int(rng.choice([1, 2, 3, 4, 5], p=[0.1, 0.25, 0.25, 0.2, 0.2]))
+        items = _scene_items(rng, num_items)
+        canvas = _canvas(rng, size_px, split, [COLOURS[item.colour][1] for item in items if item.colour])
+        corners, sprites = [], []
+        for x, y, side in place_items(rng, num_items):
+            sprite = self._sprite(rng, items[len(sprites)], split, side * size_px)
+            sprites.append(sprite)
+            width, height = sprite[0].size
+            corners.append((round(x * size_px - width / 2), round(y * size_px - height / 2)))
+        return _finish(rng, "scene", canvas, items, sprites, corners, split)
+
+
+def _scene_items(rng: np.random.Generator, num_items: int) -> list[Item]:
+    """Shapes, things or both; now and then few kinds repeated, so that counting has something to count."""
+    share_of_shapes = rng.choice([1.0, 0.5, 0.0], p=[0.6, 0.25, 0.15])
+    pool: list[Item] = []
+    num_kinds = num_items if rng.random() < 0.6 else int(rng.integers(1, 3))
+    for _ in range(num_kinds):
+        if rng.random() < share_of_shapes:
+            pool.append(Item("shape", _choice(rng, tuple(SHAPES)), (0, 0, 1, 1), _choice(rng, tuple(COLOURS))))
+        else:
+            pool.append(Item("thing", _choice(rng, tuple(THINGS)), (0, 0, 1, 1)))
+    if num_kinds == num_items:
+        return pool
+    return [pool[rng.integers(num_kinds)] for _ in range(num_items)]
+
+
+def _finish(
+    rng: np.random.Generator,
+    kind: Kind,
+    canvas: Image.Image,
+    items: list[Item],
+    sprites: list[_Sprite],
+    corners: list[tuple[int, int]],
+    split: Split,
+) -> Picture:
+    """The sprites pasted at their corners, and the truth about it."""
+    side = canvas.width
+    placed = []
+    for item, (sprite, _), (x, y) in zip(items, sprites, corners, strict=True):
+        canvas.paste(sprite, (x, y), sprite)
+        box = (x / side, y / side, (x + sprite.width) / side, (y + sprite.height) / side)
+        placed.append(Item(item.kind, item.name, box, item.colour))
+    return Picture((_aged(rng, canvas, split),), Truth(kind, tuple(placed)), tuple(mask for _, mask in sprites))
+
+
+def _aged(rng: np.random.Generator, image: Image.Image, split: Split) -> Image.Image:
+    return paint.soften(rng, image) if split == "train" and rng.random() < 0.12 else image
+
+
+def _canvas(rng: np.random.Generator, size_px: int, split: Split, inks: list[paint.Colour]) -> Image.Image:
+    """A background that the inks stand out from."""
+    if split == "test":
+        can_be_pale = COLOURS["white"][1] not in inks
+        return Image.new("RGB", (size_px, size_px), paint.far_colour(rng, inks, 60.0, pale=can_be_pale))
+    first, second = (paint.far_colour(rng, inks, 90.0) for _ in range(2))
+    return paint.background(rng, size_px, first, second)
+
+
+def _canvas_and_ink(rng: np.random.Generator, size_px: int, split: Split) -> tuple[Image.Image, paint.Colour]:
+    """A background of two near colours and an ink far from both."""
+    if split == "test":
+        first = second = paint.pale_colour(rng)
+        canvas = Image.new("RGB", (size_px, size_px), first)
+    else:
+        first = paint.random_colour(rng)
+        second = paint.shifted(rng, first, 50)
+        canvas = paint.background(rng, size_px, first, second)
+    return canvas, paint.far_colour(rng, [first, second], 150.0 if split == "train" else 250.0)
+
+
+_OPAQUE = [255 * (alpha > 40) for alpha in range(256)]
+
+
+@cache
+def _digits() -> dict[tuple[Split, str], list[Image.Image]]:
+    """scikit-learn's 8 x 8 digits by split and value; the last 360, written by other people, are the test."""
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    found: dict[tuple[Split, str], list[Image.Image]] = {}
+    for index, (pixels, value) in enumerate(zip(data.images, data.target, strict=True)):
+        split: Split = "test" if index >= len(data.target) - NUM_TEST_DIGITS else "train"
+        image = Image.fromarray((pixels * 15.9).astype(np.uint8))
+        found.setdefault((split, str(value)), []).append(image)
+    return found
+
+
+def _digit_mask(rng: np.random.Generator, digit: str, split: Split) -> Image.Image:
+    """One written digit, enlarged smoothly, its stroke made thinner or thicker and its edge softer or sharper."""
+    images = _digits()[split, digit]
+    image = images[rng.integers(len(images))].resize((96, 96), Image.Resampling.BICUBIC)
+    threshold, gain = (rng.uniform(60, 130), rng.uniform(1.5, 6)) if split == "train" else (95, 3)
+    mask = image.point([int(np.clip((value - threshold) * gain + 128, 0, 255)) for value in range(256)])
+    return mask.crop(mask.point(_OPAQUE).getbbox())
+
+
+@lru_cache(maxsize=256)
+def _font(path: str) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(Path(path), _FONT_PX, layout_engine=ImageFont.Layout.BASIC)
+
+
+def _word_mask(font_path: str, shown: str, tracking: float) -> tuple[Image.Image, list[tuple[int, int, int, int]]]:
+    """The L mask of a word, cropped to its ink, and each letter's box in it. `tracking` in font sizes."""
+    font = _font(font_path)
+    pen, starts = float(_FONT_PX), []
+    for letter in shown:
+        starts.append(pen)
+        pen += font.getlength(letter) + tracking * _FONT_PX
+    mask = Image.new("L", (int(pen) + _FONT_PX, 3 * _FONT_PX))
+    draw = ImageDraw.Draw(mask)
+    boxes = []
+    for letter, x in zip(shown, starts, strict=True):
+        draw.text((x, _FONT_PX), letter, font=font, fill=255)
+        boxes.append(draw.textbbox((x, _FONT_PX), letter, font=font))
+    left, top, right, bottom = mask.getbbox() or (0, 0, 1, 1)
+    moved = [(int(x0) - left, int(y0) - top, int(x1) - left, int(y1) - top) for x0, y0, x1, y1 in boxes]
+    return mask.crop((left, top, right, bottom)), moved
+
+
+def _moved_box(
+    box: tuple[int, int, int, int], forward: np.ndarray, corner: tuple[int, int], size_px: int
+) -> tuple[float, float, float, float]:
+    """A box of the unwarped word as a box of the frame, in fractions of its side."""
+    x0, y0, x1, y1 = box
+    points = forward[:, :2] @ np.array([[x0, x1, x0, x1], [y0, y0, y1, y1]]) + forward[:, 2:]
+    points = (points + np.array(corner)[:, None]) / size_px
+    low, high = points.min(axis=1), points.max(axis=1)
+    return float(low[0]), float(low[1]), float(high[0]), float(high[1])
+
+
+def _choice(rng: np.random.Generator, options: tuple[str, ...]) -> str:
+    return options[rng.integers(len(options))]

@@ -1,0 +1,86 @@
+"""What nano's first stage starts from: its own tokenizer, the pretrained tower, a language model yet to be trained.
+
+Called by __main__.py; calls yi_vl. The tokenizer is SentencePiece with the special ids of Yi's.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import sentencepiece
+import torch
+
+from yi_vl.chat import IMAGE_PLACEHOLDER
+from yi_vl.config import preset
+from yi_vl.image import YiVLImageProcessor
+from yi_vl.model import YiVLForConditionalGeneration
+from yi_vl.processor import YiVLProcessor, prepare_tokenizer
+from yi_vl.vision import OpenClipTower
+
+CONTROL_SYMBOLS = ["<|Human|>", "<|Assistant|>", "<|System|>", "<|im_start|>", "<|im_end|>", "<|im_sep|>"]  # ids 3 to 8
+STOP_IDS = [2, 7]  # `<|endoftext|>`, `<|im_end|>`: the safe set for Yi's tokenizers
+
+
+def train_tokenizer(texts: Iterable[str], out_dir: Path, vocab_size: int) -> None:
+    """A byte-fallback BPE tokenizer over English and Chinese `texts`, in the file layout of Yi's release."""
+    out_dir.mkdir(parents=True, exist_ok=True)
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts),
+        model_writer=model,
+        vocab_size=vocab_size,
+        model_type="bpe",
+        byte_fallback=True,
+        character_coverage=1.0,
+        normalization_rule_name="identity",
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        split_digits=True,
+        max_sentence_length=1 << 16,
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=-1,
+        unk_piece="<unk>",
+        bos_piece="<|startoftext|>",
+        eos_piece="<|endoftext|>",
+        control_symbols=CONTROL_SYMBOLS,
+        minloglevel=2,
+    )
+    (out_dir / "tokenizer.model").write_bytes(model.getvalue())
+    special = {"<unk>": 0, "<|startoftext|>": 1, "<|endoftext|>": 2, "<|im_start|>": 6, "<|im_end|>": 7, "<|im_sep|>": 8}
+    entry = {"lstrip": False, "normalized": True, "rstrip": False, "single_word": False, "special": True}
+    settings = {
+        "tokenizer_class": "LlamaTokenizer",
+        "added_tokens_decoder": {str(index): {"content": text} | entry for text, index in special.items()},
+        "additional_special_tokens": list(special),
+        "bos_token": "<|startoftext|>",
+        "eos_token": "<|endoftext|>",
+        "unk_token": "<unk>",
+        "pad_token": "<unk>",
+        "add_bos_token": False,
+        "add_eos_token": False,
+        "clean_up_tokenization_spaces": False,
+        "legacy": True,
+    }
+    (out_dir / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
+
+
+def assemble(tower_dir: Path, tokenizer_dir: Path, out_dir: Path, seed: int = 0) -> None:
+    """A whole model from the pretrained tower and a fresh projector and language model, as a checkpoint to train on."""
+    torch.manual_seed(seed)
+    tower = OpenClipTower.from_pretrained(tower_dir)
+    tokenizer = prepare_tokenizer(str(tokenizer_dir))
+    config = preset("nano")
+    config.vision_config.image_size = tower.config.image_size
+    assert tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER) == config.image_token_id, "preset and tokenizer disagree"
+    model = YiVLForConditionalGeneration(config)
+    model.model.vision_tower.load_state_dict(tower.state_dict())
+    model.generation_config.eos_token_id = STOP_IDS
+    model.generation_config.pad_token_id = 0
+    processor = YiVLProcessor(YiVLImageProcessor(tower.config.image_size), tokenizer, config.vision_config.patch_size)
+    model.save_pretrained(out_dir)
+    processor.save_pretrained(out_dir)

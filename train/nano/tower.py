@@ -1,0 +1,205 @@
+"""The tower's own pretraining: what is at this point of the picture? (The real stage 1 starts from a trained OpenCLIP.)
+
+Captions alone do not get a tower off the ground in minutes on a CPU; labels do. For points drawn from each picture a small
+head, thrown away afterwards, names what lies there (a thing, a flag, a digit, a letter, a coloured shape, nothing) from
+the features of the patch the point falls into. Features of the penultimate block, as the language model will see them.
+Most batches are 224 px, every few 448 px with the position grid resized on the fly, so both stages find their scale.
+
+B pictures, K points each, P patches, L labels. Called by __main__.py; calls compose.py.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.progress import track
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from train.nano.art import DATA_DIR, Art, load_art
+from train.nano.compose import Composer
+from train.nano.names import LABELS
+from train.nano.picture import Kind, Picture, dense_labels
+from yi_vl.config import preset
+from yi_vl.image import YiVLImageProcessor
+from yi_vl.vision import OpenClipTower, resize_position_grid
+
+logger = logging.getLogger(__name__)
+_POINTS = 32  # points along a side from which the K are drawn; a multiple of both grids (4 and 8)
+
+
+@dataclass(frozen=True)
+class TowerRecipe:
+    """How the tower is pretrained."""
+
+    num_steps: int = 5000
+    batch_size: int = 64  # pictures at 224 px; half as many at 448
+    large_every: int = 5  # every so many batches one of 448 px
+    num_points: int = 32
+    learning_rate: float = 1.5e-3
+    weight_decay: float = 0.05
+    warmup_steps: int = 300
+    label_smoothing: float = 0.05
+    seed: int = 0
+    num_workers: int = 2
+
+
+KIND_SHARES: dict[Kind, float] = {"thing": 0.32, "flag": 0.26, "digit": 0.07, "word": 0.2, "scene": 0.15}
+
+
+@dataclass(frozen=True)
+class PointBatch:
+    """`pixels` (B, H, W, 3) uint8; `points` (B, K, 2) integer (row, column) of a 32 x 32 lattice; `labels` (B, K)."""
+
+    pixels: Tensor
+    points: Tensor
+    labels: Tensor
+
+
+class PointHead(nn.Module):
+    """A tower and the head that names points. Only the tower is kept."""
+
+    def __init__(self, tower: OpenClipTower) -> None:
+        super().__init__()
+        width = tower.config.hidden_size
+        self.tower = tower
+        self.norm = nn.LayerNorm(width)
+        self.widen = nn.Linear(width, 2 * width)
+        self.within = nn.Linear(8, 2 * width)
+        self.classify = nn.Linear(2 * width, len(LABELS))
+
+    def forward(self, pixel_values: Tensor, points: Tensor) -> Tensor:
+        """(B, 3, H, W), (B, K, 2) -> logits (B, K, L)"""
+        features = self.tower.visual.forward_intermediates(
+            pixel_values,
+            indices=[self.tower.config.feature_layer],
+            stop_early=True,
+            intermediates_only=True,
+            output_fmt="NLC",
+        )["image_intermediates"][0]  # (B, P, Dv)
+        grid = pixel_values.shape[-1] // self.tower.config.patch_size
+        position = (points.float() + 0.5) * grid / _POINTS  # (B, K, 2), in patches
+        patch = position.long()
+        index = (patch[..., 0] * grid + patch[..., 1]).unsqueeze(-1).expand(-1, -1, features.shape[-1])
+        angle = 2 * torch.pi * (position - patch)  # where within the patch
+        waves = torch.cat([angle.sin(), angle.cos(), (angle / 2).sin(), (angle / 2).cos()], dim=-1)  # (B, K, 8)
+        hidden = self.widen(self.norm(features.gather(1, index))) + self.within(waves.to(features.dtype))
+        return self.classify(F.gelu(hidden))
+
+    def at_size(self, pixel_values: Tensor, points: Tensor) -> Tensor:
+        """`forward` for pictures of any size: the position grid is resized, as it will be between the stages."""
+        grid = pixel_values.shape[-1] // self.tower.config.patch_size
+        name = "tower.visual.positional_embedding"
+        positions = resize_position_grid(self.tower.visual.positional_embedding, grid)
+        return functional_call(self, {name: positions}, (pixel_values, points))
+
+
+class PointStream(IterableDataset[PointBatch]):
+    """An endless, seeded stream of batches, composed on the fly."""
+
+    def __init__(self, art: Art, recipe: TowerRecipe) -> None:
+        self.art, self.recipe = art, recipe
+
+    def __iter__(self) -> Iterator[PointBatch]:
+        worker = get_worker_info()
+        first, stride = (worker.id, worker.num_workers) if worker else (0, 1)
+        torch.set_num_threads(1)
+        composer = Composer(self.art)
+        kinds, shares = list(KIND_SHARES), list(KIND_SHARES.values())
+        for index in range(first, self.recipe.num_steps, stride):
+            rng = np.random.default_rng([self.recipe.seed, index])
+            is_large = index % self.recipe.large_every == self.recipe.large_every - 1
+            size_px, count = (448, self.recipe.batch_size // 2) if is_large else (224, self.recipe.batch_size)
+            drawn = rng.choice(len(kinds), size=count, p=shares)
+            pictures = [composer.compose(rng, kinds[kind], size_px) for kind in drawn]
+            yield make_batch(rng, pictures, self.recipe.num_points)
+
+
+def make_batch(rng: np.random.Generator, pictures: list[Picture], num_points: int) -> PointBatch:
+    """Half of the points on items, the rest anywhere."""
+    pixels, points, labels = [], [], []
+    for picture in pictures:
+        lattice = dense_labels(picture, _POINTS, sub=1)
+        on_items = np.flatnonzero(lattice)
+        chosen = rng.integers(_POINTS**2, size=num_points)
+        if len(on_items):
+            chosen[: num_points // 2] = rng.choice(on_items, size=num_points // 2)
+        pixels.append(np.asarray(picture.image))
+        points.append(np.stack(np.unravel_index(chosen, lattice.shape), axis=-1))
+        labels.append(lattice.reshape(-1)[chosen])
+    return PointBatch(*(torch.from_numpy(np.stack(rows)) for rows in (pixels, points, labels)))
+
+
+def pretrain_tower(out_dir: Path, recipe: TowerRecipe, data_dir: Path = DATA_DIR) -> OpenClipTower:
+    """Train a tower from nothing and save it to `out_dir` with its log; accuracy on held-out drawings goes to the log."""
+    torch.manual_seed(recipe.seed)
+    art = load_art(data_dir)
+    config = preset("nano").vision_config
+    config.image_size = 224
+    head = PointHead(OpenClipTower(config)).train()
+    head.to(memory_format=torch.channels_last)
+    optimiser = torch.optim.AdamW(head.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimiser, recipe.learning_rate, recipe.num_steps, pct_start=recipe.warmup_steps / recipe.num_steps, cycle_momentum=False
+    )
+    processor = YiVLImageProcessor()
+    loader = DataLoader(PointStream(art, recipe), batch_size=None, num_workers=recipe.num_workers, prefetch_factor=4)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    running, started = 0.0, time.time()
+    with (out_dir / "log.jsonl").open("w") as log:
+        log.write(json.dumps(asdict(recipe)) + "\n")
+        for step, batch in enumerate(track(loader, "tower", total=recipe.num_steps), start=1):
+            loss = _loss(head, processor, batch, recipe.label_smoothing)
+            with sdpa_kernel(SDPBackend.MATH):
+                loss.backward()
+            nn.utils.clip_grad_norm_(head.parameters(), 1.0)
+            optimiser.step()
+            schedule.step()
+            optimiser.zero_grad()
+            running += (loss.item() - running) / min(step, 100)
+            if step % 500 == 0 or step == recipe.num_steps:
+                row = {"step": step, "loss": round(running, 4), "seconds": round(time.time() - started)}
+                row |= {f"{kind}_{size}": score_heldout(head, art, kind, size) for kind in ("thing", "flag") for size in (224, 448)}
+                log.write(json.dumps(row) + "\n")
+                log.flush()
+                head.tower.save_pretrained(out_dir)
+    return head.tower
+
+
+def _loss(head: PointHead, processor: YiVLImageProcessor, batch: PointBatch, label_smoothing: float) -> Tensor:
+    # For as few tokens as here plain attention has the much faster backward pass on CPU.
+    with sdpa_kernel(SDPBackend.MATH), torch.autocast("cpu", torch.bfloat16):
+        logits = head.at_size(processor.normalise(batch.pixels), batch.points)
+    return F.cross_entropy(logits.flatten(0, 1).float(), batch.labels.flatten(), label_smoothing=label_smoothing)
+
+
+@torch.inference_mode()
+def score_heldout(head: PointHead, art: Art, kind: str, size_px: int) -> float:
+    """The share of held-out pictures whose points, summed, name the right class of their kind."""
+    pictures = [picture for picture in Composer(art).all_test_pictures(size_px) if picture.truth.kind == kind]
+    ids = [index for index, label in enumerate(LABELS) if label.startswith(kind)]
+    rng = np.random.default_rng(0)
+    processor = YiVLImageProcessor()
+    was_training = head.training
+    head.eval()
+    num_right = 0
+    for start in range(0, len(pictures), 32):
+        chunk = pictures[start : start + 32]
+        batch = make_batch(rng, chunk, 64)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = head.at_size(processor.normalise(batch.pixels), batch.points).float()
+        scores = logits.log_softmax(-1)[:, :32, ids].sum(1)  # the first half lie on the item
+        for picture, best in zip(chunk, scores.argmax(-1).tolist(), strict=True):
+            num_right += LABELS[ids[best]] == picture.truth.items[0].label
+    head.train(was_training)
+    return round(num_right / len(pictures), 4)

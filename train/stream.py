@@ -1,0 +1,226 @@
+"""Which raw sample comes next: shards of several sources as one endless, shuffled, exactly resumable stream.
+
+A run has S streams (ranks x workers). Every order is a pure function of (seed, epoch, ...), so a stream's place is a few
+integers; loading them again gives the very next sample. Called by data.py; reads tars with webdataset.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+from webdataset.shardlists import expand_urls
+from webdataset.tariterators import tarfile_samples
+
+from .config import SourceConfig
+
+RawSample = dict[str, Any]  # __url__, __key__, and member name -> bytes; or __error__, a shard that cannot be read
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one stream reads of a shard: the samples whose index is `part` modulo `parts`."""
+
+    url: str
+    part: int
+    parts: int
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """A place in a source: `offset` samples of the `share`-th share of this epoch are read, `taken` of the epoch in all."""
+
+    epoch: int = 0
+    share: int = 0
+    offset: int = 0
+    taken: int = 0
+
+
+def expand_shards(source: SourceConfig) -> list[str]:
+    """The source's shards in a fixed order: braces, globs, URLs and pipes.
+
+    Raises:
+        ValueError: a pattern matches nothing, or a local shard does not exist.
+    """
+    shards: list[str] = []
+    for url in expand_urls(source.shards):
+        if url.startswith("pipe:") or "://" in url:
+            shards.append(url)
+            continue
+        matches = sorted(glob.glob(os.path.expanduser(url), recursive=True)) if glob.has_magic(url) else [url]
+        missing = [path for path in matches if not os.path.isfile(os.path.expanduser(path))]
+        if missing or not matches:
+            raise ValueError(
+                f"data.sources: {source.name!r} names {missing[0] if missing else url}, and there is no such shard "
+                f"(looked from {os.getcwd()}); correct its `shards`."
+            )
+        shards += matches
+    return shards
+
+
+def share_out(shards: Sequence[str], stream: int, num_streams: int) -> list[Share]:
+    """A stream's shares of an epoch: whole shards, and of the remainder that does not divide evenly a part of one shard.
+
+    Over all streams each sample belongs to exactly one share.
+    """
+    num_left = len(shards) % num_streams
+    num_whole = len(shards) - num_left
+    shares = [Share(url, 0, 1) for url in shards[stream:num_whole:num_streams]]
+    if num_left:
+        readers = range(stream % num_left, num_streams, num_left)
+        shares.append(Share(shards[num_whole + stream % num_left], stream // num_left, len(readers)))
+    return shares
+
+
+def read_shard(url: str) -> Iterator[RawSample]:
+    """The samples of a tar. What cannot be read comes as a sample with `__error__`, in its place."""
+    errors: list[str] = []
+
+    def note(error: Exception) -> bool:
+        text = str(error.args[0]) if error.args else ""
+        errors.append(f"{type(error).__name__}: {' '.join(text.split())[:200]}")
+        return True
+
+    def noted() -> Iterator[RawSample]:
+        while errors:
+            yield {"__url__": url, "__key__": "", "__error__": errors.pop(0)}
+
+    for sample in tarfile_samples([{"url": url}], handler=note):
+        yield from noted()
+        yield sample
+    yield from noted()
+
+
+class SourceStream:
+    """One source as one stream sees it, without end: shards shuffled per epoch, samples permuted in windows."""
+
+    def __init__(
+        self, index: int, name: str, shards: Sequence[str], max_samples: int | None, window: int,
+        seed: int, stream: int, num_streams: int,
+    ) -> None:
+        self.name = name
+        self._shards = list(shards)
+        self._seed = (seed, index)
+        self._stream, self._num_streams = stream, num_streams
+        self._window_size = window
+        self._quota = None if max_samples is None else len(range(stream, max_samples, num_streams))
+        self._start = Cursor()  # where the present window begins ...
+        self._position = 0  # ... and how many of its samples are out
+        self._next = Cursor()  # where the next window begins
+        self._window: list[RawSample] | None = None
+        self._reader: Iterator[RawSample] | None = None
+        self.is_empty = self._quota == 0
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of the sample given out last."""
+        return self._start.epoch
+
+    def next_sample(self) -> RawSample | None:
+        """The next sample; None, and `is_empty`, when a whole epoch has nothing for this stream."""
+        if self._window is None or self._position == len(self._window):
+            self._fill()
+        if self.is_empty:
+            return None
+        assert self._window is not None
+        sample = self._window[self._position]
+        self._window[self._position] = {}  # the window would hold the bytes until it is through
+        self._position += 1
+        return sample
+
+    def state_dict(self) -> dict[str, int]:
+        return asdict(self._start) | {"position": self._position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self._next = Cursor(**{key: value for key, value in state.items() if key != "position"})
+        self._reader = None
+        self._fill()
+        self._position = state["position"]
+
+    def _fill(self) -> None:
+        """Read the next window. A window never reaches into the next epoch."""
+        window: list[RawSample] = []
+        self._position = 0
+        empty_epochs = 0
+        while not window and not self.is_empty:
+            shares = self._shares(self._next.epoch)
+            start = self._next
+            while len(window) < self._window_size and self._next.share < len(shares) and self._next.taken != self._quota:
+                if self._reader is None:
+                    self._reader = self._read(shares[self._next.share], self._next.offset)
+                sample = next(self._reader, None)
+                if sample is None:
+                    self._reader = None
+                    self._next = replace(self._next, share=self._next.share + 1, offset=0)
+                    continue
+                window.append(sample)
+                self._next = replace(self._next, offset=self._next.offset + 1, taken=self._next.taken + 1)
+            if not window:
+                empty_epochs += start.taken == 0
+                self.is_empty = empty_epochs > 1
+                self._reader = None
+                self._next = Cursor(epoch=self._next.epoch + 1)
+        self._start = start if window else self._next
+        order = np.random.default_rng((*self._seed, self._stream, start.epoch, start.taken)).permutation(len(window))
+        self._window = [window[i] for i in order]
+
+    def _shares(self, epoch: int) -> list[Share]:
+        order = np.random.default_rng((*self._seed, epoch)).permutation(len(self._shards))
+        return share_out([self._shards[i] for i in order], self._stream, self._num_streams)
+
+    @staticmethod
+    def _read(share: Share, offset: int) -> Iterator[RawSample]:
+        mine = (sample for i, sample in enumerate(read_shard(share.url)) if i % share.parts == share.part)
+        for _ in range(offset):
+            next(mine, None)
+        return mine
+
+
+class Mixture:
+    """The sources of one stream, mixed by weight: always the one that is furthest behind its share."""
+
+    def __init__(
+        self, sources: Sequence[SourceConfig], shuffle_buffer: int, seed: int, stream: int = 0, num_streams: int = 1
+    ) -> None:
+        weights = np.array([source.weight for source in sources])
+        self._share = weights / weights.sum()
+        self._drawn = np.zeros(len(sources), dtype=np.int64)
+        self._phase = np.random.default_rng((seed, stream)).random(len(sources))  # so that streams do not draw in step
+        self.sources = [
+            SourceStream(
+                index, source.name, expand_shards(source), source.max_samples,
+                max(1, round(shuffle_buffer * float(self._share[index]))), seed, stream, num_streams,
+            )
+            for index, source in enumerate(sources)
+        ]  # fmt: skip
+
+    def next_sample(self) -> tuple[int, RawSample]:
+        """The index of a source, and its next sample.
+
+        Raises:
+            ValueError: no source has a sample for this stream.
+        """
+        while not all(source.is_empty for source in self.sources):
+            behind = self._share * (self._drawn.sum() + 1) + self._phase - self._drawn
+            behind[[source.is_empty for source in self.sources]] = -np.inf
+            index = int(behind.argmax())
+            sample = self.sources[index].next_sample()
+            if sample is not None:
+                self._drawn[index] += 1
+                return index, sample
+        raise ValueError(
+            "data.sources: " + ", ".join(source.name for source in self.sources) + " hold no sample for this worker; "
+            "give more shards or samples, or fewer workers."
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"drawn": self._drawn.tolist(), "sources": [source.state_dict() for source in self.sources]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._drawn = np.array(state["drawn"], dtype=np.int64)
+        for source, source_state in zip(self.sources, state["sources"], strict=True):
+            source.load_state_dict(source_state)

@@ -1,0 +1,228 @@
+"""The prompt: one walk over a conversation gives token ids, loss mask and image slots. No torch here.
+
+A conversation is a list of messages as OpenAI and transformers write them:
+`{"role": "user", "content": "text" | [{"type": "image"}, {"type": "text", "text": "..."}]}`.
+Training and inference render it with the same function, so they cannot drift apart.
+Called by processor.py, predict.py and the trainer's data; calls nothing of the project.
+
+Source of the format: 01-ai/Yi-VL's model card and inference code.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+IMAGE_PLACEHOLDER = "<image_placeholder>"
+STOP_STRING = "###"
+SYSTEM_PROMPT = (
+    "This is a chat between an inquisitive human and an AI assistant. Assume the role of the AI assistant. Read all the "
+    "images carefully, and respond to the human's questions with informative, helpful, detailed and polite answers. "
+    "这是一个好奇的人类和一个人工智能助手之间的对话。假设你扮演这个AI助手的角色。仔细阅读所有的图像，"
+    "并对人类的问题做出信息丰富、有帮助、详细的和礼貌的回答。"
+)
+_ROLES = {"user": " Human:", "assistant": " Assistant:"}
+
+# The same walk for tools that only know templates (transformers' pipelines, vLLM); test_chat.py holds it to `render`.
+CHAT_TEMPLATE = (
+    "{%- set has_system = messages and messages[0]['role'] == 'system' -%}"
+    "{%- set given = messages[0]['content'] if has_system else '' -%}"
+    "{%- set given = given if given is string else given[0]['text'] -%}"
+    "{{- (given if has_system else " + repr(SYSTEM_PROMPT) + ") + '\\n\\n###' -}}"
+    "{%- for message in (messages[1:] if has_system else messages) -%}"
+    "{{- ' Human: ' if message['role'] == 'user' else ' Assistant: ' -}}"
+    "{%- if message['content'] is string -%}{{- message['content'] -}}"
+    "{%- else -%}"
+    "{%- set walk = namespace(only_images=true) -%}"
+    "{%- for part in message['content'] -%}"
+    "{%- if part['type'] == 'text' -%}"
+    "{{- ('\\n' if walk.only_images and not loop.first else '') + part['text'] -}}{%- set walk.only_images = false -%}"
+    "{%- else -%}{{- '" + IMAGE_PLACEHOLDER + "' -}}{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- endif -%}"
+    "{{- '\\n###' -}}"
+    "{%- endfor -%}"
+    "{{- ' Assistant:' if add_generation_prompt else '' -}}"
+)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of the prompt: text, or one image."""
+
+    text: str
+    is_image: bool = False
+    is_supervised: bool = False
+    is_typed: bool = False  # somebody's words, which must not become a role header
+
+
+@dataclass
+class Encoded:
+    """What the walk yields: `input_ids` and `loss_mask` of equal length; `image_starts` has one index per image."""
+
+    input_ids: list[int] = field(default_factory=list)
+    loss_mask: list[bool] = field(default_factory=list)
+    image_starts: list[int] = field(default_factory=list)
+
+
+def render(messages: Sequence[dict[str, Any]], add_generation_prompt: bool = False) -> list[Segment]:
+    """The `###` chat form. Supervised is each answer with the separator after it: that is how the model learns to stop.
+
+    Args:
+        add_generation_prompt: end with the assistant's header, for an answer to follow; else with the separator.
+
+    Raises:
+        ValueError: a message has an unknown role or part, roles do not alternate, or there is nothing to answer.
+    """
+    system, turns = _split_system(messages)
+    _check_order(turns, add_generation_prompt)
+    segments = [Segment(system, is_typed=True), Segment("\n\n" + STOP_STRING)]
+    for message in turns:
+        is_answer = message["role"] == "assistant"
+        segments.append(Segment(_ROLES[message["role"]]))
+        segments.append(Segment(" ", is_supervised=is_answer))
+        segments += _render_content(message, is_supervised=is_answer)
+        segments.append(Segment("\n" + STOP_STRING, is_supervised=is_answer))
+    if add_generation_prompt:
+        segments.append(Segment(_ROLES["assistant"]))
+    return segments
+
+
+def render_caption(caption: str, num_images: int = 1) -> list[Segment]:
+    """The plain form of stages 1 and 2: images, then their caption and a newline, both supervised."""
+    images = [Segment(IMAGE_PLACEHOLDER, is_image=True)] * num_images
+    return [*images, Segment(caption, is_supervised=True, is_typed=True), Segment("\n", is_supervised=True)]
+
+
+def encode(segments: Sequence[Segment], tokenizer: Any, image_token_id: int, patches_per_image: int) -> Encoded:
+    """Token ids of a rendered conversation, with the loss mask and the first index of every image's run of tokens.
+
+    Text between images is tokenised in one go, as the official code does, and each token belongs to the segment that its
+    first character lies in; nothing is tokenised twice and counted. Special tokens in the text stay text.
+
+    Args:
+        tokenizer: a transformers tokenizer that reports offsets (any fast one).
+    """
+    encoded = Encoded()
+    for chunk in _chunks(segments):
+        if chunk[0].is_image:
+            encoded.image_starts.append(len(encoded.input_ids))
+            encoded.input_ids += [image_token_id] * patches_per_image
+            encoded.loss_mask += [False] * patches_per_image
+            continue
+        supervised = [segment.is_supervised for segment in chunk for _ in segment.text]
+        tokens = tokenizer(
+            "".join(segment.text for segment in chunk),
+            add_special_tokens=False,
+            split_special_tokens=True,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+        )
+        encoded.input_ids += tokens["input_ids"]
+        encoded.loss_mask += [supervised[start] for start, _ in tokens["offset_mapping"]]
+    return encoded
+
+
+def to_text(segments: Sequence[Segment]) -> str:
+    """The conversation as the text a person would read, `<image_placeholder>` for images."""
+    return "".join(segment.text for segment in segments)
+
+
+def from_llava(conversations: Sequence[dict[str, str]]) -> list[dict[str, Any]]:
+    """LLaVA's `[{"from": "human", "value": "<image>\\nQuestion"}, {"from": "gpt", ...}]` as messages.
+
+    Raises:
+        ValueError: an entry has no `from` and `value`, or an unknown speaker.
+    """
+    roles = {"human": "user", "gpt": "assistant", "system": "system"}
+    messages = []
+    for entry in conversations:
+        if not isinstance(entry, dict) or not isinstance(entry.get("value"), str) or entry.get("from") not in roles:
+            raise ValueError(f"A conversation entry needs `from` (human or gpt) and a text `value`, found {str(entry)[:200]}.")
+        content: list[dict[str, str]] = []
+        for index, text in enumerate(entry["value"].split("<image>")):
+            if index:
+                content.append({"type": "image"})
+            if text and index and all(part["type"] == "image" for part in content):
+                text = text.removeprefix("\n")  # `render` writes the line break after leading images itself
+            if text.strip() or (text and content and content[-1]["type"] == "text"):
+                content.append({"type": "text", "text": text})
+        messages.append({"role": roles[entry["from"]], "content": content})
+    return messages
+
+
+def hold_back(text: str, stop_strings: Sequence[str] = (STOP_STRING,)) -> int:
+    """How many characters at the end of `text` may be the beginning of a stop string, and so must not be shown yet."""
+    longest = max((len(stop) - 1 for stop in stop_strings), default=0)
+    for size in range(min(longest, len(text)), 0, -1):
+        if any(stop.startswith(text[-size:]) for stop in stop_strings):
+            return size
+    return 0
+
+
+def _split_system(messages: Sequence[dict[str, Any]]) -> tuple[str, Sequence[dict[str, Any]]]:
+    if not messages:
+        raise ValueError("The conversation is empty; give at least one message from the user.")
+    if messages[0].get("role") != "system":
+        return SYSTEM_PROMPT, messages
+    content = messages[0].get("content")
+    if isinstance(content, str):
+        return content, messages[1:]
+    if not isinstance(content, (list, tuple)) or any(part.get("type") != "text" for part in content):
+        raise ValueError("A system message holds text only.")
+    return "".join(part["text"] for part in content), messages[1:]
+
+
+def _check_order(turns: Sequence[dict[str, Any]], add_generation_prompt: bool) -> None:
+    for index, message in enumerate(turns):
+        expected = ("user", "assistant")[index % 2]
+        if message.get("role") != expected:
+            raise ValueError(
+                f"Message {index + 1} is by {message.get('role')!r}, expected {expected!r}: user and assistant take turns, "
+                "after at most one system message."
+            )
+    if add_generation_prompt and len(turns) % 2 == 0:
+        raise ValueError("There is nothing to answer: the last message must be the user's.")
+
+
+def _render_content(message: dict[str, Any], is_supervised: bool) -> list[Segment]:
+    content = message.get("content")
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    if not isinstance(parts, (list, tuple)):
+        raise ValueError(f"A message's content is text or a list of parts, found {type(content).__name__}.")
+    segments: list[Segment] = []
+    for part in parts:
+        if not isinstance(part, dict) or part.get("type") not in ("text", "image"):
+            raise ValueError(f"A content part is of type text or image, found {str(part)[:200]}.")
+        if part["type"] == "image":
+            segments.append(Segment(IMAGE_PLACEHOLDER, is_image=True))
+            continue
+        if segments and all(segment.is_image for segment in segments):
+            segments.append(Segment("\n", is_supervised=is_supervised))
+        segments.append(Segment(part["text"], is_supervised=is_supervised, is_typed=True))
+    if message["role"] == "user" and not any(segment.is_typed and segment.text.strip() for segment in segments):
+        raise ValueError("The question is empty; ask something in words.")
+    return segments
+
+
+def _chunks(segments: Sequence[Segment]) -> Iterator[list[Segment]]:
+    """Stretches to be tokenised in one go: images stand alone, and a typed `###` is cut so that it is no separator."""
+    chunk: list[Segment] = []
+    for segment in segments:
+        if segment.is_image:
+            if chunk:
+                yield chunk
+            yield [segment]
+            chunk = []
+            continue
+        pieces = re.split(r"(?<=##)(?=#)", segment.text) if segment.is_typed else [segment.text]
+        for index, text in enumerate(pieces):
+            if index:
+                yield chunk
+                chunk = []
+            if text:
+                chunk.append(Segment(text, is_supervised=segment.is_supervised))
+    if chunk:
+        yield chunk

@@ -1,0 +1,159 @@
+"""What a Yi-VL is made of: the configuration of tower, projector and language model, and the presets.
+
+Called by everything in yi_vl; calls only transformers' configuration classes (and open_clip's list of towers, by name).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)  # OpenAI CLIP's, kept by OpenCLIP ViT-H-14 and by Yi-VL
+IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
+
+_PLAIN_TOWER_KEYS = {"image_size", "layers", "width", "head_width", "patch_size", "mlp_ratio"}
+
+
+class OpenClipVisionConfig(PreTrainedConfig):
+    """A vision transformer of open_clip, by its dimensions. The defaults are ViT-H-14 at 448 px.
+
+    Args:
+        stem_widths: output channels of a convolutional stem that takes the place of the patch convolution; empty for a
+            plain OpenCLIP tower. See `vision.ConvStem`.
+        feature_layer: which block's output is the image feature; -2 is the penultimate block, whose successor and the
+            final norm are stored but never run (Yi-VL `mm_vision_select_layer`).
+    """
+
+    model_type = "open_clip_vision"
+    base_config_key = "vision_config"
+
+    image_size: int = 448
+    patch_size: int = 14
+    hidden_size: int = 1280
+    intermediate_size: int = 5120
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 16
+    quick_gelu: bool = False
+    stem_widths: list[int] | None = None
+    feature_layer: int = -2
+
+    @classmethod
+    def from_open_clip(cls, name: str, **overrides: Any) -> OpenClipVisionConfig:
+        """The configuration of an open_clip model's tower, by its name (`open_clip.list_models()`).
+
+        Raises:
+            ValueError: the name is unknown, or the tower is not a plain OpenCLIP vision transformer.
+        """
+        import open_clip
+
+        model = open_clip.get_model_config(name)
+        if model is None:
+            raise ValueError(f"open_clip has no model named {name!r}; `open_clip.list_models()` lists the names.")
+        tower = model["vision_cfg"]
+        unknown = sorted(set(tower) - _PLAIN_TOWER_KEYS)
+        if unknown or not isinstance(tower["layers"], int):
+            raise ValueError(
+                f"The tower of {name!r} is not a plain OpenCLIP vision transformer (it sets {', '.join(unknown) or 'layers'}); "
+                "choose one whose vision_cfg has only " + ", ".join(sorted(_PLAIN_TOWER_KEYS)) + "."
+            )
+        width = tower["width"]
+        return cls(
+            **{
+                "image_size": tower.get("image_size", 224),
+                "patch_size": tower["patch_size"],
+                "hidden_size": width,
+                "intermediate_size": int(width * tower.get("mlp_ratio", 4.0)),
+                "num_hidden_layers": tower["layers"],
+                "num_attention_heads": width // tower.get("head_width", 64),
+                "quick_gelu": model.get("quick_gelu", False),
+            }
+            | overrides
+        )
+
+    @property
+    def grid_size(self) -> int:
+        """Patches along one side of the image."""
+        return self.image_size // self.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        """P: patches, and so image tokens, per image."""
+        return self.grid_size**2
+
+
+class YiVLConfig(PreTrainedConfig):
+    """An OpenCLIP tower, a LayerNorm MLP projector and a Llama-architecture language model.
+
+    `image_token_id` is the id of `<image_placeholder>`: the row after the last one of the tokenizer (64000 for Yi). The
+    embedding table holds it (64064 rows for Yi, a multiple of 64).
+    """
+
+    model_type = "yi_vl"
+    sub_configs_defaults = {
+        "vision_config": SubConfigSpec(config_class=OpenClipVisionConfig),
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
+    }
+    sub_configs = {"vision_config": OpenClipVisionConfig, "text_config": AutoConfig}
+
+    vision_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+    image_token_id: int = 64000
+    tie_word_embeddings: bool = False
+
+
+def _yi(hidden_size: int, intermediate_size: int, num_layers: int, num_heads: int, num_kv_heads: int) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=64064,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=num_heads,
+        num_key_value_heads=num_kv_heads,
+        max_position_embeddings=4096,
+        rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": 5e6},
+        pad_token_id=0,
+    )
+
+
+def preset(name: str) -> YiVLConfig:
+    """The configuration of a released size, or of the bundled nano; no weights are read.
+
+    Raises:
+        ValueError: `name` is none of the presets.
+    """
+    if name == "6b":
+        return YiVLConfig(vision_config=OpenClipVisionConfig(), text_config=_yi(4096, 11008, 32, 32, 4))
+    if name == "34b":
+        return YiVLConfig(vision_config=OpenClipVisionConfig(), text_config=_yi(7168, 20480, 60, 56, 8))
+    if name == "nano":
+        return YiVLConfig(
+            vision_config=OpenClipVisionConfig(
+                patch_size=56,
+                hidden_size=256,
+                intermediate_size=1024,
+                num_hidden_layers=6,
+                num_attention_heads=4,
+                stem_widths=[64, 128, 192],
+            ),
+            text_config=LlamaConfig(
+                vocab_size=2560,
+                hidden_size=256,
+                intermediate_size=704,
+                num_hidden_layers=6,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                max_position_embeddings=1024,
+                rms_norm_eps=1e-5,
+                rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+                pad_token_id=0,
+            ),
+            image_token_id=2500,
+        )
+    raise ValueError(f"There is no preset {name!r}; the presets are 6b, 34b and nano.")
+
+
+AutoConfig.register(OpenClipVisionConfig.model_type, OpenClipVisionConfig)
+AutoConfig.register(YiVLConfig.model_type, YiVLConfig)

@@ -1,0 +1,200 @@
+"""Answers, token by token: the ONE decode loop, how a token is chosen, and how tokens become text safe to show.
+
+B rows (conversations answered at once), S prompt tokens, V vocabulary, N images.
+Called by predict.py; calls chat.py, the model's forward, and transformers' cache and samplers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Generator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import DynamicCache, PreTrainedModel
+from transformers.generation import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
+
+from .chat import STOP_STRING, hold_back
+
+_BROKEN = "\N{REPLACEMENT CHARACTER}"  # what tokenizers write for bytes that are not UTF-8, or not yet
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are generated.
+
+    Args:
+        max_new_tokens: an answer's greatest length; cut to what the context has left.
+        temperature: 0 always takes the likeliest token.
+        top_p: draw only from the likeliest tokens that make up this probability.
+        seed: makes draws repeatable; None draws afresh. Every row of a batch draws with it as if it were alone.
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
+
+    max_new_tokens: int = 512
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1.")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature is {self.temperature}; it must be 0 (greedy) or a positive number.")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}; it must be greater than 0 and at most 1.")
+        if self.seed is not None and not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed is {self.seed}; it must be from 0 to 2**63 - 1.")
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What the model reads before it answers; see the table atop model.py."""
+
+    input_ids: Tensor  # (B, S) int64, padded on the left
+    attention_mask: Tensor  # (B, S) int64
+    pixel_values: Tensor | None  # (N, 3, H, W)
+
+    @property
+    def num_tokens(self) -> list[int]:
+        """Tokens of every row's prompt, images included."""
+        return self.attention_mask.sum(1).tolist()
+
+
+@torch.inference_mode()
+def decode(model: PreTrainedModel, prompts: Prompts, choose: Chooser) -> Generator[list[int], None, None]:
+    """Every row's next token, step after step and without end: whoever reads them closes the generator.
+
+    A step's work is done when its tokens are asked for, so none is done after the last.
+    """
+    input_ids, pixel_values, mask = prompts.input_ids, prompts.pixel_values, prompts.attention_mask
+    position_ids = (mask.cumsum(1) - 1).clamp(min=0)  # (B, S): padding shifts no row
+    is_padded = not mask.all()  # without padding the causal mask is enough, and attention faster
+    cache = DynamicCache(config=model.config.text_config)
+    while True:
+        outputs = model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=mask if is_padded else None,
+            position_ids=position_ids,
+            past_key_values=cache,
+            logits_to_keep=1,
+        )
+        tokens = choose(outputs.logits[:, -1])  # (B, V) -> (B,)
+        yield tokens.tolist()
+        input_ids, pixel_values = tokens.unsqueeze(1).to(input_ids.device), None  # (B, 1)
+        mask = F.pad(mask, (0, 1), value=1)  # (B, S + steps)
+        position_ids = position_ids[:, -1:] + 1  # (B, 1)
+
+
+class Chooser:
+    """Takes each row's next token from its logits, (B, V) -> (B,).
+
+    Args:
+        forbidden: (V,) true for tokens that no answer may hold: the image token, and rows that only pad the table.
+    """
+
+    def __init__(self, sampling: Sampling, num_rows: int, forbidden: Tensor) -> None:
+        self._forbidden = forbidden
+        self._generators: list[torch.Generator] = []
+        if sampling.temperature == 0:
+            return
+        self._warpers = LogitsProcessorList([TemperatureLogitsWarper(float(sampling.temperature))])
+        if sampling.top_p < 1:
+            self._warpers.append(TopPLogitsWarper(sampling.top_p))
+        for _ in range(num_rows):  # a generator per row: neighbours change nothing, the global one is left alone
+            generator = torch.Generator()  # on the CPU, for the same draws on every device
+            if sampling.seed is None:
+                generator.seed()
+            else:
+                generator.manual_seed(sampling.seed)
+            self._generators.append(generator)
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        logits = logits.float().masked_fill(self._forbidden, -math.inf)
+        if not self._generators:
+            return logits.argmax(-1)
+        logits = logits - logits.amax(-1, keepdim=True)  # lest a tiny temperature overflow
+        probabilities = self._warpers(None, logits).softmax(-1).cpu()
+        draws = [torch.multinomial(row, 1, generator=g) for row, g in zip(probabilities, self._generators, strict=True)]
+        return torch.cat(draws)
+
+
+class Answer:
+    """One row's answer while it grows: tokens in, text out that will not have to be taken back.
+
+    Held back are a character's first bytes, what may turn out to be a stop string, and white space that may be the
+    answer's last. All pieces together are the answer, without white space around it.
+
+    Args:
+        max_tokens: after so many the answer ends, `finish_reason` "length".
+        stop_ids: tokens that end the answer, "stop"; as do the texts `stop_strings`, wherever token boundaries fall.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        max_tokens: int,
+        stop_ids: Collection[int],
+        stop_strings: Sequence[str] = (STOP_STRING,),
+    ) -> None:
+        self.finish_reason: str | None = None
+        self.num_tokens = 0
+        self._tokenizer = tokenizer
+        self._max_tokens = max_tokens
+        self._stop_ids = stop_ids
+        self._stop_strings = stop_strings
+        self._window: list[int] = []  # tokens of the last text read, for context, then those that are no text yet
+        self._num_read = 0  # how many of the window are context
+        self._pending = ""  # text that is not shown yet
+        self._has_begun = False  # false while there has only been white space
+
+    def add(self, token: int) -> str:
+        """Text that became certain with this token, often none. A finished answer takes no more."""
+        if self.finish_reason:
+            return ""
+        self.num_tokens += 1
+        if token in self._stop_ids:
+            return self._finish("stop")
+        self._pending += self._read(token)
+        if not self._has_begun:
+            self._pending = self._pending.lstrip()
+        cuts = [cut for stop in self._stop_strings if (cut := self._pending.find(stop)) >= 0]
+        if cuts:
+            self._pending = self._pending[: min(cuts)]
+            return self._finish("stop")
+        if self.num_tokens >= self._max_tokens:
+            return self._finish("length")
+        certain = self._pending[: len(self._pending) - hold_back(self._pending, self._stop_strings)]
+        return self._show(certain.rstrip())
+
+    def _read(self, token: int) -> str:
+        """The text that a token adds to those before it, once its bytes are characters.
+
+        Only the last few tokens are decoded, so that a long answer costs no more per token than a short one.
+        """
+        self._window.append(token)
+        before = self._decode(self._window[: self._num_read])
+        after = self._decode(self._window)
+        if len(after) <= len(before) or after.endswith(_BROKEN):
+            return ""
+        self._window = self._window[self._num_read :]
+        self._num_read = len(self._window)
+        return after[len(before) :]
+
+    def _decode(self, tokens: list[int]) -> str:
+        return self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def _show(self, text: str) -> str:
+        self._pending = self._pending[len(text) :]
+        self._has_begun = self._has_begun or bool(text)
+        return text
+
+    def _finish(self, reason: str) -> str:
+        self.finish_reason = reason
+        return self._show(self._pending.rstrip())

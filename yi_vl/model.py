@@ -1,0 +1,216 @@
+"""Yi-VL: an image encoder, a projector and a language model joined the LLaVA way. THE file to read.
+
+The contract everybody shares. B samples, S tokens, N images in the batch, P patches per image, Dv vision width,
+D language width, V vocabulary.
+
+| name           | shape, dtype          | made by            | note                                                        |
+|----------------|-----------------------|--------------------|-------------------------------------------------------------|
+| input_ids      | (B, S) int64          | chat.py            | `config.image_token_id` at exactly N*P places, reading order |
+| attention_mask | (B, S)                | processor, collate | 1 on real tokens, images included                           |
+| labels         | (B, S) int64          | collate            | unshifted, -100 off the loss mask                           |
+| pixel_values   | (N, 3, H, W) float    | image.py           | normalised; None when the batch has no image                |
+| image features | (N, P, Dv)->(N, P, D) | vision, projector  | one masked assignment; a mismatch raises with both counts   |
+
+Called by predict.py, convert/ and the trainer; calls config.py, vision.py, projector.py and transformers' Llama.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForImageTextToText, GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast, LlavaModelOutputWithPast
+from transformers.utils.import_utils import torch_compilable_check
+
+from .config import YiVLConfig
+from .projector import Projector
+from .vision import OpenClipTower
+
+
+class YiVLPreTrainedModel(PreTrainedModel):
+    """What transformers needs to know about all Yi-VL classes."""
+
+    config: YiVLConfig
+    config_class = YiVLConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = ["past_key_values"]
+    _no_split_modules = ["LlamaDecoderLayer", "ResidualAttentionBlock", "ConvStem"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+
+class YiVLModel(YiVLPreTrainedModel):
+    """Tower, projector and language model, without the head over the vocabulary."""
+
+    def __init__(self, config: YiVLConfig) -> None:
+        super().__init__(config)
+        self.vision_tower = OpenClipTower(config.vision_config)
+        self.multi_modal_projector = Projector(config.vision_config.hidden_size, config.text_config.hidden_size)
+        self.language_model = AutoModel.from_config(config.text_config)
+        self.post_init()
+
+    def encode_images(self, pixel_values: Tensor) -> Tensor:
+        """(N, 3, H, W) -> image features in the language model's space, (N, P, D)"""
+        features = self.vision_tower(pixel_values).last_hidden_state  # (N, P, Dv)
+        return self.multi_modal_projector(features)  # (N, P, D)
+
+    def get_image_features(self, pixel_values: Tensor, **_: Any) -> BaseModelOutputWithPooling:
+        """transformers' name for `encode_images`: `pooler_output` holds one (P, D) tensor per image."""
+        patches = self.vision_tower(pixel_values).last_hidden_state
+        features = self.multi_modal_projector(patches)
+        return BaseModelOutputWithPooling(last_hidden_state=patches, pooler_output=tuple(features))
+
+    def insert_images(self, inputs_embeds: Tensor, input_ids: Tensor, image_features: Tensor) -> Tensor:
+        """Put features at the image tokens, in reading order: (B, S, D), (B, S), (N, P, D) -> (B, S, D)
+
+        Raises:
+            ValueError: the batch has another number of image tokens than of features.
+        """
+        slots = input_ids == self.config.image_token_id  # (B, S)
+        num_features = image_features.shape[0] * image_features.shape[1]
+        torch_compilable_check(
+            slots.sum() == num_features,
+            lambda: (
+                f"{int(slots.sum())} image tokens in input_ids but {num_features} image features "
+                f"({image_features.shape[0]} images of {image_features.shape[1]} patches); each image needs its "
+                "placeholder tokens exactly once. Use the model's own processor."
+            ),
+        )
+        features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
+        return inputs_embeds.masked_scatter(slots.unsqueeze(-1), features)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        **kwargs: Any,
+    ) -> LlavaModelOutputWithPast:
+        """The language model over text and images; see the table atop this file.
+
+        `mm_encoder_outputs` is transformers' way to hand over images that are encoded already.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)  # (B, S, D)
+
+        image_features = None
+        if mm_encoder_outputs and mm_encoder_outputs.get("image") is not None:
+            image_features = torch.stack(tuple(mm_encoder_outputs["image"].pooler_output))
+        elif pixel_values is not None and len(pixel_values):
+            image_features = self.encode_images(pixel_values)
+        if image_features is not None:
+            if input_ids is None:
+                raise ValueError("Images need input_ids: their places are the image tokens.")
+            inputs_embeds = self.insert_images(inputs_embeds, input_ids, image_features)
+        elif self.training and any(parameter.requires_grad for parameter in self._vision_parameters()):
+            inputs_embeds = inputs_embeds + self._touch_vision(inputs_embeds)
+
+        outputs = self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+        return LlavaModelOutputWithPast(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=image_features,
+        )
+
+    def _vision_parameters(self) -> Iterator[nn.Parameter]:
+        return chain(self.vision_tower.parameters(), self.multi_modal_projector.parameters())
+
+    def _touch_vision(self, like: Tensor) -> Tensor:
+        """A zero that depends on every vision parameter.
+
+        A rank whose batch has no image must still take part in the gradient exchange of tower and projector, or
+        distributed training waits for it for ever.
+        """
+        size_px = self.config.vision_config.image_size
+        blank = like.new_zeros(1, 3, size_px, size_px)
+        return self.encode_images(blank).sum().to(like.dtype) * 0.0
+
+
+class YiVLForConditionalGeneration(YiVLPreTrainedModel, GenerationMixin):
+    """Yi-VL with its language-model head: what `yi_vl.load` returns inside a `YiVL` and the trainer trains."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+
+    def __init__(self, config: YiVLConfig) -> None:
+        super().__init__(config)
+        self.model = YiVLModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+        """See `YiVLModel.get_image_features`."""
+        return self.model.get_image_features(pixel_values, **kwargs)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        **kwargs: Any,
+    ) -> LlavaCausalLMOutputWithPast:
+        """Logits (B, S, V), and the mean loss over supervised tokens when labels are given.
+
+        Args:
+            logits_to_keep: only the last so many positions' logits (0: all), or the positions given.
+            kwargs: `num_items_in_batch` normalises the loss by the supervised tokens of a whole step.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            mm_encoder_outputs=mm_encoder_outputs,
+            **kwargs,
+        )
+        hidden = outputs.last_hidden_state  # (B, S, D)
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
+        logits = self.lm_head(hidden if isinstance(keep, int) else hidden[:, keep])  # (B, S or kept, V)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, vocab_size=self.config.text_config.vocab_size, **kwargs)
+        return LlavaCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=outputs.image_hidden_states,
+        )
+
+
+AutoModel.register(YiVLConfig, YiVLModel)
+AutoModelForImageTextToText.register(YiVLConfig, YiVLForConditionalGeneration)

@@ -1,0 +1,232 @@
+"""The Python API: `load()` gives a `YiVL`, which answers questions about pictures.
+
+B conversations answered at once, S prompt tokens, V vocabulary.
+Called by server.py, cli.py, the demo and the evaluation; calls processor.py, model.py and decode.py.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
+from typing import Any
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from .decode import Answer, Chooser, Prompts, Sampling, decode
+from .image import ImageSource
+from .loading import check_fit, load_model
+from .model import YiVLForConditionalGeneration
+from .processor import YiVLProcessor
+
+Images = ImageSource | Sequence[ImageSource] | None
+Message = dict[str, Any]
+
+_END_TOKENS = ("<|endoftext|>", "<|im_end|>")  # either ends an answer: the 6B and the 34B name one of them each
+
+
+def load(
+    path: str | os.PathLike | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> YiVL:
+    """A model that is ready to answer; the arguments and errors are those of `loading.load_model`."""
+    return YiVL(*load_model(path, device, dtype))
+
+
+class YiVL:
+    """A model with its processor. Every method takes the options of `decode.Sampling` by name: `max_new_tokens` (512),
+    `temperature` (0: greedy), `top_p` (1) and `seed`.
+
+    Pictures are paths, bytes, PIL images or arrays: None, one, or a list. Whatever is wrong with a request is raised as
+    a `ValueError` before the model works on it.
+    """
+
+    def __init__(self, model: YiVLForConditionalGeneration, processor: YiVLProcessor) -> None:
+        self.model = model
+        self.processor = processor
+        check_fit(model.config, processor)
+        tokens = torch.arange(model.config.text_config.vocab_size)
+        self._forbidden = (tokens >= len(processor.tokenizer)) | (tokens == model.config.image_token_id)  # (V,)
+        self._stop_ids = _stop_ids(model, processor.tokenizer)
+
+    def predict(
+        self,
+        images: Images,
+        question: str,
+        *,
+        system: str | None = None,
+        history: Sequence[Message] = (),
+        **options: Any,
+    ) -> str:
+        """The answer to a question about some pictures.
+
+        Args:
+            system: text before the conversation; Yi-VL's own by default.
+            history: the earlier messages of the conversation, in the form of `chat.render`, user first.
+        """
+        return self.answer(_conversation(images, question, system, history), **options)
+
+    def stream(
+        self,
+        images: Images,
+        question: str,
+        *,
+        system: str | None = None,
+        history: Sequence[Message] = (),
+        **options: Any,
+    ) -> Generator[str, None, None]:
+        """`predict` piece by piece; closing the generator stops the work."""
+        return self.stream_messages(_conversation(images, question, system, history), **options)
+
+    def predict_batch(
+        self,
+        requests: Sequence[tuple[Images, str]],
+        *,
+        system: str | None = None,
+        batch_size: int = 8,
+        **options: Any,
+    ) -> list[str]:
+        """The answers to many `(images, question)`, in their order, `batch_size` at once."""
+        sampling = Sampling(**options)
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; it must be at least 1.")
+        texts: list[str] = []
+        for start in range(0, len(requests), batch_size):
+            batch = [
+                _conversation(images, question, system) for images, question in requests[start : start + batch_size]
+            ]
+            prompts = self.prepare(batch)
+            steps = list(self.generate(prompts, self.begin_answers(prompts, sampling), sampling))
+            texts += ["".join(pieces) for pieces in zip(*steps, strict=True)]
+        return texts
+
+    def chat(self, system: str | None = None) -> Conversation:
+        """A conversation that remembers what was said and shown."""
+        return Conversation(self, system)
+
+    def answer(self, messages: Sequence[Message], **options: Any) -> str:
+        """The answer to a whole conversation; see `chat.render` for what messages are.
+
+        An image part carries its picture: `{"type": "image", "image": path, bytes, PIL image or array}`.
+        """
+        return "".join(self.stream_messages(messages, **options))
+
+    def stream_messages(self, messages: Sequence[Message], **options: Any) -> Generator[str, None, None]:
+        """`answer` piece by piece; closing the generator stops the work."""
+        sampling = Sampling(**options)
+        prompts = self.prepare([messages])
+        steps = self.generate(prompts, self.begin_answers(prompts, sampling), sampling)
+        return (piece for (piece,) in steps if piece)
+
+    def prepare(self, conversations: Sequence[Sequence[Message]]) -> Prompts:
+        """Conversations that await an answer as the model reads them.
+
+        Raises:
+            ValueError: a conversation is malformed or too long, or a picture cannot be read.
+        """
+        encoded = [self.processor.encode_messages(messages) for messages in conversations]
+        for prompt in encoded:
+            self._check_length(len(prompt.input_ids), len(prompt.image_starts))
+        rows = [torch.tensor(prompt.input_ids) for prompt in encoded]
+        pad_id = self.processor.tokenizer.pad_token_id or 0
+        input_ids = pad_sequence(rows, batch_first=True, padding_value=pad_id, padding_side="left")
+        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
+        pictures = [picture for messages in conversations for picture in _pictures(messages)]
+        pixels = self.processor.image_processor(pictures)["pixel_values"] if pictures else None
+        device = self.model.device
+        return Prompts(input_ids.to(device), mask.to(device), None if pixels is None else pixels.to(device))
+
+    def begin_answers(self, prompts: Prompts, sampling: Sampling) -> list[Answer]:
+        """An empty answer for every row; afterwards they know why they ended and how many tokens they took."""
+        limit = self.model.config.text_config.max_position_embeddings
+        rooms = [min(sampling.max_new_tokens, limit - num_tokens) for num_tokens in prompts.num_tokens]
+        return [Answer(self.processor.tokenizer, room, self._stop_ids) for room in rooms]
+
+    def generate(self, prompts: Prompts, answers: list[Answer], sampling: Sampling) -> Generator[list[str], None, None]:
+        """Every row's new text (often none), step after step until the last answer has ended."""
+        choose = Chooser(sampling, len(answers), self._forbidden.to(self.model.device))
+        with closing(decode(self.model, prompts, choose)) as steps:
+            for tokens in steps:
+                yield [answer.add(token) for answer, token in zip(answers, tokens, strict=True)]
+                if all(answer.finish_reason for answer in answers):
+                    return
+
+    def _check_length(self, num_tokens: int, num_images: int) -> None:
+        limit = self.model.config.text_config.max_position_embeddings
+        if num_tokens + 1 > limit:
+            per_image = self.processor.patches_per_image
+            raise ValueError(
+                f"The prompt takes {num_tokens} tokens, {num_images * per_image} of them for {num_images} images of "
+                f"{per_image}; the model holds {limit}, the answer included. Give fewer images or a shorter text, or "
+                "begin a new chat."
+            )
+
+
+class Conversation:
+    """A chat about pictures that remembers; `messages` is all that was said and shown, in the form of `chat.render`."""
+
+    def __init__(self, yi_vl: YiVL, system: str | None = None) -> None:
+        self.messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+        self._yi_vl = yi_vl
+
+    def ask(self, question: str, images: Images = None, **options: Any) -> str:
+        """The answer to the next question, and to the pictures shown with it."""
+        return "".join(self.stream(question, images, **options))
+
+    def stream(self, question: str, images: Images = None, **options: Any) -> Generator[str, None, None]:
+        """`ask` piece by piece. An answer that is stopped is remembered as far as it went, a failed turn not at all."""
+        prepare = self._yi_vl.processor.image_processor.prepare  # once: the file may be gone by the next turn
+        messages = [*self.messages, _user_message([prepare(image) for image in _as_list(images)], question)]
+        return self._record(messages, self._yi_vl.stream_messages(messages, **options))
+
+    def _record(self, messages: list[Message], pieces: Generator[str, None, None]) -> Generator[str, None, None]:
+        before, said = self.messages, ""
+        try:
+            with closing(pieces):
+                for piece in pieces:
+                    said += piece
+                    self.messages = [*messages, {"role": "assistant", "content": said}]
+                    yield piece
+            self.messages = [*messages, {"role": "assistant", "content": said}]
+        except Exception:
+            self.messages = before
+            raise
+
+
+def _stop_ids(model: YiVLForConditionalGeneration, tokenizer: Any) -> set[int]:
+    """The generation config's end tokens, the tokenizer's, and Yi's two where the tokenizer has them."""
+    configured = model.generation_config.eos_token_id if model.generation_config else None
+    ids = set(configured) if isinstance(configured, (list, tuple)) else {configured}
+    ids |= {tokenizer.eos_token_id, *(tokenizer.get_vocab().get(token) for token in _END_TOKENS)}
+    return ids - {None}
+
+
+def _conversation(
+    images: Images, question: str, system: str | None = None, history: Sequence[Message] = ()
+) -> list[Message]:
+    begin = [] if system is None else [{"role": "system", "content": system}]
+    return [*begin, *history, _user_message(_as_list(images), question)]
+
+
+def _user_message(images: Sequence[ImageSource], question: str) -> Message:
+    parts: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images]
+    return {"role": "user", "content": [*parts, {"type": "text", "text": question}]}
+
+
+def _as_list(images: Images) -> list[ImageSource]:
+    if images is None:
+        return []
+    return list(images) if isinstance(images, (list, tuple)) else [images]  # type: ignore[list-item]
+
+
+def _pictures(messages: Sequence[Message]) -> Iterator[ImageSource]:
+    """All pictures of a conversation, in reading order."""
+    for message in messages:
+        content = message["content"]
+        for part in content if not isinstance(content, str) else ():
+            if part["type"] == "image":
+                if "image" not in part:
+                    raise ValueError('An image part must carry its picture: {"type": "image", "image": ...}.')
+                yield part["image"]

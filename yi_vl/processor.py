@@ -1,0 +1,76 @@
+"""Conversations to model inputs: the tokenizer and the image transform behind transformers' processor interface.
+
+Called by predict.py, the trainer and transformers' own tools; calls chat.py, image.py and config.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import AutoProcessor, AutoTokenizer, ProcessorMixin
+from transformers.processing_utils import MultiModalData
+
+from .chat import CHAT_TEMPLATE, IMAGE_PLACEHOLDER, Encoded, Segment, encode, render
+from .config import YiVLConfig
+from .image import YiVLImageProcessor
+
+
+class YiVLProcessor(ProcessorMixin):
+    """Tokenizer and image processor of one model.
+
+    Args:
+        patch_size: of the vision tower, in pixels; with the image size it says how many tokens an image takes.
+    """
+
+    def __init__(
+        self,
+        image_processor: YiVLImageProcessor | None = None,
+        tokenizer: Any = None,
+        patch_size: int = 14,
+        chat_template: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.patch_size = patch_size
+        self.image_token = IMAGE_PLACEHOLDER
+        self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER)
+        super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE, **kwargs)
+
+    @property
+    def patches_per_image(self) -> int:
+        """P: tokens that one image takes in the prompt."""
+        return (self.image_processor.size_px // self.patch_size) ** 2
+
+    def encode(self, segments: Sequence[Segment]) -> Encoded:
+        """Token ids, loss mask and image slots of a rendered conversation or caption; see `chat.encode`."""
+        return encode(segments, self.tokenizer, self.image_token_id, self.patches_per_image)
+
+    def encode_messages(self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = True) -> Encoded:
+        """The conversation in the chat form, ready for an answer; see `chat.render` for what messages are."""
+        return self.encode(render(messages, add_generation_prompt))
+
+    def replace_image_token(self, image_inputs: dict, image_idx: int, **_: Any) -> str:
+        """transformers' hook: what one placeholder in a prompt's text becomes before it is tokenised."""
+        return IMAGE_PLACEHOLDER * self.patches_per_image
+
+    def _get_num_multimodal_tokens(self, image_sizes: list[list[int]] | None = None, **_: Any) -> MultiModalData:
+        """transformers' hook for inference servers: tokens and patches per image of the given sizes."""
+        if image_sizes is None:
+            return MultiModalData()
+        count = len(image_sizes)
+        return MultiModalData(num_image_tokens=[self.patches_per_image] * count, num_image_patches=[1] * count)
+
+
+def prepare_tokenizer(source: str) -> Any:
+    """A language model's tokenizer with `<image_placeholder>` added after its last id, and no BOS or EOS of its own.
+
+    `AutoTokenizer` gives the official ids exactly; the class `LlamaTokenizer` would insert a leading space.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    if IMAGE_PLACEHOLDER not in tokenizer.get_added_vocab():
+        tokenizer.add_special_tokens({"extra_special_tokens": [IMAGE_PLACEHOLDER]}, replace_extra_special_tokens=False)
+    tokenizer.padding_side = "left"
+    return tokenizer
+
+
+AutoProcessor.register(YiVLConfig, YiVLProcessor)
