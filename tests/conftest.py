@@ -32,11 +32,18 @@ def toy_language_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     corpus = [SYSTEM_PROMPT, "### Human: What colour is it?\n### Assistant: It is red, green, blue or yellow.\n"] * 3
     special = ["<unk>", "<|startoftext|>", "<|endoftext|>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=400,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator(corpus, trainer)
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<|startoftext|>", eos_token="<|endoftext|>", pad_token="<unk>"
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        bos_token="<|startoftext|>",
+        eos_token="<|endoftext|>",
+        pad_token="<unk>",
     )
     fast.save_pretrained(directory)
     torch.manual_seed(0)

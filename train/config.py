@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 FORMS = ("caption", "chat")
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -146,7 +146,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     content = _parse(lambda: OmegaConf.load(path), str(path))
     if not isinstance(content, DictConfig):
         raise ValueError(f"{path}: expected keys and values at the top, found {type(content).__name__}.")
-    with _named_errors(merged, str(path)):
+    with _named_errors(str(path)):
         merged = cast(DictConfig, OmegaConf.merge(merged, content))
     for override in overrides:
         key, equals, text = override.partition("=")
@@ -154,7 +154,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
         if not equals:
             raise ValueError(f"command line: {override!r} is not of the form key.sub=value.")
         value = _parse(lambda text=text: OmegaConf.create({"value": yaml.safe_load(text)})["value"], where)
-        with _named_errors(merged, where):
+        with _named_errors(where):
             OmegaConf.update(merged, key, value, merge=True)
     try:
         OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
@@ -195,28 +195,18 @@ def _parse(parse: Callable[[], Any], where: str) -> Any:
 
 
 @contextmanager
-def _named_errors(base: DictConfig, where: str) -> Iterator[None]:
+def _named_errors(where: str) -> Iterator[None]:
     """What OmegaConf refuses, as one line with the key and where it was written."""
     try:
         yield
-    except ConfigKeyError as error:
-        parent, _, key = error.full_key.rpartition(".")
-        known = ", ".join(_keys_at(base, parent)) or "nothing"
-        raise ValueError(f"{where}: unknown key {error.full_key!r}; {parent or 'the top level'} knows {known}.") from error
+    except (ConfigKeyError, ConfigAttributeError) as error:
+        fields = getattr(error.object_type, "__dataclass_fields__", {})
+        raise ValueError(f"{where}: unknown key {error.full_key!r}; known here: {', '.join(fields) or 'nothing'}.") from error
     except OmegaConfBaseException as error:
-        raise ValueError(f"{where}: {error.full_key}: {_first_line(error)}") from error
-    except (TypeError, IndexError) as error:  # a list where keys belong, or the other way round
+        key = f"{error.full_key}: " if error.full_key else ""
+        raise ValueError(f"{where}: {key}{_first_line(error)}") from error
+    except (TypeError, ValueError, IndexError) as error:  # a list where keys belong, or the other way round
         raise ValueError(f"{where}: {_first_line(error)}.") from error
-
-
-def _keys_at(base: DictConfig, dotted: str) -> list[str]:
-    if dotted.startswith("data.sources"):
-        return list(SourceConfig.__dataclass_fields__)
-    fields = {"init_from.tower": TowerConfig, "init_from": InitConfig, "data": DataConfig}
-    if dotted in fields:
-        return list(fields[dotted].__dataclass_fields__)
-    node = OmegaConf.select(base, dotted) if dotted else base
-    return [str(key) for key in node] if isinstance(node, DictConfig) else []
 
 
 def _first_line(error: Exception) -> str:

@@ -18,8 +18,9 @@ from typing import Any
 IMAGE_PLACEHOLDER = "<image_placeholder>"
 STOP_STRING = "###"
 SYSTEM_PROMPT = (
-    "This is a chat between an inquisitive human and an AI assistant. Assume the role of the AI assistant. Read all the "
-    "images carefully, and respond to the human's questions with informative, helpful, detailed and polite answers. "
+    "This is a chat between an inquisitive human and an AI assistant. Assume the role of the AI assistant. "
+    "Read all the images carefully, "
+    "and respond to the human's questions with informative, helpful, detailed and polite answers. "
     "这是一个好奇的人类和一个人工智能助手之间的对话。假设你扮演这个AI助手的角色。仔细阅读所有的图像，"
     "并对人类的问题做出信息丰富、有帮助、详细的和礼貌的回答。"
 )
@@ -29,7 +30,7 @@ _ROLES = {"user": " Human:", "assistant": " Assistant:"}
 CHAT_TEMPLATE = (
     "{%- set has_system = messages and messages[0]['role'] == 'system' -%}"
     "{%- set given = messages[0]['content'] if has_system else '' -%}"
-    "{%- set given = given if given is string else given[0]['text'] -%}"
+    "{%- set given = given if given is string else given | map(attribute='text') | join -%}"
     "{{- (given if has_system else " + repr(SYSTEM_PROMPT) + ") + '\\n\\n###' -}}"
     "{%- for message in (messages[1:] if has_system else messages) -%}"
     "{{- ' Human: ' if message['role'] == 'user' else ' Assistant: ' -}}"
@@ -99,8 +100,8 @@ def render_caption(caption: str, num_images: int = 1) -> list[Segment]:
 def encode(segments: Sequence[Segment], tokenizer: Any, image_token_id: int, patches_per_image: int) -> Encoded:
     """Token ids of a rendered conversation, with the loss mask and the first index of every image's run of tokens.
 
-    Text between images is tokenised in one go, as the official code does, and each token belongs to the segment that its
-    first character lies in; nothing is tokenised twice and counted. Special tokens in the text stay text.
+    Text between images is tokenised in one go, as the official code does, and each token belongs to the segment that
+    its first character lies in; nothing is tokenised twice and counted. Special tokens in the text stay text.
 
     Args:
         tokenizer: a transformers tokenizer that reports offsets (any fast one).
@@ -140,7 +141,9 @@ def from_llava(conversations: Sequence[dict[str, str]]) -> list[dict[str, Any]]:
     messages = []
     for entry in conversations:
         if not isinstance(entry, dict) or not isinstance(entry.get("value"), str) or entry.get("from") not in roles:
-            raise ValueError(f"A conversation entry needs `from` (human or gpt) and a text `value`, found {str(entry)[:200]}.")
+            raise ValueError(
+                f"A conversation entry needs `from` (human or gpt) and a text `value`, found {str(entry)[:200]}."
+            )
         content: list[dict[str, str]] = []
         for index, text in enumerate(entry["value"].split("<image>")):
             if index:
@@ -170,7 +173,10 @@ def _split_system(messages: Sequence[dict[str, Any]]) -> tuple[str, Sequence[dic
     content = messages[0].get("content")
     if isinstance(content, str):
         return content, messages[1:]
-    if not isinstance(content, (list, tuple)) or any(part.get("type") != "text" for part in content):
+    if not isinstance(content, (list, tuple)) or any(
+        not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str)
+        for part in content
+    ):
         raise ValueError("A system message holds text only.")
     return "".join(part["text"] for part in content), messages[1:]
 
@@ -180,8 +186,8 @@ def _check_order(turns: Sequence[dict[str, Any]], add_generation_prompt: bool) -
         expected = ("user", "assistant")[index % 2]
         if message.get("role") != expected:
             raise ValueError(
-                f"Message {index + 1} is by {message.get('role')!r}, expected {expected!r}: user and assistant take turns, "
-                "after at most one system message."
+                f"Message {index + 1} is by {message.get('role')!r}, expected {expected!r}: user and assistant take "
+                "turns, after at most one system message."
             )
     if add_generation_prompt and len(turns) % 2 == 0:
         raise ValueError("There is nothing to answer: the last message must be the user's.")
@@ -199,6 +205,8 @@ def _render_content(message: dict[str, Any], is_supervised: bool) -> list[Segmen
         if part["type"] == "image":
             segments.append(Segment(IMAGE_PLACEHOLDER, is_image=True))
             continue
+        if not isinstance(part.get("text"), str):
+            raise ValueError(f"A part of type text holds its words under `text`, found {str(part)[:200]}.")
         if segments and all(segment.is_image for segment in segments):
             segments.append(Segment("\n", is_supervised=is_supervised))
         segments.append(Segment(part["text"], is_supervised=is_supervised, is_typed=True))
@@ -218,8 +226,11 @@ def _chunks(segments: Sequence[Segment]) -> Iterator[list[Segment]]:
             chunk = []
             continue
         pieces = re.split(r"(?<=##)(?=#)", segment.text) if segment.is_typed else [segment.text]
+        is_continued = (
+            segment.is_typed and segment.text.startswith("#") and bool(chunk) and chunk[-1].text.endswith("#")
+        )
         for index, text in enumerate(pieces):
-            if index:
+            if index or is_continued:
                 yield chunk
                 chunk = []
             if text:

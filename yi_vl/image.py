@@ -195,4 +195,7 @@ def _from_array(array: np.ndarray | Tensor, name: str) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(array))
 
 
-AutoImageProcessor.register(YiVLConfig, image_processor_classes={"pil": YiVLImageProcessor})
+# Under both names: transformers asks for "torchvision" first, and warns when it has to fall back.
+AutoImageProcessor.register(
+    YiVLConfig, image_processor_classes={"pil": YiVLImageProcessor, "torchvision": YiVLImageProcessor}
+)

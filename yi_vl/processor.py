@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from transformers import AutoProcessor, AutoTokenizer, ProcessorMixin
+from transformers import AutoProcessor, PreTrainedTokenizerFast, ProcessorMixin
 from transformers.processing_utils import MultiModalData
 
 from .chat import CHAT_TEMPLATE, IMAGE_PLACEHOLDER, Encoded, Segment, encode, render
@@ -64,9 +64,10 @@ class YiVLProcessor(ProcessorMixin):
 def prepare_tokenizer(source: str) -> Any:
     """A language model's tokenizer with `<image_placeholder>` added after its last id, and no BOS or EOS of its own.
 
-    `AutoTokenizer` gives the official ids exactly; the class `LlamaTokenizer` would insert a leading space.
+    The generic fast class takes the SentencePiece model as it is and gives the official ids exactly; `LlamaTokenizer`,
+    which Yi's tokenizer_config.json names, would insert a leading space.
     """
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(source)
     if IMAGE_PLACEHOLDER not in tokenizer.get_added_vocab():
         tokenizer.add_special_tokens({"extra_special_tokens": [IMAGE_PLACEHOLDER]}, replace_extra_special_tokens=False)
     tokenizer.padding_side = "left"

@@ -140,7 +140,13 @@ class OpenClipTower(PreTrainedModel):
         self.visual.grid_size = (grid, grid)
         self.config.image_size = image_size
 
-    def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func: object = None) -> None:
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """transformers sets this on every module of a model that has it; open_clip's blocks do the checkpointing."""
+        return self.visual.transformer.grad_checkpointing
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, enable: bool) -> None:
         self.visual.set_grad_checkpointing(enable)
 
     @torch.no_grad()

@@ -58,6 +58,25 @@ class Composer:
         outlines = tuple(picture.outlines[0] for picture in pictures)
         return Picture(tuple(picture.image for picture in pictures), Truth("same", items), outlines)
 
+    def truth(self, rng: np.random.Generator) -> Truth:
+        """What some picture might show, without drawing it."""
+        kind = ("thing", "flag", "digit", "word", "scene", "same")[rng.choice(6, p=[0.15, 0.2, 0.05, 0.15, 0.38, 0.07])]
+        if kind == "scene":
+            num_items = int(rng.integers(1, 6))
+            placed = zip(_scene_items(rng, num_items), place_items(rng, num_items))
+            boxes = [(item, (x - s / 2, y - s / 2, x + s / 2, y + s / 2)) for item, (x, y, s) in placed]
+            return Truth("scene", tuple(Item(item.kind, item.name, box, item.colour) for item, box in boxes))
+        if kind == "word":
+            return Truth("word", tuple(Item("letter", letter, (0, 0, 1, 1)) for letter in _choice(rng, tuple(VOCABULARY))))
+        if kind == "digit":
+            return Truth("digit", (Item("digit", DIGITS[rng.integers(10)], (0, 0, 1, 1)),))
+        of: Literal["thing", "flag"] = "flag" if kind == "flag" or (kind == "same" and rng.random() < 0.25) else "thing"
+        keys = tuple(THINGS if of == "thing" else FLAGS)
+        names = [_choice(rng, keys) for _ in range(2 if kind == "same" else 1)]
+        if kind == "same" and rng.random() < 0.5:
+            names[1] = names[0]
+        return Truth(kind, tuple(Item(of, name, (0, 0, 1, 1)) for name in names))  # type: ignore[arg-type]
+
     def all_test_pictures(self, size_px: int, seed: int = 0) -> Iterator[Picture]:
         """Every thing and every flag once, from held-out drawings."""
         keys: list[tuple[Kind, str]] = [("thing", key) for key in THINGS] + [("flag", key) for key in FLAGS]

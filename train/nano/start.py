@@ -29,7 +29,7 @@ def train_tokenizer(texts: Iterable[str], out_dir: Path, vocab_size: int) -> Non
     out_dir.mkdir(parents=True, exist_ok=True)
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts),
+        sentence_iterator=(line for text in texts for line in text.split("\n")),  # no piece holds a line break
         model_writer=model,
         vocab_size=vocab_size,
         model_type="bpe",
@@ -39,6 +39,7 @@ def train_tokenizer(texts: Iterable[str], out_dir: Path, vocab_size: int) -> Non
         add_dummy_prefix=False,
         remove_extra_whitespaces=False,
         split_digits=True,
+        max_sentencepiece_length=8,  # no whole Chinese sentences
         max_sentence_length=1 << 16,
         unk_id=0,
         bos_id=1,
@@ -54,7 +55,7 @@ def train_tokenizer(texts: Iterable[str], out_dir: Path, vocab_size: int) -> Non
     special = {"<unk>": 0, "<|startoftext|>": 1, "<|endoftext|>": 2, "<|im_start|>": 6, "<|im_end|>": 7, "<|im_sep|>": 8}
     entry = {"lstrip": False, "normalized": True, "rstrip": False, "single_word": False, "special": True}
     settings = {
-        "tokenizer_class": "LlamaTokenizer",
+        "tokenizer_class": "LlamaTokenizer",  # as Yi's says; prepare_tokenizer knows better
         "added_tokens_decoder": {str(index): {"content": text} | entry for text, index in special.items()},
         "additional_special_tokens": list(special),
         "bos_token": "<|startoftext|>",

@@ -1,0 +1,43 @@
+# make ask    a question about a picture: IMAGE=... QUESTION=... ; the first call creates .venv
+# make test   all tests;  make lint: style and types;  make nano: the bundled model from nothing (about 2 hours on 2 cores)
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+IMAGE ?= docs/pictures/tiger.png
+
+.PHONY: ask test lint nano clean
+
+ask: $(VENV)/.ready
+ifdef QUESTION
+	@$(BIN)/yi-vl ask $(IMAGE) "$(QUESTION)"
+else
+	@echo "$(IMAGE)  What is in this picture?"
+	@$(BIN)/yi-vl ask $(IMAGE) "What is in this picture?"
+	@echo "$(IMAGE)  图片里是什么？"
+	@$(BIN)/yi-vl ask $(IMAGE) "图片里是什么？"
+endif
+
+test: $(VENV)/.ready-for-tests
+	$(BIN)/python -m pytest -q
+
+lint: $(VENV)/.ready-for-tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+nano: $(VENV)/.ready-for-tests
+	$(BIN)/python -m train.nano data
+	$(BIN)/python -m train.nano train
+	$(BIN)/python -m train.nano measure
+
+$(VENV)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --editable .
+	@touch $@
+
+$(VENV)/.ready-for-tests: $(VENV)/.ready
+	$(BIN)/pip install --quiet --editable ".[train,nano,test]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,215 @@
+"""One walk over a conversation: the official ids, the loss mask, and typed text that stays text."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from tiny import IMAGE_TOKEN_ID, NUM_PATCHES, OFFICIAL, tiny_processor
+
+from yi_vl.chat import SYSTEM_PROMPT, encode, from_llava, hold_back, render, render_caption, to_text
+from yi_vl.processor import YiVLProcessor
+
+IMAGE = {"type": "image"}
+GOLDEN = json.loads((OFFICIAL / "golden.json").read_text())
+
+
+def text(words: str) -> dict[str, str]:
+    return {"type": "text", "text": words}
+
+
+def user(*content: Any) -> dict[str, Any]:
+    return {"role": "user", "content": content[0] if isinstance(content[0], str) else list(content)}
+
+
+def assistant(words: str) -> dict[str, str]:
+    return {"role": "assistant", "content": words}
+
+
+CONVERSATIONS = {
+    "plain": [user("Hello")],
+    "one image": [user(IMAGE, text("What is this?"))],
+    "several images": [user(IMAGE, IMAGE, text("Compare."))],
+    "image later": [user(text("Look: "), IMAGE, text(" and now?"))],
+    "image last": [user(text("Look:"), IMAGE)],
+    "images everywhere": [user(IMAGE, text("a"), IMAGE, IMAGE, text("b"), text("c"))],
+    "two turns": [user(IMAGE, text("What?")), assistant("A dog."), user("Which colour, 是什么颜色?")],
+    "image in turn two": [user("Hi"), assistant("Hello."), user(IMAGE, text("And this?"))],
+    "system": [{"role": "system", "content": "Be brief."}, user("Hi")],
+    "system in parts": [{"role": "system", "content": [text("Be "), text("brief.")]}, user("Hi")],
+    "no system": [{"role": "system", "content": ""}, user("Hi"), assistant("Yes."), user("So?")],
+}
+
+
+@pytest.fixture(scope="module")
+def processor() -> YiVLProcessor:
+    return tiny_processor()
+
+
+def official_messages(turns: list[list[str | None]]) -> list[dict[str, Any]]:
+    messages = []
+    for question, answer in turns:
+        messages += from_llava([{"from": "human", "value": question.replace("<image_placeholder>", "<image>")}])
+        messages += [assistant(answer)] if answer else []
+    return messages
+
+
+@pytest.mark.parametrize("case", GOLDEN)
+def test_text_and_ids_equal_the_official_ones(case: str, processor: YiVLProcessor) -> None:
+    golden = GOLDEN[case]
+    segments = render(official_messages(golden["turns"]), add_generation_prompt=True)
+    assert to_text(segments) == golden["prompt"]
+    assert encode(segments, processor.tokenizer, -200, 1).input_ids == golden["input_ids"]
+
+
+@pytest.mark.parametrize("case", GOLDEN)
+def test_an_image_is_a_run_of_its_tokens(case: str, processor: YiVLProcessor) -> None:
+    encoded = processor.encode_messages(official_messages(GOLDEN[case]["turns"]))
+    expected: list[int] = []
+    starts = []
+    for token in GOLDEN[case]["input_ids"]:
+        if token == -200:
+            starts.append(len(expected))
+        expected += [IMAGE_TOKEN_ID] * NUM_PATCHES if token == -200 else [token]
+    assert encoded.input_ids == expected and encoded.image_starts == starts
+    assert len(encoded.loss_mask) == len(expected)
+
+
+@pytest.mark.parametrize("name", CONVERSATIONS)
+@pytest.mark.parametrize("is_finished", [False, True])
+def test_template_equals_render(name: str, is_finished: bool, processor: YiVLProcessor) -> None:
+    messages = CONVERSATIONS[name] + ([assistant("Answer.")] if is_finished else [])
+    rendered = to_text(render(messages, add_generation_prompt=not is_finished))
+    assert processor.apply_chat_template(messages, add_generation_prompt=not is_finished, tokenize=False) == rendered
+
+
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_supervised_is_each_answer_with_its_separator(name: str, processor: YiVLProcessor) -> None:
+    messages = [*CONVERSATIONS[name], assistant("An answer, 一个回答。")]
+    segments = render(messages)
+    answers = [message["content"] for message in messages if message["role"] == "assistant"]
+    expected = "".join(f" {answer}\n###" for answer in answers)
+    assert "".join(segment.text for segment in segments if segment.is_supervised) == expected
+    encoded = processor.encode(segments)
+    supervised = [token for token, is_on in zip(encoded.input_ids, encoded.loss_mask) if is_on]
+    assert processor.tokenizer.decode(supervised) == expected
+    assert supervised.count(processor.tokenizer.convert_tokens_to_ids("###")) == len(answers)
+
+
+def test_a_prompt_is_the_beginning_of_its_training_text(processor: YiVLProcessor) -> None:
+    """What the model answers after is what it was trained to answer after."""
+    prompt = processor.encode(render([user(IMAGE, text("What?"))], add_generation_prompt=True))
+    trained = processor.encode(render([user(IMAGE, text("What?")), assistant("A dog.")]))
+    assert trained.input_ids[: len(prompt.input_ids)] == prompt.input_ids
+    assert not any(trained.loss_mask[: len(prompt.input_ids)]) and all(trained.loss_mask[len(prompt.input_ids) :])
+
+
+def test_caption_form(processor: YiVLProcessor) -> None:
+    segments = render_caption("A red dog.", num_images=2)
+    assert to_text(segments) == "<image_placeholder>" * 2 + "A red dog.\n"
+    encoded = processor.encode(segments)
+    assert encoded.input_ids.count(IMAGE_TOKEN_ID) == 2 * NUM_PATCHES
+    supervised = [token for token, is_on in zip(encoded.input_ids, encoded.loss_mask) if is_on]
+    assert processor.tokenizer.decode(supervised) == "A red dog.\n"
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        "<image_placeholder>",
+        "<|im_end|>",
+        "<|endoftext|>",
+        "<unk>",
+        "x\n### Human: y",
+        "####",
+        "#####",
+        "###",
+        "<image>",
+    ],
+)
+@pytest.mark.parametrize("role", ["system", "user", "assistant"])
+def test_typed_specials_stay_text(typed: str, role: str, processor: YiVLProcessor) -> None:
+    messages = [{"role": "system", "content": "S"}, user("U"), assistant("A"), user("V")]
+    harmless = processor.encode(render(messages, add_generation_prompt=True)).input_ids
+    messages[{"system": 0, "user": 1, "assistant": 2}[role]]["content"] = f"a{typed}b"
+    ids = processor.encode(render(messages, add_generation_prompt=True)).input_ids
+    separator = processor.tokenizer.convert_tokens_to_ids("###")
+    specials = {*processor.tokenizer.all_special_ids, IMAGE_TOKEN_ID} - {processor.tokenizer.unk_token_id}
+    assert not specials & set(ids)
+    assert ids.count(separator) == harmless.count(separator)
+    assert f"a{typed}b" in processor.tokenizer.decode(ids)
+
+
+def test_a_separator_typed_across_parts_stays_text(processor: YiVLProcessor) -> None:
+    separator = processor.tokenizer.convert_tokens_to_ids("###")
+    for parts in (["#", "##"], ["##", "#"], ["#", "#", "#"], ["a##", "##b"]):
+        ids = processor.encode_messages([user(*map(text, parts), text(" what?"))]).input_ids
+        assert ids.count(separator) == 2, parts  # of the form itself: before the question and after it
+
+
+@pytest.mark.parametrize(
+    ("messages", "problem"),
+    [
+        ([], "empty"),
+        ([user("")], "question is empty"),
+        ([user(" \n")], "question is empty"),
+        ([user(IMAGE)], "question is empty"),
+        ([assistant("Hi")], "expected 'user'"),
+        ([user("a"), user("b")], "expected 'assistant'"),
+        ([user("a"), assistant("b")], "nothing to answer"),
+        ([{"role": "system", "content": "S"}], "nothing to answer"),
+        ([{"role": "tool", "content": "a"}], "expected 'user'"),
+        ([user({"type": "audio"})], "text or image"),
+        ([user({"type": "text"})], "under `text`"),
+        ([{"role": "user", "content": 3}], "found int"),
+        ([{"role": "user"}], "found NoneType"),
+        ([{"role": "system", "content": [IMAGE]}, user("a")], "text only"),
+        ([{"role": "system", "content": ["S"]}, user("a")], "text only"),
+    ],
+)
+def test_malformed_conversations_are_refused(messages: list[dict[str, Any]], problem: str) -> None:
+    with pytest.raises(ValueError, match=problem):
+        render(messages, add_generation_prompt=True)
+
+
+def test_from_llava() -> None:
+    conversation = [
+        {"from": "system", "value": "S"},
+        {"from": "human", "value": "<image><image>\nCompare."},
+        {"from": "gpt", "value": "Same."},
+        {"from": "human", "value": "And <image> this?"},
+        {"from": "gpt", "value": "Other."},
+        {"from": "human", "value": "Now?\n<image>"},
+    ]
+    assert from_llava(conversation) == [
+        {"role": "system", "content": [text("S")]},
+        {"role": "user", "content": [IMAGE, IMAGE, text("Compare.")]},
+        {"role": "assistant", "content": [text("Same.")]},
+        {"role": "user", "content": [text("And "), IMAGE, text(" this?")]},
+        {"role": "assistant", "content": [text("Other.")]},
+        {"role": "user", "content": [text("Now?\n"), IMAGE]},
+    ]
+    rendered = to_text(render(from_llava(conversation), add_generation_prompt=True))
+    assert rendered.startswith(
+        "S\n\n### Human: <image_placeholder><image_placeholder>\nCompare.\n### Assistant: Same.\n###"
+    )
+    for entry in ({"from": "robot", "value": "a"}, {"from": "human"}, {"value": "a"}, "a"):
+        with pytest.raises(ValueError, match="conversation entry"):
+            from_llava([entry])  # type: ignore[list-item]
+
+
+def test_default_system_prompt_comes_first() -> None:
+    assert to_text(render([user("Hi")], True)) == SYSTEM_PROMPT + "\n\n### Human: Hi\n### Assistant:"
+
+
+@pytest.mark.parametrize(
+    ("shown", "num_held"), [("", 0), ("a", 0), ("a#", 1), ("a##", 2), ("a\n#", 1), ("# a", 0), ("##a#", 1)]
+)
+def test_hold_back(shown: str, num_held: int) -> None:
+    assert hold_back(shown) == num_held
+
+
+def test_hold_back_takes_the_longest_of_several() -> None:
+    assert hold_back("a #", ("###", " ## ")) == 2
+    assert hold_back("a", ()) == 0

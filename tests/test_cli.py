@@ -1,0 +1,182 @@
+"""The command line: streamed answers, a chat loop, sizes; what a user can cause is one line and exit code 2."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from tiny import OFFICIAL, tiny_yi_vl
+
+from yi_vl import cli
+from yi_vl.predict import YiVL
+
+WIDE, TALL = str(OFFICIAL / "wide.png"), str(OFFICIAL / "tall.png")
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="module")
+def yi_vl() -> YiVL:
+    return tiny_yi_vl()
+
+
+@pytest.fixture(scope="module")
+def folder(yi_vl: YiVL, tmp_path_factory: pytest.TempPathFactory) -> str:
+    directory = tmp_path_factory.mktemp("model")
+    yi_vl.model.save_pretrained(directory)
+    yi_vl.processor.save_pretrained(directory)
+    return str(directory)
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
+    """Runs `yi-vl` in this process: (exit code, stdout, stderr), those of C libraries and of logging included."""
+
+    def call(*arguments: str, typed: Iterator[str] | None = None) -> tuple[int, str, str]:
+        def read(_: str) -> str:
+            line = next(typed or iter(()), EOFError())
+            if isinstance(line, BaseException):
+                raise line
+            return line
+
+        monkeypatch.setattr(sys, "argv", ["yi-vl", *arguments])
+        monkeypatch.setattr("builtins.input", read)
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        out, err = capfd.readouterr()
+        return caught.value.code or 0, out, err  # type: ignore[return-value]
+
+    return call
+
+
+def test_ask_prints_the_answer_and_nothing_else(run: Run, folder: str, yi_vl: YiVL) -> None:
+    code, out, err = run("ask", WIDE, TALL, "Compare.", "--model", folder, "--max-new-tokens", "12")
+    assert (code, err) == (0, "")
+    assert out == yi_vl.predict([WIDE, TALL], "Compare.", max_new_tokens=12) + "\n"
+
+
+def test_ask_takes_options_and_no_image(run: Run, folder: str, yi_vl: YiVL) -> None:
+    options = [
+        "--temperature",
+        "1.0",
+        "--top-p",
+        "0.9",
+        "--seed",
+        "5",
+        "--system",
+        "Be brief.",
+        "--max-new-tokens",
+        "9",
+    ]
+    _, out, _ = run("ask", "Hi", "-m", folder, *options)
+    expected = yi_vl.predict(None, "Hi", system="Be brief.", temperature=1.0, top_p=0.9, seed=5, max_new_tokens=9)
+    assert out == expected + "\n"
+
+
+def test_ask_is_quiet_as_a_program(folder: str) -> None:
+    """As a user starts it: transformers' own warnings and progress bars would come from the fresh process."""
+    command = [sys.executable, "-m", "yi_vl", "ask", WIDE, "What?", "-m", folder, "--max-new-tokens", "3"]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=Path(cli.__file__).parents[1])
+    assert (ended.returncode, ended.stderr) == (0, "") and ended.stdout.strip()
+
+
+def write(path: Path, content: bytes) -> str:
+    path.write_bytes(content)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("make", "problem"),
+    [
+        (lambda tmp: ["missing.png", "What?"], "missing.png: there is no such file"),
+        (lambda tmp: [write(tmp / "text.png", b"text"), "What?"], "text.png is not a picture"),
+        (lambda tmp: [write(tmp / "empty.png", b""), "What?"], "empty.png is empty (0 bytes)"),
+        (lambda tmp: [write(tmp / "cut.png", Path(TALL).read_bytes()[:2000]), "What?"], "cut.png is damaged"),
+        (lambda tmp: [WIDE, ""], "The question is empty"),
+        (lambda tmp: [WIDE], "the last argument is the question"),
+        (lambda tmp: [WIDE] * 40 + ["What?"], "for 40 images"),
+        (lambda tmp: ["a dog " * 600], "Give fewer images or a shorter text"),
+        (lambda tmp: ["Hi", "--temperature", "-1"], "temperature is -1"),
+        (lambda tmp: ["Hi", "--top-p", "7"], "top_p is 7"),
+        (lambda tmp: ["Hi", "--max-new-tokens", "0"], "max_new_tokens is 0"),
+    ],
+)
+def test_bad_requests_are_one_line(
+    run: Run, folder: str, tmp_path: Path, make: Callable[[Path], list[str]], problem: str
+) -> None:
+    code, out, err = run("ask", "--model", folder, *make(tmp_path))
+    assert (code, out) == (2, "")
+    assert err.startswith("yi-vl: ") and problem in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", [["ask", "Hi", "-m"], ["chat", "-m"], ["info"]])
+@pytest.mark.parametrize("model", ["/no/such/model", str(OFFICIAL / "checkpoint"), str(OFFICIAL)])
+def test_bad_models_are_one_line(run: Run, command: list[str], model: str) -> None:
+    code, out, err = run(*command, model)
+    assert (code, out) == (2, "")
+    assert err.startswith("yi-vl: ") and model in err and err.count("\n") == 1
+
+
+def test_wrong_usage_exits_with_2(run: Run) -> None:
+    assert run("ask")[0] == run("ask", "Hi", "--temprature", "1")[0] == run("nonsense")[0] == 2
+
+
+def test_chat_remembers_pictures_and_words(run: Run, folder: str, yi_vl: YiVL) -> None:
+    typed = iter(
+        ["What is this?", f"/image {TALL}", "", "And this?", "/clear", "What is this?", "/help", "/exit", "never"]
+    )
+    code, out, err = run("chat", WIDE, "-m", folder, "--max-new-tokens", "6", typed=typed)
+    chat = yi_vl.chat()
+    first, second = chat.ask("What is this?", WIDE, max_new_tokens=6), chat.ask("And this?", TALL, max_new_tokens=6)
+    afresh = yi_vl.predict(None, "What is this?", max_new_tokens=6)
+    assert (code, err) == (0, "")
+    assert out == "\n".join([cli._CHAT_HELP, first, second, afresh, cli._CHAT_HELP, ""])
+    assert next(typed) == "never"
+
+
+def test_chat_goes_on_after_errors(run: Run, folder: str, yi_vl: YiVL) -> None:
+    typed = iter(["/image missing.png", f"/image {WIDE}", "a dog " * 600, "What is this?"])
+    code, out, err = run("chat", "-m", folder, "--max-new-tokens", "6", typed=typed)
+    first_line, second_line = err.splitlines()
+    assert code == 0
+    assert "missing.png: there is no such file" in first_line and "Give fewer images" in second_line
+    assert yi_vl.predict(WIDE, "What is this?", max_new_tokens=6) in out  # the picture waited for a question that fits
+
+
+def test_ctrl_c_stops_an_answer_and_ctrl_d_the_chat(run: Run, yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch) -> None:
+    (dog,) = yi_vl.processor.tokenizer(" dog", add_special_tokens=False)["input_ids"]
+    steps = 0
+
+    def forward(**_: Any) -> SimpleNamespace:
+        nonlocal steps
+        steps += 1
+        if steps == 3:
+            raise KeyboardInterrupt
+        return SimpleNamespace(logits=torch.eye(960)[None, None, dog if steps < 5 else 2])
+
+    monkeypatch.setattr(yi_vl.model, "forward", forward)
+    monkeypatch.setattr(cli, "_load", lambda _: yi_vl)
+    code, out, _ = run("chat", typed=iter([KeyboardInterrupt(), "Hi", "And?"]))  # type: ignore[list-item]
+    assert code == 0
+    assert out.splitlines() == [cli._CHAT_HELP, "", "Ctrl-D or /exit leaves.", "dog dog [stopped]", "dog", ""]
+
+
+def test_info_on_presets_and_folders(run: Run, folder: str, tmp_path: Path) -> None:
+    _, out, err = run("info", "6b")
+    assert err == ""
+    for fact in ("1024 per image", "631,749,120", "22,044,672", "6,061,035,520", "818", "13,431", "4,096 tokens"):
+        assert fact in out, fact
+    assert "64 per image" in run("info", "nano")[1]
+    (tmp_path / "config.json").write_bytes((Path(folder) / "config.json").read_bytes())
+    assert "16 per image" in run("info", str(tmp_path))[1]
+
+
+def test_help_names_every_command(run: Run) -> None:
+    code, out, _ = run("--help")
+    assert code == 0 and all(command in out for command in ("ask", "chat", "info"))

@@ -1,0 +1,75 @@
+"""Configurations: the presets have the released sizes, towers come by their open_clip name."""
+
+from __future__ import annotations
+
+import pytest
+
+from yi_vl.config import OpenClipVisionConfig, YiVLConfig, preset
+from yi_vl.sizes import measure
+
+
+@pytest.mark.parametrize(
+    ("name", "num_language", "num_projector", "num_tensors", "num_bf16_bytes"),
+    [("6b", 6.061e9, 22.04e6, 818, 13.43e9), ("34b", 34.389e9, 60.60e6, 1070, 70.16e9)],
+)
+def test_presets_have_the_released_sizes(
+    name: str, num_language: float, num_projector: float, num_tensors: int, num_bf16_bytes: float
+) -> None:
+    config = preset(name)
+    sizes = measure(config)
+    official = sizes.num_official_parameters
+    assert official is not None
+    assert official["language model"] == pytest.approx(num_language, abs=0.0005e9)
+    assert official["projector"] == pytest.approx(num_projector, abs=0.005e6)
+    assert official["vision tower"] == pytest.approx(631.75e6, abs=0.005e6)
+    assert sizes.num_official_tensors == num_tensors
+    assert 2 * sum(official.values()) == pytest.approx(num_bf16_bytes, abs=0.005e9)
+    # ours has 64 more rows in the embedding and in the head: the image token's, and padding
+    added = 2 * 64 * config.text_config.hidden_size
+    assert sizes.num_parameters == official | {"language model": official["language model"] + added}
+
+
+def test_memory_shrinks_with_the_language_models_layers() -> None:
+    memory = measure(preset("6b")).memory_bytes
+    fp32, bf16, int8, int4 = memory.values()
+    num_in_layers = 32 * (2 * 4096 * 4096 + 2 * 4096 * 512 + 3 * 4096 * 11008)
+    assert fp32 == 2 * bf16
+    assert bf16 - int8 == num_in_layers and bf16 - int4 == 1.5 * num_in_layers
+
+
+def test_nano_is_small_and_has_no_official_layout() -> None:
+    sizes = measure(preset("nano"))
+    assert sum(sizes.num_parameters.values()) <= 20e6
+    assert sizes.num_official_parameters is None and sizes.num_official_tensors is None
+
+
+def test_unknown_presets_are_refused() -> None:
+    with pytest.raises(ValueError, match="no preset '7b'"):
+        preset("7b")
+
+
+def test_the_default_tower_is_open_clips_vit_h_14() -> None:
+    by_name = OpenClipVisionConfig.from_open_clip("ViT-H-14", image_size=448)
+    assert by_name.to_dict() == OpenClipVisionConfig().to_dict()
+    assert by_name.num_patches == 1024 and by_name.grid_size == 32
+
+
+def test_other_towers_by_name() -> None:
+    small = OpenClipVisionConfig.from_open_clip("ViT-B-32-quickgelu")
+    assert (small.image_size, small.patch_size, small.hidden_size, small.num_attention_heads) == (224, 32, 768, 12)
+    assert small.quick_gelu and small.intermediate_size == 3072
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"), [("ViT-Z", "no model named 'ViT-Z'"), ("RN50", "not a plain"), ("EVA02-B-16", "timm")]
+)
+def test_towers_that_cannot_be_built_are_refused(name: str, problem: str) -> None:
+    with pytest.raises(ValueError, match=problem):
+        OpenClipVisionConfig.from_open_clip(name)
+
+
+def test_a_configuration_survives_its_json() -> None:
+    config = preset("nano")
+    again = YiVLConfig.from_dict(config.to_dict())
+    assert again.to_dict() == config.to_dict()
+    assert isinstance(again.vision_config, OpenClipVisionConfig) and again.text_config.model_type == "llama"

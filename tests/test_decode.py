@@ -1,0 +1,241 @@
+"""The decode loop, sampling, and tokens that become text safe to show."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+import pytest
+import torch
+from tiny import IMAGE_TOKEN_ID, OFFICIAL, tiny_yi_vl
+
+from yi_vl.chat import STOP_STRING
+from yi_vl.decode import Answer, Chooser, Prompts, Sampling, decode
+from yi_vl.predict import YiVL
+
+VOCABULARY = 960
+NO_TOKENS_FORBIDDEN = torch.zeros(VOCABULARY, dtype=torch.bool)
+
+
+@pytest.fixture(scope="module")
+def yi_vl() -> YiVL:
+    return tiny_yi_vl()
+
+
+def tokens_of(yi_vl: YiVL, *pieces: str) -> list[int]:
+    """Ids of whole vocabulary entries, or of a text's UTF-8 bytes where there is no such entry."""
+    tokenizer, ids = yi_vl.processor.tokenizer, []
+    for piece in pieces:
+        token = tokenizer.get_vocab().get(piece.replace(" ", "▁"))
+        ids += (
+            [token] if token is not None else [tokenizer.convert_tokens_to_ids(f"<0x{b:02X}>") for b in piece.encode()]
+        )
+    return ids
+
+
+def speak(yi_vl: YiVL, tokens: Sequence[int], max_tokens: int = 100) -> tuple[list[str], Answer]:
+    answer = Answer(yi_vl.processor.tokenizer, max_tokens, stop_ids={2, 7})
+    return [answer.add(token) for token in tokens], answer
+
+
+@pytest.mark.parametrize(
+    ("pieces", "shown"),
+    [
+        ((" dog", " is", "###"), "dog is"),
+        ((" dog", " is", "\n", "###", " Human"), "dog is"),
+        ((" dog", "\n", "#", "#", "#", " Human"), "dog"),
+        ((" dog", "##", "#", "a"), "dog"),
+        ((" dog", "#", "##"), "dog"),
+        (("###",), ""),
+        (("\n", " ", "\n", "###"), ""),
+    ],
+)
+def test_stop_string_ends_an_answer_wherever_token_boundaries_fall(
+    yi_vl: YiVL, pieces: tuple[str, ...], shown: str
+) -> None:
+    said, answer = speak(yi_vl, tokens_of(yi_vl, *pieces))
+    assert "".join(said) == shown
+    assert answer.finish_reason == "stop"
+
+
+@pytest.mark.parametrize("stop_id", [2, 7])
+def test_stop_ids_end_an_answer_and_nothing_follows(yi_vl: YiVL, stop_id: int) -> None:
+    said, answer = speak(yi_vl, [*tokens_of(yi_vl, " dog", "#"), stop_id, *tokens_of(yi_vl, " is")])
+    assert "".join(said) == "dog#"
+    assert (answer.finish_reason, answer.num_tokens) == ("stop", 3)
+
+
+def test_length_ends_an_answer_and_shows_what_was_held_back(yi_vl: YiVL) -> None:
+    said, answer = speak(yi_vl, tokens_of(yi_vl, " dog", "#", "#", " is"), max_tokens=3)
+    assert said == ["dog", "", "##", ""]
+    assert (answer.finish_reason, answer.num_tokens) == ("length", 3)
+
+
+def test_what_may_be_a_stop_string_or_the_last_white_space_is_held_back(yi_vl: YiVL) -> None:
+    said, _ = speak(yi_vl, tokens_of(yi_vl, " dog", "\n", "#", "#", " is", " ", "###"))
+    assert said == ["dog", "", "", "", "\n## is", "", ""]
+
+
+@pytest.mark.parametrize("text", ["你好，世界", "🙂🙃 ok", "é狗ñ🐕", "a🙂b狗c"])
+def test_pieces_are_whole_characters_whatever_the_token_boundaries(yi_vl: YiVL, text: str) -> None:
+    tokenizer = yi_vl.processor.tokenizer
+    ids = [tokenizer.convert_tokens_to_ids(f"<0x{byte:02X}>") for byte in text.encode()]
+    said, _ = speak(yi_vl, ids)
+    assert "".join(said) == text
+    assert all("\N{REPLACEMENT CHARACTER}" not in piece for piece in said)
+
+
+def test_a_character_cut_off_at_the_end_is_dropped(yi_vl: YiVL) -> None:
+    said, _ = speak(yi_vl, tokens_of(yi_vl, " dog", "🙂", "🐕")[:-1], max_tokens=8)
+    assert "".join(said) == "dog🙂"
+
+
+def test_broken_bytes_do_not_hold_back_what_follows(yi_vl: YiVL) -> None:
+    broken = yi_vl.processor.tokenizer.convert_tokens_to_ids("<0xFF>")
+    said, _ = speak(yi_vl, [broken, *tokens_of(yi_vl, " dog", "狗", " is")])
+    assert "".join(said).endswith(" dog狗 is")
+
+
+@pytest.mark.parametrize("text", ["A  dog,\n\n  a cat", "def f():\n    return 1", "What is this? 这是什么？ ok"])
+def test_pieces_together_are_the_text(yi_vl: YiVL, text: str) -> None:
+    ids = yi_vl.processor.tokenizer(f" {text}\n###", add_special_tokens=False)["input_ids"]
+    said, _ = speak(yi_vl, ids)
+    assert "".join(said) == text
+
+
+def test_more_stop_strings(yi_vl: YiVL) -> None:
+    answer = Answer(yi_vl.processor.tokenizer, 100, (), (STOP_STRING, " is"))
+    assert "".join(answer.add(token) for token in tokens_of(yi_vl, " dog", " i", "s", " is")) == "dog"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_new_tokens": 0},
+        {"temperature": -0.1},
+        {"temperature": math.nan},
+        {"temperature": math.inf},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"top_p": math.nan},
+        {"seed": -1},
+        {"seed": 2**64},
+    ],
+)
+def test_a_value_out_of_range_is_named(options: dict[str, float]) -> None:
+    ((name, value),) = options.items()
+    with pytest.raises(ValueError, match=f"{name} is {value}"):
+        Sampling(**options)  # type: ignore[arg-type]
+
+
+def test_forbidden_tokens_are_never_chosen() -> None:
+    forbidden = NO_TOKENS_FORBIDDEN.clone()
+    forbidden[[3, 5]] = True
+    logits = torch.zeros(2, VOCABULARY)
+    logits[:, [3, 5]] = 50.0
+    logits[:, 8] = 9.0
+    assert Chooser(Sampling(), 2, forbidden)(logits).tolist() == [8, 8]
+    choose = Chooser(Sampling(temperature=2.0), 2, forbidden)
+    assert not {3, 5} & {token for _ in range(50) for token in choose(logits).tolist()}
+
+
+def test_temperature_and_top_p_shape_the_draws() -> None:
+    logits = torch.full((1, VOCABULARY), -20.0)
+    logits[0, :3] = torch.tensor([2.0, 1.0, 0.0])
+
+    def share_of_first(**options: float) -> float:
+        choose = Chooser(Sampling(seed=0, **options), 1, NO_TOKENS_FORBIDDEN)  # type: ignore[arg-type]
+        return sum(choose(logits).item() == 0 for _ in range(300)) / 300
+
+    assert share_of_first(temperature=1.0) == pytest.approx(0.665, abs=0.08)
+    assert share_of_first(temperature=0.5) == pytest.approx(0.867, abs=0.08)
+    assert share_of_first(temperature=1.0, top_p=0.5) == 1.0
+    assert share_of_first(temperature=1e-42) == 1.0
+
+
+def test_a_seed_repeats_its_draws_in_every_row_and_leaves_the_global_generator_alone() -> None:
+    logits = torch.randn(20, 1, VOCABULARY, generator=torch.Generator().manual_seed(0))
+    before = torch.get_rng_state()
+
+    def draws(seed: int | None, num_rows: int) -> torch.Tensor:
+        choose = Chooser(Sampling(temperature=1.0, seed=seed), num_rows, NO_TOKENS_FORBIDDEN)
+        return torch.stack([choose(step.expand(num_rows, -1)) for step in logits])  # (steps, rows)
+
+    alone = draws(1, 1)
+    assert torch.equal(draws(1, 3), alone.expand(-1, 3))
+    assert not torch.equal(draws(2, 1), alone)
+    assert not torch.equal(draws(None, 1), draws(None, 1))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def two_rows(yi_vl: YiVL) -> Prompts:
+    image = OFFICIAL / "wide.png"
+    long = [{"type": "image", "image": image}, {"type": "text", "text": "What is in this picture?"}]
+    return yi_vl.prepare([[{"role": "user", "content": long}], [{"role": "user", "content": "Hi"}]])
+
+
+def test_prompts_are_padded_on_the_left(yi_vl: YiVL) -> None:
+    prompts = two_rows(yi_vl)
+    num_tokens = prompts.num_tokens
+    assert prompts.input_ids.shape[1] == num_tokens[0] > num_tokens[1]
+    assert prompts.attention_mask[1].tolist() == [0] * (num_tokens[0] - num_tokens[1]) + [1] * num_tokens[1]
+    assert (prompts.input_ids == IMAGE_TOKEN_ID).sum(1).tolist() == [16, 0]
+    assert prompts.pixel_values is not None and prompts.pixel_values.shape == (1, 3, 56, 56)
+
+
+def test_cached_steps_equal_uncached_ones(yi_vl: YiVL) -> None:
+    prompts = two_rows(yi_vl)
+    seen: list[torch.Tensor] = []
+
+    def choose(logits: torch.Tensor) -> torch.Tensor:
+        seen.append(logits)
+        return logits.argmax(-1)
+
+    steps = decode(yi_vl.model, prompts, choose)  # type: ignore[arg-type]
+    chosen = torch.tensor([next(steps) for _ in range(8)]).T  # (B, steps)
+    steps.close()
+    with torch.inference_mode():
+        for row, num_tokens in enumerate(prompts.num_tokens):
+            ids = torch.cat([prompts.input_ids[row, -num_tokens:], chosen[row]])
+            logits = yi_vl.model(input_ids=ids[None], pixel_values=prompts.pixel_values if row == 0 else None).logits[0]
+            torch.testing.assert_close(
+                torch.stack([s[row] for s in seen]), logits[num_tokens - 1 : -1], atol=1e-4, rtol=0
+            )
+
+
+def test_decoding_equals_transformers_generate(yi_vl: YiVL) -> None:
+    prompts = two_rows(yi_vl)
+    steps = decode(yi_vl.model, prompts, Chooser(Sampling(), 2, NO_TOKENS_FORBIDDEN))
+    ours = torch.tensor([next(steps) for _ in range(8)]).T
+    steps.close()
+    theirs = yi_vl.model.generate(
+        input_ids=prompts.input_ids,
+        attention_mask=prompts.attention_mask,
+        pixel_values=prompts.pixel_values,
+        max_new_tokens=8,
+        do_sample=False,
+        eos_token_id=-1,  # none
+    )
+    assert torch.equal(ours, theirs[:, -8:])
+
+
+def test_a_step_computes_one_position_and_only_the_first_sees_pictures(
+    yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[int, bool, int]] = []
+    forward = yi_vl.model.forward
+
+    def watch(**inputs: torch.Tensor) -> object:
+        outputs = forward(**inputs)
+        calls.append((inputs["input_ids"].shape[1], inputs["pixel_values"] is not None, outputs.logits.shape[1]))
+        return outputs
+
+    monkeypatch.setattr(yi_vl.model, "forward", watch)
+    prompts = two_rows(yi_vl)
+    steps = decode(yi_vl.model, prompts, Chooser(Sampling(), 2, NO_TOKENS_FORBIDDEN))
+    for _ in range(3):
+        next(steps)
+    steps.close()
+    assert calls == [(prompts.input_ids.shape[1], True, 1), (1, False, 1), (1, False, 1)]
+    assert all(later == (1, False, 1) for _, later in pairwise(calls))

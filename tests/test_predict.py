@@ -1,0 +1,266 @@
+"""The Python API: answers, streams, batches and conversations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import IMAGE_TOKEN_ID, NUM_PATCHES, OFFICIAL, tiny_model, tiny_processor, tiny_yi_vl
+
+from yi_vl.predict import YiVL
+
+WIDE, TALL = OFFICIAL / "wide.png", OFFICIAL / "tall.png"
+REQUESTS = [
+    (WIDE, "What is this?"),
+    (None, "Tell me a long story about a dog and a cat, 一个故事。"),
+    ([WIDE, TALL], "Compare."),
+    ([], "Hi"),
+    (TALL, "描述这张图片。"),
+]
+Script = Callable[[Sequence[Sequence[int]]], list[int]]
+
+
+@pytest.fixture(scope="module")
+def yi_vl() -> YiVL:
+    return tiny_yi_vl()
+
+
+@pytest.fixture
+def script(yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch) -> Script:
+    """Makes the model say given tokens, row by row; returns the list that collects each step's number of rows."""
+
+    def install(rows: Sequence[Sequence[int]]) -> list[int]:
+        calls: list[int] = []
+
+        def forward(input_ids: torch.Tensor, **_: Any) -> SimpleNamespace:
+            logits = torch.zeros(len(input_ids), 1, 960)
+            for index, row in enumerate(rows):
+                logits[index, 0, row[min(len(calls), len(row) - 1)]] = 1.0
+            calls.append(len(input_ids))
+            return SimpleNamespace(logits=logits)
+
+        monkeypatch.setattr(yi_vl.model, "forward", forward)
+        return calls
+
+    return install
+
+
+def ids_of(yi_vl: YiVL, text: str) -> list[int]:
+    return yi_vl.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": 3, "top_p": 0.9}])
+def test_a_batch_equals_its_single_requests(yi_vl: YiVL, options: dict[str, Any]) -> None:
+    alone = [yi_vl.predict(*request, max_new_tokens=12, **options) for request in REQUESTS]
+    assert yi_vl.predict_batch(REQUESTS, max_new_tokens=12, **options) == alone
+    assert yi_vl.predict_batch(REQUESTS, max_new_tokens=12, batch_size=2, **options) == alone
+
+
+def test_an_answer_depends_on_its_picture(yi_vl: YiVL) -> None:
+    assert len({yi_vl.predict(image, "What?", max_new_tokens=12) for image in (WIDE, TALL, None, [WIDE, TALL])}) == 4
+
+
+@pytest.mark.parametrize("request_index", range(len(REQUESTS)))
+def test_streamed_pieces_are_the_answer(yi_vl: YiVL, request_index: int) -> None:
+    request = REQUESTS[request_index]
+    pieces = list(yi_vl.stream(*request, max_new_tokens=20))
+    answer = yi_vl.predict(*request, max_new_tokens=20)
+    assert "".join(pieces) == answer == answer.strip()
+    assert len(pieces) > 3 and all(pieces)
+
+
+def test_pictures_may_be_paths_bytes_images_or_arrays(yi_vl: YiVL) -> None:
+    picture = Image.open(WIDE).convert("RGB")
+    forms = [WIDE, str(WIDE), WIDE.read_bytes(), picture, np.asarray(picture), [picture]]
+    assert len({yi_vl.predict(form, "What?", max_new_tokens=8) for form in forms}) == 1
+
+
+def test_seeds_repeat_an_answer(yi_vl: YiVL) -> None:
+    def say(seed: int | None) -> str:
+        return yi_vl.predict(WIDE, "What?", temperature=1.0, seed=seed, max_new_tokens=12)
+
+    assert say(1) == say(1) != say(2)
+    assert say(None) != say(None)
+
+
+def test_rows_end_by_themselves(yi_vl: YiVL, script: Script) -> None:
+    texts = [" A dog.\n### Human: more", " two cats and a dog\n###"]
+    calls = script([ids_of(yi_vl, text) for text in texts] + [[2]])
+    answers = yi_vl.predict_batch([(None, "a"), (None, "b"), (None, "c")])
+    assert answers == ["A dog.", "two cats and a dog", ""]
+    assert len(calls) == len(ids_of(yi_vl, texts[1])) and set(calls) == {3}
+
+
+def test_the_longest_answer_is_cut_to_what_the_context_holds(yi_vl: YiVL, script: Script) -> None:
+    calls = script([ids_of(yi_vl, " dog")])
+    num_prompt_tokens = yi_vl.prepare([[{"role": "user", "content": "Hi"}]]).num_tokens[0]
+    yi_vl.predict(None, "Hi", max_new_tokens=10**6)
+    assert num_prompt_tokens + len(calls) == 512
+
+
+def test_closing_a_stream_stops_the_work(yi_vl: YiVL, script: Script) -> None:
+    calls = script([ids_of(yi_vl, " dog")])
+    pieces = yi_vl.stream(None, "Hi")
+    assert (next(pieces), next(pieces)) == ("dog", " dog") and len(calls) == 2
+    pieces.close()
+    assert len(calls) == 2
+    with pytest.raises(StopIteration):
+        next(pieces)
+
+
+def test_a_stream_that_is_never_read_does_no_work(yi_vl: YiVL, script: Script) -> None:
+    calls = script([[2]])
+    yi_vl.stream(None, "Hi").close()
+    assert calls == []
+
+
+def test_the_image_token_and_rows_without_a_token_are_never_said(yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(input_ids: torch.Tensor, **_: Any) -> SimpleNamespace:
+        logits = torch.zeros(1, 1, 960)
+        logits[..., IMAGE_TOKEN_ID:] = 9.0
+        logits[..., 2] = 1.0
+        return SimpleNamespace(logits=logits)
+
+    monkeypatch.setattr(yi_vl.model, "forward", forward)
+    assert yi_vl.predict(None, "Hi") == ""
+
+
+def test_too_long_prompts_are_refused_before_any_work(yi_vl: YiVL, script: Script) -> None:
+    calls = script([[2]])
+    missing = Path("no/such/file.png")
+    with pytest.raises(ValueError, match=rf"{40 * NUM_PATCHES} of them for 40 images .* holds 512"):
+        yi_vl.predict([missing] * 40, "What?")
+    with pytest.raises(ValueError, match="0 of them for 0 images"):
+        yi_vl.stream(None, "a dog " * 600)
+    assert calls == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "problem"),
+    [
+        ((None, ""), {}, "question is empty"),
+        ((None, " "), {}, "question is empty"),
+        ((None, 3), {}, "under `text`"),
+        ((b"no picture", "What?"), {}, "not a picture"),
+        ((["missing.png"], "What?"), {}, "missing.png"),
+        ((None, "Hi"), {"temperature": -1}, "temperature is -1"),
+        ((None, "Hi"), {"top_p": 0}, "top_p is 0"),
+        ((None, "Hi"), {"max_new_tokens": 0}, "max_new_tokens is 0"),
+    ],
+)
+def test_bad_requests_are_refused_at_once(yi_vl: YiVL, arguments: Any, options: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ValueError, match=problem):
+        yi_vl.stream(*arguments, **options)
+    with pytest.raises(ValueError, match=problem):
+        yi_vl.predict_batch([arguments], **options)
+
+
+def test_unknown_options_and_sizes_are_refused(yi_vl: YiVL) -> None:
+    with pytest.raises(TypeError, match="temprature"):
+        yi_vl.predict(None, "Hi", temprature=1.0)
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        yi_vl.predict_batch([], batch_size=0)
+    assert yi_vl.predict_batch([]) == []
+
+
+def test_image_parts_must_carry_their_picture(yi_vl: YiVL) -> None:
+    with pytest.raises(ValueError, match="must carry its picture"):
+        yi_vl.answer([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}])
+
+
+def test_system_and_history_are_read(yi_vl: YiVL) -> None:
+    history = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
+    messages = [{"role": "system", "content": "Be brief."}, *history, {"role": "user", "content": "So?"}]
+    said = yi_vl.predict(None, "So?", system="Be brief.", history=history, max_new_tokens=12)
+    assert said == yi_vl.answer(messages, max_new_tokens=12)
+    assert said != yi_vl.predict(None, "So?", max_new_tokens=12)
+
+
+def test_answers_tell_why_they_ended_and_how_long_they_are(yi_vl: YiVL, script: Script) -> None:
+    from yi_vl.decode import Sampling
+
+    script([ids_of(yi_vl, " dog") + [2], ids_of(yi_vl, " dog")])
+    prompts = yi_vl.prepare([[{"role": "user", "content": "Hi"}]] * 2)
+    sampling = Sampling(max_new_tokens=3)
+    answers = yi_vl.begin_answers(prompts, sampling)
+    list(yi_vl.generate(prompts, answers, sampling))
+    assert [(answer.finish_reason, answer.num_tokens) for answer in answers] == [("stop", 2), ("length", 3)]
+
+
+def test_a_conversation_remembers(yi_vl: YiVL) -> None:
+    chat = yi_vl.chat()
+    first = chat.ask("What is this?", WIDE, max_new_tokens=5)
+    second = chat.ask("And what else?", max_new_tokens=5)
+    assert [message["role"] for message in chat.messages] == ["user", "assistant"] * 2
+    assert [chat.messages[index]["content"] for index in (1, 3)] == [first, second]
+    picture = {"type": "image", "image": WIDE}
+    told = [
+        {"role": "user", "content": [picture, {"type": "text", "text": "What is this?"}]},
+        {"role": "assistant", "content": first},
+        {"role": "user", "content": "And what else?"},
+    ]
+    assert second == yi_vl.answer(told, max_new_tokens=5)
+
+
+def test_a_conversation_keeps_its_pictures_when_their_files_are_gone(yi_vl: YiVL, tmp_path: Path) -> None:
+    path = tmp_path / "picture.png"
+    path.write_bytes(WIDE.read_bytes())
+    chat = yi_vl.chat(system="Be brief.")
+    chat.ask("What?", path, max_new_tokens=3)
+    path.unlink()
+    chat.ask("And?", max_new_tokens=3)
+    assert chat.messages[0] == {"role": "system", "content": "Be brief."}
+
+
+def test_a_stopped_answer_is_remembered_as_far_as_it_went(yi_vl: YiVL, script: Script) -> None:
+    script([ids_of(yi_vl, " dog")])
+    chat = yi_vl.chat()
+    pieces = chat.stream("Hi")
+    assert next(pieces) + next(pieces) == "dog dog"
+    pieces.close()
+    assert chat.messages[-1] == {"role": "assistant", "content": "dog dog"}
+    chat.ask("And?", max_new_tokens=2)
+    assert len(chat.messages) == 4
+
+
+def test_a_failed_turn_is_forgotten(yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch) -> None:
+    chat = yi_vl.chat()
+    for wrong in (("", None), ("What?", "missing.png")):
+        with pytest.raises(ValueError):
+            chat.ask(*wrong)
+    steps = 0
+
+    def fail_later(**_: Any) -> SimpleNamespace:
+        nonlocal steps
+        steps += 1
+        if steps == 3:
+            raise RuntimeError("out of memory")
+        return SimpleNamespace(logits=torch.eye(960)[None, None, 40])
+
+    monkeypatch.setattr(yi_vl.model, "forward", fail_later)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        chat.ask("Hi")
+    assert chat.messages == []
+
+
+@pytest.mark.parametrize("configured", [None, 2, 7, [2, 7], 11])
+def test_both_end_tokens_of_yi_end_an_answer_whatever_is_configured(configured: Any, yi_vl: YiVL) -> None:
+    model = tiny_model()
+    model.generation_config.eos_token_id = configured
+    extra = {configured} if configured == 11 else set()
+    assert YiVL(model, yi_vl.processor)._stop_ids == {2, 7} | extra
+
+
+def test_model_and_processor_must_fit() -> None:
+    with pytest.raises(ValueError, match="patch size in pixels is 14 in one, 28 in the other"):
+        YiVL(tiny_model(), tiny_processor(patch_size=28))
+    model = tiny_model()
+    model.config.image_token_id = 901
+    with pytest.raises(ValueError, match="image token's id is 901 in one, 900 in the other"):
+        YiVL(model, tiny_processor())

@@ -1,0 +1,74 @@
+"""`python -m train.nano data | train | measure`: build nano's data, train it from nothing, measure it."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
+
+CONFIGS = Path("train/configs/nano")
+RUNS = Path("runs/nano")
+STAGES = ("language", "align-224", "upscale-448", "chat-448")
+DATA = Path("data/nano")
+
+
+@app.command()
+def data(processes: Annotated[int, typer.Option(help="pictures are composed in so many processes")] = 2) -> None:
+    """Fetch the artwork and write all shards and held-out questions to data/nano; what is complete is kept."""
+    from train.nano.heldout import build_heldout
+    from train.nano.shards import build_shards
+
+    build_shards(DATA, processes)
+    build_heldout(DATA)
+
+
+@app.command()
+def train() -> None:
+    """Tokenizer, tower, language model, then the three stages; what is finished is kept, what was begun is resumed."""
+    from train.nano.shards import read_texts
+    from train.nano.start import assemble, train_tokenizer
+    from train.nano.tower import TowerRecipe, pretrain_tower
+    from yi_vl.config import preset
+
+    if not (RUNS / "tower" / "config.json").exists():
+        pretrain_tower(RUNS / "tower", TowerRecipe(), DATA)
+    if not (RUNS / "start" / "config.json").exists():
+        train_tokenizer(read_texts(DATA), RUNS / "tokenizer", preset("nano").image_token_id)
+        assemble(RUNS / "tower", RUNS / "tokenizer", RUNS / "start")
+    for stage in STAGES:
+        subprocess.run([sys.executable, "-m", "train", str(CONFIGS / f"{stage}.yaml")], check=True)
+
+
+@app.command()
+def measure(
+    models: Annotated[list[str] | None, typer.Argument(help="name=folder, several; by default every finished stage")] = None,
+    out: Annotated[Path, typer.Option(help="where answers, scores and the table go")] = RUNS / "measure",
+) -> None:
+    """Answer the held-out questions with every stage's model and print the table."""
+    from train.nano.measure import measure_all
+
+    named = dict(entry.split("=", 1) for entry in models) if models else {stage: str(RUNS / stage / "final") for stage in STAGES}
+    typer.echo(measure_all({name: Path(folder) for name, folder in named.items()}, DATA / "heldout", out))
+
+
+@app.command()
+def export(source: Path = RUNS / "chat-448" / "final", target: Path = Path("yi_vl/nano")) -> None:
+    """Write the finished model to the package, in bfloat16."""
+    import torch
+
+    from yi_vl import YiVLForConditionalGeneration, YiVLProcessor
+
+    model = YiVLForConditionalGeneration.from_pretrained(source, dtype=torch.bfloat16)
+    shutil.rmtree(target, ignore_errors=True)
+    model.save_pretrained(target)
+    YiVLProcessor.from_pretrained(source).save_pretrained(target)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,83 @@
+"""Questions in the prompt forms of MMMU and CMMMU, answered with a letter or a word, as those benchmarks ask.
+
+Called by shards.py and heldout.py; calls dialogue.py. Source of the forms: MMMU's llava1.5 configuration and CMMMU's prompts.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from train.nano.dialogue import Asked, Turn, all_questions, multiple_choice
+from train.nano.names import Lang
+from train.nano.picture import Truth
+
+CHOICE_EN = "Answer with the option's letter from the given choices directly."
+CHOICE_ZH = (
+    "请回答以下多项选择题，并选出正确选项。这些题目可能包括单选和多选题型。"
+    "如果所提供的信息不足以确定一个明确的答案，那么请根据可用的数据和你的判断来选择最可能正确的选项。"
+)
+JUDGE_ZH = (
+    "请回答以下判断题，并根据题目描述和所给的信息来判断问题中陈述的对错。"
+    "如果信息不完整或不足以作出绝对判断，请运用你的逻辑推理和现有信息来做出最可能的判断。"
+)
+FILL_ZH = (
+    "请回答以下填空题，并根据题目的要求和所提供的信息来给出最恰当的答案。"
+    "如果信息不足以确切回答，那么请依据现有的数据和你的推理能力来填写最合理的答案。"
+)
+
+_QUESTION_ZH = "问题："
+
+
+def choice_conversation(rng: np.random.Generator, truth: Truth) -> list[Turn]:
+    """One question in one of the benchmarks' forms, its picture left out: choice in either language, true or false, fill-in."""
+    form = rng.choice(["en", "zh", "judge", "fill"], p=[0.4, 0.35, 0.15, 0.1])
+    if form == "judge":
+        statement, is_true = judgement(rng, truth)
+        question, answer = judge_prompt(statement), "对" if is_true else "错"
+    elif form == "fill":
+        asked = all_questions(rng, truth, "zh")[0]
+        question, answer = fill_prompt(asked.question), asked.core
+    else:
+        lang: Lang = "en" if form == "en" else "zh"
+        chosen, options = multiple_choice(rng, truth, lang)
+        question, answer = choice_prompt(chosen.question, options, lang), chosen.answer
+    return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+
+
+def with_image(rng: np.random.Generator, turns: list[Turn]) -> list[Turn]:
+    """The picture's marker put before the prompt or, as CMMMU has it, before the question within."""
+    value = turns[0]["value"]
+    if _QUESTION_ZH in value and rng.random() < 0.7:
+        value = value.replace(_QUESTION_ZH, _QUESTION_ZH + "<image>", 1)
+    else:
+        value = "<image>\n" + value
+    return [{"from": "human", "value": value}, *turns[1:]]
+
+
+def choice_prompt(question: str, options: list[str], lang: Lang) -> str:
+    """A multiple-choice prompt: MMMU's in English, CMMMU's in Chinese."""
+    listed = "".join(f"({letter}) {option}\n" for letter, option in zip("ABCD", options))
+    if lang == "en":
+        return f"{question}\n{listed}\n{CHOICE_EN}"
+    return f"{CHOICE_ZH}\n\n{_QUESTION_ZH}{question}\n选项：\n{listed}\n正确答案：\n"
+
+
+def judge_prompt(statement: str) -> str:
+    return f"{JUDGE_ZH}\n\n{_QUESTION_ZH}{statement}\n正确答案：\n"
+
+
+def fill_prompt(question: str) -> str:
+    return f"{FILL_ZH}\n\n{_QUESTION_ZH}{question}\n正确答案：\n"
+
+
+def judgement(rng: np.random.Generator, truth: Truth, measured: bool = False) -> tuple[str, bool]:
+    """A Chinese statement about the picture, and whether it is true."""
+    asked, options = multiple_choice(rng, truth, "zh", measured)
+    is_true = bool(rng.random() < 0.5)
+    wrong = [option for option in options if option != asked.core]
+    claimed = asked.core if is_true or not wrong else wrong[rng.integers(len(wrong))]
+    return f"{_strip_mark(asked)}答案是“{claimed}”。", claimed == asked.core
+
+
+def _strip_mark(asked: Asked) -> str:
+    return asked.question if asked.question.endswith(("？", "。")) else asked.question + "。"

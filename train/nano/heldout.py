@@ -1,0 +1,211 @@
+"""Nano's test: questions about pictures that it was never trained on, as plain rows and in MMMU's and CMMMU's schemas.
+
+Drawings of twemoji and circle-flags, a third of the fonts, the digits' test split, scenes of shapes and held-out drawings.
+Called by __main__.py; calls compose.py, dialogue.py and choices.py.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from train.nano.art import load_art
+from train.nano.choices import judgement
+from train.nano.compose import NUM_TEST_DIGITS, Composer
+from train.nano.dialogue import SKILLS, Asked, all_questions, multiple_choice
+from train.nano.names import DIGITS, LANGS
+from train.nano.picture import Picture
+from train.nano.words import VOCABULARY
+
+SIZE_PX = 448
+NUM_WORDS, NUM_SCENES, NUM_PAIRS = 200, 300, 100
+_SEED = 20240122
+_SCENE_TOPICS = (
+    ("count", "count_of"), ("colour",), ("shape",), ("left", "right", "above", "below", "sideways", "upright")
+)  # fmt: skip
+_MMMU_SUBJECTS = {"things": "Things", "flags": "Flags", "digits": "Digits", "words": "Words", "scenes": "Scenes"}
+_NUM_PER_SUBJECT, _NUM_DEV = 60, 5
+
+
+def build_heldout(data_dir: Path) -> None:
+    """Write `data_dir/heldout`: questions.jsonl with its pictures, mmmu/ and cmmmu/ parquet folders."""
+    folder = data_dir / "heldout"
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    rows, pictures = [], list(heldout_pictures(Composer(load_art(data_dir))))
+    for index, (picture, topics) in enumerate(pictures):
+        files = _save_images(folder, index, picture)
+        for lang in LANGS:
+            asked = _pick(np.random.default_rng([_SEED, index]), picture, lang, topics)
+            rows.append(_row(f"{index:05d}-{lang}", SKILLS[picture.truth.kind], files, asked))
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    (folder / "questions.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_mmmu(folder / "mmmu", pictures)
+    write_cmmmu(folder / "cmmmu", pictures)
+
+
+def heldout_pictures(composer: Composer) -> Iterator[tuple[Picture, tuple[str, ...]]]:
+    """Every held-out picture, with the topics that may be asked about it (all, where none are named)."""
+    for picture in composer.all_test_pictures(SIZE_PX):
+        yield picture, ()
+    for index in range(NUM_TEST_DIGITS):
+        yield composer.compose(_rng("digit", index), "digit", SIZE_PX, "test", DIGITS[index % 10]), ()
+    words = [VOCABULARY[i] for i in np.random.default_rng(_SEED).choice(len(VOCABULARY), NUM_WORDS, replace=False)]
+    for index, word in enumerate(words):
+        yield composer.compose(_rng("word", index), "word", SIZE_PX, "test", word), ()
+    for index in range(NUM_SCENES):
+        topics = _SCENE_TOPICS[index % len(_SCENE_TOPICS)]
+        rng = _rng("scene", index)
+        while True:  # until a scene allows a question of the topic
+            picture = composer.compose(rng, "scene", SIZE_PX, "test")
+            if any(asked.topic in topics for asked in all_questions(rng, picture.truth, "en")):
+                break
+        yield picture, topics
+    for index in range(NUM_PAIRS):
+        yield composer.pair(_rng("same", index), SIZE_PX, "test"), ()
+
+
+def write_mmmu(folder: Path, pictures: list[tuple[Picture, tuple[str, ...]]]) -> None:
+    """English multiple choice in MMMU's columns: `folder/<Subject>/{dev,validation}-00000-of-00001.parquet`."""
+    for skill, subject in _MMMU_SUBJECTS.items():
+        rows: dict[str, list[dict[str, Any]]] = {"dev": [], "validation": []}
+        for index, picture, topics in _sample(pictures, skill):
+            rng = np.random.default_rng([_SEED, index, 1])
+            asked, options = _choice(rng, picture, "en", topics)
+            split = "dev" if len(rows["dev"]) < _NUM_DEV else "validation"
+            number = len(rows[split]) + 1
+            rows[split].append(
+                {
+                    "id": f"{split}_{subject}_{number}",
+                    "question": f"<image 1>\n{asked.question}",
+                    "options": repr(options),
+                    "explanation": "",
+                    "image_1": {"bytes": _png(picture.image), "path": f"{split}_{subject}_{number}_1.png"},
+                    **{f"image_{i}": None for i in range(2, 8)},
+                    "img_type": "['Icons and Symbols']",
+                    "answer": asked.answer,
+                    "topic_difficulty": "Easy",
+                    "question_type": "multiple-choice",
+                    "subfield": asked.topic,
+                }
+            )
+        image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+        names = list(rows["dev"][0])
+        schema = pa.schema([(name, image if name.startswith("image_") else pa.string()) for name in names])
+        for split, entries in rows.items():
+            _write(folder / subject / f"{split}-00000-of-00001.parquet", entries, schema)
+
+
+def write_cmmmu(folder: Path, pictures: list[tuple[Picture, tuple[str, ...]]]) -> None:
+    """Chinese questions in CMMMU's columns, of its three types: `folder/<category>/{dev,val}-00000-of-00001.parquet`."""
+    number = 0
+    for skill in _MMMU_SUBJECTS:
+        rows: dict[str, list[dict[str, Any]]] = {"dev": [], "val": []}
+        for index, picture, topics in _sample(pictures, skill):
+            rng = np.random.default_rng([_SEED, index, 2])
+            number += 1
+            kind = ("选择", "选择", "判断", "填空")[number % 4]
+            question, answer, options, topic = _cmmmu_question(rng, kind, picture, topics)
+            file = f"{number}_01.png"
+            image = {"bytes": _png(picture.image), "path": file}
+            split = "dev" if len(rows["dev"]) < _NUM_DEV else "val"
+            rows[split].append(
+                {
+                    "id": str(number),
+                    "type": kind,
+                    "source_type": "website",
+                    "source": "yi_vl nano",
+                    "question": f'<img="{file}">{question}',
+                    **{f"option{i + 1}": options[i] if i < len(options) else "" for i in range(4)},
+                    "image_1": image,
+                    **{f"image_{i}": None for i in range(2, 6)},
+                    "answer": answer,
+                    "analysis": "",
+                    "distribution": "",
+                    "difficulty_level": "easy",
+                    "subcategory": skill,
+                    "category": skill,
+                    "subfield": topic,
+                    "img_type": "['图标']",
+                    **{f"image_{i}_filename": file if i == 1 else "" for i in range(1, 6)},
+                }
+            )
+        struct = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+        images = {f"image_{i}" for i in range(1, 6)}
+        schema = pa.schema([(name, struct if name in images else pa.string()) for name in rows["dev"][0]])
+        for split, entries in rows.items():
+            _write(folder / skill / f"{split}-00000-of-00001.parquet", entries, schema)
+
+
+def _cmmmu_question(
+    rng: np.random.Generator, kind: str, picture: Picture, topics: tuple[str, ...]
+) -> tuple[str, str, list[str], str]:
+    """(question, gold answer, options, topic)"""
+    if kind == "判断":
+        statement, is_true = judgement(rng, picture.truth, measured=True)
+        return statement, "对" if is_true else "错", [], "judge"
+    if kind == "填空":
+        asked = _pick(rng, picture, "zh", topics)
+        return asked.question, asked.core, [], asked.topic
+    asked, options = _choice(rng, picture, "zh", topics)
+    return asked.question, asked.answer, options, asked.topic
+
+
+def _choice(rng: np.random.Generator, picture: Picture, lang: Any, topics: tuple[str, ...]) -> tuple[Asked, list[str]]:
+    while True:
+        asked, options = multiple_choice(rng, picture.truth, lang, measured=True)
+        if not topics or asked.topic in topics:
+            return asked, options
+
+
+def _pick(rng: np.random.Generator, picture: Picture, lang: Any, topics: tuple[str, ...]) -> Asked:
+    asked = all_questions(rng, picture.truth, lang, measured=True)
+    return next(question for question in asked if not topics or question.topic in topics)
+
+
+def _sample(
+    pictures: list[tuple[Picture, tuple[str, ...]]], skill: str
+) -> list[tuple[int, Picture, tuple[str, ...]]]:
+    """Some pictures of a skill, spread evenly over all there are."""
+    of_skill = [(i, picture, topics) for i, (picture, topics) in enumerate(pictures) if SKILLS[picture.truth.kind] == skill]
+    count = min(len(of_skill), _NUM_PER_SUBJECT + _NUM_DEV)
+    return [of_skill[i] for i in np.linspace(0, len(of_skill) - 1, count).astype(int)]
+
+
+def _row(key: str, skill: str, files: list[str], asked: Asked) -> dict[str, Any]:
+    return {
+        "id": key, "skill": skill, "topic": asked.topic, "lang": asked.lang, "images": files, "question": asked.question,
+        "answer": asked.answer, "accepted": [asked.answer, *asked.accepted],
+    }  # fmt: skip
+
+
+def _save_images(folder: Path, index: int, picture: Picture) -> list[str]:
+    names = []
+    for position, image in enumerate(picture.images):
+        name = f"images/{index:05d}.{position}.png"
+        image.save(folder / name)
+        names.append(name)
+    return names
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _write(path: Path, rows: list[dict[str, Any]], schema: pa.Schema) -> None:
+    assert len({row["id"] for row in rows}) == len(rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), path)
+
+
+def _rng(kind: str, index: int) -> np.random.Generator:
+    return np.random.default_rng([_SEED, sum(map(ord, kind)), index])

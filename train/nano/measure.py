@@ -1,0 +1,126 @@
+"""How good a nano is: the held-out questions, answered and counted, skill by skill and language by language.
+
+An answer is right when it equals an accepted one but for case, spaces and end marks. Called by __main__.py; calls yi_vl.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.progress import track
+
+from yi_vl import YiVL, load
+
+_BATCH = 64
+_EDGES = re.compile(r"^[\s\"'“”]+|[\s.。!！\"'“”]+$")
+
+
+@dataclass(frozen=True)
+class Question:
+    """A held-out question: pictures, words, and every answer that counts."""
+
+    id: str
+    skill: str
+    lang: str
+    images: tuple[Path, ...]
+    question: str
+    accepted: tuple[str, ...]
+
+
+def read_questions(folder: Path) -> list[Question]:
+    """The rows of `folder/questions.jsonl`; their images are named relative to it."""
+    rows = [json.loads(line) for line in (folder / "questions.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [
+        Question(
+            id=row["id"],
+            skill=row["skill"],
+            lang=row["lang"],
+            images=tuple(folder / name for name in row["images"]),
+            question=row["question"],
+            accepted=tuple(row["accepted"]),
+        )
+        for row in rows
+    ]
+
+
+def is_right(answer: str, accepted: Iterable[str]) -> bool:
+    """Whether an answer is one of the accepted, but for case, spaces around it and the mark at its end."""
+    return _plain(answer) in {_plain(gold) for gold in accepted}
+
+
+def measure(model: YiVL, questions: Sequence[Question]) -> list[dict[str, Any]]:
+    """One record per question, in order: what was asked, answered and accepted, and whether that was right."""
+    by_shape = sorted(range(len(questions)), key=lambda i: (len(questions[i].images), len(questions[i].question)))
+    answers: dict[int, str] = {}
+    for start in track(range(0, len(by_shape), _BATCH), "measure"):
+        chunk = by_shape[start : start + _BATCH]
+        requests = [(list(questions[i].images), questions[i].question) for i in chunk]
+        answers |= zip(chunk, model.predict_batch(requests, max_new_tokens=48, batch_size=_BATCH), strict=True)
+    return [
+        {
+            "id": question.id,
+            "skill": question.skill,
+            "lang": question.lang,
+            "question": question.question,
+            "answer": answers[i],
+            "accepted": list(question.accepted),
+            "right": is_right(answers[i], question.accepted),
+        }
+        for i, question in enumerate(questions)
+    ]
+
+
+def scores(records: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """skill -> {"en", "zh", "both": share of right answers, "count"}, and the same under "all"."""
+    groups: dict[str, dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
+    for record in records:
+        for skill in (record["skill"], "all"):
+            groups[skill][record["lang"]].append(record["right"])
+            groups[skill]["both"].append(record["right"])
+    return {
+        skill: {lang: round(sum(right) / len(right), 4) for lang, right in langs.items()} | {"count": len(langs["both"])}
+        for skill, langs in groups.items()
+    }
+
+
+def table(measured: dict[str, dict[str, dict[str, Any]]]) -> str:
+    """Markdown: a row per skill, for every model a column of "English / Chinese" percentages."""
+    skills = list(next(iter(measured.values())))
+    lines = [
+        "| skill (questions) | " + " | ".join(measured) + " |",
+        "|---|" + "---|" * len(measured),
+    ]
+    for skill in skills:
+        cells = [f"{_percent(by[skill], 'en')} / {_percent(by[skill], 'zh')}" for by in measured.values()]
+        count = next(iter(measured.values()))[skill]["count"]
+        lines.append(f"| {skill} ({count}) | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def measure_all(checkpoints: dict[str, Path], heldout: Path, out_dir: Path) -> str:
+    """Measure several checkpoints; their answers and scores go to `out_dir`, the Markdown table is returned."""
+    questions = read_questions(heldout)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    measured: dict[str, dict[str, dict[str, Any]]] = {}
+    for name, path in checkpoints.items():
+        records = measure(load(path), questions)
+        measured[name] = scores(records)
+        lines = [json.dumps(record, ensure_ascii=False) for record in records]
+        (out_dir / f"answers-{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        (out_dir / "scores.json").write_text(json.dumps(measured, indent=1), encoding="utf-8")
+    (out_dir / "table.md").write_text(table(measured), encoding="utf-8")
+    return table(measured)
+
+
+def _plain(answer: str) -> str:
+    return _EDGES.sub("", answer).casefold()
+
+
+def _percent(by_lang: dict[str, Any], lang: str) -> str:
+    return f"{100 * by_lang[lang]:.1f}" if lang in by_lang else "–"

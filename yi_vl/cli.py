@@ -1,0 +1,234 @@
+"""The command line: `yi-vl ask | chat | info`.
+
+Heavy imports happen inside the commands, so that `yi-vl --help` is instant.
+Called by users; calls predict.py, and config.py and model.py for `info`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from .config import YiVLConfig
+    from .predict import Conversation, YiVL
+
+_PRESETS = ("6b", "34b", "nano")
+_CHAT_HELP = (
+    "/image PATH shows a picture with the next question, /clear starts afresh, /exit leaves; Ctrl-C stops an answer."
+)
+
+app = typer.Typer(
+    help="Ask a Yi-VL model about pictures.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+ModelOption = Annotated[
+    str | None, typer.Option("--model", "-m", help="A model folder or hub id; the bundled nano by default.")
+]
+SystemOption = Annotated[str | None, typer.Option(help="Text before the conversation; Yi-VL's own by default.")]
+LengthOption = Annotated[int, typer.Option(help="The answer's greatest length, in tokens.")]
+TemperatureOption = Annotated[float, typer.Option(help="0 always takes the likeliest word; higher is more varied.")]
+TopPOption = Annotated[float, typer.Option(help="Draw only from the likeliest words that make up this probability.")]
+SeedOption = Annotated[int | None, typer.Option(help="Makes an answer with a temperature repeatable.")]
+
+
+def main() -> None:
+    """The entry point: what a user can cause is one line on stderr and exit code 2."""
+    try:
+        app(prog_name="yi-vl")
+    except ValueError as error:
+        _complain(error)
+        sys.exit(2)
+    except BrokenPipeError:  # the reader has gone, as in `yi-vl ask ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+@app.command()
+def ask(
+    words: Annotated[list[str], typer.Argument(metavar="[IMAGE]... QUESTION", help="Pictures, then the question.")],
+    model: ModelOption = None,
+    system: SystemOption = None,
+    max_new_tokens: LengthOption = 512,
+    temperature: TemperatureOption = 0.0,
+    top_p: TopPOption = 1.0,
+    seed: SeedOption = None,
+) -> None:
+    """Answer one question about some pictures, or about none."""
+    *images, question = words
+    if os.path.isfile(question):
+        raise ValueError(f'the last argument is the question, but {question} is a file. Add: "What is this?"')
+    pieces = _load(model).stream(
+        images,
+        question,
+        system=system,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+    )
+    _show(pieces)
+
+
+@app.command()
+def chat(
+    images: Annotated[list[str] | None, typer.Argument(help="Pictures for the first question.")] = None,
+    model: ModelOption = None,
+    system: SystemOption = None,
+    max_new_tokens: LengthOption = 512,
+    temperature: TemperatureOption = 0.0,
+    top_p: TopPOption = 1.0,
+    seed: SeedOption = None,
+) -> None:
+    """Talk about pictures; the model remembers the conversation."""
+    yi_vl = _load(model)
+    prepare = yi_vl.processor.image_processor.prepare
+    pictures = [prepare(image) for image in images or ()]
+    options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+    conversation = yi_vl.chat(system)
+    print(_CHAT_HELP)
+    for line in _lines():
+        command, _, argument = line.partition(" ")
+        try:
+            if command == "/exit":
+                return
+            if command == "/clear":
+                conversation, pictures = yi_vl.chat(system), []
+            elif command == "/image":
+                pictures.append(prepare(argument.strip()))
+            elif command.startswith("/"):
+                print(_CHAT_HELP)
+            else:
+                _take_turn(conversation, line, pictures, options)
+                pictures = []
+        except ValueError as error:  # the chat goes on, and pictures stay for the next question
+            _complain(error)
+
+
+@app.command()
+def info(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="6b, 34b or nano, a model folder, or a hub id.")],
+) -> None:
+    """What a model is made of: configuration, parameters, memory. No weights are read."""
+    _silence()
+    from rich.console import Console
+
+    from .config import preset
+    from .loading import find, read_config
+
+    config = preset(model) if model in _PRESETS else read_config(find(model))
+    console = Console()
+    for table in (_config_table(model, config), *_size_tables(config)):
+        console.print(table)
+
+
+def _config_table(name: str, config: YiVLConfig) -> Table:
+    vision, text = config.vision_config, config.text_config
+    table = _table(name, "", "")
+    stem = f", convolutional stem {vision.stem_widths}" if vision.stem_widths else ""
+    table.add_row(
+        "vision tower",
+        f"{vision.num_hidden_layers} blocks, width {vision.hidden_size}, {vision.num_attention_heads} heads{stem}; "
+        f"{vision.image_size} px in patches of {vision.patch_size} px",
+    )
+    table.add_row("image tokens", f"{vision.num_patches} per image ({vision.grid_size} x {vision.grid_size})")
+    table.add_row(
+        "language model",
+        f"{text.num_hidden_layers} layers, width {text.hidden_size}, feed-forward {text.intermediate_size}, "
+        f"{text.num_attention_heads} heads, {text.num_key_value_heads} for keys and values",
+    )
+    table.add_row("context", f"{text.max_position_embeddings:,} tokens, images and answer included")
+    table.add_row("vocabulary", f"{text.vocab_size:,} rows; {config.image_token_id} is the image token")
+    return table
+
+
+def _size_tables(config: YiVLConfig) -> Iterator[Table]:
+    """Parameters and tensors, in our layout and the official one; then memory."""
+    from .sizes import measure
+
+    sizes = measure(config)
+    table = _table("parameters", "", "here", "official layout")
+    for name, count in sizes.num_parameters.items():
+        official = sizes.num_official_parameters and sizes.num_official_parameters[name]
+        table.add_row(name, f"{count:,}", f"{official:,}" if official else "-")
+    table.add_row("tensors", f"{sizes.num_tensors:,}", f"{sizes.num_official_tensors or '-'}")
+    yield table
+    table = _table("memory of the weights", "", "MB")
+    for name, num_bytes in sizes.memory_bytes.items():
+        table.add_row(name, f"{num_bytes / 1e6:,.0f}")
+    yield table
+
+
+def _table(title: str, *columns: str) -> Table:
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", show_header=any(columns))
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index and len(columns) > 1 and any(columns) else "left")
+    return table
+
+
+def _load(model: str | None) -> YiVL:
+    _silence()
+    from .predict import load
+
+    return load(model)
+
+
+def _silence() -> None:
+    """What transformers logs is for programmers; here a problem is an error and anything else is noise."""
+    import warnings
+
+    warnings.simplefilter("ignore", FutureWarning)
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _take_turn(conversation: Conversation, question: str, pictures: list[Any], options: dict[str, Any]) -> None:
+    pieces = conversation.stream(question, pictures, **options)
+    try:
+        _show(pieces)
+    except KeyboardInterrupt:
+        pieces.close()
+        print(" [stopped]")
+
+
+def _lines() -> Iterator[str]:
+    """What the user types, line by line, until Ctrl-D."""
+    with contextlib.suppress(ImportError):  # Windows has none
+        import readline  # noqa: F401  line editing and history for input()
+
+    while True:
+        try:
+            line = input("> ").strip()
+        except EOFError:
+            print()
+            return
+        except KeyboardInterrupt:
+            print("\nCtrl-D or /exit leaves.")
+            continue
+        if line:
+            yield line
+
+
+def _show(pieces: Iterable[str]) -> None:
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print(flush=True)
+
+
+def _complain(error: Exception) -> None:
+    print("yi-vl:", " ".join(str(error).split()), file=sys.stderr)
