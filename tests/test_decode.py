@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import pairwise
 
 import pytest
 import torch
@@ -102,6 +101,15 @@ def test_pieces_together_are_the_text(yi_vl: YiVL, text: str) -> None:
     ids = yi_vl.processor.tokenizer(f" {text}\n###", add_special_tokens=False)["input_ids"]
     said, _ = speak(yi_vl, ids)
     assert "".join(said) == text
+
+
+def test_a_long_answer_costs_no_more_per_token_than_a_short_one(yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer, lengths = yi_vl.processor.tokenizer, []
+    plain = tokenizer.decode
+    monkeypatch.setattr(tokenizer, "decode", lambda ids, **options: lengths.append(len(ids)) or plain(ids, **options))
+    said, _ = speak(yi_vl, tokens_of(yi_vl, " dog", "狗", "🐕") * 10)
+    assert "".join(said) == ("dog狗🐕 " * 10).rstrip()
+    assert max(lengths) <= 8
 
 
 def test_more_stop_strings(yi_vl: YiVL) -> None:
@@ -224,11 +232,13 @@ def test_a_step_computes_one_position_and_only_the_first_sees_pictures(
     yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[tuple[int, bool, int]] = []
+    positions: list[list[int]] = []
     forward = yi_vl.model.forward
 
     def watch(**inputs: torch.Tensor) -> object:
         outputs = forward(**inputs)
         calls.append((inputs["input_ids"].shape[1], inputs["pixel_values"] is not None, outputs.logits.shape[1]))
+        positions.append(inputs["position_ids"][1].tolist())
         return outputs
 
     monkeypatch.setattr(yi_vl.model, "forward", watch)
@@ -238,4 +248,6 @@ def test_a_step_computes_one_position_and_only_the_first_sees_pictures(
         next(steps)
     steps.close()
     assert calls == [(prompts.input_ids.shape[1], True, 1), (1, False, 1), (1, False, 1)]
-    assert all(later == (1, False, 1) for _, later in pairwise(calls))
+    length, num_tokens = prompts.input_ids.shape[1], prompts.num_tokens[1]
+    assert positions[0] == [0] * (length - num_tokens) + list(range(num_tokens))  # padding shifts no row
+    assert positions[1:] == [[num_tokens], [num_tokens + 1]]

@@ -62,6 +62,13 @@ def test_bad_file_is_one_line_that_names_file_and_reason(name: str, tmp_path: Pa
     assert str(path) in message and reason in message and "\n" not in message
 
 
+def test_a_picture_that_was_opened_but_not_read_may_be_damaged(tmp_path: Path) -> None:
+    path = tmp_path / "cut.jpg"
+    path.write_bytes(encoded(noise(200, 200), "JPEG")[:3000])
+    with Image.open(path) as image, pytest.raises(ValueError, match=r"cut\.jpg is damaged"):
+        load_image(image)
+
+
 def test_folder_and_unknown_types_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is a folder"):
         load_image(tmp_path)
@@ -150,7 +157,7 @@ def test_grey_arrays() -> None:
     "array", [np.zeros((2, 3, 5)), np.zeros(4), np.full((2, 2), 2.0), np.full((2, 2), np.nan), np.full((2, 2), -1)]
 )
 def test_arrays_that_are_no_picture(array: np.ndarray) -> None:
-    with pytest.raises(ValueError, match="shape|outside"):
+    with pytest.raises(ValueError, match=r"shape|outside"):
         load_image(array)
 
 

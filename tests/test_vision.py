@@ -99,14 +99,15 @@ def test_resizing_keeps_a_slope() -> None:
     torch.testing.assert_close(finer[0, 2:6], torch.tensor([0.75, 1.25, 1.75, 2.25]), atol=0.05, rtol=0)
 
 
-def test_resizing_agrees_with_open_clip() -> None:
+@pytest.mark.parametrize("grid", [2, 8])
+def test_resizing_agrees_with_open_clip(grid: int) -> None:
     positions = torch.randn(17, 32)
     state = {"visual.positional_embedding": positions.clone()}
-    target = VisionTransformer(112, 14, 32, 1, 2, 2.0)
+    target = VisionTransformer(14 * grid, 14, 32, 1, 2, 2.0)
     model = nn.Module()
     model.visual = target
     open_clip.model.resize_pos_embed(state, model)
-    torch.testing.assert_close(resize_position_grid(positions, 8), state["visual.positional_embedding"])
+    torch.testing.assert_close(resize_position_grid(positions, grid), state["visual.positional_embedding"])
 
 
 def test_a_tower_is_resized_in_place(tower: OpenClipTower) -> None:

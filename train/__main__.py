@@ -11,7 +11,9 @@ from .config import exit_on_user_error, load_config
 
 def main() -> None:
     """Train as a config file says."""
-    parser = argparse.ArgumentParser(prog="python -m train", description="Train a Yi-VL; see train/configs for recipes.")
+    parser = argparse.ArgumentParser(
+        prog="python -m train", description="Train a Yi-VL; see train/configs for recipes."
+    )
     parser.add_argument("config", help="a YAML file, such as train/configs/nano/align-224.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the file's")
     arguments = parser.parse_intermixed_args()

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 from yi_vl.model import YiVLForConditionalGeneration
 from yi_vl.processor import YiVLProcessor
@@ -51,7 +52,9 @@ def save_checkpoint(
         _flush(directory.parent)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
         shutil.rmtree(temporary, ignore_errors=True)
-        raise ValueError(f"The checkpoint {directory} cannot be written: {error}; earlier ones are untouched.") from error
+        raise ValueError(
+            f"The checkpoint {directory} cannot be written: {error}; earlier ones are untouched."
+        ) from error
 
 
 def load_state(directory: Path) -> dict[str, Any]:
@@ -73,20 +76,34 @@ def load_model(directory: str | Path) -> tuple[YiVLForConditionalGeneration, YiV
     """A checkpoint's model, in float32, and its processor.
 
     Raises:
-        ValueError: there is no checkpoint of ours in `directory`.
+        ValueError: there is no checkpoint of ours in `directory`, or it is damaged.
     """
     path = Path(directory)
-    if not (path / "config.json").is_file():
-        raise ValueError(f"{path} holds no checkpoint (no config.json); run what init_from.checkpoint stands on first.")
+    processor = load_processor(path)
     try:
-        model, report = YiVLForConditionalGeneration.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
-        processor = YiVLProcessor.from_pretrained(path)
-    except (OSError, RuntimeError) as error:
+        model, report = YiVLForConditionalGeneration.from_pretrained(
+            path, dtype=torch.float32, output_loading_info=True
+        )
+    except (OSError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{path} cannot be loaded: {str(error).splitlines()[0]}") from error
-    wrong = {kind: sorted(keys)[:3] for kind, keys in report.items() if keys}
+    wrong = {kind: sorted(map(str, entries))[:3] for kind, entries in report.items() if entries}
     if wrong:
         raise ValueError(f"{path} does not fit its own config.json: {wrong}.")
     return model, processor
+
+
+def load_processor(path: Path) -> YiVLProcessor:
+    """A checkpoint's processor.
+
+    Raises:
+        ValueError: there is no checkpoint of ours in `path`.
+    """
+    if not (path / "config.json").is_file():
+        raise ValueError(f"{path} holds no checkpoint (no config.json): first train what this run starts from.")
+    try:
+        return YiVLProcessor.from_pretrained(path)
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"The processor in {path} cannot be loaded: {str(error).splitlines()[0]}") from error
 
 
 def checkpoints(run_dir: Path) -> list[Path]:

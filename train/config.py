@@ -201,7 +201,9 @@ def _named_errors(where: str) -> Iterator[None]:
         yield
     except (ConfigKeyError, ConfigAttributeError) as error:
         fields = getattr(error.object_type, "__dataclass_fields__", {})
-        raise ValueError(f"{where}: unknown key {error.full_key!r}; known here: {', '.join(fields) or 'nothing'}.") from error
+        raise ValueError(
+            f"{where}: unknown key {error.full_key!r}; known here: {', '.join(fields) or 'nothing'}."
+        ) from error
     except OmegaConfBaseException as error:
         key = f"{error.full_key}: " if error.full_key else ""
         raise ValueError(f"{where}: {key}{_first_line(error)}") from error
@@ -223,18 +225,34 @@ def _check(config: TrainConfig, where: str) -> None:
     init = config.init_from
     parts = init.tower is not None or init.language_model is not None
     require((init.checkpoint is None) == parts, "init_from needs either checkpoint, or tower and language_model.")
-    require(not parts or (init.tower is not None and init.language_model is not None),
-            "init_from: a model from parts needs both tower and language_model.")
+    require(
+        not parts or (init.tower is not None and init.language_model is not None),
+        "init_from: a model from parts needs both tower and language_model.",
+    )
     require((config.steps is None) != (config.epochs is None), "give exactly one of steps and epochs.")
     require(config.epochs is None or config.samples is not None, "epochs needs samples, the number in one epoch.")
-    for key in ("steps", "epochs", "samples", "clip_norm", "image_size", "global_batch", "micro_batch", "max_tokens", "log_every"):
+    for key in (
+        "steps",
+        "epochs",
+        "samples",
+        "clip_norm",
+        "image_size",
+        "global_batch",
+        "micro_batch",
+        "max_tokens",
+        "log_every",
+    ):
         value = getattr(config, key)
         require(value is None or value > 0, f"{key} is {value}; it must be positive.")
-    require(config.precision in PRECISIONS, f"precision is {config.precision!r}; expected one of {', '.join(PRECISIONS)}.")
+    require(
+        config.precision in PRECISIONS, f"precision is {config.precision!r}; expected one of {', '.join(PRECISIONS)}."
+    )
     require(0 <= config.warmup_ratio < 1, f"warmup_ratio is {config.warmup_ratio}; expected 0 to 1.")
     require(len(config.optimiser.betas) == 2, f"optimiser.betas is {config.optimiser.betas}; expected two numbers.")
-    require(config.checkpoint.every_steps > 0 and config.checkpoint.keep_last > 0,
-            "checkpoint.every_steps and checkpoint.keep_last must be positive.")
+    require(
+        config.checkpoint.every_steps > 0 and config.checkpoint.keep_last > 0,
+        "checkpoint.every_steps and checkpoint.keep_last must be positive.",
+    )
     trains = config.trainable
     require(trains.vision or trains.projector or trains.language, "trainable: nothing is; set a component to true.")
     _check_data(config.data, require)
@@ -250,5 +268,7 @@ def _check_data(data: DataConfig, require: Any) -> None:
         form = source.form if source.form is not None else data.form
         require(form in FORMS, f"the form of source {source.name!r} is {form!r}; expected one of {', '.join(FORMS)}.")
         require(source.weight > 0, f"the weight of source {source.name!r} is {source.weight}; it must be positive.")
-        require(source.max_samples is None or source.max_samples > 0,
-                f"max_samples of source {source.name!r} is {source.max_samples}; it must be positive.")
+        require(
+            source.max_samples is None or source.max_samples > 0,
+            f"max_samples of source {source.name!r} is {source.max_samples}; it must be positive.",
+        )

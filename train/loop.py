@@ -9,7 +9,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +18,12 @@ from accelerate import Accelerator, DistributedType
 from accelerate.utils import gather_object, set_seed
 from rich.console import Console
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-
-from yi_vl.image import YiVLImageProcessor
-from yi_vl.model import YiVLForConditionalGeneration
-from yi_vl.parts import from_parts
-from yi_vl.processor import YiVLProcessor
 
 from . import checkpoint
 from .config import TrainConfig, num_steps, to_yaml
+from .cpu import keep_memory, use_short_attention_
 from .data import MicroBatch, StepBatch, StepLoader, num_supervised
+from .initial import initial_model
 from .objective import Objective
 from .optim import build_optimiser, learning_rates, set_learning_rates_, set_trainable_
 from .report import Reporter, component_table, draw_loss_curve
@@ -76,6 +72,9 @@ class Trainer:
         self.done_steps: int = state["step"] if state is not None else 0
         self.model, self.processor = checkpoint.load_model(found[-1]) if found else initial_model(config)
         set_trainable_(self.model, config)
+        if self.accelerator.device.type == "cpu":
+            keep_memory()
+            use_short_attention_(self.model)
         if self.accelerator.is_main_process:
             console.print(component_table(self.model, config))
             if found:
@@ -84,7 +83,9 @@ class Trainer:
         optimiser = build_optimiser(self.model, config)
         if state is not None:
             optimiser.load_state_dict(state["optimiser"])
-        self.objective, self.optimiser = self.accelerator.prepare(Objective(self.model, len(config.data.sources)), optimiser)
+        self.objective, self.optimiser = self.accelerator.prepare(
+            Objective(self.model, len(config.data.sources)), optimiser
+        )
         if config.compile:
             self.objective.compile(dynamic=True)
         self.loader = self._build_loader(state)
@@ -109,7 +110,9 @@ class Trainer:
                 is_last = self.done_steps == self.num_steps
                 metrics = None
                 if self.done_steps % self.config.log_every == 0 or is_last:
-                    metrics = log.metrics(self.done_steps, grad_norm, learning_rates(self.optimiser), self.loader.counts())
+                    metrics = log.metrics(
+                        self.done_steps, grad_norm, learning_rates(self.optimiser), self.loader.counts()
+                    )
                     self.accelerator.log(_flat(metrics), step=self.done_steps)
                 reporter.step(self.done_steps, metrics)
                 if self.done_steps % every == 0 and not is_last:
@@ -127,7 +130,7 @@ class Trainer:
         per_source = torch.zeros(len(self.config.data.sources), 2, device=accelerator.device)
         for index, micro in enumerate(batch.micros):
             is_last = index == len(batch.micros) - 1
-            with nullcontext() if is_last else accelerator.no_sync(self.objective), _attention(accelerator.device):
+            with nullcontext() if is_last else accelerator.no_sync(self.objective):
                 loss, losses = self.objective(**self._inputs(micro))
                 accelerator.backward(loss * scale)
             per_source += losses
@@ -237,30 +240,6 @@ class _Window:
         return metrics
 
 
-def initial_model(config: TrainConfig) -> tuple[YiVLForConditionalGeneration, YiVLProcessor]:
-    """The model that `init_from` describes, for images of `image_size`, and its processor.
-
-    Raises:
-        ValueError: the weights are not there or do not fit.
-    """
-    init = config.init_from
-    if init.checkpoint is not None:
-        model, processor = checkpoint.load_model(init.checkpoint)
-    else:
-        assert init.tower is not None and init.language_model is not None  # config._check
-        model, tokenizer = from_parts(init.tower.name, init.tower.pretrained, init.language_model, config.image_size)
-        image_processor = YiVLImageProcessor(config.image_size)
-        processor = YiVLProcessor(image_processor, tokenizer, patch_size=model.config.vision_config.patch_size)
-    if model.config.vision_config.image_size != config.image_size:
-        model.model.vision_tower.resize_grid_(config.image_size)
-    model.config.vision_config.image_size = config.image_size
-    processor.image_processor.size_px = config.image_size
-    limit = model.config.text_config.max_position_embeddings
-    if config.max_tokens > limit:
-        raise ValueError(f"max_tokens is {config.max_tokens}, but the language model has {limit} positions.")
-    return model, processor
-
-
 def _accelerator(config: TrainConfig) -> Accelerator:
     accelerator = Accelerator(
         mixed_precision=_ACCELERATE_PRECISION[config.precision],
@@ -273,13 +252,6 @@ def _accelerator(config: TrainConfig) -> Accelerator:
             "data parallelism only (accelerate launch --multi_gpu)."
         )
     return accelerator
-
-
-@contextmanager
-def _attention(device: torch.device) -> Iterator[None]:
-    """On CPU the fused attention's backward is slow below some 300 tokens; plain products are 2 to 6 times faster."""
-    with sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext():
-        yield
 
 
 def _flat(metrics: dict[str, Any], prefix: str = "") -> dict[str, float]:

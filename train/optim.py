@@ -54,7 +54,9 @@ def parameter_groups(model: YiVLForConditionalGeneration, config: TrainConfig) -
             (", no decay", 0.0, [p for p in learning if p.ndim <= 1]),
         ):
             if members:
-                groups.append({"name": name + suffix, "params": members, "weight_decay": decay, "peak_lr": peak_lr, "lr": 0.0})
+                groups.append(
+                    {"name": name + suffix, "params": members, "weight_decay": decay, "peak_lr": peak_lr, "lr": 0.0}
+                )
     return groups
 
 

@@ -70,7 +70,9 @@ class Reporter:
         self._bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._bar.stop()
 
     def step(self, step: int, metrics: dict[str, Any] | None) -> None:
@@ -90,7 +92,9 @@ class Reporter:
         if not self._console.is_terminal:
             per_step = (time.monotonic() - self._started) / max(1, step - self._done_at_start)
             left = time.strftime("%H:%M:%S", time.gmtime((self._num_steps - step) * per_step))
-            self._console.print(f"step {step}/{self._num_steps}  {numbers}  {left} left", highlight=False, soft_wrap=True)
+            self._console.print(
+                f"step {step}/{self._num_steps}  {numbers}  {left} left", highlight=False, soft_wrap=True
+            )
 
     def note(self, lines: Sequence[str]) -> None:
         """Lines that must not be lost, above the bar."""

@@ -99,8 +99,15 @@ class SourceStream:
     """One source as one stream sees it, without end: shards shuffled per epoch, samples permuted in windows."""
 
     def __init__(
-        self, index: int, name: str, shards: Sequence[str], max_samples: int | None, window: int,
-        seed: int, stream: int, num_streams: int,
+        self,
+        index: int,
+        name: str,
+        shards: Sequence[str],
+        max_samples: int | None,
+        window: int,
+        seed: int,
+        stream: int,
+        num_streams: int,
     ) -> None:
         self.name = name
         self._shards = list(shards)
@@ -149,7 +156,9 @@ class SourceStream:
         while not window and not self.is_empty:
             shares = self._shares(self._next.epoch)
             start = self._next
-            while len(window) < self._window_size and self._next.share < len(shares) and self._next.taken != self._quota:
+            while (
+                len(window) < self._window_size and self._next.share < len(shares) and self._next.taken != self._quota
+            ):
                 if self._reader is None:
                     self._reader = self._read(shares[self._next.share], self._next.offset)
                 sample = next(self._reader, None)

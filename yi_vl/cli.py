@@ -50,9 +50,6 @@ def main() -> None:
     except ValueError as error:
         _complain(error)
         sys.exit(2)
-    except BrokenPipeError:  # the reader has gone, as in `yi-vl ask ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
 
 
 @app.command()

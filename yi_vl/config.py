@@ -55,8 +55,9 @@ class OpenClipVisionConfig(PreTrainedConfig):
         unknown = sorted(set(tower) - _PLAIN_TOWER_KEYS)
         if unknown or not isinstance(tower["layers"], int):
             raise ValueError(
-                f"The tower of {name!r} is not a plain OpenCLIP vision transformer (it sets {', '.join(unknown) or 'layers'}); "
-                "choose one whose vision_cfg has only " + ", ".join(sorted(_PLAIN_TOWER_KEYS)) + "."
+                f"The tower of {name!r} is not a plain OpenCLIP vision transformer (it sets "
+                f"{', '.join(unknown) or 'layers'}); choose one whose vision_cfg has only "
+                f"{', '.join(sorted(_PLAIN_TOWER_KEYS))}."
             )
         width = tower["width"]
         return cls(
@@ -97,8 +98,8 @@ class YiVLConfig(PreTrainedConfig):
     }
     sub_configs = {"vision_config": OpenClipVisionConfig, "text_config": AutoConfig}
 
-    vision_config: dict | PreTrainedConfig | None = None
-    text_config: dict | PreTrainedConfig | None = None
+    vision_config: Any = None  # an OpenClipVisionConfig, also when given as a dict or not at all
+    text_config: Any = None  # a LlamaConfig, likewise
     image_token_id: int = 64000
     tie_word_embeddings: bool = False
 

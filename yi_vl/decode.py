@@ -120,7 +120,8 @@ class Chooser:
         if not self._generators:
             return logits.argmax(-1)
         logits = logits - logits.amax(-1, keepdim=True)  # lest a tiny temperature overflow
-        probabilities = self._warpers(None, logits).softmax(-1).cpu()
+        warped = self._warpers(None, logits)  # type: ignore[arg-type]  # none of them looks at the ids
+        probabilities = warped.softmax(-1).cpu()
         draws = [torch.multinomial(row, 1, generator=g) for row, g in zip(probabilities, self._generators, strict=True)]
         return torch.cat(draws)
 

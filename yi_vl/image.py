@@ -32,8 +32,8 @@ _STRIP_ROWS = 256
 def load_image(source: ImageSource) -> Image.Image:
     """An upright RGB picture from a path, encoded bytes, a PIL image or an array.
 
-    Arrays are (H, W), (H, W, 1|3|4), or as tensors also (1|3|4, H, W); uint8, or float in 0..1. Transparency is laid over
-    white, 16 bits are reduced to 8, of an animation the first frame counts.
+    Arrays are (H, W), (H, W, 1|3|4), or as tensors also (1|3|4, H, W); uint8, or float in 0..1. Transparency is laid
+    over white, 16 bits are reduced to 8, of an animation the first frame counts.
 
     Raises:
         ValueError: there is no such file, it is not a picture, it is damaged, or it is larger than `MAX_PIXELS`.
@@ -98,7 +98,9 @@ class YiVLImageProcessor(BaseImageProcessor):
         self.image_mean = list(image_mean)
         self.image_std = list(image_std)
 
-    def __call__(self, images: Any, return_tensors: str | None = None, **_: Any) -> BatchFeature:
+    def __call__(  # type: ignore[override]
+        self, images: Any, return_tensors: str | None = None, **_: Any
+    ) -> BatchFeature:
         """A picture, a list, or a list of lists (a batch); their pixels in reading order."""
         squares = [self.square(image) for image in _flatten(images)]
         return BatchFeature({"pixel_values": self.normalise(torch.stack(squares))}, tensor_type=return_tensors)
@@ -127,8 +129,8 @@ def _flatten(images: Any) -> list[ImageSource]:
 def _describe(source: object) -> str:
     if isinstance(source, (str, os.PathLike)):
         return os.fspath(source) if len(str(source)) < 200 else f"{str(source)[:80]}..."
-    if isinstance(source, Image.Image) and getattr(source, "filename", ""):
-        return str(getattr(source, "filename"))
+    if filename := getattr(source, "filename", None):  # of a PIL image that was opened from a file
+        return str(filename)
     if isinstance(source, (bytes, bytearray)):
         return f"the picture of {len(source)} bytes"
     return f"the picture given as {type(source).__name__}"
@@ -143,7 +145,9 @@ def _open(file: io.BytesIO | Path, name: str) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise ValueError(f"{name} is refused, it unpacks to too many pixels ({error}).") from error
     except UnidentifiedImageError as error:
-        raise ValueError(f"{name} is not a picture in a format Pillow knows (its content counts, not its name).") from error
+        raise ValueError(
+            f"{name} is not a picture in a format Pillow knows (its content counts, not its name)."
+        ) from error
     except OSError as error:
         raise ValueError(f"{name} cannot be read as a picture: {error}.") from error
 
@@ -160,7 +164,9 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
             image = upright
         if image.mode.startswith("I"):
             samples = np.asarray(image).astype(np.int64)
-            image = Image.fromarray((samples >> 8 if samples.max(initial=0) > 255 else samples).clip(0, 255).astype(np.uint8))
+            image = Image.fromarray(
+                (samples >> 8 if samples.max(initial=0) > 255 else samples).clip(0, 255).astype(np.uint8)
+            )
         elif image.mode == "F":
             image = Image.fromarray(np.nan_to_num(np.asarray(image)).clip(0, 255).astype(np.uint8))
         if image.has_transparency_data:

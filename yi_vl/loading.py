@@ -44,7 +44,9 @@ def load_model(
     model = _load_weights(source, device or _default_device(), dtype or "auto")
     if dtype is None:
         is_small_on_cpu = model.device.type == "cpu" and model.num_parameters() < _SMALL_PARAMETERS
-        model = model.to(dtype=torch.float32 if is_small_on_cpu else torch.bfloat16)
+        wanted = torch.float32 if is_small_on_cpu else torch.bfloat16
+        if model.dtype != wanted:  # a model spread over devices must not be touched without need
+            model.to(dtype=wanted)  # type: ignore[call-arg]
     try:
         processor = YiVLProcessor.from_pretrained(source)
     except (OSError, KeyError, TypeError, ValueError) as error:
@@ -115,7 +117,7 @@ def check_fit(config: YiVLConfig, processor: YiVLProcessor) -> None:
 
 def _fetch_config(hub_id: str) -> Path:
     try:
-        return Path(cached_file(hub_id, "config.json"))
+        return Path(str(cached_file(hub_id, "config.json")))
     except OSError as error:
         raise ValueError(
             f"{hub_id} is no folder here, and its config.json cannot be had from the hub either: {_one_line(error)}. "
@@ -142,11 +144,12 @@ def _default_device() -> str:
 
 def _load_weights(source: str, device: str | torch.device, dtype: torch.dtype | str) -> YiVLForConditionalGeneration:
     try:
-        model, report = YiVLForConditionalGeneration.from_pretrained(
+        loaded: Any = YiVLForConditionalGeneration.from_pretrained(
             source, dtype=dtype, device_map=device, output_loading_info=True, ignore_mismatched_sizes=True
         )
     except (OSError, RuntimeError, SafetensorError) as error:  # absent, of the wrong shape or kind, cut short
         raise ValueError(f"{source}: the weights cannot be loaded: {_one_line(error)}") from error
+    model, report = loaded
     problems = [
         f"{len(report[kind])} tensors are {kind.removesuffix('_keys')} ("
         + ", ".join(map(str, sorted(report[kind])))

@@ -3,13 +3,13 @@
 The contract everybody shares. B samples, S tokens, N images in the batch, P patches per image, Dv vision width,
 D language width, V vocabulary.
 
-| name           | shape, dtype          | made by            | note                                                        |
-|----------------|-----------------------|--------------------|-------------------------------------------------------------|
-| input_ids      | (B, S) int64          | chat.py            | `config.image_token_id` at exactly N*P places, reading order |
-| attention_mask | (B, S)                | processor, collate | 1 on real tokens, images included                           |
-| labels         | (B, S) int64          | collate            | unshifted, -100 off the loss mask                           |
-| pixel_values   | (N, 3, H, W) float    | image.py           | normalised; None when the batch has no image                |
-| image features | (N, P, Dv)->(N, P, D) | vision, projector  | one masked assignment; a mismatch raises with both counts   |
+| name           | shape, dtype          | made by           | note                                                    |
+|----------------|-----------------------|-------------------|---------------------------------------------------------|
+| input_ids      | (B, S) int64          | chat.py           | `image_token_id` at exactly N*P places in reading order |
+| attention_mask | (B, S)                | predict, collate  | 1 on real tokens, images included                       |
+| labels         | (B, S) int64          | collate           | unshifted, -100 off the loss mask                       |
+| pixel_values   | (N, 3, H, W) float    | image.py          | normalised; None when the batch has no image            |
+| image features | (N, P, Dv)->(N, P, D) | vision, projector | one masked assignment; a mismatch names both counts     |
 
 Called by predict.py, convert/ and the trainer; calls config.py, vision.py, projector.py and transformers' Llama.
 """
@@ -39,7 +39,7 @@ class YiVLPreTrainedModel(PreTrainedModel):
     config: YiVLConfig
     config_class = YiVLConfig
     base_model_prefix = "model"
-    input_modalities = ("image", "text")
+    input_modalities = ["image", "text"]
     supports_gradient_checkpointing = True
     _skip_keys_device_placement = ["past_key_values"]
     _no_split_modules = ["LlamaDecoderLayer", "ResidualAttentionBlock", "ConvStem"]
@@ -69,7 +69,7 @@ class YiVLModel(YiVLPreTrainedModel):
         """transformers' name for `encode_images`: `pooler_output` holds one (P, D) tensor per image."""
         patches = self.vision_tower(pixel_values).last_hidden_state
         features = self.multi_modal_projector(patches)
-        return BaseModelOutputWithPooling(last_hidden_state=patches, pooler_output=tuple(features))
+        return BaseModelOutputWithPooling(last_hidden_state=patches, pooler_output=tuple(features))  # type: ignore[arg-type]
 
     def insert_images(self, inputs_embeds: Tensor, input_ids: Tensor, image_features: Tensor) -> Tensor:
         """Put features at the image tokens, in reading order: (B, S, D), (B, S), (N, P, D) -> (B, S, D)
@@ -112,7 +112,7 @@ class YiVLModel(YiVLPreTrainedModel):
 
         image_features = None
         if mm_encoder_outputs and mm_encoder_outputs.get("image") is not None:
-            image_features = torch.stack(tuple(mm_encoder_outputs["image"].pooler_output))
+            image_features = torch.stack(tuple(mm_encoder_outputs["image"].pooler_output))  # type: ignore[arg-type]
         elif pixel_values is not None and len(pixel_values):
             image_features = self.encode_images(pixel_values)
         if image_features is not None:

@@ -46,7 +46,9 @@ def from_parts(
         tokenizer = prepare_tokenizer(language_model)
         language = AutoModelForCausalLM.from_pretrained(language_model, dtype=torch.float32)
     except (OSError, ValueError) as error:
-        raise ValueError(f"The language model {language_model!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise ValueError(
+            f"The language model {language_model!r} cannot be loaded: {str(error).splitlines()[0]}"
+        ) from error
     if text_config.model_type != "llama":
         raise ValueError(f"{language_model!r} is a {text_config.model_type} model; the language model must be a llama.")
 
@@ -88,7 +90,9 @@ def _load_tower(name: str, pretrained: str | None) -> OpenClipTower:
     try:
         weights = open_clip.create_model(name, pretrained=pretrained).visual.state_dict()
     except (OSError, RuntimeError) as error:
-        raise ValueError(f"The weights {pretrained!r} do not load into {name!r}: {str(error).splitlines()[0]}") from error
+        raise ValueError(
+            f"The weights {pretrained!r} do not load into {name!r}: {str(error).splitlines()[0]}"
+        ) from error
     weights.pop("proj", None)  # the contrastive head
     tower.visual.load_state_dict(weights)
     return tower

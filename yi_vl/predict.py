@@ -200,7 +200,7 @@ def _stop_ids(model: YiVLForConditionalGeneration, tokenizer: Any) -> set[int]:
     configured = model.generation_config.eos_token_id if model.generation_config else None
     ids = set(configured) if isinstance(configured, (list, tuple)) else {configured}
     ids |= {tokenizer.eos_token_id, *(tokenizer.get_vocab().get(token) for token in _END_TOKENS)}
-    return ids - {None}
+    return {token for token in ids if token is not None}
 
 
 def _conversation(

@@ -83,7 +83,7 @@ class OpenClipTower(PreTrainedModel):
     config_class = OpenClipVisionConfig
     base_model_prefix = "visual"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ["image"]
     supports_gradient_checkpointing = True
     _no_split_modules = ["ResidualAttentionBlock", "ConvStem"]
 

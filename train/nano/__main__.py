@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +13,10 @@ app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
 
 CONFIGS = Path("train/configs/nano")
 RUNS = Path("runs/nano")
-STAGES = ("language", "align-224", "upscale-448", "chat-448")
+STAGES = ("align-224", "upscale-448", "chat-448")
 DATA = Path("data/nano")
+PACKAGED = Path("yi_vl/nano")
+DOCUMENTS = (Path("README.md"), Path("README_zh.md"), PACKAGED / "README.md")
 
 
 @app.command()
@@ -41,7 +42,7 @@ def train() -> None:
     if not (RUNS / "start" / "config.json").exists():
         train_tokenizer(read_texts(DATA), RUNS / "tokenizer", preset("nano").image_token_id)
         assemble(RUNS / "tower", RUNS / "tokenizer", RUNS / "start")
-    for stage in STAGES:
+    for stage in ("language", *STAGES):
         subprocess.run([sys.executable, "-m", "train", str(CONFIGS / f"{stage}.yaml")], check=True)
 
 
@@ -49,23 +50,26 @@ def train() -> None:
 def measure(
     models: Annotated[list[str] | None, typer.Argument(help="name=folder, several; by default every finished stage")] = None,
     out: Annotated[Path, typer.Option(help="where answers, scores and the table go")] = RUNS / "measure",
+    write: Annotated[bool, typer.Option(help="put the table into the READMEs and the model card as well")] = False,
 ) -> None:
     """Answer the held-out questions with every stage's model and print the table."""
-    from train.nano.measure import measure_all
+    from train.nano.measure import measure_all, write_table
 
     named = dict(entry.split("=", 1) for entry in models) if models else {stage: str(RUNS / stage / "final") for stage in STAGES}
-    typer.echo(measure_all({name: Path(folder) for name, folder in named.items()}, DATA / "heldout", out))
+    markdown = measure_all({name: Path(folder) for name, folder in named.items()}, DATA / "heldout", out)
+    typer.echo(markdown)
+    for document in DOCUMENTS if write else ():
+        write_table(document, markdown)
 
 
 @app.command()
-def export(source: Path = RUNS / "chat-448" / "final", target: Path = Path("yi_vl/nano")) -> None:
-    """Write the finished model to the package, in bfloat16."""
+def export(source: Path = RUNS / "chat-448" / "final", target: Path = PACKAGED) -> None:
+    """Write the finished model to the package, in bfloat16, beside its card."""
     import torch
 
     from yi_vl import YiVLForConditionalGeneration, YiVLProcessor
 
     model = YiVLForConditionalGeneration.from_pretrained(source, dtype=torch.bfloat16)
-    shutil.rmtree(target, ignore_errors=True)
     model.save_pretrained(target)
     YiVLProcessor.from_pretrained(source).save_pretrained(target)
 

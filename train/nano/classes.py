@@ -74,7 +74,9 @@ _FLAG_NAMES = {  # short names in place of emojibase's
     "tr": ("Turkey", "土耳其"),
     "vi": ("US Virgin Islands", "美属维尔京群岛"),
 }
-_THE_ENDINGS = tuple("Islands Territory Territories Republic Kingdom Emirates States Union Nations".split())
+_THE_ENDINGS = (
+    "Islands", "Territory", "Territories", "Republic", "Kingdom", "Emirates", "States", "Union", "Nations"
+)  # fmt: skip
 _THE_NAMES = {"Netherlands", "Philippines", "Bahamas", "Maldives", "Isle of Man"}
 
 

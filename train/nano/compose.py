@@ -35,7 +35,7 @@ class Composer:
     def compose(
         self, rng: np.random.Generator, kind: Kind, size_px: int, split: Split = "train", key: str | None = None
     ) -> Picture:
-        """One picture of `kind`, square, `size_px` wide; `key` fixes the thing, flag, digit or word instead of drawing it."""
+        """One square picture of `kind`, `size_px` wide; `key` fixes the thing, flag, digit or word, else drawn."""
         if kind == "scene":
             return self._scene(rng, size_px, split)
         if kind == "word":
@@ -67,7 +67,8 @@ class Composer:
             boxes = [(item, (x - s / 2, y - s / 2, x + s / 2, y + s / 2)) for item, (x, y, s) in placed]
             return Truth("scene", tuple(Item(item.kind, item.name, box, item.colour) for item, box in boxes))
         if kind == "word":
-            return Truth("word", tuple(Item("letter", letter, (0, 0, 1, 1)) for letter in _choice(rng, tuple(VOCABULARY))))
+            word = _choice(rng, tuple(VOCABULARY))
+            return Truth("word", tuple(Item("letter", letter, (0, 0, 1, 1)) for letter in word))
         if kind == "digit":
             return Truth("digit", (Item("digit", DIGITS[rng.integers(10)], (0, 0, 1, 1)),))
         of: Literal["thing", "flag"] = "flag" if kind == "flag" or (kind == "same" and rng.random() < 0.25) else "thing"
@@ -76,6 +77,13 @@ class Composer:
         if kind == "same" and rng.random() < 0.5:
             names[1] = names[0]
         return Truth(kind, tuple(Item(of, name, (0, 0, 1, 1)) for name in names))  # type: ignore[arg-type]
+
+    def all_test_digits(self, size_px: int, seed: int = 0) -> Iterator[Picture]:
+        """Every held-out digit once."""
+        for digit in DIGITS:
+            for which in range(len(_digits()["test", digit])):
+                rng = np.random.default_rng([seed, int(digit), which])
+                yield self._single(rng, "digit", digit, size_px, "test", which)
 
     def all_test_pictures(self, size_px: int, seed: int = 0) -> Iterator[Picture]:
         """Every thing and every flag once, from held-out drawings."""
@@ -111,15 +119,17 @@ class Composer:
         box = alpha.point(_OPAQUE).getbbox() or (0, 0, *sprite.size)
         return sprite.crop(box), None if item.kind == "thing" else alpha.crop(box)
 
-    def _single(self, rng: np.random.Generator, kind: Kind, key: str, size_px: int, split: Split) -> Picture:
-        """One thing, flag or digit somewhere in the frame."""
+    def _single(
+        self, rng: np.random.Generator, kind: Kind, key: str, size_px: int, split: Split, which: int | None = None
+    ) -> Picture:
+        """One thing, flag or digit somewhere in the frame; `which` of the written digits, any where it is None."""
         is_train = split == "train"
         scale = rng.uniform(0.35, 1.0) if is_train else rng.uniform(0.6, 0.95)
         if kind == "digit":
             item = Item("digit", key, (0, 0, 1, 1))
             canvas, ink = _canvas_and_ink(rng, size_px, split)
             how = paint.random_warp(rng, 8.0) if is_train else paint.Warp()
-            mask, _ = paint.warp(_digit_mask(rng, key, split), scale * size_px, how)
+            mask, _ = paint.warp(_digit_mask(rng, key, split, which), scale * size_px, how)
             sprite: _Sprite = (paint.inked(mask, ink), None)
         else:
             item = Item(kind, key, (0, 0, 1, 1))  # type: ignore[arg-type]
@@ -242,12 +252,12 @@ def _digits() -> dict[tuple[Split, str], list[Image.Image]]:
     return found
 
 
-def _digit_mask(rng: np.random.Generator, digit: str, split: Split) -> Image.Image:
+def _digit_mask(rng: np.random.Generator, digit: str, split: Split, which: int | None) -> Image.Image:
     """One written digit, enlarged smoothly, its stroke made thinner or thicker and its edge softer or sharper."""
     images = _digits()[split, digit]
-    image = images[rng.integers(len(images))].resize((96, 96), Image.Resampling.BICUBIC)
+    image = images[rng.integers(len(images)) if which is None else which].resize((96, 96), Image.Resampling.BICUBIC)
     threshold, gain = (rng.uniform(60, 130), rng.uniform(1.5, 6)) if split == "train" else (95, 3)
-    mask = image.point([int(np.clip((value - threshold) * gain + 128, 0, 255)) for value in range(256)])
+    mask = image.point(np.clip((np.arange(256) - threshold) * gain + 128, 0, 255).astype(int).tolist())
     return mask.crop(mask.point(_OPAQUE).getbbox())
 
 

@@ -19,9 +19,9 @@ from PIL import Image
 
 from train.nano.art import load_art
 from train.nano.choices import judgement
-from train.nano.compose import NUM_TEST_DIGITS, Composer
+from train.nano.compose import Composer
 from train.nano.dialogue import SKILLS, Asked, all_questions, multiple_choice
-from train.nano.names import DIGITS, LANGS
+from train.nano.names import LANGS
 from train.nano.picture import Picture
 from train.nano.words import VOCABULARY
 
@@ -29,7 +29,7 @@ SIZE_PX = 448
 NUM_WORDS, NUM_SCENES, NUM_PAIRS = 200, 300, 100
 _SEED = 20240122
 _SCENE_TOPICS = (
-    ("count", "count_of"), ("colour",), ("shape",), ("left", "right", "above", "below", "sideways", "upright")
+    ("count", "count_of"), ("colour",), ("shape",), ("left", "right", "above", "below"), ("sideways", "upright")
 )  # fmt: skip
 _MMMU_SUBJECTS = {"things": "Things", "flags": "Flags", "digits": "Digits", "words": "Words", "scenes": "Scenes"}
 _NUM_PER_SUBJECT, _NUM_DEV = 60, 5
@@ -55,8 +55,8 @@ def heldout_pictures(composer: Composer) -> Iterator[tuple[Picture, tuple[str, .
     """Every held-out picture, with the topics that may be asked about it (all, where none are named)."""
     for picture in composer.all_test_pictures(SIZE_PX):
         yield picture, ()
-    for index in range(NUM_TEST_DIGITS):
-        yield composer.compose(_rng("digit", index), "digit", SIZE_PX, "test", DIGITS[index % 10]), ()
+    for picture in composer.all_test_digits(SIZE_PX):
+        yield picture, ()
     words = [VOCABULARY[i] for i in np.random.default_rng(_SEED).choice(len(VOCABULARY), NUM_WORDS, replace=False)]
     for index, word in enumerate(words):
         yield composer.compose(_rng("word", index), "word", SIZE_PX, "test", word), ()

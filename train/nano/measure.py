@@ -1,6 +1,7 @@
 """How good a nano is: the held-out questions, answered and counted, skill by skill and language by language.
 
-An answer is right when it equals an accepted one but for case, spaces and end marks. Called by __main__.py; calls yi_vl.
+An answer is right when it equals an accepted one but for case, spaces and end marks; of two pictures only the verdict
+counts (what stands before the comma), not whether both are named right too. Called by __main__.py; calls yi_vl.
 """
 
 from __future__ import annotations
@@ -49,9 +50,10 @@ def read_questions(folder: Path) -> list[Question]:
     ]
 
 
-def is_right(answer: str, accepted: Iterable[str]) -> bool:
+def is_right(skill: str, answer: str, accepted: Iterable[str]) -> bool:
     """Whether an answer is one of the accepted, but for case, spaces around it and the mark at its end."""
-    return _plain(answer) in {_plain(gold) for gold in accepted}
+    essence = _verdict if skill == "same" else _plain
+    return essence(answer) in {essence(gold) for gold in accepted}
 
 
 def measure(model: YiVL, questions: Sequence[Question]) -> list[dict[str, Any]]:
@@ -70,7 +72,7 @@ def measure(model: YiVL, questions: Sequence[Question]) -> list[dict[str, Any]]:
             "question": question.question,
             "answer": answers[i],
             "accepted": list(question.accepted),
-            "right": is_right(answers[i], question.accepted),
+            "right": is_right(question.skill, answers[i], question.accepted),
         }
         for i, question in enumerate(questions)
     ]
@@ -118,8 +120,21 @@ def measure_all(checkpoints: dict[str, Path], heldout: Path, out_dir: Path) -> s
     return table(measured)
 
 
+def write_table(path: Path, markdown: str) -> None:
+    """Put the table between the two comments that mark its place in a document."""
+    before, marker, rest = path.read_text(encoding="utf-8").partition("<!-- nano table -->\n")
+    _, end, after = rest.partition("<!-- end -->")
+    if not marker or not end:
+        raise ValueError(f"{path} has no `<!-- nano table -->` ... `<!-- end -->` to write the table between.")
+    path.write_text(before + marker + markdown + end + after, encoding="utf-8")
+
+
 def _plain(answer: str) -> str:
     return _EDGES.sub("", answer).casefold()
+
+
+def _verdict(answer: str) -> str:
+    return _plain(re.split("[,，]", answer, maxsplit=1)[0])
 
 
 def _percent(by_lang: dict[str, Any], lang: str) -> str:

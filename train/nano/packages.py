@@ -37,21 +37,24 @@ THING_ART: dict[str, Package] = {
     "fluent-emoji": Package("@iconify-json/fluent-emoji", "1.2.7", "MIT", "artwork of things"),
     "fluent-emoji-flat": Package("@iconify-json/fluent-emoji-flat", "1.2.6", "MIT", "artwork of things"),
     "emojione": Package("@iconify-json/emojione", "1.2.3", "CC-BY-4.0", "artwork of things and flags"),
-    "twemoji": Package("@iconify-json/twemoji", "1.2.5", "CC-BY-4.0", "artwork of things", "test"),
+    "twemoji": Package("@iconify-json/twemoji", "1.2.5", "CC-BY-4.0", "artwork of things, one flag", "test"),
 }
 FLAG_ART: dict[str, Package] = {
     "flag": Package("@iconify-json/flag", "1.2.12", "MIT", "artwork of flags (flag-icons, 4:3 and 1:1)"),
     "circle-flags": Package("@iconify-json/circle-flags", "1.2.11", "MIT", "artwork of flags", "test"),
 }
 
-_TRAIN_FONTS = (
-    "roboto open-sans montserrat poppins nunito raleway oswald "  # sans
-    "merriweather playfair-display lora eb-garamond roboto-slab arvo "  # serif and slab
-    "roboto-mono courier-prime ibm-plex-mono "  # mono
-    "lobster abril-fatface comfortaa fredoka "  # display
-    "caveat patrick-hand"  # handwriting
-).split()
-_TEST_FONTS = "lato quicksand noto-serif crimson-text zilla-slab source-code-pro righteous pacifico kalam architects-daughter permanent-marker".split()
+_TRAIN_FONTS = [
+    "roboto", "open-sans", "montserrat", "poppins", "nunito", "raleway", "oswald",  # sans
+    "merriweather", "playfair-display", "lora", "eb-garamond", "roboto-slab", "arvo",  # serif and slab
+    "roboto-mono", "courier-prime", "ibm-plex-mono",
+    "lobster", "abril-fatface", "comfortaa", "fredoka",  # display
+    "caveat", "patrick-hand",  # handwriting
+]  # fmt: skip
+_TEST_FONTS = [
+    "lato", "quicksand", "noto-serif", "crimson-text", "zilla-slab", "source-code-pro",
+    "righteous", "pacifico", "kalam", "architects-daughter", "permanent-marker",
+]  # fmt: skip
 _FONT_VERSIONS = {"source-code-pro": "5.3.1"}
 _FONT_LICENCES = {"roboto-slab": "Apache-2.0", "permanent-marker": "Apache-2.0"}
 
@@ -80,7 +83,7 @@ def fetch(package: Package, cache_dir: Path) -> Path:
 
 
 def read_members(archive: Path, names: list[str]) -> dict[str, bytes]:
-    """Content of the members of an npm archive whose path inside the package is in `names`; absent ones are left out."""
+    """Content of the members of an npm archive with these paths inside the package; absent ones are left out."""
     wanted = {f"package/{name}": name for name in names}
     found: dict[str, bytes] = {}
     with tarfile.open(archive) as tar:

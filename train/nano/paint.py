@@ -1,4 +1,4 @@
-"""Fast brushes for `compose`: backgrounds, warps, colour jitter, outlines of shapes. Pure Pillow and numpy, no state but caches.
+"""Fast brushes for `compose`: backgrounds, warps, colour jitter, outlines of shapes. Pillow and numpy, no state.
 
 A sprite is an RGBA image cropped to its ink. Colours are (red, green, blue) in 0..255.
 """
@@ -35,7 +35,7 @@ class Warp:
 
 
 def warp(sprite: Image.Image, longer_side_px: float, how: Warp) -> tuple[Image.Image, npt.NDArray[np.float64]]:
-    """The sprite scaled so that its warped extent is `longer_side_px`, and the (2, 3) map from sprite to result pixels."""
+    """The sprite, its warped extent scaled to `longer_side_px`, and the (2, 3) map from sprite to result pixels."""
     width, height = sprite.size
     corners = how.linear @ np.array([[0, width, 0, width], [0, 0, height, height]])
     low, high = corners.min(axis=1), corners.max(axis=1)

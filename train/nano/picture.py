@@ -17,7 +17,7 @@ Box = tuple[float, float, float, float]
 
 @dataclass(frozen=True)
 class Item:
-    """One item of a picture. `name` is its key in `names`; `box` is (x0, y0, x1, y1) as fractions of the frame's side."""
+    """One item of a picture. `name` is its key in `names`; `box` is (x0, y0, x1, y1) in fractions of the side."""
 
     kind: ItemKind
     name: str
@@ -67,7 +67,7 @@ class Picture:
 
 
 def dense_labels(picture: Picture, grid: int, sub: int = 2) -> npt.NDArray[np.int64]:
-    """(grid * sub, grid * sub) ids into `LABELS`: what lies at the centre of each of the sub x sub parts of every cell."""
+    """(grid * sub, grid * sub) ids into `LABELS`: what lies at the centre of each of every cell's sub x sub parts."""
     assert len(picture.images) == 1, "dense labels are of one image"
     num_points = grid * sub
     points = (np.arange(num_points) + 0.5) / num_points

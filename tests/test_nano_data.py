@@ -1,0 +1,143 @@
+"""Nano's pictures and questions: true, unambiguous, reproducible, and the test kept out of training."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import webdataset
+from matplotlib import get_data_path
+
+from train.nano import dialogue, shards
+from train.nano.art import Art, Drawing
+from train.nano.choices import choice_prompt, with_image
+from train.nano.compose import Composer
+from train.nano.heldout import write_cmmmu, write_mmmu
+from train.nano.layout import direction
+from train.nano.measure import is_right
+from train.nano.names import FLAGS, LABEL_IDS, LANGS, THINGS
+from train.nano.picture import KINDS, dense_labels
+
+
+def _drawings(colour: tuple[int, int, int, int]) -> dict[str, list[Drawing]]:
+    pixels = np.full((24, 32, 4), colour, dtype=np.uint8)
+    labels = [f"thing {key}" for key in THINGS] + [f"flag {key}" for key in FLAGS]
+    return {label: [Drawing("made up", pixels)] for label in labels}
+
+
+@pytest.fixture(scope="module")
+def composer() -> Composer:
+    fonts = sorted(Path(get_data_path(), "fonts", "ttf").glob("DejaVuSans*.ttf"))
+    art = Art(_drawings((200, 30, 30, 255)), _drawings((30, 200, 30, 255)), {"train": fonts[:2], "test": fonts[2:3]})
+    return Composer(art)
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_each_split_draws_from_its_own_artwork_only(composer: Composer, split: str) -> None:
+    other = {"train": "test", "test": "train"}[split]
+    fonts = {split: composer.art.fonts[split], other: []}
+    only = Art(composer.art.train if split == "train" else {}, composer.art.heldout if split == "test" else {}, fonts)
+    for seed in range(10):
+        for kind in KINDS:
+            Composer(only).compose(np.random.default_rng(seed), kind, 64, split)
+    with pytest.raises(ValueError, match="incomplete"):
+        Composer(only).compose(np.random.default_rng(0), "thing", 64, other)
+
+
+def test_dense_labels_name_what_lies_at_a_point(composer: Composer) -> None:
+    for seed in range(20):
+        picture = composer.compose(np.random.default_rng(seed), KINDS[seed % len(KINDS)], 112)
+        labels = dense_labels(picture, 28, sub=2)
+        for item in picture.truth.items:
+            rows, columns = np.nonzero(labels == LABEL_IDS[item.label])
+            same = [other.box for other in picture.truth.items if other.label == item.label]
+            for y, x in zip((rows + 0.5) / 56, (columns + 0.5) / 56):
+                assert any(x0 <= x < x1 and y0 <= y < y1 for x0, y0, x1, y1 in same)
+
+
+def test_places_and_counts_that_are_asked_for_are_true(composer: Composer) -> None:
+    num_places = 0
+    for seed in range(300):
+        rng = np.random.default_rng(seed)
+        truth = composer.compose(rng, "scene", 64).truth
+        for asked in dialogue.all_questions(rng, truth, "en"):
+            if asked.topic == "count":
+                assert asked.core == ("no", "one", "two", "three", "four", "five")[len(truth.items)]
+            if asked.topic in ("left", "right", "above", "below"):
+                by_name = {dialogue._noun(item, "en"): item for item in truth.items}
+                subject = next(name for name in sorted(by_name, key=len, reverse=True) if f"the {name}" in asked.question)
+                assert direction(by_name[asked.core], by_name[subject]) == asked.topic, (asked, truth)
+                num_places += 1
+    assert num_places > 100
+
+
+def test_conversations_alternate_and_mark_their_pictures(composer: Composer) -> None:
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        picture = composer.pair(rng, 64) if seed % 6 == 5 else composer.compose(rng, KINDS[seed % 5], 64)
+        turns = dialogue.conversation(rng, picture.truth)
+        assert [turn["from"] for turn in turns] == ["human", "gpt"] * (len(turns) // 2)
+        assert sum(turn["value"].count("<image>") for turn in turns) == len(picture.images)
+        assert all(turn["value"].strip() and "{" not in turn["value"] for turn in turns)
+        assert not any("<image>" in turn["value"] for turn in dialogue.described(rng, picture.truth))
+
+
+def test_choices_hold_the_right_answer_once(composer: Composer) -> None:
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        truth = composer.truth(rng)
+        asked, options = dialogue.multiple_choice(rng, truth, LANGS[seed % 2])
+        assert options["ABCD".index(asked.answer)] == asked.core
+        assert len(set(options)) == len(options) >= 2
+
+
+def test_choice_prompts_are_those_of_the_benchmarks() -> None:
+    english = choice_prompt("What is this?", ["dog", "cat"], "en")
+    assert english == "What is this?\n(A) dog\n(B) cat\n\nAnswer with the option's letter from the given choices directly."
+    chinese = choice_prompt("这是什么？", ["狗", "猫"], "zh")
+    assert chinese.endswith("\n\n问题：这是什么？\n选项：\n(A) 狗\n(B) 猫\n\n正确答案：\n")
+    turns = [{"from": "human", "value": chinese}, {"from": "gpt", "value": "A"}]
+    assert all(with_image(np.random.default_rng(seed), turns)[0]["value"].count("<image>") == 1 for seed in range(9))
+
+
+def test_shards_are_reproducible_and_readable(composer: Composer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = tuple(shards.Source(source.folder, 3, source.make) for source in shards.SOURCES)
+    monkeypatch.setattr(shards, "SOURCES", small)
+    monkeypatch.setattr(shards, "_composer", lambda data_dir: composer)
+    for index, source in enumerate(small):
+        for folder in ("first", "second"):
+            shards._write_shard(tmp_path / folder, index, 0)
+        first, second = (shards.shard_path(tmp_path / folder, source, 0) for folder in ("first", "second"))
+        assert first.read_bytes() == second.read_bytes()
+        samples = list(webdataset.WebDataset(str(first), shardshuffle=False))
+        assert [sample["__key__"] for sample in samples] == ["00000000", "00000001", "00000002"]
+        for sample in samples:
+            assert "txt" in sample or json.loads(sample["json"])["conversations"]
+
+
+def test_held_out_questions_come_in_the_benchmarks_schemas(composer: Composer, tmp_path: Path) -> None:
+    pictures = []
+    for kind in KINDS:
+        for seed in range(8):
+            pictures.append((composer.compose(np.random.default_rng(seed), kind, 56, "test"), ()))
+    write_mmmu(tmp_path / "mmmu", pictures)
+    rows = pq.read_table(tmp_path / "mmmu" / "Things" / "validation-00000-of-00001.parquet").to_pylist()
+    assert [row["id"] for row in rows] == ["validation_Things_1", "validation_Things_2", "validation_Things_3"]
+    assert rows[0]["question_type"] == "multiple-choice" and rows[0]["answer"] in "ABCD"
+    assert rows[0]["image_1"]["bytes"].startswith(b"\x89PNG") and rows[0]["image_7"] is None
+    write_cmmmu(tmp_path / "cmmmu", pictures)
+    kinds = set()
+    for path in (tmp_path / "cmmmu").glob("*/*.parquet"):
+        for row in pq.read_table(path).to_pylist():
+            kinds.add(row["type"])
+            assert row["image_1_filename"] in row["question"] and row["id"].isdecimal()
+            assert (row["option4"] != "") == (row["type"] == "选择" and row["option4"] is not None and bool(row["option3"]))
+    assert kinds == {"选择", "判断", "填空"}
+
+
+def test_scoring_ignores_case_and_end_marks_only() -> None:
+    assert is_right("things", " it is a dog ", ["It is a dog."])
+    assert not is_right("things", "It is a hot dog.", ["It is a dog."])
+    assert is_right("same", "No, one shows a cat and the other a dog.", ["No, one shows a pig and the other a fox."])
+    assert not is_right("same", "Yes, both show a pig.", ["No, one shows a pig and the other a fox."])

@@ -1,0 +1,62 @@
+"""What a run starts from: the model and processor that its `init_from` and `image_size` describe.
+
+Called by loop.py and preview.py; calls yi_vl and checkpoint.py.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from yi_vl.config import OpenClipVisionConfig
+from yi_vl.image import YiVLImageProcessor
+from yi_vl.model import YiVLForConditionalGeneration
+from yi_vl.parts import from_parts
+from yi_vl.processor import YiVLProcessor, prepare_tokenizer
+
+from .checkpoint import load_model, load_processor
+from .config import TrainConfig
+
+
+def initial_model(config: TrainConfig) -> tuple[YiVLForConditionalGeneration, YiVLProcessor]:
+    """The model in float32, its position grid resized to `image_size` where that differs, and its processor.
+
+    Raises:
+        ValueError: the weights are not there or do not fit.
+    """
+    init = config.init_from
+    if init.checkpoint is not None:
+        model, processor = load_model(init.checkpoint)
+    else:
+        assert init.tower is not None and init.language_model is not None  # config.load_config sees to it
+        model, tokenizer = from_parts(init.tower.name, init.tower.pretrained, init.language_model, config.image_size)
+        image_processor = YiVLImageProcessor(config.image_size)
+        processor = YiVLProcessor(image_processor, tokenizer, patch_size=model.config.vision_config.patch_size)
+    if model.config.vision_config.image_size != config.image_size:
+        model.model.vision_tower.resize_grid_(config.image_size)
+        model.config.vision_config.image_size = config.image_size
+    processor.image_processor.size_px = config.image_size
+    limit = model.config.text_config.max_position_embeddings
+    if config.max_tokens > limit:
+        raise ValueError(f"max_tokens is {config.max_tokens}, but the language model has {limit} positions.")
+    return model, processor
+
+
+def initial_processor(config: TrainConfig) -> YiVLProcessor:
+    """The processor alone: no weights are read.
+
+    Raises:
+        ValueError: it is not there.
+    """
+    init = config.init_from
+    if init.checkpoint is not None:
+        processor = load_processor(Path(init.checkpoint))
+        processor.image_processor.size_px = config.image_size
+        return processor
+    assert init.tower is not None and init.language_model is not None
+    try:
+        tokenizer = prepare_tokenizer(init.language_model)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"The tokenizer of {init.language_model!r} cannot be loaded: {reason}") from error
+    patch_size = OpenClipVisionConfig.from_open_clip(init.tower.name).patch_size
+    return YiVLProcessor(YiVLImageProcessor(config.image_size), tokenizer, patch_size=patch_size)

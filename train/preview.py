@@ -1,0 +1,131 @@
+"""What the model will see: `python -m train.preview CONFIG.yaml [key.sub=value ...] [--samples 12] [--out preview.html]`.
+
+One page without outside files: each picture after the transform, the text with what is supervised coloured, token counts,
+source, shard and key. Called from the command line; calls data.py and the pieces that make the run's processor.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import html
+import io
+from collections import Counter
+from pathlib import Path
+
+from PIL import Image
+from torch import Tensor
+
+from .config import TrainConfig, exit_on_user_error, load_config
+from .data import Sample, SampleEncoder, TooLong, sample_name
+from .initial import initial_processor
+from .stream import Mixture
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 70em; color: #222; background: #fafafa; }
+article { display: flex; gap: 1.2em; margin: 1em 0; padding: 1em; background: white; border: 1px solid #ddd;
+  border-radius: 8px; }
+img { width: 224px; height: 224px; image-rendering: auto; border: 1px solid #ccc; margin-bottom: .4em; display: block; }
+p.text { white-space: pre-wrap; margin: 0; }
+.supervised { background: #c8ecd0; border-radius: 3px; }
+.image { background: #d8e4fb; border-radius: 3px; color: #335; }
+small { color: #666; display: block; margin-bottom: .6em; overflow-wrap: anywhere; }
+article.skipped { border-color: #d99; background: #fff6f5; }
+"""
+
+
+def preview(config: TrainConfig, num_samples: int) -> str:
+    """The HTML page of the first samples of the run's first stream, in their order.
+
+    Raises:
+        ValueError: there is no data, or no model whose tokenizer and image size to show it with.
+    """
+    processor = initial_processor(config)
+    encoder = SampleEncoder(processor, config.data, config.max_tokens)
+    mixture = Mixture(config.data.sources, config.data.shuffle_buffer, config.seed)
+    articles: list[str] = []
+    counts: Counter[str] = Counter()
+    for _ in range(num_samples):
+        source, raw = mixture.next_sample()
+        name = config.data.sources[source].name
+        try:
+            sample = encoder.encode(raw, source)
+        except ValueError as error:
+            counts["too long" if isinstance(error, TooLong) else "broken"] += 1
+            label = f"{name} · {sample_name(raw)}"
+            articles.append(
+                f"<article class=skipped><div><small>{_escape(label)}</small>skipped: {_escape(error)}</div></article>"
+            )
+            continue
+        counts[name] += 1
+        articles.append(_article(name, sample, processor.tokenizer, processor.image_token_id))
+    summary = ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
+    return (
+        f"<!doctype html><meta charset=utf-8><title>{_escape(config.run_dir)}</title><style>{_STYLE}</style>"
+        f"<h1>{_escape(config.run_dir)}</h1><p>{config.image_size} px, {processor.patches_per_image} tokens per image. "
+        f"<span class=supervised>Supervised</span>, <span class=image>image</span>. {_escape(summary)}.</p>"
+        + "\n".join(articles)
+    )
+
+
+def _article(source: str, sample: Sample, tokenizer: object, image_token_id: int) -> str:
+    encoded = sample.encoded
+    pictures = "".join(f'<img src="{_data_uri(image)}">' for image in sample.images)
+    return (
+        f"<article><div>{pictures}</div><div><small>{_escape(source)} · {_escape(sample.name)} · {len(encoded.input_ids)} "
+        f"tokens, {sum(encoded.loss_mask)} supervised, {len(sample.images)} images</small>"
+        f"<p class=text>{_coloured(sample, tokenizer, image_token_id)}</p></div></article>"
+    )
+
+
+def _coloured(sample: Sample, tokenizer: object, image_token_id: int) -> str:
+    """The text decoded from the very ids that are trained on, run by run of equal colour."""
+    pieces: list[str] = []
+    run: list[int] = []
+    colour = ""
+
+    def close() -> None:
+        if colour == "image":
+            pieces.append(f"<span class=image>[image: {len(run)} tokens]</span>")
+        elif run:
+            text = _escape(tokenizer.decode(run))  # type: ignore[attr-defined]
+            text = text.replace("\n", "⏎\n") if colour else text  # a supervised line break would be invisible
+            pieces.append(f"<span class={colour}>{text}</span>" if colour else text)
+        run.clear()
+
+    starts = set(sample.encoded.image_starts)
+    for index, (token, is_supervised) in enumerate(zip(sample.encoded.input_ids, sample.encoded.loss_mask)):
+        new = "image" if token == image_token_id else "supervised" if is_supervised else ""
+        if new != colour or index in starts:
+            close()
+            colour = new
+        run.append(token)
+    close()
+    return "".join(pieces)
+
+
+def _data_uri(image: Tensor) -> str:
+    file = io.BytesIO()
+    Image.fromarray(image.numpy()).save(file, "PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def _escape(text: object) -> str:
+    return html.escape(str(text))
+
+
+def main() -> None:
+    """Write the page."""
+    parser = argparse.ArgumentParser(prog="python -m train.preview", description="Look at what the model will see.")
+    parser.add_argument("config", help="a YAML file of train/configs")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the file's")
+    parser.add_argument("--samples", type=int, default=12, help="how many (default 12)")
+    parser.add_argument("--out", type=Path, default=Path("preview.html"), help="where (default preview.html)")
+    arguments = parser.parse_intermixed_args()
+    config = load_config(arguments.config, arguments.overrides)
+    arguments.out.write_text(preview(config, arguments.samples), encoding="utf-8")
+    print(f"{arguments.out}: {arguments.samples} samples of {config.run_dir}")
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)
