@@ -66,7 +66,9 @@ def test_places_and_counts_that_are_asked_for_are_true(composer: Composer) -> No
                 assert asked.core == ("no", "one", "two", "three", "four", "five")[len(truth.items)]
             if asked.topic in ("left", "right", "above", "below"):
                 by_name = {dialogue._noun(item, "en"): item for item in truth.items}
-                subject = next(name for name in sorted(by_name, key=len, reverse=True) if f"the {name}" in asked.question)
+                subject = next(
+                    name for name in sorted(by_name, key=len, reverse=True) if f"the {name}" in asked.question
+                )
                 assert direction(by_name[asked.core], by_name[subject]) == asked.topic, (asked, truth)
                 num_places += 1
     assert num_places > 100
@@ -94,14 +96,18 @@ def test_choices_hold_the_right_answer_once(composer: Composer) -> None:
 
 def test_choice_prompts_are_those_of_the_benchmarks() -> None:
     english = choice_prompt("What is this?", ["dog", "cat"], "en")
-    assert english == "What is this?\n(A) dog\n(B) cat\n\nAnswer with the option's letter from the given choices directly."
+    assert (
+        english == "What is this?\n(A) dog\n(B) cat\n\nAnswer with the option's letter from the given choices directly."
+    )
     chinese = choice_prompt("这是什么？", ["狗", "猫"], "zh")
     assert chinese.endswith("\n\n问题：这是什么？\n选项：\n(A) 狗\n(B) 猫\n\n正确答案：\n")
     turns = [{"from": "human", "value": chinese}, {"from": "gpt", "value": "A"}]
     assert all(with_image(np.random.default_rng(seed), turns)[0]["value"].count("<image>") == 1 for seed in range(9))
 
 
-def test_shards_are_reproducible_and_readable(composer: Composer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shards_are_reproducible_and_readable(
+    composer: Composer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     small = tuple(shards.Source(source.folder, 3, source.make) for source in shards.SOURCES)
     monkeypatch.setattr(shards, "SOURCES", small)
     monkeypatch.setattr(shards, "_composer", lambda data_dir: composer)
@@ -132,7 +138,9 @@ def test_held_out_questions_come_in_the_benchmarks_schemas(composer: Composer, t
         for row in pq.read_table(path).to_pylist():
             kinds.add(row["type"])
             assert row["image_1_filename"] in row["question"] and row["id"].isdecimal()
-            assert (row["option4"] != "") == (row["type"] == "选择" and row["option4"] is not None and bool(row["option3"]))
+            assert (row["option4"] != "") == (
+                row["type"] == "选择" and row["option4"] is not None and bool(row["option3"])
+            )
     assert kinds == {"选择", "判断", "填空"}
 
 

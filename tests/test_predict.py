@@ -122,14 +122,18 @@ def test_a_stream_that_is_never_read_does_no_work(yi_vl: YiVL, script: Script) -
 
 
 def test_the_image_token_and_rows_without_a_token_are_never_said(yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch) -> None:
-    def forward(input_ids: torch.Tensor, **_: Any) -> SimpleNamespace:
+    steps = 0
+
+    def forward(**_: Any) -> SimpleNamespace:
+        nonlocal steps
+        steps += 1
         logits = torch.zeros(1, 1, 960)
         logits[..., IMAGE_TOKEN_ID:] = 9.0
         logits[..., 2] = 1.0
         return SimpleNamespace(logits=logits)
 
     monkeypatch.setattr(yi_vl.model, "forward", forward)
-    assert yi_vl.predict(None, "Hi") == ""
+    assert yi_vl.predict(None, "Hi") == "" and steps == 1  # the likeliest token that may be said ends the answer
 
 
 def test_too_long_prompts_are_refused_before_any_work(yi_vl: YiVL, script: Script) -> None:

@@ -48,14 +48,20 @@ def train() -> None:
 
 @app.command()
 def measure(
-    models: Annotated[list[str] | None, typer.Argument(help="name=folder, several; by default every finished stage")] = None,
+    models: Annotated[
+        list[str] | None, typer.Argument(help="name=folder, several; by default every finished stage")
+    ] = None,
     out: Annotated[Path, typer.Option(help="where answers, scores and the table go")] = RUNS / "measure",
     write: Annotated[bool, typer.Option(help="put the table into the READMEs and the model card as well")] = False,
 ) -> None:
     """Answer the held-out questions with every stage's model and print the table."""
     from train.nano.measure import measure_all, write_table
 
-    named = dict(entry.split("=", 1) for entry in models) if models else {stage: str(RUNS / stage / "final") for stage in STAGES}
+    named = (
+        dict(entry.split("=", 1) for entry in models)
+        if models
+        else {stage: str(RUNS / stage / "final") for stage in STAGES}
+    )
     markdown = measure_all({name: Path(folder) for name, folder in named.items()}, DATA / "heldout", out)
     typer.echo(markdown)
     for document in DOCUMENTS if write else ():

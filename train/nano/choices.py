@@ -1,6 +1,6 @@
 """Questions in the prompt forms of MMMU and CMMMU, answered with a letter or a word, as those benchmarks ask.
 
-Called by shards.py and heldout.py; calls dialogue.py. Source of the forms: MMMU's llava1.5 configuration and CMMMU's prompts.
+Called by shards.py and heldout.py; calls dialogue.py. Source: MMMU's llava1.5 configuration and CMMMU's prompts.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _QUESTION_ZH = "问题："
 
 
 def choice_conversation(rng: np.random.Generator, truth: Truth) -> list[Turn]:
-    """One question in one of the benchmarks' forms, its picture left out: choice in either language, true or false, fill-in."""
+    """One question in one of the benchmarks' forms, its picture left out."""
     form = rng.choice(["en", "zh", "judge", "fill"], p=[0.4, 0.35, 0.15, 0.1])
     if form == "judge":
         statement, is_true = judgement(rng, truth)

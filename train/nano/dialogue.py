@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -26,18 +27,26 @@ SKILLS: dict[str, Skill] = {
 _NUMBERS_EN = ("no", "one", "two", "three", "four", "five")
 _NUMBERS_ZH = ("零", "一", "两", "三", "四", "五")
 _PLACES = {
-    "left": ("to the left of", "左边"), "right": ("to the right of", "右边"), "above": ("above", "上面"), "below": ("below", "下面")
+    "left": ("to the left of", "左边"), "right": ("to the right of", "右边"),
+    "above": ("above", "上面"), "below": ("below", "下面"),
 }  # fmt: skip
 _SIDES = {
     "left": ("It is to the left.", "在左边。"), "right": ("It is to the right.", "在右边。"),
     "above": ("It is above.", "在上面。"), "below": ("It is below.", "在下面。"),
 }  # fmt: skip
-_PLURALS = {"mouse": "mice", "fish": "fish", "octopus": "octopuses", "maple leaf": "maple leaves", "grapes": "grapes", "cherries": "cherries"}
+_PLURALS = {
+    "mouse": "mice",
+    "fish": "fish",
+    "octopus": "octopuses",
+    "maple leaf": "maple leaves",
+    "grapes": "grapes",
+    "cherries": "cherries",
+}
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A question about a picture with its answer. `topic` is its kind in phrases.py; `choices` are wrong answers' cores."""
+    """A question about a picture with its answer; `topic` is its kind in phrases.py."""
 
     topic: str
     lang: Lang
@@ -77,7 +86,7 @@ def caption(rng: np.random.Generator, truth: Truth, lang: Lang) -> str:
 
 
 def conversation(rng: np.random.Generator, truth: Truth, max_turns: int = 4) -> list[Turn]:
-    """Several questions about one picture, LLaVA style; the language is that of the first with one in five turns in the other."""
+    """Several questions about one picture, LLaVA style, in one language but for one turn in five."""
     lang: Lang = LANGS[rng.integers(2)]
     by_lang = {each: all_questions(rng, truth, each) for each in LANGS}
     num_pictures = 2 if truth.kind == "same" else 1
@@ -101,7 +110,9 @@ def conversation(rng: np.random.Generator, truth: Truth, max_turns: int = 4) -> 
     if truth.kind != "scene" and rng.random() < 0.25:  # the same once more in the other language: a follow-up
         other = LANGS[1 - LANGS.index(lang)]
         repeated = all_questions(rng, truth, other)[0]
-        follow_up = {"en": "And in English?", "zh": "用中文怎么说？"}[other] if truth.kind != "same" else repeated.question
+        follow_up = (
+            {"en": "And in English?", "zh": "用中文怎么说？"}[other] if truth.kind != "same" else repeated.question
+        )
         turns += _turns(follow_up, repeated.answer)
     turns[0]["value"] = "<image>" * num_pictures + "\n" + turns[0]["value"]
     return turns
@@ -126,7 +137,9 @@ def talk(rng: np.random.Generator) -> list[Turn]:
     return [turn for questions, answer in pairs for turn in _turns(questions[rng.integers(len(questions))], answer)]
 
 
-def multiple_choice(rng: np.random.Generator, truth: Truth, lang: Lang, measured: bool = False) -> tuple[Asked, list[str]]:
+def multiple_choice(
+    rng: np.random.Generator, truth: Truth, lang: Lang, measured: bool = False
+) -> tuple[Asked, list[str]]:
     """A question and four options in random order; `Asked.answer` is the letter of the right one."""
     asked = all_questions(rng, truth, lang, measured)[0]
     wrong = [core for core in _alternatives(asked, truth, lang) if core != asked.core]
@@ -146,13 +159,20 @@ def _single_answer(truth: Truth, lang: Lang) -> tuple[str, str, tuple[str, ...]]
         return (f"It is the digit {item.name}." if english else f"这是数字{item.name}。"), item.name, ()
     if truth.kind == "flag":
         names = [item.name, *FLAGS[item.name].alike]
-        answers = [f"It is the flag of {FLAGS[name].en_with_article}." if english else f"这是{FLAGS[name].zh}的国旗。" for name in names]
+        answers = [
+            f"It is the flag of {FLAGS[name].en_with_article}." if english else f"这是{FLAGS[name].zh}的国旗。"
+            for name in names
+        ]
         return answers[0], (FLAGS[item.name].en if english else FLAGS[item.name].zh), tuple(answers[1:])
     if truth.kind == "thing":
         return (f"It is {_with_article(item)}." if english else f"这是{_noun(item, 'zh')}。"), _noun(item, lang), ()
     first, second = truth.items
     if first.name == second.name:
-        return (f"Yes, both show {_shown(first, lang)}." if english else f"是的，都是{_shown(first, lang)}。"), "Yes" if english else "是", ()
+        return (
+            (f"Yes, both show {_shown(first, lang)}." if english else f"是的，都是{_shown(first, lang)}。"),
+            "Yes" if english else "是",
+            (),
+        )
     if english:
         return f"No, one shows {_shown(first, lang)} and the other {_shown(second, lang)}.", "No", ()
     return f"不是，一张是{_shown(first, lang)}，另一张是{_shown(second, lang)}。", "否", ()
@@ -191,7 +211,13 @@ def _scene_questions(rng: np.random.Generator, truth: Truth, lang: Lang, measure
             place = direction(item, other)
             if other is not item and place is not None:
                 topic = "sideways" if place in ("left", "right") else "upright"
-                add(topic, _SIDES[place][not english], _PLACES[place][not english], x=_noun(item, lang), y=_noun(other, lang))
+                add(
+                    topic,
+                    _SIDES[place][not english],
+                    _PLACES[place][not english],
+                    x=_noun(item, lang),
+                    y=_noun(other, lang),
+                )
     return found
 
 
@@ -209,7 +235,7 @@ def _scene_caption(rng: np.random.Generator, truth: Truth, lang: Lang) -> str:
             return f"{_noun(first, 'zh')}在{_noun(second, 'zh')}的{chinese}。"
     for axis, (start, end, zh_start) in enumerate((("left", "right", "从左到右"), ("top", "bottom", "从上到下"))):
         ordered = sorted(items, key=lambda item: item.centre[axis])
-        pairs = zip(ordered, ordered[1:])
+        pairs = pairwise(ordered)
         if all(direction(a, b) == ("left", "above")[axis] for a, b in pairs):
             told = _listed(ordered, lang)
             return f"From {start} to {end}: {told}." if lang == "en" else f"{zh_start}：{told}。"
@@ -223,7 +249,11 @@ def _told(rng: np.random.Generator, truth: Truth, lang: Lang) -> str:
     """What is there; in a scene with every item's rank from left to right and from top to bottom."""
     if truth.kind == "same":
         first, second = truth.items
-        return f"{_shown(first, lang)}. {_shown(second, lang)}." if lang == "en" else f"{_shown(first, lang)}。{_shown(second, lang)}。"
+        return (
+            f"{_shown(first, lang)}. {_shown(second, lang)}."
+            if lang == "en"
+            else f"{_shown(first, lang)}。{_shown(second, lang)}。"
+        )
     if truth.kind != "scene":
         return caption(rng, truth, lang)
     ordered = sorted(truth.items, key=lambda item: item.centre[0])
@@ -288,7 +318,7 @@ def _kind(item: Item) -> str:
 
 
 def _noun(item: Item, lang: Lang) -> str:
-    """"red circle", "dog"; 红色的圆形, 狗"""
+    """ "red circle", "dog"; 红色的圆形, 狗"""
     if item.kind == "shape":
         if lang == "en":
             return f"{item.colour} {item.name}" if item.colour else item.name

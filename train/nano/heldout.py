@@ -1,6 +1,6 @@
 """Nano's test: questions about pictures that it was never trained on, as plain rows and in MMMU's and CMMMU's schemas.
 
-Drawings of twemoji and circle-flags, a third of the fonts, the digits' test split, scenes of shapes and held-out drawings.
+Drawings of twemoji and circle-flags, a third of the fonts, the digits' test split, scenes of shapes and such drawings.
 Called by __main__.py; calls compose.py, dialogue.py and choices.py.
 """
 
@@ -104,7 +104,7 @@ def write_mmmu(folder: Path, pictures: list[tuple[Picture, tuple[str, ...]]]) ->
 
 
 def write_cmmmu(folder: Path, pictures: list[tuple[Picture, tuple[str, ...]]]) -> None:
-    """Chinese questions in CMMMU's columns, of its three types: `folder/<category>/{dev,val}-00000-of-00001.parquet`."""
+    """Chinese questions in CMMMU's columns and three types: `folder/<category>/{dev,val}-00000-of-00001.parquet`."""
     number = 0
     for skill in _MMMU_SUBJECTS:
         rows: dict[str, list[dict[str, Any]]] = {"dev": [], "val": []}
@@ -170,19 +170,19 @@ def _pick(rng: np.random.Generator, picture: Picture, lang: Any, topics: tuple[s
     return next(question for question in asked if not topics or question.topic in topics)
 
 
-def _sample(
-    pictures: list[tuple[Picture, tuple[str, ...]]], skill: str
-) -> list[tuple[int, Picture, tuple[str, ...]]]:
+def _sample(pictures: list[tuple[Picture, tuple[str, ...]]], skill: str) -> list[tuple[int, Picture, tuple[str, ...]]]:
     """Some pictures of a skill, spread evenly over all there are."""
-    of_skill = [(i, picture, topics) for i, (picture, topics) in enumerate(pictures) if SKILLS[picture.truth.kind] == skill]
+    of_skill = [
+        (i, picture, topics) for i, (picture, topics) in enumerate(pictures) if SKILLS[picture.truth.kind] == skill
+    ]
     count = min(len(of_skill), _NUM_PER_SUBJECT + _NUM_DEV)
     return [of_skill[i] for i in np.linspace(0, len(of_skill) - 1, count).astype(int)]
 
 
 def _row(key: str, skill: str, files: list[str], asked: Asked) -> dict[str, Any]:
     return {
-        "id": key, "skill": skill, "topic": asked.topic, "lang": asked.lang, "images": files, "question": asked.question,
-        "answer": asked.answer, "accepted": [asked.answer, *asked.accepted],
+        "id": key, "skill": skill, "topic": asked.topic, "lang": asked.lang, "images": files,
+        "question": asked.question, "answer": asked.answer, "accepted": [asked.answer, *asked.accepted],
     }  # fmt: skip
 
 

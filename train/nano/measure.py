@@ -86,7 +86,8 @@ def scores(records: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
             groups[skill][record["lang"]].append(record["right"])
             groups[skill]["both"].append(record["right"])
     return {
-        skill: {lang: round(sum(right) / len(right), 4) for lang, right in langs.items()} | {"count": len(langs["both"])}
+        skill: {lang: round(sum(right) / len(right), 4) for lang, right in langs.items()}
+        | {"count": len(langs["both"])}
         for skill, langs in groups.items()
     }
 

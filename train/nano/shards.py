@@ -61,7 +61,7 @@ def shard_path(data_dir: Path, source: Source, number: int) -> Path:
 
 
 def read_texts(data_dir: Path) -> Iterator[str]:
-    """Every text that nano reads or writes in the text-only shards, as whole prompts: what its tokenizer is made from."""
+    """The text-only shards' conversations as whole prompts: what the tokenizer is made from."""
     from yi_vl.chat import from_llava, render, to_text
 
     for path in sorted((data_dir / "text").glob("*.tar")):
@@ -152,7 +152,7 @@ def _make_talk(composer: Composer, rng: np.random.Generator) -> dict[str, bytes]
 
 
 def _make_text(composer: Composer, rng: np.random.Generator) -> dict[str, bytes]:
-    """Dialogues over described pictures, multiple choice among them, and a little talk; the pictures are never drawn."""
+    """Dialogues over described pictures, multiple choice among them, and a little talk; nothing is drawn."""
     draw = rng.random()
     if draw < 0.04:
         return _json(dialogue.talk(rng))

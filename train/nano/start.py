@@ -52,7 +52,14 @@ def train_tokenizer(texts: Iterable[str], out_dir: Path, vocab_size: int) -> Non
         minloglevel=2,
     )
     (out_dir / "tokenizer.model").write_bytes(model.getvalue())
-    special = {"<unk>": 0, "<|startoftext|>": 1, "<|endoftext|>": 2, "<|im_start|>": 6, "<|im_end|>": 7, "<|im_sep|>": 8}
+    special = {
+        "<unk>": 0,
+        "<|startoftext|>": 1,
+        "<|endoftext|>": 2,
+        "<|im_start|>": 6,
+        "<|im_end|>": 7,
+        "<|im_sep|>": 8,
+    }
     entry = {"lstrip": False, "normalized": True, "rstrip": False, "single_word": False, "special": True}
     settings = {
         "tokenizer_class": "LlamaTokenizer",  # as Yi's says; prepare_tokenizer knows better

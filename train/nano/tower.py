@@ -1,7 +1,7 @@
 """The tower's own pretraining: what is at this point of the picture? (The real stage 1 starts from a trained OpenCLIP.)
 
-Captions alone do not get a tower off the ground in minutes on a CPU; labels do. For points drawn from each picture a small
-head, thrown away afterwards, names what lies there (a thing, a flag, a digit, a letter, a coloured shape, nothing) from
+Captions alone do not get a tower off the ground in minutes on a CPU; labels do. For points drawn from each picture a
+small head, thrown away afterwards, names what lies there (a thing, a flag, a digit, a letter, a coloured shape, nothing) from
 the features of the patch the point falls into. Features of the penultimate block, as the language model will see them.
 Most batches are 224 px, every few 448 px with the position grid resized on the fly, so both stages find their scale.
 
@@ -141,16 +141,22 @@ def make_batch(rng: np.random.Generator, pictures: list[Picture], num_points: in
 
 
 def pretrain_tower(out_dir: Path, recipe: TowerRecipe, data_dir: Path = DATA_DIR) -> OpenClipTower:
-    """Train a tower from nothing and save it to `out_dir` with its log; accuracy on held-out drawings goes to the log."""
+    """Train a tower from nothing; `out_dir` gets it and a log with its accuracy on held-out drawings."""
     torch.manual_seed(recipe.seed)
     art = load_art(data_dir)
     config = preset("nano").vision_config
     config.image_size = 224
     head = PointHead(OpenClipTower(config)).train()
     head.to(memory_format=torch.channels_last)
-    optimiser = torch.optim.AdamW(head.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, betas=(0.9, 0.98))
+    optimiser = torch.optim.AdamW(
+        head.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, betas=(0.9, 0.98)
+    )
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimiser, recipe.learning_rate, recipe.num_steps, pct_start=recipe.warmup_steps / recipe.num_steps, cycle_momentum=False
+        optimiser,
+        recipe.learning_rate,
+        recipe.num_steps,
+        pct_start=recipe.warmup_steps / recipe.num_steps,
+        cycle_momentum=False,
     )
     processor = YiVLImageProcessor()
     loader = DataLoader(PointStream(art, recipe), batch_size=None, num_workers=recipe.num_workers, prefetch_factor=4)
@@ -169,7 +175,11 @@ def pretrain_tower(out_dir: Path, recipe: TowerRecipe, data_dir: Path = DATA_DIR
             running += (loss.item() - running) / min(step, 100)
             if step % 500 == 0 or step == recipe.num_steps:
                 row = {"step": step, "loss": round(running, 4), "seconds": round(time.time() - started)}
-                row |= {f"{kind}_{size}": score_heldout(head, art, kind, size) for kind in ("thing", "flag") for size in (224, 448)}
+                row |= {
+                    f"{kind}_{size}": score_heldout(head, art, kind, size)
+                    for kind in ("thing", "flag")
+                    for size in (224, 448)
+                }
                 log.write(json.dumps(row) + "\n")
                 log.flush()
                 head.tower.save_pretrained(out_dir)
