@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from tiny import OFFICIAL, tiny_yi_vl
+from transformers.utils import logging
 
 from yi_vl import cli
 from yi_vl.predict import YiVL
@@ -44,6 +46,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> R
                 raise line
             return line
 
+        logging.set_verbosity_warning()  # as in a fresh process
         monkeypatch.setattr(sys, "argv", ["yi-vl", *arguments])
         monkeypatch.setattr("builtins.input", read)
         capfd.readouterr()
@@ -121,6 +124,17 @@ def test_bad_models_are_one_line(run: Run, command: list[str], model: str) -> No
     code, out, err = run(*command, model)
     assert (code, out) == (2, "")
     assert err.startswith("yi-vl: ") and model in err and err.count("\n") == 1
+
+
+def test_a_damaged_model_is_one_line(run: Run, folder: str, tmp_path: Path) -> None:
+    for path in Path(folder).iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["text_config"]["num_hidden_layers"] += 1
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    code, out, err = run("ask", "Hi", "--model", str(tmp_path))
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "tensors are missing" in err and "layers.2.mlp.up_proj.weight" in err
 
 
 def test_wrong_usage_exits_with_2(run: Run) -> None:

@@ -56,6 +56,7 @@ def test_a_large_model_stays_bf16(folder: Path, monkeypatch: pytest.MonkeyPatch)
 def test_loading_is_silent_about_a_complete_model(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     from transformers.utils import logging
 
+    logging.set_verbosity_warning()  # a test of the command line may have silenced it
     logging.enable_propagation()
     yi_vl.load(folder, device="cpu")
     logging.disable_propagation()

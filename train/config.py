@@ -68,7 +68,7 @@ class OptimiserConfig:
 class SourceConfig:
     """A set of shards.
 
-    shards: paths, globs, URLs or `pipe:` commands with {000..999} braces; several joined by `::`, as webdataset takes them.
+    shards: paths, globs, URLs or `pipe:` commands with {000..999} braces; several joined by `::`, as in webdataset.
     weight: its share of the stream, relative to the other sources'.
     max_samples: after so many samples its epoch ends and the next begins, in another order.
     form: null takes data.form.

@@ -1,8 +1,8 @@
 """From raw samples to the batches of an optimiser step.
 
 B samples of a micro-batch, S tokens, N images, H, W pixels. A worker makes whole steps: it encodes the samples of its
-rank's part of a global batch, sorts them by length and cuts them into micro-batches, so that little is padded and yet the
-step's gradient is that of the unsorted batch. Called by loop.py and preview.py; calls stream.py and yi_vl.
+rank's part of a global batch, sorts them by length and cuts them into micro-batches, so that little is padded and yet
+the step's gradient is that of the unsorted batch. Called by loop.py and preview.py; calls stream.py and yi_vl.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Sample:
 
 @dataclass
 class MicroBatch:
-    """What one forward pass takes. `prefix` tokens at the start are the same in all rows, text only and unsupervised."""
+    """What one forward pass takes. The first `prefix` tokens are the same in all rows, text only, unsupervised."""
 
     input_ids: Tensor  # (B, S) int64
     attention_mask: Tensor  # (B, S) int64, 1 on real tokens
@@ -193,8 +193,8 @@ class StepLoader:
         self._layout = {"workers": max(1, data.workers), "world_size": world_size, "sources": _layout(data.sources)}
         if state is not None and state["layout"] != self._layout:
             raise ValueError(
-                f"The checkpoint's data cursor is for {state['layout']}, this run has {self._layout}; continue with the "
-                "same data and number of workers and ranks, or start anew (resume=false, another run_dir)."
+                f"The checkpoint's data cursor is for {state['layout']}, this run has {self._layout}; continue with "
+                "the same data, workers and ranks, or start anew (resume=false, or another run_dir)."
             )
         self._states: dict[int, Any] = dict(state["streams"]) if state else {}
         self._first = state["first"] if state else 0
@@ -255,7 +255,7 @@ def sample_name(raw: RawSample) -> str:
 
 
 def _common_prefix(samples: Sequence[Sample], input_ids: Tensor, labels: Tensor) -> int:
-    """Length of the text that all rows begin with, such as the system prompt; one token before anything else at least."""
+    """Length of the text that all rows begin with, such as the system prompt, less its last token."""
     shortest = min(len(sample.encoded.input_ids) for sample in samples)
     first_image = min((start for sample in samples for start in sample.encoded.image_starts[:1]), default=shortest)
     differs = (input_ids != input_ids[:1]).any(0) | (labels != IGNORE).any(0)  # (S,)

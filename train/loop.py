@@ -168,6 +168,7 @@ class Trainer:
             pixel_values = self.processor.image_processor.normalise(micro.images.to(device, non_blocking=True))
         return {
             "input_ids": micro.input_ids.to(device, non_blocking=True),
+            "attention_mask": micro.attention_mask.to(device, non_blocking=True),
             "labels": micro.labels.to(device, non_blocking=True),
             "pixel_values": pixel_values,
             "sources": micro.sources.to(device, non_blocking=True),
@@ -248,8 +249,8 @@ def _accelerator(config: TrainConfig) -> Accelerator:
     )
     if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
         raise ValueError(
-            f"accelerate is set up for {accelerator.distributed_type.value}; checkpoints are written for one process or "
-            "data parallelism only (accelerate launch --multi_gpu)."
+            f"accelerate is set up for {accelerator.distributed_type.value}; this trainer knows one process and plain "
+            "data parallelism (accelerate launch --multi_gpu)."
         )
     return accelerator
 

@@ -1,7 +1,7 @@
 """The loss of a micro-batch: cross entropy summed over its supervised tokens.
 
-B samples, S tokens, p tokens of common prefix, N images, D language width, K supervised tokens, V vocabulary.
-Called by loop.py; calls yi_vl's model.
+B samples, S tokens, T tokens when packed, N images, D language width, K supervised tokens, V vocabulary.
+Called by loop.py; calls cpu.py and yi_vl's model.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import DynamicCache
 
 from yi_vl.model import YiVLForConditionalGeneration
 
+from .cpu import PACKED, Packing
 from .data import IGNORE
 
 
@@ -23,32 +23,40 @@ class Objective(nn.Module):
         super().__init__()
         self.model = model
         self._num_sources = num_sources
+        self._packs = model.model.language_model.config._attn_implementation == PACKED
 
     def forward(
-        self, input_ids: Tensor, labels: Tensor, pixel_values: Tensor | None, sources: Tensor, prefix: int = 0
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor,
+        pixel_values: Tensor | None,
+        sources: Tensor,
+        prefix: int = 0,
     ) -> tuple[Tensor, Tensor]:
         """The summed loss, and detached (num_sources, 2): each source's summed loss and supervised tokens.
 
-        Rows are padded on the right, so causal attention alone keeps padding out and no mask is needed. The `prefix` that
-        all rows share depends on nothing that differs between them: it runs once, and every row attends to it.
+        Rows are padded on the right, so causal attention alone keeps padding out and no mask is needed. Packed, there
+        is no padding, and the `prefix` that all rows share runs once: it depends on nothing that differs between them.
         """
-        cache = None
-        if prefix:
-            cache = DynamicCache(config=self.model.config.text_config)
-            self.model.model.language_model(input_ids=input_ids[:1, :prefix], past_key_values=cache, use_cache=True)
-            cache.batch_repeat_interleave(input_ids.shape[0])
-        hidden = self.model.model(
-            input_ids=input_ids[:, prefix:],
-            pixel_values=pixel_values,
-            past_key_values=cache,
-            use_cache=cache is not None,
-        ).last_hidden_state  # (B, S - p, D)
-        targets = labels[:, prefix + 1 :]  # (B, S - p - 1)
+        targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE)  # (B, S): what each token is to predict
+        rows = sources.unsqueeze(1).expand_as(targets)
+        if self._packs:
+            packing = Packing.of(attention_mask, prefix)
+            inputs = {"input_ids": _take(input_ids, packing), "position_ids": packing.positions, "packing": packing}
+            targets, rows = _take(targets, packing), _take(rows, packing)  # (1, T)
+        else:
+            inputs = {"input_ids": input_ids}
+        hidden = self.model.model(pixel_values=pixel_values, use_cache=False, **inputs).last_hidden_state  # (1, T, D)
         is_supervised = targets != IGNORE
-        logits = self.model.lm_head(hidden[:, :-1][is_supervised])  # (K, V)
+        logits = self.model.lm_head(hidden[is_supervised])  # (K, V)
         losses = F.cross_entropy(logits.float(), targets[is_supervised], reduction="none")  # (K,)
-        rows = sources.unsqueeze(1).expand_as(targets)[is_supervised]  # (K,)
         with torch.no_grad():
             per_source = torch.stack([losses, torch.ones_like(losses)], dim=1)  # (K, 2)
-            per_source = per_source.new_zeros(self._num_sources, 2).index_add_(0, rows, per_source)
+            per_source = per_source.new_zeros(self._num_sources, 2).index_add_(0, rows[is_supervised], per_source)
         return losses.sum(), per_source
+
+
+def _take(padded: Tensor, packing: Packing) -> Tensor:
+    """(B, S) -> (1, T)"""
+    return padded.reshape(-1)[packing.tokens].unsqueeze(0)

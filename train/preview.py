@@ -1,7 +1,7 @@
-"""What the model will see: `python -m train.preview CONFIG.yaml [key.sub=value ...] [--samples 12] [--out preview.html]`.
+"""What the model will see: `python -m train.preview CONFIG.yaml [key.sub=value ...] [--samples 12] [--out FILE]`.
 
-One page without outside files: each picture after the transform, the text with what is supervised coloured, token counts,
-source, shard and key. Called from the command line; calls data.py and the pieces that make the run's processor.
+One page without outside files: each picture after the transform, the text with what is supervised coloured, token
+counts, source, shard and key. Called from the command line; calls data.py, stream.py and initial.py.
 """
 
 from __future__ import annotations
@@ -52,17 +52,16 @@ def preview(config: TrainConfig, num_samples: int) -> str:
             sample = encoder.encode(raw, source)
         except ValueError as error:
             counts["too long" if isinstance(error, TooLong) else "broken"] += 1
-            label = f"{name} · {sample_name(raw)}"
-            articles.append(
-                f"<article class=skipped><div><small>{_escape(label)}</small>skipped: {_escape(error)}</div></article>"
-            )
+            label, reason = _escape(f"{name} · {sample_name(raw)}"), _escape(error)
+            articles.append(f"<article class=skipped><div><small>{label}</small>skipped: {reason}</div></article>")
             continue
         counts[name] += 1
         articles.append(_article(name, sample, processor.tokenizer, processor.image_token_id))
     summary = ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
     return (
         f"<!doctype html><meta charset=utf-8><title>{_escape(config.run_dir)}</title><style>{_STYLE}</style>"
-        f"<h1>{_escape(config.run_dir)}</h1><p>{config.image_size} px, {processor.patches_per_image} tokens per image. "
+        f"<h1>{_escape(config.run_dir)}</h1>"
+        f"<p>{config.image_size} px, {processor.patches_per_image} tokens per image. "
         f"<span class=supervised>Supervised</span>, <span class=image>image</span>. {_escape(summary)}.</p>"
         + "\n".join(articles)
     )
@@ -70,10 +69,11 @@ def preview(config: TrainConfig, num_samples: int) -> str:
 
 def _article(source: str, sample: Sample, tokenizer: object, image_token_id: int) -> str:
     encoded = sample.encoded
+    facts = f"{len(encoded.input_ids)} tokens, {sum(encoded.loss_mask)} supervised, {len(sample.images)} images"
     pictures = "".join(f'<img src="{_data_uri(image)}">' for image in sample.images)
     return (
-        f"<article><div>{pictures}</div><div><small>{_escape(source)} · {_escape(sample.name)} · {len(encoded.input_ids)} "
-        f"tokens, {sum(encoded.loss_mask)} supervised, {len(sample.images)} images</small>"
+        f"<article><div>{pictures}</div><div>"
+        f"<small>{_escape(source)} · {_escape(sample.name)} · {facts}</small>"
         f"<p class=text>{_coloured(sample, tokenizer, image_token_id)}</p></div></article>"
     )
 

@@ -1,7 +1,7 @@
 """Which raw sample comes next: shards of several sources as one endless, shuffled, exactly resumable stream.
 
-A run has S streams (ranks x workers). Every order is a pure function of (seed, epoch, ...), so a stream's place is a few
-integers; loading them again gives the very next sample. Called by data.py; reads tars with webdataset.
+A run has S streams (ranks x workers). Every order is a pure function of (seed, epoch, ...), so a stream's place is a
+few integers; loading them again gives the very next sample. Called by data.py; reads tars with webdataset.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Share:
 
 @dataclass(frozen=True)
 class Cursor:
-    """A place in a source: `offset` samples of the `share`-th share of this epoch are read, `taken` of the epoch in all."""
+    """A place in a source: the share being read, how many samples of it, and of the whole epoch, are read."""
 
     epoch: int = 0
     share: int = 0
@@ -63,7 +63,7 @@ def expand_shards(source: SourceConfig) -> list[str]:
 
 
 def share_out(shards: Sequence[str], stream: int, num_streams: int) -> list[Share]:
-    """A stream's shares of an epoch: whole shards, and of the remainder that does not divide evenly a part of one shard.
+    """A stream's shares of an epoch: whole shards, and a part of one of those that do not divide evenly.
 
     Over all streams each sample belongs to exactly one share.
     """

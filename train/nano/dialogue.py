@@ -131,6 +131,12 @@ def in_words(rng: np.random.Generator, truth: Truth, turns: list[Turn]) -> list[
     return [{"from": "human", "value": f"{told}\n{question}"}, *turns[1:]]
 
 
+def described_caption(rng: np.random.Generator, truth: Truth) -> str:
+    """A description and then a caption, the languages of both drawn: what comes before a caption decides it."""
+    told, written = (LANGS[i] for i in rng.integers(2, size=2))
+    return f"{_told(rng, truth, told)}\n{caption(rng, truth, written)}"
+
+
 def talk(rng: np.random.Generator) -> list[Turn]:
     """One to three turns without a picture."""
     pairs = [TALK[i] for i in rng.choice(len(TALK), size=int(rng.integers(1, 4)), replace=False)]

@@ -162,8 +162,17 @@ def _make_text(composer: Composer, rng: np.random.Generator) -> dict[str, bytes]
     return _json(dialogue.described(rng, truth))
 
 
+def _make_text_caption(composer: Composer, rng: np.random.Generator) -> dict[str, bytes]:
+    """A caption after a description, in the plain form of the first stages; nothing is drawn."""
+    truth = composer.truth(rng)
+    while truth.kind == "same":  # two pictures have no caption
+        truth = composer.truth(rng)
+    return {"txt": dialogue.described_caption(rng, truth).encode()}
+
+
 SOURCES = (
     Source("text", 100_000, _make_text),
+    Source("text-captions", 100_000, _make_text_caption),
     Source("captions-224", 30_000, _caption_maker(224)),
     Source("captions-448", 30_000, _caption_maker(448)),
     Source("chat-448/scenes", 16_000, _chat_maker("scene")),

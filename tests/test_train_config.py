@@ -1,0 +1,88 @@
+"""Settings: what is refused and what the message names; the recipes in train/configs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from train.config import load_config, num_steps, to_yaml
+
+ROOT = Path(__file__).parents[1]
+RECIPES = sorted((ROOT / "train/configs").glob("*/*-[0-9]*.yaml"))
+NANO = ROOT / "train/configs/nano/align-224.yaml"
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("data.workrs=3", "unknown key 'data.workrs'"),
+        ("speed=3", "unknown key 'speed'"),
+        ("data.sources.0.wight=3", "unknown key .*wight"),
+        ("data.sources=[{name: a, shards: b, wight: 1}]", "unknown key 'wight'.*weight"),
+        ("init_from={checkpoint: a, tag: b}", "unknown key 'init_from.tag'"),
+        ("steps=many", r"\(steps=many\): steps: .*many"),
+        ("lr.vision=fast", "lr.vision: .*fast"),
+        ("trainable.vision=maybe", "trainable.vision: .*maybe"),
+        ("data=3", "data: "),
+        ("data.sources=x", "data.sources: "),
+        ("data.sources=[{name: a}]", "data.sources.0..shards is missing"),
+        ("optimiser.betas=[0.9]", "optimiser.betas"),
+        ("precision=bf32", "precision is 'bf32'; expected one of"),
+        ("data.form=poem", "form of source .* is 'poem'"),
+        ("epochs=2", "exactly one of steps and epochs"),
+        ("init_from.language_model=x", "init_from needs either"),
+        ("trainable={vision: false, projector: false}", "trainable: nothing is"),
+        ("micro_batch=0", "micro_batch is 0"),
+        ("nothing", "not of the form key.sub=value"),
+        ("x=[", "cannot be read as YAML"),
+    ],
+)
+def test_a_wrong_setting_is_refused_and_named(override: str, named: str) -> None:
+    with pytest.raises(ValueError, match=named) as caught:
+        load_config(NANO, [override])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_mistake_in_a_file_names_the_file(tmp_path: Path) -> None:
+    for text, named in (("runs_dir: x", "unknown key 'runs_dir'"), ("- 1", "expected keys"), ("a: [", "YAML")):
+        path = tmp_path / "mine.yaml"
+        path.write_text(text)
+        with pytest.raises(ValueError, match=f"mine.yaml: .*{named}"):
+            load_config(path)
+    with pytest.raises(ValueError, match=r"none.yaml: there is no such config file"):
+        load_config(tmp_path / "none.yaml")
+
+
+def test_the_command_exits_with_one_line() -> None:
+    command = [sys.executable, "-m", "train", str(NANO), "data.workrs=3"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1 and "workrs" in result.stderr
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_a_resolved_config_is_taken_back(path: Path, tmp_path: Path) -> None:
+    config = load_config(path)
+    resolved = tmp_path / "config.yaml"
+    resolved.write_text(to_yaml(config))
+    assert load_config(resolved) == config
+
+
+@pytest.mark.parametrize("size", ["6b", "34b"])
+def test_the_published_recipe(size: str) -> None:
+    align, upscale, chat = (
+        load_config(ROOT / f"train/configs/{size}/{name}.yaml") for name in ("align-224", "upscale-448", "chat-448")
+    )
+    assert [num_steps(config) for config in (align, upscale, chat)] == [24_414, 6_103, 7_812]
+    assert [config.image_size for config in (align, upscale, chat)] == [224, 448, 448]
+    assert [config.global_batch for config in (align, upscale, chat)] == [4096, 4096, 256]
+    assert [config.clip_norm for config in (align, upscale, chat)] == [0.5, 0.5, 1.0]
+    assert [config.lr.vision for config in (align, upscale, chat)] == [1e-4, 1e-4, 2e-5]
+    assert [config.trainable.language for config in (align, upscale, chat)] == [False, False, True]
+    assert all(source.max_samples == 50_000 for source in chat.data.sources)
+    assert align.init_from.tower is not None and align.init_from.tower.name == "ViT-H-14"
+    assert upscale.init_from.checkpoint == f"{align.run_dir}/final"
+    assert chat.init_from.checkpoint == f"{upscale.run_dir}/final"

@@ -1,0 +1,163 @@
+"""From raw members to batches: what is broken and what happens then, the loss mask, the common prefix, exact resume."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import caption_sample, chat_sample, png
+
+from train.config import DataConfig, SourceConfig
+from train.data import IGNORE, SampleEncoder, StepLoader, TooLong, collate, num_supervised
+from yi_vl.image import YiVLImageProcessor
+from yi_vl.processor import YiVLProcessor, prepare_tokenizer
+
+Writer = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def processor(toy_language_model: Path) -> YiVLProcessor:
+    return YiVLProcessor(YiVLImageProcessor(28), prepare_tokenizer(str(toy_language_model)), patch_size=14)
+
+
+def data_config(shards: str, form: str = "chat", **settings: Any) -> DataConfig:
+    return DataConfig(form=form, sources=[SourceConfig(name="toys", shards=shards)], **{"workers": 0} | settings)
+
+
+def encoder(processor: YiVLProcessor, form: str = "chat", max_tokens: int = 400) -> SampleEncoder:
+    return SampleEncoder(processor, data_config("", form), max_tokens)
+
+
+def raw(**members: bytes) -> dict[str, Any]:
+    return {"__url__": "x.tar", "__key__": "k"} | {
+        name.lstrip("_").replace("_", "."): data for name, data in members.items()
+    }
+
+
+def chat_json(*values: str) -> bytes:
+    speakers = ("human", "gpt")
+    turns = [{"from": speakers[i % 2], "value": value} for i, value in enumerate(values)]
+    return json.dumps({"conversations": turns}).encode()
+
+
+def loader(
+    processor: YiVLProcessor, data: DataConfig, state: dict[str, Any] | None = None, **layout: int
+) -> StepLoader:
+    places = {"rank": 0, "world_size": 1, "samples_per_step": 6, "micro_batch": 4} | layout
+    return StepLoader(processor, data, 400, 0, **places, state=state)
+
+
+def test_a_caption_is_supervised_after_its_image(processor: YiVLProcessor) -> None:
+    sample = encoder(processor, "caption").encode(raw(png=png("red"), txt=b"a red picture\n"), 0)
+    ids, mask = sample.encoded.input_ids, sample.encoded.loss_mask
+    assert ids[:4] == [processor.image_token_id] * 4 and mask == [False] * 4 + [True] * (len(ids) - 4)
+    assert processor.tokenizer.decode(ids[4:]) == "a red picture\n"
+    assert sample.images[0].shape == (28, 28, 3) and sample.images[0].dtype == torch.uint8
+
+
+def test_images_keep_their_order(processor: YiVLProcessor) -> None:
+    text = chat_json("<image><image>\nWhich?", "Red, then blue.")
+    sample = encoder(processor).encode(raw(_1_png=png("blue"), _0_png=png("red"), json=text), 0)
+    first, second = (image[14, 14].tolist() for image in sample.images)
+    assert first[0] > 200 > first[2] and second[2] > 200 > second[0]
+
+
+@pytest.mark.parametrize(
+    ("form", "members", "reason"),
+    [
+        ("chat", {"png": b"no picture", "json": chat_json("<image>\nWhat?", "Red.")}, "not a picture"),
+        ("chat", {"png": png("red")[:60], "json": chat_json("<image>\nWhat?", "Red.")}, "damaged|cannot be read"),
+        ("chat", {"png": png("red"), "json": b"{"}, "Expecting"),
+        ("chat", {"png": png("red"), "json": b'{"caption": "x"}'}, "no list of `conversations`"),
+        ("chat", {"png": png("red"), "json": chat_json("What?", "Red.")}, "0 <image> in the text but 1 pictures"),
+        ("chat", {"json": chat_json("<image>\nWhat?", "Red.")}, "1 <image> in the text but 0 pictures"),
+        ("chat", {"_1_png": png("red"), "json": chat_json("<image>\nWhat?", "Red.")}, r"numbered \[1\]"),
+        ("chat", {"json": chat_json("What?")}, "no answer"),
+        ("chat", {"png": png("red")}, "no .json, only .png"),
+        ("caption", {"png": png("red"), "txt": b" \n"}, ".txt is empty"),
+        ("caption", {"png": png("red"), "txt": b"\xff\xfe"}, "utf-8"),
+    ],
+)
+def test_what_is_broken_says_why(processor: YiVLProcessor, form: str, members: dict[str, bytes], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        encoder(processor, form).encode(raw(**members), 0)
+
+
+def test_an_over_long_sample_is_never_cut(processor: YiVLProcessor) -> None:
+    with pytest.raises(TooLong, match="max_tokens is 5"):
+        encoder(processor, "caption", max_tokens=5).encode(raw(png=png("red"), txt=b"a red picture"), 0)
+
+
+def test_collate_pads_on_the_right_and_finds_the_common_prefix(processor: YiVLProcessor) -> None:
+    texts = [("Hello!", "Hi."), ("<image>\nWhat colour is it?", "It is red.")]
+    samples = [
+        encoder(processor).encode(raw(json=chat_json(*texts[0])), 0),
+        encoder(processor).encode(raw(png=png("red"), json=chat_json(*texts[1])), 0),
+    ]
+    batch = collate(samples, pad_id=0)
+    for row, sample in enumerate(samples):
+        length = len(sample.encoded.input_ids)
+        assert batch.input_ids[row, :length].tolist() == sample.encoded.input_ids
+        assert batch.attention_mask[row].tolist() == [1] * length + [0] * (batch.input_ids.shape[1] - length)
+        assert ((batch.labels[row, :length] != IGNORE).tolist()) == sample.encoded.loss_mask
+    assert num_supervised(batch.labels) == sum(sum(sample.encoded.loss_mask) for sample in samples)
+    prefix = processor.tokenizer.decode(batch.input_ids[0, : batch.prefix])
+    assert prefix.startswith("This is a chat") and "###" in prefix
+    assert (batch.input_ids[:, : batch.prefix + 1] != processor.image_token_id).all()
+    assert (batch.labels[:, : batch.prefix + 1] == IGNORE).all()
+    assert collate(samples[1:], 0).prefix == samples[1].encoded.image_starts[0] - 1
+
+
+def test_broken_samples_are_counted_and_named(processor: YiVLProcessor, tmp_path: Path, write_shard: Writer) -> None:
+    samples = [chat_sample(i) for i in range(20)]
+    samples[7] = ("q00007", samples[7][1] | {"png": b"rotten"})
+    write_shard(tmp_path / "a.tar", samples)
+    stream = loader(processor, data_config(f"{tmp_path}/a.tar"))
+    reports = [line for _, batch in zip(range(3), stream) for line in batch.reports]
+    assert stream.counts()["broken"] == 1 and stream.counts()["seen"] == 19
+    assert len(reports) == 1 and "a.tar q00007: skipped" in reports[0] and "not a picture" in reports[0]
+
+
+def test_too_many_broken_samples_stop_the_run(processor: YiVLProcessor, tmp_path: Path, write_shard: Writer) -> None:
+    samples = [caption_sample(i) if i % 10 else (f"c{i:05d}", {"txt": b"no picture", "png": b""}) for i in range(50)]
+    write_shard(tmp_path / "a.tar", samples)
+    data = data_config(f"{tmp_path}/a.tar", "caption", max_broken_fraction=0.05)
+    steps = 0
+    with pytest.raises(ValueError, match=r"10 of 100 samples are broken, more than data.max_broken_fraction 0.05"):
+        for _ in loader(processor, data):
+            steps += 1
+    assert steps == 15  # 90 good ones
+
+
+@pytest.mark.parametrize(("workers", "num_done"), [(0, 5), (2, 1), (2, 4)])
+def test_a_loader_goes_on_where_it_stood(
+    processor: YiVLProcessor, tmp_path: Path, write_shard: Writer, workers: int, num_done: int
+) -> None:
+    for number in range(3):
+        write_shard(tmp_path / f"{number}.tar", [chat_sample(20 * number + i) for i in range(20)])
+    data = data_config(f"{tmp_path}/*.tar", workers=workers, shuffle_buffer=7)
+
+    def names(stream: StepLoader, count: int) -> list[list[str]]:
+        return [batch.names for _, batch in zip(range(count), stream)]
+
+    whole = names(loader(processor, data), num_done + 5)
+    first = loader(processor, data)
+    assert names(first, num_done) == whole[:num_done]
+    assert names(loader(processor, data, first.state_dict()), 5) == whole[num_done:]
+    with pytest.raises(ValueError, match="data cursor is for"):
+        loader(processor, data, first.state_dict(), world_size=2)
+
+
+def test_ranks_and_workers_share_an_epoch(processor: YiVLProcessor, tmp_path: Path, write_shard: Writer) -> None:
+    for number in range(4):
+        write_shard(tmp_path / f"{number}.tar", [chat_sample(12 * number + i) for i in range(12)])
+    data = data_config(f"{tmp_path}/*.tar", workers=2)
+    seen: list[str] = []
+    for rank in range(2):
+        stream = loader(processor, data, rank=rank, world_size=2)
+        seen += [name for _, batch in zip(range(4), stream) for name in batch.names]
+    assert len(seen) == len(set(seen)) == 48

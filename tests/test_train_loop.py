@@ -1,0 +1,240 @@
+"""The loop at toy size: three real stages, frozen parts, accumulation, and a killed run that goes on exactly."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import caption_sample, chat_sample
+from rich.console import Console
+
+from train.config import TrainConfig, load_config
+from train.data import num_supervised
+from train.loop import Trainer, train
+from train.objective import Objective
+from train.optim import components, schedule, set_learning_rates_
+from train.report import read_metrics
+from yi_vl.model import YiVLForConditionalGeneration
+
+Writer = Callable[..., Path]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def configure(
+    tmp_path: Path, write_shard: Writer, toy_language_model: Path, toy_tower: str
+) -> Callable[..., TrainConfig]:
+    """A function (overrides) -> the settings of a toy run over captions and conversations written to tmp_path."""
+    for number in range(2):
+        write_shard(tmp_path / f"captions/{number}.tar", [caption_sample(30 * number + i) for i in range(30)])
+        write_shard(tmp_path / f"chats/{number}.tar", [chat_sample(30 * number + i) for i in range(30)])
+    path = tmp_path / "toy.yaml"
+    path.write_text(f"""
+run_dir: {tmp_path}/run
+init_from: {{tower: {{name: {toy_tower}}}, language_model: {toy_language_model}}}
+image_size: 28
+global_batch: 8
+micro_batch: 4
+steps: 6
+precision: fp32
+max_tokens: 400
+lr: {{vision: 1e-3, projector: 1e-3, language: 1e-3}}
+data:
+  form: chat
+  workers: 0
+  shuffle_buffer: 16
+  sources:
+    - {{name: captions, shards: "{tmp_path}/captions/*.tar", form: caption}}
+    - {{name: chats, shards: "{tmp_path}/chats/*.tar", weight: 2.0}}
+log_every: 1
+""")
+    return lambda *overrides: load_config(path, overrides)
+
+
+def trainer(config: TrainConfig) -> Trainer:
+    return Trainer(config, Console(quiet=True))
+
+
+def losses(config: TrainConfig) -> list[float]:
+    return [row["loss"] for row in read_metrics(Path(config.run_dir) / "metrics.jsonl")]
+
+
+def weights(model: YiVLForConditionalGeneration) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def test_three_stages(configure: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    stages = {
+        "align": ("image_size=28", "trainable.language=false"),
+        "upscale": ("image_size=56", "trainable.language=false"),
+        "chat": ("image_size=56", "data.sources.0.weight=0.01"),
+    }
+    previous: str | None = None
+    final_losses = []
+    for name, overrides in stages.items():
+        start = f"init_from={{checkpoint: {previous}, tower: null, language_model: null}}"
+        config = configure(
+            f"run_dir={tmp_path}/{name}", "steps=20", "lr.language=3e-3", *overrides, *([start] if previous else [])
+        )
+        final = train(config)
+        curve = losses(config)
+        assert sum(curve[-5:]) < sum(curve[:5]), f"the loss of {name} does not fall: {curve}"
+        assert (final.parent / "loss.png").stat().st_size > 1000
+        model = YiVLForConditionalGeneration.from_pretrained(final)
+        assert model.config.vision_config.image_size == config.image_size
+        assert load_config(final / "config.yaml") == config
+        final_losses.append(curve[-1])
+        previous = str(final)
+    assert final_losses[2] < final_losses[0]
+    assert train(config) == final, "a finished run is not trained again"
+
+
+@pytest.mark.parametrize("frozen", ["vision", "projector", "language"])
+def test_frozen_parts_stay_to_the_last_bit(configure: Callable[..., TrainConfig], frozen: str) -> None:
+    run = trainer(configure(f"trainable.{frozen}=false"))
+    before = weights(run.model)
+    set_learning_rates_(run.optimiser, 0, 6, 0.0)
+    run.step(next(iter(run.loader)))
+    moved = {name for name, tensor in run.model.state_dict().items() if not torch.equal(tensor, before[name])}
+    for component, modules in components(run.model).items():
+        ids = {id(parameter) for module in modules for parameter in module.parameters()}
+        names = {name for name, parameter in run.model.named_parameters() if id(parameter) in ids}
+        assert bool(moved & names) == (component != frozen)
+
+
+def test_batch_statistics_of_a_frozen_tower_stay(configure: Callable[..., TrainConfig]) -> None:
+    from yi_vl.vision import ConvStem
+
+    run = trainer(configure("trainable.vision=false"))
+    assert not any(module.training for module in run.model.model.vision_tower.modules())
+    assert run.model.model.multi_modal_projector.training
+    tower = run.model.model.vision_tower
+    tower.visual.conv1 = ConvStem(14, [8], 32).requires_grad_(False).eval()
+    before = {name: tensor.clone() for name, tensor in tower.named_buffers()}
+    assert before
+    run.step(next(iter(run.loader)))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in tower.named_buffers())
+
+
+def test_accumulation_is_one_big_batch(configure: Callable[..., TrainConfig]) -> None:
+    steps = []
+    for micro_batch in (8, 4, 3):
+        run = trainer(configure(f"micro_batch={micro_batch}", "clip_norm=null"))
+        batch = next(iter(run.loader))
+        assert len(batch.micros) == -(-8 // micro_batch)
+        run.optimiser.zero_grad()
+        run.optimiser.step, run.optimiser.zero_grad = (lambda: None), (lambda: None)  # keep the gradients
+        per_source, norm = run.step(batch)
+        gradients = {name: p.grad for name, p in run.model.named_parameters() if p.grad is not None}
+        steps.append((per_source.sum(0), norm, gradients))
+    for per_source, norm, gradients in steps[1:]:
+        torch.testing.assert_close(per_source, steps[0][0])
+        assert norm == pytest.approx(steps[0][1], rel=1e-4)
+        assert gradients.keys() == steps[0][2].keys()
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(gradient, steps[0][2][name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_the_objective_is_the_models_own_loss(configure: Callable[..., TrainConfig]) -> None:
+    """Packed without padding and with the prefix run once, as on a CPU, or padded, as elsewhere: the same, gradients too."""
+    run = trainer(configure("data.sources.0.weight=0.001"))
+    micro = next(iter(run.loader)).micros[-1]
+    inputs = run._inputs(micro)
+    assert micro.prefix > 20 and micro.images is not None and not micro.attention_mask.all()
+    usual = YiVLForConditionalGeneration(run.model.config)
+    usual.load_state_dict(run.model.state_dict())
+    usual.model.language_model.set_attn_implementation("eager")
+    own = usual(
+        input_ids=micro.input_ids,
+        attention_mask=micro.attention_mask,
+        pixel_values=inputs["pixel_values"],
+        labels=micro.labels,
+        num_items_in_batch=torch.tensor(1),
+    ).loss
+    expected = gradients_of(usual, own)
+    for model, prefix in ((run.model, micro.prefix), (run.model, 0), (usual, 0)):
+        loss, per_source = Objective(model, 2)(**inputs | {"prefix": prefix})
+        torch.testing.assert_close(loss, own)
+        torch.testing.assert_close(per_source.sum(0), torch.stack([own, torch.tensor(num_supervised(micro.labels))]))
+        gradients = gradients_of(model, loss)
+        assert gradients.keys() <= expected.keys()  # the trainer asks for none where none comes
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-5, msg=name)
+
+
+def gradients_of(model: YiVLForConditionalGeneration, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return gradients
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stopped_run_goes_on_exactly(configure: Callable[..., TrainConfig], tmp_path: Path, workers: int) -> None:
+    settings = (f"data.workers={workers}", "checkpoint={every_steps: 2, keep_last: 1}")
+    whole = configure(f"run_dir={tmp_path}/whole", *settings)
+    train(whole)
+
+    stopped = configure(f"run_dir={tmp_path}/stopped", *settings)
+    run = trainer(stopped)
+    real_step, names = run.step, []
+
+    def step_until_killed(batch: Any) -> Any:
+        if run.done_steps == 5:
+            raise KeyboardInterrupt
+        names.append(batch.names)
+        return real_step(batch)
+
+    run.step = step_until_killed  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        run.run()
+    assert [path.name for path in sorted(Path(stopped.run_dir).glob("step-*"))] == ["step-00000004"]
+    (Path(stopped.run_dir) / ".step-00000006.tmp").mkdir()  # a save that was cut short
+    train(stopped)
+    assert losses(stopped) == losses(whole) and len(losses(whole)) == 6
+    one, other = (
+        YiVLForConditionalGeneration.from_pretrained(Path(config.run_dir) / "final").state_dict()
+        for config in (whole, stopped)
+    )
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_damaged_checkpoint_and_a_missing_start_are_one_line(
+    configure: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    config = configure("steps=2", "checkpoint={every_steps: 1, keep_last: 1}")
+    train(config)
+    shutil.rmtree(tmp_path / "run/final")
+    (tmp_path / "run/step-00000001/training_state.pt").write_bytes(b"rotten")
+    with pytest.raises(ValueError, match=r"training_state.pt cannot be read .* delete"):
+        train(config)
+    start = f"init_from={{checkpoint: {tmp_path}/none, tower: null, language_model: null}}"
+    with pytest.raises(ValueError, match="none holds no checkpoint"):
+        train(configure(f"run_dir={tmp_path}/other", start))
+
+
+def test_metrics_say_what_people_ask(configure: Callable[..., TrainConfig]) -> None:
+    config = configure("steps=3", "trainable.vision=false", "lr.language=2e-3", "warmup_ratio=0")
+    train(config)
+    row = json.loads((Path(config.run_dir) / "metrics.jsonl").read_text().splitlines()[-1])
+    assert row["step"] == 3 and set(row["loss_per_source"]) <= {"captions", "chats"}
+    assert set(row["lr"]) == {"projector", "language"}
+    assert row["lr"]["language"] == pytest.approx(2 * row["lr"]["projector"])
+    assert row["samples_seen"] == 24 and row["samples_per_second"] > 0 and row["grad_norm"] > 0
+
+
+def test_the_schedule_warms_up_and_ends_at_zero() -> None:
+    factors = [schedule(step, 100, 0.1) for step in range(101)]
+    assert factors[0] == 0.1 and factors[9] == 1.0 and factors[10] == 1.0
+    assert factors == factors[:11] + sorted(factors[11:], reverse=True)
+    assert factors[100] == pytest.approx(0)

@@ -1,0 +1,140 @@
+"""The order of the data: every sample once per epoch, mixed by weight, and a place in it that can be returned to."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from train.config import SourceConfig
+from train.stream import Mixture, SourceStream, expand_shards, read_shard, share_out
+
+Writer = Callable[..., Path]
+
+
+def text_shards(write_shard: Writer, folder: Path, name: str, sizes: list[int]) -> SourceConfig:
+    for number, size in enumerate(sizes):
+        samples = [(f"{name}-{number}-{i:03d}", {"txt": b"x"}) for i in range(size)]
+        write_shard(folder / f"{name}-{number}.tar", samples)
+    return SourceConfig(name=name, shards=str(folder / f"{name}-*.tar"))
+
+
+def keys_of_epoch(source: SourceConfig, stream: int, num_streams: int, epoch: int, window: int = 5) -> list[str]:
+    reader = SourceStream(0, source.name, expand_shards(source), source.max_samples, window, 3, stream, num_streams)
+    keys = []
+    while True:
+        sample = reader.next_sample()
+        if sample is None or reader.epoch > epoch:
+            return keys
+        if reader.epoch == epoch:
+            keys.append(sample["__key__"])
+
+
+@pytest.mark.parametrize("num_shards", [1, 2, 3, 4, 5, 7, 9])
+def test_every_sample_once_per_epoch_over_two_ranks_of_two_workers(
+    tmp_path: Path, write_shard: Writer, num_shards: int
+) -> None:
+    sizes = [6 + number for number in range(num_shards)]
+    source = text_shards(write_shard, tmp_path, "a", sizes)
+    for epoch in (0, 1):
+        per_stream = [keys_of_epoch(source, stream, 4, epoch) for stream in range(4)]
+        keys = [key for stream_keys in per_stream for key in stream_keys]
+        assert len(keys) == len(set(keys)) == sum(sizes)
+        assert all(per_stream), "a worker has nothing to do"
+
+
+def test_epochs_and_seeds_differ_in_order(tmp_path: Path, write_shard: Writer) -> None:
+    source = text_shards(write_shard, tmp_path, "a", [8, 8, 8])
+    first, second = keys_of_epoch(source, 0, 1, 0), keys_of_epoch(source, 0, 1, 1)
+    assert first != second and sorted(first) == sorted(second)
+    assert first == keys_of_epoch(source, 0, 1, 0)
+    assert [key[:3] for key in first] != sorted(key[:3] for key in first), "shards are not mixed"
+
+
+def test_max_samples_caps_an_epoch(tmp_path: Path, write_shard: Writer) -> None:
+    source = text_shards(write_shard, tmp_path, "a", [10, 10])
+    source.max_samples = 7
+    lengths = [len(keys_of_epoch(source, stream, 2, 0)) for stream in range(2)]
+    assert lengths == [4, 3]
+    assert len(set(keys_of_epoch(source, 0, 1, 0)) | set(keys_of_epoch(source, 0, 1, 1))) > 7, "always the same seven"
+
+
+def test_sources_are_mixed_by_weight(tmp_path: Path, write_shard: Writer) -> None:
+    sources = [text_shards(write_shard, tmp_path, name, [5, 4]) for name in "abc"]
+    sources[0].weight, sources[1].weight, sources[2].weight = 4.0, 1.0, 3.0
+    mixture = Mixture(sources, shuffle_buffer=8, seed=0)
+    drawn = [mixture.next_sample()[0] for _ in range(80)]
+    assert Counter(drawn) == {0: 40, 1: 10, 2: 30}
+    for start in range(0, 80, 16):  # in every stretch, not only in all
+        assert abs(Counter(drawn[start : start + 16])[0] - 8) <= 2
+
+
+@pytest.mark.parametrize("num_done", [0, 1, 7, 20, 53])
+def test_a_loaded_place_goes_on_with_the_very_next_sample(tmp_path: Path, write_shard: Writer, num_done: int) -> None:
+    sources = [text_shards(write_shard, tmp_path, "a", [5, 9, 3]), text_shards(write_shard, tmp_path, "b", [4])]
+    sources[1].max_samples = 3
+
+    def names(mixture: Mixture, count: int) -> list[str]:
+        return [mixture.next_sample()[1]["__key__"] for _ in range(count)]
+
+    whole = names(Mixture(sources, 6, seed=1, stream=1, num_streams=2), num_done + 40)
+    first = Mixture(sources, 6, seed=1, stream=1, num_streams=2)
+    names(first, num_done)
+    second = Mixture(sources, 6, seed=1, stream=1, num_streams=2)
+    second.load_state_dict(first.state_dict())
+    assert names(second, 40) == whole[num_done:]
+
+
+def test_shares_of_many_streams_read_one_shard_more_at_most() -> None:
+    shards = [str(number) for number in range(1000)]
+    shares = [share_out(shards, stream, 512) for stream in range(512)]
+    assert max(len(share) for share in shares) == 2
+    read = Counter((share.url, share.part) for stream in shares for share in stream)
+    assert set(read.values()) == {1}
+    parts: Counter[str] = Counter()
+    for stream in shares:
+        for share in stream:
+            parts[share.url] += 1
+            assert share.part < share.parts
+    assert all(parts[share.url] == share.parts for stream in shares for share in stream)
+
+
+def test_braces_globs_and_pipes(tmp_path: Path, write_shard: Writer) -> None:
+    text_shards(write_shard, tmp_path, "a", [2, 2, 2])
+    braces = SourceConfig(name="a", shards=f"{tmp_path}/a-{{0..2}}.tar")
+    assert expand_shards(braces) == expand_shards(SourceConfig(name="a", shards=f"{tmp_path}/*.tar"))
+    pipes = expand_shards(SourceConfig(name="a", shards=f"pipe:cat {tmp_path}/a-{{0..1}}.tar"))
+    assert [sample["__key__"] for url in pipes for sample in read_shard(url)] == [
+        "a-0-000",
+        "a-0-001",
+        "a-1-000",
+        "a-1-001",
+    ]
+
+
+@pytest.mark.parametrize("pattern", ["{0..1}.tar", "*.tar"])
+def test_shards_that_are_not_there_are_named(tmp_path: Path, pattern: str) -> None:
+    with pytest.raises(ValueError, match=r"'things' names .*tar, and there is no such shard"):
+        expand_shards(SourceConfig(name="things", shards=f"{tmp_path}/{pattern}"))
+
+
+def test_a_damaged_shard_gives_what_it_has_and_says_what_it_lacks(tmp_path: Path, write_shard: Writer) -> None:
+    good = write_shard(tmp_path / "good.tar", [(f"k{i}", {"txt": b"x" * 2000}) for i in range(4)])
+    (tmp_path / "cut.tar").write_bytes(good.read_bytes()[:6000])
+    (tmp_path / "text.tar").write_text("this is no tar")
+    cut = list(read_shard(str(tmp_path / "cut.tar")))
+    assert [sample["__key__"] for sample in cut if "__error__" not in sample] == ["k0", "k1"]
+    assert any("__error__" in sample for sample in cut)
+    (error,) = read_shard(str(tmp_path / "text.tar"))
+    assert "ReadError" in error["__error__"] and error["__url__"].endswith("text.tar")
+    assert [("__error__" in sample) for sample in read_shard(str(tmp_path / "none.tar"))] == [True]
+
+
+def test_a_source_without_samples_is_left_out(tmp_path: Path, write_shard: Writer) -> None:
+    sources = [text_shards(write_shard, tmp_path, "a", [3]), text_shards(write_shard, tmp_path, "b", [0])]
+    mixture = Mixture(sources, 4, seed=0)
+    assert {mixture.next_sample()[0] for _ in range(10)} == {0}
+    with pytest.raises(ValueError, match="b hold no sample"):
+        Mixture(sources[1:], 4, seed=0).next_sample()
