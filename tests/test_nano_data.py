@@ -18,6 +18,7 @@ from train.nano.layout import direction
 from train.nano.measure import is_right
 from train.nano.names import FLAGS, LABEL_IDS, LANGS, THINGS
 from train.nano.picture import KINDS, dense_labels
+from train.nano.wording import noun
 
 
 def _drawings(colour: tuple[int, int, int, int]) -> dict[str, list[Drawing]]:
@@ -65,7 +66,7 @@ def test_places_and_counts_that_are_asked_for_are_true(composer: Composer) -> No
             if asked.topic == "count":
                 assert asked.core == ("no", "one", "two", "three", "four", "five")[len(truth.items)]
             if asked.topic in ("left", "right", "above", "below"):
-                by_name = {dialogue._noun(item, "en"): item for item in truth.items}
+                by_name = {noun(item, "en"): item for item in truth.items}
                 subject = next(
                     name for name in sorted(by_name, key=len, reverse=True) if f"the {name}" in asked.question
                 )

@@ -17,6 +17,19 @@ from train.nano.layout import DIRECTIONS, direction, neighbour
 from train.nano.names import COLOURS, FLAGS, LANGS, SHAPES, THINGS, Lang
 from train.nano.phrases import NUM_MEASURED, QUESTIONS, TALK
 from train.nano.picture import Item, Truth
+from train.nano.wording import (
+    a_or_an,
+    count_phrase,
+    joined,
+    kind_of,
+    listed,
+    noun,
+    plural,
+    sentence,
+    several,
+    shown,
+    with_article,
+)
 
 Turn = dict[str, str]
 Skill = Literal["things", "flags", "digits", "words", "scenes", "same"]
@@ -24,8 +37,6 @@ SKILLS: dict[str, Skill] = {
     "thing": "things", "flag": "flags", "digit": "digits", "word": "words", "scene": "scenes", "same": "same"
 }  # fmt: skip
 
-_NUMBERS_EN = ("no", "one", "two", "three", "four", "five")
-_NUMBERS_ZH = ("零", "一", "两", "三", "四", "五")
 _PLACES = {
     "left": ("to the left of", "左边"), "right": ("to the right of", "右边"),
     "above": ("above", "上面"), "below": ("below", "下面"),
@@ -34,14 +45,6 @@ _SIDES = {
     "left": ("It is to the left.", "在左边。"), "right": ("It is to the right.", "在右边。"),
     "above": ("It is above.", "在上面。"), "below": ("It is below.", "在下面。"),
 }  # fmt: skip
-_PLURALS = {
-    "mouse": "mice",
-    "fish": "fish",
-    "octopus": "octopuses",
-    "maple leaf": "maple leaves",
-    "grapes": "grapes",
-    "cherries": "cherries",
-}
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ def caption(rng: np.random.Generator, truth: Truth, lang: Lang) -> str:
     if truth.kind == "flag":
         return f"The flag of {FLAGS[item.name].en_with_article}." if english else f"{FLAGS[item.name].zh}的国旗。"
     if truth.kind == "thing":
-        return _sentence(_with_article(item)) if english else f"{_noun(item, 'zh')}。"
+        return sentence(with_article(item)) if english else f"{noun(item, 'zh')}。"
     return _scene_caption(rng, truth, lang)
 
 
@@ -171,17 +174,17 @@ def _single_answer(truth: Truth, lang: Lang) -> tuple[str, str, tuple[str, ...]]
         ]
         return answers[0], (FLAGS[item.name].en if english else FLAGS[item.name].zh), tuple(answers[1:])
     if truth.kind == "thing":
-        return (f"It is {_with_article(item)}." if english else f"这是{_noun(item, 'zh')}。"), _noun(item, lang), ()
+        return (f"It is {with_article(item)}." if english else f"这是{noun(item, 'zh')}。"), noun(item, lang), ()
     first, second = truth.items
     if first.name == second.name:
         return (
-            (f"Yes, both show {_shown(first, lang)}." if english else f"是的，都是{_shown(first, lang)}。"),
+            (f"Yes, both show {shown(first, lang)}." if english else f"是的，都是{shown(first, lang)}。"),
             "Yes" if english else "是",
             (),
         )
     if english:
-        return f"No, one shows {_shown(first, lang)} and the other {_shown(second, lang)}.", "No", ()
-    return f"不是，一张是{_shown(first, lang)}，另一张是{_shown(second, lang)}。", "否", ()
+        return f"No, one shows {shown(first, lang)} and the other {shown(second, lang)}.", "No", ()
+    return f"不是，一张是{shown(first, lang)}，另一张是{shown(second, lang)}。", "否", ()
 
 
 def _scene_questions(rng: np.random.Generator, truth: Truth, lang: Lang, measured: bool) -> list[Asked]:
@@ -191,12 +194,12 @@ def _scene_questions(rng: np.random.Generator, truth: Truth, lang: Lang, measure
     def add(topic: str, answer: str, core: str, **words: str) -> None:
         found.append(Asked(topic, lang, _phrase(rng, topic, lang, measured).format(**words), answer, core))
 
-    add("count", *_count(len(items), lang))
-    for name, count in Counter(_kind(item) for item in items).items():
-        example = next(item for item in items if _kind(item) == name)
+    add("count", *count_phrase(len(items), lang))
+    for name, count in Counter(kind_of(item) for item in items).items():
+        example = next(item for item in items if kind_of(item) == name)
         if example.kind == "shape" or THINGS[example.name].article:
             kind = Item(example.kind, example.name, example.box)
-            add("count_of", *_count(count, lang), p=_plural(_noun(kind, "en")), x=_noun(kind, lang))
+            add("count_of", *count_phrase(count, lang), p=plural(noun(kind, "en")), x=noun(kind, lang))
     shapes = [item for item in items if item.kind == "shape"]
     for item in shapes:
         assert item.colour is not None
@@ -205,14 +208,14 @@ def _scene_questions(rng: np.random.Generator, truth: Truth, lang: Lang, measure
         if sum(other.name == item.name for other in shapes) == 1:
             add("colour", f"It is {colour}." if english else f"它是{colour}的。", colour, s=shape)
         if sum(other.colour == item.colour for other in shapes) == 1:
-            add("shape", f"It is {_a(shape)}." if english else f"它是{shape}。", shape, c=colour)
-    unique = [item for item in items if sum(_label(other) == _label(item) for other in items) == 1]
+            add("shape", f"It is {a_or_an(shape)}." if english else f"它是{shape}。", shape, c=colour)
+    unique = [item for item in items if sum(other.label == item.label for other in items) == 1]
     for item in unique:
         for where in DIRECTIONS:
             other = neighbour(items, item, where)
             if other is not None and other in unique:
-                noun = _noun(other, lang)
-                add(where, f"It is the {noun}." if english else f"是{noun}。", noun, y=_noun(item, lang))
+                name = noun(other, lang)
+                add(where, f"It is the {name}." if english else f"是{name}。", name, y=noun(item, lang))
         for other in unique:
             place = direction(item, other)
             if other is not item and place is not None:
@@ -221,34 +224,34 @@ def _scene_questions(rng: np.random.Generator, truth: Truth, lang: Lang, measure
                     topic,
                     _SIDES[place][not english],
                     _PLACES[place][not english],
-                    x=_noun(item, lang),
-                    y=_noun(other, lang),
+                    x=noun(item, lang),
+                    y=noun(other, lang),
                 )
     return found
 
 
 def _scene_caption(rng: np.random.Generator, truth: Truth, lang: Lang) -> str:
     items = list(truth.items)
-    if len({_label(item) for item in items}) == 1:
-        return _sentence(_several(items[0], len(items), lang), lang)
+    if len({item.label for item in items}) == 1:
+        return sentence(several(items[0], len(items), lang), lang)
     if len(items) == 2:
         first, second = (items[i] for i in rng.permutation(2))
         place = direction(first, second)
         if place is not None:
             english, chinese = _PLACES[place]
             if lang == "en":
-                return _sentence(f"{_with_article(first)} {english} {_with_article(second)}")
-            return f"{_noun(first, 'zh')}在{_noun(second, 'zh')}的{chinese}。"
+                return sentence(f"{with_article(first)} {english} {with_article(second)}")
+            return f"{noun(first, 'zh')}在{noun(second, 'zh')}的{chinese}。"
     for axis, (start, end, zh_start) in enumerate((("left", "right", "从左到右"), ("top", "bottom", "从上到下"))):
         ordered = sorted(items, key=lambda item: item.centre[axis])
         pairs = pairwise(ordered)
         if all(direction(a, b) == ("left", "above")[axis] for a, b in pairs):
-            told = _listed(ordered, lang)
+            told = listed(ordered, lang)
             return f"From {start} to {end}: {told}." if lang == "en" else f"{zh_start}：{told}。"
-    counts = Counter(_label(item) for item in items)
-    groups = [next(item for item in items if _label(item) == label) for label in counts]
-    parts = [_several(item, counts[_label(item)], lang) for item in groups]
-    return _sentence(_joined(parts, lang), lang)
+    counts = Counter(item.label for item in items)
+    groups = [next(item for item in items if item.label == label) for label in counts]
+    parts = [several(item, counts[item.label], lang) for item in groups]
+    return sentence(joined(parts, lang), lang)
 
 
 def _told(rng: np.random.Generator, truth: Truth, lang: Lang) -> str:
@@ -256,15 +259,15 @@ def _told(rng: np.random.Generator, truth: Truth, lang: Lang) -> str:
     if truth.kind == "same":
         first, second = truth.items
         return (
-            f"{_shown(first, lang)}. {_shown(second, lang)}."
+            f"{shown(first, lang)}. {shown(second, lang)}."
             if lang == "en"
-            else f"{_shown(first, lang)}。{_shown(second, lang)}。"
+            else f"{shown(first, lang)}。{shown(second, lang)}。"
         )
     if truth.kind != "scene":
         return caption(rng, truth, lang)
     ordered = sorted(truth.items, key=lambda item: item.centre[0])
     columns, rows = (np.argsort(np.argsort([item.centre[axis] for item in ordered])) + 1 for axis in (0, 1))
-    return " ".join(f"{_noun(item, lang)} ({x},{y})" for item, x, y in zip(ordered, columns, rows)) + "."
+    return " ".join(f"{noun(item, lang)} ({x},{y})" for item, x, y in zip(ordered, columns, rows)) + "."
 
 
 def _alternatives(asked: Asked, truth: Truth, lang: Lang) -> list[str]:
@@ -282,7 +285,7 @@ def _alternatives(asked: Asked, truth: Truth, lang: Lang) -> list[str]:
 
         return list(VOCABULARY)
     if asked.topic in ("count", "count_of"):
-        return [_count(number, lang)[1] for number in range(1, 6)]
+        return [count_phrase(number, lang)[1] for number in range(1, 6)]
     if asked.topic == "colour":
         return list(COLOURS) if english else [chinese for chinese, _ in COLOURS.values()]
     if asked.topic == "shape":
@@ -291,74 +294,7 @@ def _alternatives(asked: Asked, truth: Truth, lang: Lang) -> list[str]:
         return [places[not english] for places in _PLACES.values()]
     if asked.topic == "same":
         return ["Yes", "No"] if english else ["是", "否"]
-    return [_noun(Item("shape", shape, (0, 0, 1, 1), colour), lang) for shape in SHAPES for colour in COLOURS]
-
-
-def _count(number: int, lang: Lang) -> tuple[str, str]:
-    if lang == "zh":
-        return f"有{_NUMBERS_ZH[number]}个。", f"{_NUMBERS_ZH[number]}个"
-    return ("There is one." if number == 1 else f"There are {_NUMBERS_EN[number]}."), _NUMBERS_EN[number]
-
-
-def _several(item: Item, count: int, lang: Lang) -> str:
-    if lang == "zh":
-        return f"{_NUMBERS_ZH[count]}个{_noun(item, 'zh')}" if count > 1 else _noun(item, "zh")
-    return f"{_NUMBERS_EN[count]} {_plural(_noun(item, 'en'))}" if count > 1 else _with_article(item)
-
-
-def _listed(items: list[Item], lang: Lang) -> str:
-    return _joined([_with_article(item) if lang == "en" else _noun(item, "zh") for item in items], lang)
-
-
-def _joined(parts: list[str], lang: Lang) -> str:
-    and_, comma = (" and ", ", ") if lang == "en" else ("和", "、")
-    return comma.join(parts[:-1]) + and_ + parts[-1] if len(parts) > 1 else parts[0]
-
-
-def _label(item: Item) -> str:
-    return item.label
-
-
-def _kind(item: Item) -> str:
-    return f"{item.kind} {item.name}"
-
-
-def _noun(item: Item, lang: Lang) -> str:
-    """ "red circle", "dog"; 红色的圆形, 狗"""
-    if item.kind == "shape":
-        if lang == "en":
-            return f"{item.colour} {item.name}" if item.colour else item.name
-        return f"{COLOURS[item.colour][0]}的{SHAPES[item.name]}" if item.colour else SHAPES[item.name]
-    named = (THINGS if item.kind == "thing" else FLAGS)[item.name]
-    return named.en if lang == "en" else named.zh
-
-
-def _shown(item: Item, lang: Lang) -> str:
-    if item.kind == "flag":
-        return f"the flag of {FLAGS[item.name].en_with_article}" if lang == "en" else f"{FLAGS[item.name].zh}的国旗"
-    return _with_article(item) if lang == "en" else _noun(item, "zh")
-
-
-def _with_article(item: Item) -> str:
-    return _a(_noun(item, "en")) if item.kind == "shape" else THINGS[item.name].en_with_article
-
-
-def _a(noun: str) -> str:
-    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
-
-
-def _plural(noun: str) -> str:
-    if noun in _PLURALS:
-        return _PLURALS[noun]
-    if noun.endswith(("s", "x", "sh", "ch")):
-        return noun + "es"
-    if noun.endswith("y") and noun[-2] not in "aeiou":
-        return noun[:-1] + "ies"
-    return noun + ("es" if noun in ("tomato",) else "s")
-
-
-def _sentence(text: str, lang: Lang = "en") -> str:
-    return text[0].upper() + text[1:] + "." if lang == "en" else text + "。"
+    return [noun(Item("shape", shape, (0, 0, 1, 1), colour), lang) for shape in SHAPES for colour in COLOURS]
 
 
 def _phrase(rng: np.random.Generator, topic: str, lang: Lang, measured: bool = False) -> str:

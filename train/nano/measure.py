@@ -16,9 +16,11 @@ from typing import Any
 
 from rich.progress import track
 
+from train.nano.sheet import write_sheet
 from yi_vl import YiVL, load
 
 _BATCH = 64
+_SHEET_ROWS = 120  # of all answers, spread evenly, on the page to look at
 _EDGES = re.compile(r"^[\s\"'“”]+|[\s.。!！\"'“”]+$")
 
 
@@ -69,6 +71,7 @@ def measure(model: YiVL, questions: Sequence[Question]) -> list[dict[str, Any]]:
             "id": question.id,
             "skill": question.skill,
             "lang": question.lang,
+            "images": [f"{path.parent.name}/{path.name}" for path in question.images],
             "question": question.question,
             "answer": answers[i],
             "accepted": list(question.accepted),
@@ -116,6 +119,7 @@ def measure_all(checkpoints: dict[str, Path], heldout: Path, out_dir: Path) -> s
         measured[name] = scores(records)
         lines = [json.dumps(record, ensure_ascii=False) for record in records]
         (out_dir / f"answers-{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        write_sheet(out_dir / f"answers-{name}.html", records[:: max(1, len(records) // _SHEET_ROWS)], heldout)
         (out_dir / "scores.json").write_text(json.dumps(measured, indent=1), encoding="utf-8")
     (out_dir / "table.md").write_text(table(measured), encoding="utf-8")
     return table(measured)

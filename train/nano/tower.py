@@ -1,8 +1,9 @@
 """The tower's own pretraining: what is at this point of the picture? (The real stage 1 starts from a trained OpenCLIP.)
 
-Captions alone do not get a tower off the ground in minutes on a CPU; labels do. For points drawn from each picture a
-small head, thrown away afterwards, names what lies there (a thing, a flag, a digit, a letter, a coloured shape, nothing)
-from the features of the patch the point falls into. Features of the penultimate block, as the language model will see them.
+Captions alone do not get a tower off the ground in minutes on a CPU; labels do. For points drawn from each picture
+a small head, thrown away afterwards, names what lies there (a thing, a flag, a digit, a letter, a coloured shape,
+nothing) from the features of the patch the point falls into: those of the penultimate block, as the language model will
+see them.
 Most batches are 224 px, every few 448 px with the position grid resized on the fly, so both stages find their scale.
 
 B pictures, K points each, P patches, L labels. Called by __main__.py; calls compose.py.

@@ -1,0 +1,84 @@
+"""How nano's world is put into words: nouns, articles, plurals, numbers, lists, in English and Chinese.
+
+Called by dialogue.py; calls names.py.
+"""
+
+from __future__ import annotations
+
+from train.nano.names import COLOURS, FLAGS, SHAPES, THINGS, Lang
+from train.nano.picture import Item
+
+_NUMBERS_EN = ("no", "one", "two", "three", "four", "five")
+_NUMBERS_ZH = ("零", "一", "两", "三", "四", "五")
+_PLURALS = {
+    "mouse": "mice",
+    "fish": "fish",
+    "octopus": "octopuses",
+    "maple leaf": "maple leaves",
+    "grapes": "grapes",
+    "cherries": "cherries",
+}
+
+
+def count_phrase(number: int, lang: Lang) -> tuple[str, str]:
+    """The answer to "how many", and its core: ("There are two.", "two")"""
+    if lang == "zh":
+        return f"有{_NUMBERS_ZH[number]}个。", f"{_NUMBERS_ZH[number]}个"
+    return ("There is one." if number == 1 else f"There are {_NUMBERS_EN[number]}."), _NUMBERS_EN[number]
+
+
+def several(item: Item, count: int, lang: Lang) -> str:
+    if lang == "zh":
+        return f"{_NUMBERS_ZH[count]}个{noun(item, 'zh')}" if count > 1 else noun(item, "zh")
+    return f"{_NUMBERS_EN[count]} {plural(noun(item, 'en'))}" if count > 1 else with_article(item)
+
+
+def listed(items: list[Item], lang: Lang) -> str:
+    return joined([with_article(item) if lang == "en" else noun(item, "zh") for item in items], lang)
+
+
+def joined(parts: list[str], lang: Lang) -> str:
+    and_, comma = (" and ", ", ") if lang == "en" else ("和", "、")
+    return comma.join(parts[:-1]) + and_ + parts[-1] if len(parts) > 1 else parts[0]
+
+
+def kind_of(item: Item) -> str:
+    return f"{item.kind} {item.name}"
+
+
+def noun(item: Item, lang: Lang) -> str:
+    """An item's bare name: red circle, dog; 红色的圆形, 狗"""
+    if item.kind == "shape":
+        if lang == "en":
+            return f"{item.colour} {item.name}" if item.colour else item.name
+        return f"{COLOURS[item.colour][0]}的{SHAPES[item.name]}" if item.colour else SHAPES[item.name]
+    named = (THINGS if item.kind == "thing" else FLAGS)[item.name]
+    return named.en if lang == "en" else named.zh
+
+
+def shown(item: Item, lang: Lang) -> str:
+    if item.kind == "flag":
+        return f"the flag of {FLAGS[item.name].en_with_article}" if lang == "en" else f"{FLAGS[item.name].zh}的国旗"
+    return with_article(item) if lang == "en" else noun(item, "zh")
+
+
+def with_article(item: Item) -> str:
+    return a_or_an(noun(item, "en")) if item.kind == "shape" else THINGS[item.name].en_with_article
+
+
+def a_or_an(noun: str) -> str:
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+
+
+def plural(noun: str) -> str:
+    if noun in _PLURALS:
+        return _PLURALS[noun]
+    if noun.endswith(("s", "x", "sh", "ch")):
+        return noun + "es"
+    if noun.endswith("y") and noun[-2] not in "aeiou":
+        return noun[:-1] + "ies"
+    return noun + ("es" if noun in ("tomato",) else "s")
+
+
+def sentence(text: str, lang: Lang = "en") -> str:
+    return text[0].upper() + text[1:] + "." if lang == "en" else text + "。"
