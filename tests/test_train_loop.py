@@ -145,7 +145,7 @@ def test_accumulation_is_one_big_batch(configure: Callable[..., TrainConfig]) ->
 
 
 def test_the_objective_is_the_models_own_loss(configure: Callable[..., TrainConfig]) -> None:
-    """Packed without padding and with the prefix run once, as on a CPU, or padded, as elsewhere: the same, gradients too."""
+    """Packed, its prefix run once, as on a CPU, or padded, as elsewhere: the same, gradients too."""
     run = trainer(configure("data.sources.0.weight=0.001"))
     micro = next(iter(run.loader)).micros[-1]
     inputs = run._inputs(micro)
