@@ -1,5 +1,5 @@
 # make ask    a question about a picture: IMAGE=... QUESTION=... ; the first call creates .venv
-# make test   all tests;  make lint: style and types;  make nano: the bundled model from nothing (about 2 hours on 2 cores)
+# make test   all tests;  make lint: style and types;  make nano: train the bundled model from nothing, and measure it
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
@@ -28,6 +28,7 @@ lint: $(VENV)/.ready-for-tests
 nano: $(VENV)/.ready-for-tests
 	$(BIN)/python -m train.nano data
 	$(BIN)/python -m train.nano train
+	$(BIN)/python -m train.nano export
 	$(BIN)/python -m train.nano measure
 
 $(VENV)/.ready: pyproject.toml
