@@ -33,17 +33,24 @@ def data(processes: Annotated[int, typer.Option(help="pictures are composed in s
 def train() -> None:
     """Tokenizer, tower, language model, then the three stages; what is finished is kept, what was begun is resumed."""
     from train.nano.shards import read_texts
-    from train.nano.start import assemble, train_tokenizer
+    from train.nano.start import begin, join, train_tokenizer
     from train.nano.tower import TowerRecipe, pretrain_tower
     from yi_vl.config import preset
 
-    if not (RUNS / "tower" / "config.json").exists():
-        pretrain_tower(RUNS / "tower", TowerRecipe(), DATA)
     if not (RUNS / "start" / "config.json").exists():
         train_tokenizer(read_texts(DATA), RUNS / "tokenizer", preset("nano").image_token_id)
-        assemble(RUNS / "tower", RUNS / "tokenizer", RUNS / "start")
-    for stage in ("language", *STAGES):
-        subprocess.run([sys.executable, "-m", "train", str(CONFIGS / f"{stage}.yaml")], check=True)
+        begin(RUNS / "tokenizer", RUNS / "start")
+    run_stage("language")
+    if not (RUNS / "parts" / "config.json").exists():
+        pretrain_tower(RUNS / "tower", TowerRecipe(), RUNS / "language" / "final", DATA)
+        join(RUNS / "language" / "final", RUNS / "tower", RUNS / "parts")
+    for stage in STAGES:
+        run_stage(stage)
+
+
+def run_stage(name: str) -> None:
+    """Train as a config file says; a finished run returns at once, an interrupted one goes on."""
+    subprocess.run([sys.executable, "-m", "train", str(CONFIGS / f"{name}.yaml")], check=True)
 
 
 @app.command()

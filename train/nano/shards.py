@@ -25,12 +25,13 @@ from train.nano import dialogue
 from train.nano.art import load_art
 from train.nano.choices import choice_conversation, with_image
 from train.nano.compose import Composer
-from train.nano.names import LANGS
+from train.nano.names import FLAGS, LANGS, THINGS
 from train.nano.picture import KINDS, Picture, Truth
 
 SAMPLES_PER_SHARD = 1000
 _KIND_SHARES = {"thing": 0.25, "flag": 0.25, "digit": 0.1, "word": 0.2, "scene": 0.2}
 _JPEG_QUALITY = 90
+_NAME_REPEATS = 500
 
 
 @dataclass(frozen=True)
@@ -61,15 +62,23 @@ def shard_path(data_dir: Path, source: Source, number: int) -> Path:
 
 
 def read_texts(data_dir: Path) -> Iterator[str]:
-    """The text-only shards' conversations as whole prompts: what the tokenizer is made from."""
+    """What the tokenizer is made from: all captions, of the conversations one shard in ten, and all names, many times.
+
+    Names, not ways of asking, shall have tokens of their own.
+    """
     from yi_vl.chat import from_llava, render, to_text
 
-    for path in sorted((data_dir / "text").glob("*.tar")):
+    for named in (*THINGS.values(), *FLAGS.values()):
+        yield "\n".join([f" {named.en}", named.zh] * _NAME_REPEATS)
+    conversations = sorted((data_dir / "text").glob("*.tar"))[::10]
+    for path in (*conversations, *sorted((data_dir / "text-captions").glob("*.tar"))):
         with tarfile.open(path) as archive:
             for member in archive:
-                content = archive.extractfile(member)
-                assert content is not None
-                yield to_text(render(from_llava(json.loads(content.read())["conversations"])))
+                file = archive.extractfile(member)
+                assert file is not None
+                text = file.read().decode()
+                is_caption = member.name.endswith(".txt")
+                yield text if is_caption else to_text(render(from_llava(json.loads(text)["conversations"])))
 
 
 def write_tar(path: Path, samples: Iterator[tuple[str, dict[str, bytes]]]) -> None:

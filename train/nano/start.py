@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from yi_vl.processor import YiVLProcessor, prepare_tokenizer
 from yi_vl.vision import OpenClipTower
 
 CONTROL_SYMBOLS = ["<|Human|>", "<|Assistant|>", "<|System|>", "<|im_start|>", "<|im_end|>", "<|im_sep|>"]  # ids 3 to 8
+_BOUNDARY = re.compile(r"([\n的，。、：？！“”])")  # no piece reaches over these: a name stays a name in every sentence
 STOP_IDS = [2, 7]  # `<|endoftext|>`, `<|im_end|>`: the safe set for Yi's tokenizers
 
 
@@ -29,7 +31,7 @@ def train_tokenizer(texts: Iterable[str], out_dir: Path, vocab_size: int) -> Non
     out_dir.mkdir(parents=True, exist_ok=True)
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=(line for text in texts for line in text.split("\n")),  # no piece holds a line break
+        sentence_iterator=(part for text in texts for part in _BOUNDARY.split(text) if part),
         model_writer=model,
         vocab_size=vocab_size,
         model_type="bpe",
@@ -39,7 +41,6 @@ def train_tokenizer(texts: Iterable[str], out_dir: Path, vocab_size: int) -> Non
         add_dummy_prefix=False,
         remove_extra_whitespaces=False,
         split_digits=True,
-        max_sentencepiece_length=8,  # no whole Chinese sentences
         max_sentence_length=1 << 16,
         unk_id=0,
         bos_id=1,
@@ -77,18 +78,25 @@ def train_tokenizer(texts: Iterable[str], out_dir: Path, vocab_size: int) -> Non
     (out_dir / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
 
 
-def assemble(tower_dir: Path, tokenizer_dir: Path, out_dir: Path, seed: int = 0) -> None:
-    """A whole model from the pretrained tower and a fresh projector and language model, as a checkpoint to train on."""
+def begin(tokenizer_dir: Path, out_dir: Path, image_size: int = 224, seed: int = 0) -> None:
+    """A whole model with fresh weights, as a checkpoint whose language model can be trained."""
     torch.manual_seed(seed)
-    tower = OpenClipTower.from_pretrained(tower_dir)
     tokenizer = prepare_tokenizer(str(tokenizer_dir))
     config = preset("nano")
-    config.vision_config.image_size = tower.config.image_size
+    config.vision_config.image_size = image_size
     assert tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER) == config.image_token_id, "preset and tokenizer disagree"
     model = YiVLForConditionalGeneration(config)
-    model.model.vision_tower.load_state_dict(tower.state_dict())
+    assert model.generation_config is not None
     model.generation_config.eos_token_id = STOP_IDS
     model.generation_config.pad_token_id = 0
-    processor = YiVLProcessor(YiVLImageProcessor(tower.config.image_size), tokenizer, config.vision_config.patch_size)
+    processor = YiVLProcessor(YiVLImageProcessor(image_size), tokenizer, config.vision_config.patch_size)
     model.save_pretrained(out_dir)
     processor.save_pretrained(out_dir)
+
+
+def join(language_dir: Path, tower_dir: Path, out_dir: Path) -> None:
+    """The model of `language_dir` with the tower of `tower_dir`; its projector is still fresh. Stage 1 starts here."""
+    model = YiVLForConditionalGeneration.from_pretrained(language_dir, dtype=torch.float32)
+    model.model.vision_tower.load_state_dict(OpenClipTower.from_pretrained(tower_dir).state_dict())
+    model.save_pretrained(out_dir)
+    YiVLProcessor.from_pretrained(language_dir).save_pretrained(out_dir)

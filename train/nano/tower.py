@@ -3,7 +3,8 @@
 Captions alone do not get a tower off the ground in minutes on a CPU; labels do. For points drawn from each picture
 a small head, thrown away afterwards, names what lies there (a thing, a flag, a digit, a letter, a coloured shape,
 nothing) from the features of the patch the point falls into: those of the penultimate block, as the language model will
-see them.
+see them. A class is not a number but its name, as in CLIP: the embeddings that the language model has for the tokens of
+its English and Chinese names. So the projector later has one map to find for all names, not one entry per name.
 Most batches are 224 px, every few 448 px with the position grid resized on the fly, so both stages find their scale.
 
 B pictures, K points each, P patches, L labels. Called by __main__.py; calls compose.py.
@@ -29,10 +30,12 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from train.nano.art import DATA_DIR, Art, load_art
 from train.nano.compose import Composer
-from train.nano.names import LABELS
+from train.nano.names import BACKGROUND, COLOURS, FLAGS, LABELS, SHAPES, THINGS
 from train.nano.picture import Kind, Picture, dense_labels
 from yi_vl.config import preset
 from yi_vl.image import YiVLImageProcessor
+from yi_vl.model import YiVLForConditionalGeneration
+from yi_vl.processor import YiVLProcessor
 from yi_vl.vision import OpenClipTower, resize_position_grid
 
 logger = logging.getLogger(__name__)
@@ -70,14 +73,17 @@ class PointBatch:
 class PointHead(nn.Module):
     """A tower and the head that names points. Only the tower is kept."""
 
-    def __init__(self, tower: OpenClipTower) -> None:
+    def __init__(self, tower: OpenClipTower, names: Tensor) -> None:
         super().__init__()
         width = tower.config.hidden_size
         self.tower = tower
         self.norm = nn.LayerNorm(width)
         self.widen = nn.Linear(width, 2 * width)
         self.within = nn.Linear(8, 2 * width)
-        self.classify = nn.Linear(2 * width, len(LABELS))
+        self.project = nn.Linear(2 * width, names.shape[1])
+        self.register_buffer("names", names)  # (L, D), unit length
+        self.log_scale = nn.Parameter(torch.tensor(2.7))  # CLIP's, exp(2.7) = 1 / 0.07
+        self.bias = nn.Parameter(torch.zeros(names.shape[0]))
 
     def forward(self, pixel_values: Tensor, points: Tensor) -> Tensor:
         """(B, 3, H, W), (B, K, 2) -> logits (B, K, L)"""
@@ -95,7 +101,8 @@ class PointHead(nn.Module):
         angle = 2 * torch.pi * (position - patch)  # where within the patch
         waves = torch.cat([angle.sin(), angle.cos(), (angle / 2).sin(), (angle / 2).cos()], dim=-1)  # (B, K, 8)
         hidden = self.widen(self.norm(features.gather(1, index))) + self.within(waves.to(features.dtype))
-        return self.classify(F.gelu(hidden))
+        said = F.normalize(self.project(F.gelu(hidden)).float(), dim=-1)  # (B, K, D)
+        return self.log_scale.exp().clamp(max=100) * said @ self.names.T + self.bias
 
     def at_size(self, pixel_values: Tensor, points: Tensor) -> Tensor:
         """`forward` for pictures of any size: the position grid is resized, as it will be between the stages."""
@@ -141,13 +148,43 @@ def make_batch(rng: np.random.Generator, pictures: list[Picture], num_points: in
     return PointBatch(*(torch.from_numpy(np.stack(rows)) for rows in (pixels, points, labels)))
 
 
-def pretrain_tower(out_dir: Path, recipe: TowerRecipe, data_dir: Path = DATA_DIR) -> OpenClipTower:
-    """Train a tower from nothing; `out_dir` gets it and a log with its accuracy on held-out drawings."""
+@torch.inference_mode()
+def name_embeddings(language_dir: Path) -> Tensor:
+    """(L, D) of unit length: the mean embedding of the tokens of each label's names, less the mean of all labels."""
+    model = YiVLForConditionalGeneration.from_pretrained(language_dir, dtype=torch.float32)
+    tokenizer = YiVLProcessor.from_pretrained(language_dir).tokenizer
+    table = model.get_input_embeddings().weight
+    rows = []
+    for label in LABELS:
+        ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in _texts(label)]
+        rows.append(torch.stack([table[one].mean(0) for one in ids]).mean(0))
+    names = torch.stack(rows)
+    return F.normalize(names - names.mean(0), dim=-1).clone()
+
+
+def _texts(label: str) -> list[str]:
+    """A label's names as they stand in sentences: English words follow a space."""
+    kind, _, key = label.partition(" ")
+    if kind in ("thing", "flag"):
+        named = (THINGS if kind == "thing" else FLAGS)[key]
+        return [" " + named.en, named.zh]
+    if kind == "shape":
+        colour, shape = key.split(" ")
+        return [f" {colour} {shape}", COLOURS[colour][0] + SHAPES[shape]]
+    return [" picture", "图片"] if kind == BACKGROUND else [key]
+
+
+def pretrain_tower(out_dir: Path, recipe: TowerRecipe, language_dir: Path, data_dir: Path = DATA_DIR) -> OpenClipTower:
+    """Train a tower from nothing; `out_dir` gets it and a log with its accuracy on held-out drawings.
+
+    Args:
+        language_dir: a checkpoint whose language model says what names mean.
+    """
     torch.manual_seed(recipe.seed)
     art = load_art(data_dir)
     config = preset("nano").vision_config
     config.image_size = 224
-    head = PointHead(OpenClipTower(config)).train()
+    head = PointHead(OpenClipTower(config), name_embeddings(language_dir)).train()
     head.to(memory_format=torch.channels_last)
     optimiser = torch.optim.AdamW(
         head.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, betas=(0.9, 0.98)
