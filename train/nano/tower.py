@@ -3,8 +3,9 @@
 Captions alone do not get a tower off the ground in minutes on a CPU; labels do. For points drawn from each picture
 a small head, thrown away afterwards, names what lies there (a thing, a flag, a digit, a letter, a coloured shape,
 nothing) from the features of the patch the point falls into: those of the penultimate block, as the language model will
-see them. A class is not a number but its name, as in CLIP: the embeddings that the language model has for the tokens of
-its English and Chinese names. So the projector later has one map to find for all names, not one entry per name.
+see them. Besides its label each point shall say its name, as in CLIP: the mean embedding that the language model has
+for the tokens of the English and Chinese names. So the projector later has one map to find for all names, not one entry
+per name.
 Most batches are 224 px, every few 448 px with the position grid resized on the fly, so both stages find their scale.
 
 B pictures, K points each, P patches, L labels. Called by __main__.py; calls compose.py.
@@ -80,13 +81,13 @@ class PointHead(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.widen = nn.Linear(width, 2 * width)
         self.within = nn.Linear(8, 2 * width)
+        self.classify = nn.Linear(2 * width, len(LABELS))
         self.project = nn.Linear(2 * width, names.shape[1])
         self.register_buffer("names", names)  # (L, D), unit length
         self.log_scale = nn.Parameter(torch.tensor(2.7))  # CLIP's, exp(2.7) = 1 / 0.07
-        self.bias = nn.Parameter(torch.zeros(names.shape[0]))
 
-    def forward(self, pixel_values: Tensor, points: Tensor) -> Tensor:
-        """(B, 3, H, W), (B, K, 2) -> logits (B, K, L)"""
+    def forward(self, pixel_values: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, 3, H, W), (B, K, 2) -> logits (B, K, L) of the labels, and of their names"""
         features = self.tower.visual.forward_intermediates(
             pixel_values,
             indices=[self.tower.config.feature_layer],
@@ -101,10 +102,11 @@ class PointHead(nn.Module):
         angle = 2 * torch.pi * (position - patch)  # where within the patch
         waves = torch.cat([angle.sin(), angle.cos(), (angle / 2).sin(), (angle / 2).cos()], dim=-1)  # (B, K, 8)
         hidden = self.widen(self.norm(features.gather(1, index))) + self.within(waves.to(features.dtype))
-        said = F.normalize(self.project(F.gelu(hidden)).float(), dim=-1)  # (B, K, D)
-        return self.log_scale.exp().clamp(max=100) * said @ self.names.T + self.bias
+        hidden = F.gelu(hidden)
+        said = F.normalize(self.project(hidden).float(), dim=-1)  # (B, K, D)
+        return self.classify(hidden).float(), self.log_scale.exp().clamp(max=100) * said @ self.names.T
 
-    def at_size(self, pixel_values: Tensor, points: Tensor) -> Tensor:
+    def at_size(self, pixel_values: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
         """`forward` for pictures of any size: the position grid is resized, as it will be between the stages."""
         grid = pixel_values.shape[-1] // self.tower.config.patch_size
         name = "tower.visual.positional_embedding"
@@ -227,8 +229,10 @@ def pretrain_tower(out_dir: Path, recipe: TowerRecipe, language_dir: Path, data_
 def _loss(head: PointHead, processor: YiVLImageProcessor, batch: PointBatch, label_smoothing: float) -> Tensor:
     # For as few tokens as here plain attention has the much faster backward pass on CPU.
     with sdpa_kernel(SDPBackend.MATH), torch.autocast("cpu", torch.bfloat16):
-        logits = head.at_size(processor.normalise(batch.pixels), batch.points)
-    return F.cross_entropy(logits.flatten(0, 1).float(), batch.labels.flatten(), label_smoothing=label_smoothing)
+        both = head.at_size(processor.normalise(batch.pixels), batch.points)
+    labels = batch.labels.flatten()
+    losses = [F.cross_entropy(logits.flatten(0, 1).float(), labels, label_smoothing=label_smoothing) for logits in both]
+    return torch.stack(losses).mean()
 
 
 @torch.inference_mode()
@@ -245,7 +249,7 @@ def score_heldout(head: PointHead, art: Art, kind: str, size_px: int) -> float:
         chunk = pictures[start : start + 32]
         batch = make_batch(rng, chunk, 64)
         with torch.autocast("cpu", torch.bfloat16):
-            logits = head.at_size(processor.normalise(batch.pixels), batch.points).float()
+            logits, _ = head.at_size(processor.normalise(batch.pixels), batch.points)
         scores = logits.log_softmax(-1)[:, :32, ids].sum(1)  # the first half lie on the item
         for picture, best in zip(chunk, scores.argmax(-1).tolist(), strict=True):
             num_right += LABELS[ids[best]] == picture.truth.items[0].label
