@@ -16,6 +16,7 @@ from train.nano.compose import Composer
 from train.nano.heldout import write_cmmmu, write_mmmu
 from train.nano.layout import direction
 from train.nano.measure import is_right
+from train.nano.mosaic import SIGNS, imagine, tell
 from train.nano.names import FLAGS, LABEL_IDS, LANGS, THINGS
 from train.nano.picture import KINDS, dense_labels
 from train.nano.wording import noun
@@ -83,13 +84,37 @@ def test_conversations_alternate_and_mark_their_pictures(composer: Composer) -> 
         assert [turn["from"] for turn in turns] == ["human", "gpt"] * (len(turns) // 2)
         assert sum(turn["value"].count("<image>") for turn in turns) == len(picture.images)
         assert all(turn["value"].strip() and "{" not in turn["value"] for turn in turns)
-        assert not any("<image>" in turn["value"] for turn in dialogue.described(rng, picture.truth))
+        told = dialogue.in_mosaics(turns, ["@"] * len(picture.images))
+        assert told[0]["value"] == turns[0]["value"].replace("<image>", "@") and told[1:] == turns[1:]
 
 
-def test_choices_hold_the_right_answer_once(composer: Composer) -> None:
+def test_a_mosaic_shows_each_item_where_it_is() -> None:
+    labels = {sign: label for label, sign in SIGNS.items()}
+    assert len(labels) == len(SIGNS) and all(len(sign) == 1 for sign in labels)
+    num_words = num_scenes = 0
+    for seed in range(400):
+        rng = np.random.default_rng(seed)
+        truth = imagine(rng)
+        mosaics = tell(rng, truth, 8)
+        if mosaics is None:
+            continue
+        assert len(mosaics) == (2 if truth.kind == "same" else 1) and all(len(mosaic) == 64 for mosaic in mosaics)
+        cells = np.array([labels[sign] for sign in mosaics[0]], dtype=object).reshape(8, 8)
+        if truth.kind == "word":  # from left to right, whatever the rows
+            read = "".join(label.removeprefix("letter ") for label in cells.T.flat if label != "background")
+            assert read.upper() == truth.word
+            num_words += 1
+        elif truth.kind == "scene":
+            for item in truth.items:
+                assert cells[int(item.centre[1] * 8), int(item.centre[0] * 8)] == item.label
+            num_scenes += set(map(str, cells.flat)) - {"background"} == {item.label for item in truth.items}
+    assert num_words > 30 and num_scenes > 60
+
+
+def test_choices_hold_the_right_answer_once() -> None:
     for seed in range(60):
         rng = np.random.default_rng(seed)
-        truth = composer.truth(rng)
+        truth = imagine(rng)
         asked, options = dialogue.multiple_choice(rng, truth, LANGS[seed % 2])
         assert options["ABCD".index(asked.answer)] == asked.core
         assert len(set(options)) == len(options) >= 2

@@ -85,7 +85,8 @@ class SourceConfig:
 class DataConfig:
     """The stream of samples.
 
-    form: `caption` (KEY.txt, plain form) or `chat` (KEY.json, `###` form), for sources that do not say.
+    form: for sources that do not say; `caption` (KEY.txt, or the one answer of KEY.json; plain form) or `chat`
+        (KEY.json, `###` form).
     workers: loading processes per rank; 0 loads in the training process.
     shuffle_buffer: samples per worker that are permuted together, shared by the sources in proportion to their weights.
     max_broken_fraction: the run stops when more than this part of a worker's samples cannot be used.
@@ -112,7 +113,7 @@ class TrainConfig:
 
     run_dir: str = MISSING
     seed: int = 0
-    resume: bool = True  # continue from the newest complete checkpoint in run_dir, if there is one
+    resume: bool = True  # go on from the newest complete checkpoint in run_dir; false refuses a run_dir with one
     init_from: InitConfig = MISSING
     image_size: int = 448
     trainable: TrainableConfig = field(default_factory=TrainableConfig)
@@ -127,7 +128,7 @@ class TrainConfig:
     samples: int | None = None
     max_tokens: int = 2048  # longer samples are skipped and counted, never cut
     precision: str = "bf16"
-    compile: bool = False
+    compile: bool = False  # the language model's layers; about a minute at the start, then 15% less time on a CPU
     data: DataConfig = MISSING
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log_every: int = 10

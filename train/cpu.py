@@ -5,8 +5,8 @@ tokens. Only attention tells rows apart. It is two matrix products and a softmax
 backward on a CPU, and its plain ones copy keys and values for grouped heads and walk masks several times; this costs
 half to a third of either (measured at nano's sizes).
 
-B rows, p prefix tokens, R = T - p tokens of rows, M tokens of the longest row, H query heads, K key heads, L queries,
-S keys, d head width, Dv tower width. Called by loop.py and objective.py; transformers' Llama and open_clip's tower then
+B rows, p prefix tokens, R tokens of a group of rows, M of its longest, H query heads, K key heads, L queries, S keys,
+d head width, Dv tower width. Called by loop.py and objective.py; transformers' Llama and open_clip's tower then
 call what is here.
 """
 
@@ -24,6 +24,7 @@ from transformers import AttentionInterface
 from yi_vl.model import YiVLForConditionalGeneration
 
 PACKED = "yi_vl_packed"
+_GROUP_ROWS = 8  # rows come sorted by length
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # of glibc's malloc.h
 
 
@@ -39,34 +40,46 @@ def keep_memory() -> None:
 
 
 @dataclass(frozen=True)
+class Group:
+    """Some rows of about the same length, which attend together: padded to M tokens each."""
+
+    shape: tuple[int, int]  # B, M
+    padded: Tensor  # (R,) where each of their tokens lies among B*M places ...
+    packed: Tensor  # (B*M,) ... and which of their tokens lies at each place, anything at ...
+    padding: Tensor  # (number of pads,) ... these
+
+    @classmethod
+    def of(cls, lengths: Tensor) -> Group:
+        """That of rows of these lengths, (B,)."""
+        inside = (torch.arange(int(lengths.max()), device=lengths.device) < lengths.unsqueeze(1)).flatten()  # (B*M,)
+        return cls(
+            shape=(len(lengths), int(lengths.max())),
+            padded=inside.nonzero().squeeze(1),
+            packed=(inside.cumsum(0) - 1).clamp(min=0),
+            padding=(~inside).nonzero().squeeze(1),
+        )
+
+
+@dataclass(frozen=True)
 class Packing:
     """Where each token of a padded micro-batch lies in the one sequence."""
 
     prefix: int
     tokens: Tensor  # (T,) indices into (B*S,)
     positions: Tensor  # (1, T)
-    shape: tuple[int, int]  # B, M
-    padded: Tensor  # (R,) where each row token lies among B*M padded places ...
-    packed: Tensor  # (B*M,) ... and which row token lies at each place, anything at ...
-    padding: Tensor  # (number of pads,) ... these
+    groups: list[Group]
 
     @classmethod
     def of(cls, attention_mask: Tensor, prefix: int) -> Packing:
         """That of rows padded on the right, (B, S), whose first `prefix` tokens are the same."""
-        inside = attention_mask[:, prefix:].bool()
-        inside = inside[:, : int(inside.sum(1).max())]  # (B, M)
-        flat = inside.flatten()
-        columns = torch.arange(prefix, prefix + inside.shape[1], device=inside.device).expand_as(inside)[inside]  # (R,)
-        rows = torch.arange(inside.shape[0], device=inside.device).unsqueeze(1).expand_as(inside)[inside]  # (R,)
-        shared = torch.arange(prefix, device=inside.device)
+        rows, columns = attention_mask[:, prefix:].nonzero().unbind(1)  # (R,) each
+        shared = torch.arange(prefix, device=rows.device)
+        positions = torch.cat([shared, columns + prefix])  # (T,)
         return cls(
             prefix=prefix,
-            tokens=torch.cat([shared, rows * attention_mask.shape[1] + columns]),
-            positions=torch.cat([shared, columns]).unsqueeze(0),
-            shape=(inside.shape[0], inside.shape[1]),
-            padded=flat.nonzero().squeeze(1),
-            packed=(flat.cumsum(0) - 1).clamp(min=0),
-            padding=(~flat).nonzero().squeeze(1),
+            tokens=torch.cat([shared, rows * attention_mask.shape[1] + columns + prefix]),
+            positions=positions.unsqueeze(0),
+            groups=[Group.of(lengths) for lengths in (attention_mask.sum(1) - prefix).split(_GROUP_ROWS)],
         )
 
 
@@ -74,26 +87,26 @@ class _Pad(torch.autograd.Function):
     """(R, width) -> (B*M, width), zeros on padding. Its backward is `_Unpad`: each token has one place."""
 
     @staticmethod
-    def forward(ctx: Any, tokens: Tensor, packing: Packing) -> Tensor:
-        ctx.packing = packing
-        return tokens.index_select(0, packing.packed).index_fill_(0, packing.padding, 0)
+    def forward(ctx: Any, tokens: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return tokens.index_select(0, group.packed).index_fill_(0, group.padding, 0)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad.index_select(0, ctx.packing.padded), None
+        return grad.index_select(0, ctx.group.padded), None
 
 
 class _Unpad(torch.autograd.Function):
     """(B*M, width) -> (R, width)"""
 
     @staticmethod
-    def forward(ctx: Any, places: Tensor, packing: Packing) -> Tensor:
-        ctx.packing = packing
-        return places.index_select(0, packing.padded)
+    def forward(ctx: Any, places: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return places.index_select(0, group.padded)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad.index_select(0, ctx.packing.packed).index_fill_(0, ctx.packing.padding, 0), None
+        return grad.index_select(0, ctx.group.packed).index_fill_(0, ctx.group.padding, 0), None
 
 
 def use_short_attention_(model: YiVLForConditionalGeneration) -> None:
@@ -103,6 +116,7 @@ def use_short_attention_(model: YiVLForConditionalGeneration) -> None:
         block.attn.__class__ = ShortSelfAttention
 
 
+@torch.compiler.disable  # its gathers, fused into their neighbours, would run element by element
 def packed_attention(
     module: nn.Module,
     query: Tensor,
@@ -114,23 +128,33 @@ def packed_attention(
     **_: Any,
 ) -> tuple[Tensor, None]:
     """(1, H, T, d), (1, K, T, d), (1, K, T, d) -> (1, T, H, d); a row attends to the prefix and to itself, causally."""
-    num_rows, longest = packing.shape
-    shared, own = [], []
-    for heads in (query, key, value):
-        _one, num_heads, num_tokens, width = heads.shape
-        tokens = heads.to(value.dtype).transpose(1, 2).reshape(num_tokens, num_heads * width)
-        first, rest = tokens.split([packing.prefix, num_tokens - packing.prefix])
-        shared.append(first.view(1, packing.prefix, num_heads, width).transpose(1, 2))
-        own.append(_Pad.apply(rest, packing).view(num_rows, longest, num_heads, width).transpose(1, 2))
-    keys, values = (torch.cat([s.expand(num_rows, -1, -1, -1), o], dim=2) for s, o in zip(shared[1:], own[1:]))
-    output = _Unpad.apply(_causal(own[0], keys, values, scaling).flatten(2).flatten(0, 1), packing)  # (R, H*d)
-    if packing.prefix:
-        output = torch.cat([_causal(*shared, scaling).flatten(2).flatten(0, 1), output])  # (T, H*d)
-    return output.view(1, query.shape[2], query.shape[1], query.shape[3]), None
+    width = query.shape[3]
+    sizes = [packing.prefix, *(len(group.padded) for group in packing.groups)]
+    parts = [_to_tokens(heads.to(value.dtype)).split(sizes) for heads in (query, key, value)]  # (size, heads*d) each
+    shared = [_to_heads(part[0], (1, packing.prefix), width) for part in parts]
+    outputs = [_to_tokens(_causal(*shared, scaling))] if packing.prefix else []
+    for index, group in enumerate(packing.groups, start=1):
+        queries, keys, values = (_to_heads(_Pad.apply(part[index], group), group.shape, width) for part in parts)
+        if packing.prefix:
+            prefix_keys, prefix_values = (heads.expand(group.shape[0], -1, -1, -1) for heads in shared[1:])
+            keys, values = torch.cat([prefix_keys, keys], dim=2), torch.cat([prefix_values, values], dim=2)
+        outputs.append(_Unpad.apply(_to_tokens(_causal(queries, keys, values, scaling)), group))
+    return torch.cat(outputs).view(1, -1, query.shape[1], width), None
+
+
+def _to_tokens(heads: Tensor) -> Tensor:
+    """(B, H, L, d) -> (B*L, H*d)"""
+    batch, num_heads, length, width = heads.shape
+    return heads.transpose(1, 2).reshape(batch * length, num_heads * width)
+
+
+def _to_heads(tokens: Tensor, shape: tuple[int, int], width: int) -> Tensor:
+    """(B*L, H*d) -> (B, H, L, d)"""
+    return tokens.view(*shape, tokens.shape[1] // width, width).transpose(1, 2)
 
 
 def _causal(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-    """(B, H, L, d), (B, K, S, d), (B, K, S, d) -> (B, L, H, d). The queries are those of the last L keys.
+    """(B, H, L, d), (B, K, S, d), (B, K, S, d) -> (B, H, L, d). The queries are those of the last L keys.
 
     The heads of a group are rows of one product.
     """
@@ -142,7 +166,7 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor
     columns = key.reshape(batch * groups, size, width)
     scores = torch.baddbmm(future, rows, columns.transpose(1, 2), alpha=scaling)  # (B*K, H/K*L, S)
     output = torch.bmm(scores.softmax(-1), value.reshape(batch * groups, size, width))
-    return output.view(batch, heads, length, width).transpose(1, 2).contiguous()
+    return output.view(batch, heads, length, width)
 
 
 class ShortSelfAttention(nn.MultiheadAttention):

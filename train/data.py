@@ -86,7 +86,7 @@ class SampleEncoder:
             raise ValueError(raw["__error__"])
         pictures = _pictures(raw)
         if self._forms[source] == "caption":
-            segments = render_caption(_text(raw, "txt"), len(pictures))
+            segments = _caption(raw, len(pictures))
         else:
             segments = render(from_llava(_conversations(_text(raw, "json"))))
         num_slots = sum(segment.is_image for segment in segments)
@@ -288,6 +288,18 @@ def _text(raw: RawSample, suffix: str) -> str:
     if not text:
         raise ValueError(f"its .{suffix} is empty")
     return text
+
+
+def _caption(raw: RawSample, num_pictures: int) -> list[Segment]:
+    """A caption in the plain form. From a conversation, as LLaVA's captions are: its question is left out, but for
+    samples without a picture, where it tells what the caption is of."""
+    if "json" not in raw:
+        return render_caption(_text(raw, "txt"), num_pictures)
+    turns = _conversations(_text(raw, "json"))
+    if [turn.get("from") for turn in turns] != ["human", "gpt"]:
+        raise ValueError("its .json is not one question and one answer, which the caption form wants")
+    told = "" if num_pictures else turns[0]["value"]
+    return render_caption(turns[1]["value"], num_pictures, told)
 
 
 def _conversations(text: str) -> list[dict[str, str]]:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import gather_object, set_seed
 from rich.console import Console
 from torch import Tensor
@@ -42,8 +43,10 @@ def train(config: TrainConfig) -> Path:
     """
     run_dir, console = Path(config.run_dir), Console(stderr=True)
     final = run_dir / checkpoint.FINAL
-    if config.resume and final.is_dir():
-        console.print(f"{final} is finished already; resume=false trains it anew.", markup=False)
+    if not config.resume and (final.is_dir() or checkpoint.checkpoints(run_dir)):
+        raise ValueError(f"{run_dir} holds an earlier run; delete it, take another run_dir, or go on with resume=true.")
+    if final.is_dir():
+        console.print(f"{final} is finished already; another run_dir trains anew.", markup=False)
         return final
     for source in config.data.sources:
         expand_shards(source)
@@ -87,7 +90,8 @@ class Trainer:
             Objective(self.model, len(config.data.sources)), optimiser
         )
         if config.compile:
-            self.objective.compile(dynamic=True)
+            for layer in self.model.model.language_model.layers:  # one by one: all share one compilation
+                layer.compile(dynamic=True)
         self.loader = self._build_loader(state)
         self._restore(state)
 
@@ -242,6 +246,9 @@ class _Window:
 
 
 def _accelerator(config: TrainConfig) -> Accelerator:
+    available = [str(tracker) for tracker in get_available_trackers()]
+    if missing := [name for name in config.trackers if name not in available]:  # accelerate would leave it out
+        raise ValueError(f"trackers: {missing[0]!r} is not installed; there are {', '.join(available) or 'none'}.")
     accelerator = Accelerator(
         mixed_precision=_ACCELERATE_PRECISION[config.precision],
         log_with=config.trackers if config.trackers else None,

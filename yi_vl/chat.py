@@ -91,10 +91,13 @@ def render(messages: Sequence[dict[str, Any]], add_generation_prompt: bool = Fal
     return segments
 
 
-def render_caption(caption: str, num_images: int = 1) -> list[Segment]:
-    """The plain form of stages 1 and 2: images, then their caption and a newline, both supervised."""
-    images = [Segment(IMAGE_PLACEHOLDER, is_image=True)] * num_images
-    return [*images, Segment(caption, is_supervised=True, is_typed=True), Segment("\n", is_supervised=True)]
+def render_caption(caption: str, num_images: int = 1, told: str = "") -> list[Segment]:
+    """The plain form of stages 1 and 2: images, or what is told in their place, then their caption and a newline.
+
+    Only the last two are supervised.
+    """
+    shown = [Segment(IMAGE_PLACEHOLDER, is_image=True)] * num_images + [Segment(told, is_typed=True)] * bool(told)
+    return [*shown, Segment(caption, is_supervised=True, is_typed=True), Segment("\n", is_supervised=True)]
 
 
 def encode(segments: Sequence[Segment], tokenizer: Any, image_token_id: int, patches_per_image: int) -> Encoded:

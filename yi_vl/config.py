@@ -140,7 +140,7 @@ def preset(name: str) -> YiVLConfig:
                 stem_widths=[64, 128, 192],
             ),
             text_config=LlamaConfig(
-                vocab_size=2560,
+                vocab_size=2944,
                 hidden_size=256,
                 intermediate_size=704,
                 num_hidden_layers=6,
@@ -151,7 +151,7 @@ def preset(name: str) -> YiVLConfig:
                 rope_parameters={"rope_type": "default", "rope_theta": 1e4},
                 pad_token_id=0,
             ),
-            image_token_id=2500,
+            image_token_id=2900,
         )
     raise ValueError(f"There is no preset {name!r}; the presets are 6b, 34b and nano.")
 

@@ -66,6 +66,8 @@ def pad_and_resize(image: Image.Image, size_px: int) -> Image.Image:
     60000 x 10 picture would be 10 GB: Pillow resizes along x, then along y, and so does this, in strips of rows.
     """
     width, height = image.size
+    if width == height == size_px:
+        return image
     side = max(width, height)
     mean_colour = tuple(int(255 * channel) for channel in IMAGE_MEAN)  # (122, 116, 104), as Yi-VL pads
     left, top = (side - width) // 2, (side - height) // 2

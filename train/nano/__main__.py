@@ -31,7 +31,7 @@ def data(processes: Annotated[int, typer.Option(help="pictures are composed in s
 
 @app.command()
 def train() -> None:
-    """Tokenizer, tower, language model, then the three stages; what is finished is kept, what was begun is resumed."""
+    """Tokenizer, language model, tower, then the three stages; what is finished is kept, what was begun is resumed."""
     from train.nano.shards import read_texts
     from train.nano.start import begin, join, train_tokenizer
     from train.nano.tower import TowerRecipe, pretrain_tower
@@ -40,9 +40,10 @@ def train() -> None:
     if not (RUNS / "start" / "config.json").exists():
         train_tokenizer(read_texts(DATA), RUNS / "tokenizer", preset("nano").image_token_id)
         begin(RUNS / "tokenizer", RUNS / "start")
+    run_stage("signs")
     run_stage("language")
     if not (RUNS / "parts" / "config.json").exists():
-        pretrain_tower(RUNS / "tower", TowerRecipe(), RUNS / "language" / "final", DATA)
+        pretrain_tower(RUNS / "tower", TowerRecipe(), DATA)
         join(RUNS / "language" / "final", RUNS / "tower", RUNS / "parts")
     for stage in STAGES:
         run_stage(stage)

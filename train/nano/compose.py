@@ -14,8 +14,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from train.nano import paint
 from train.nano.art import Art, Drawing
-from train.nano.layout import place_items
-from train.nano.names import COLOURS, DIGITS, FLAGS, SHAPES, THINGS
+from train.nano.layout import place_items, scene_items, word_width
+from train.nano.names import COLOURS, DIGITS, FLAGS, THINGS
 from train.nano.packages import Split
 from train.nano.picture import Item, Kind, Picture, Truth
 from train.nano.words import VOCABULARY
@@ -58,26 +58,6 @@ class Composer:
         outlines = tuple(picture.outlines[0] for picture in pictures)
         return Picture(tuple(picture.image for picture in pictures), Truth("same", items), outlines)
 
-    def truth(self, rng: np.random.Generator) -> Truth:
-        """What some picture might show, without drawing it."""
-        kind = ("thing", "flag", "digit", "word", "scene", "same")[rng.choice(6, p=[0.15, 0.2, 0.05, 0.15, 0.38, 0.07])]
-        if kind == "scene":
-            num_items = int(rng.integers(1, 6))
-            placed = zip(_scene_items(rng, num_items), place_items(rng, num_items))
-            boxes = [(item, (x - s / 2, y - s / 2, x + s / 2, y + s / 2)) for item, (x, y, s) in placed]
-            return Truth("scene", tuple(Item(item.kind, item.name, box, item.colour) for item, box in boxes))
-        if kind == "word":
-            word = _choice(rng, tuple(VOCABULARY))
-            return Truth("word", tuple(Item("letter", letter, (0, 0, 1, 1)) for letter in word))
-        if kind == "digit":
-            return Truth("digit", (Item("digit", DIGITS[rng.integers(10)], (0, 0, 1, 1)),))
-        of: Literal["thing", "flag"] = "flag" if kind == "flag" or (kind == "same" and rng.random() < 0.25) else "thing"
-        keys = tuple(THINGS if of == "thing" else FLAGS)
-        names = [_choice(rng, keys) for _ in range(2 if kind == "same" else 1)]
-        if kind == "same" and rng.random() < 0.5:
-            names[1] = names[0]
-        return Truth(kind, tuple(Item(of, name, (0, 0, 1, 1)) for name in names))  # type: ignore[arg-type]
-
     def all_test_digits(self, size_px: int, seed: int = 0) -> Iterator[Picture]:
         """Every held-out digit once."""
         for digit in DIGITS:
@@ -112,6 +92,8 @@ class Composer:
             base = self._drawing(rng, item.label, split)
             if is_train and item.kind == "flag" and base.getextrema()[3][0] == 255:
                 base = paint.flag_form(rng, base)
+            if is_train and item.kind == "thing" and rng.random() < 0.5:  # every artist has a way of facing things
+                base = base.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
             if is_train and rng.random() < 0.7:
                 base = paint.jitter(rng, base)
         sprite, _ = paint.warp(base, size_px, how)
@@ -148,9 +130,8 @@ class Composer:
         fonts = self.art.fonts[split]
         tracking = rng.uniform(0.0, 0.2) if is_train else 0.03
         mask, boxes = _word_mask(str(fonts[rng.integers(len(fonts))]), shown, tracking)
-        longest = min(0.95, 0.3 + 0.11 * len(word))
         how = paint.random_warp(rng, 6.0) if is_train else paint.Warp()
-        scale = rng.uniform(0.75, 1.0) * longest
+        scale = rng.uniform(0.75, 1.0) * word_width(len(word))
         canvas, ink = _canvas_and_ink(rng, size_px, split)
         warped, forward = paint.warp(mask, scale * size_px, how)
         spread = (0.0, 1.0) if is_train else (0.35, 0.65)
@@ -165,7 +146,7 @@ class Composer:
     def _scene(self, rng: np.random.Generator, size_px: int, split: Split) -> Picture:
         """One to five shapes and things, apart from each other."""
         num_items = int(rng.choice([1, 2, 3, 4, 5], p=[0.1, 0.25, 0.25, 0.2, 0.2]))
-        items = _scene_items(rng, num_items)
+        items = scene_items(rng, num_items)
         canvas = _canvas(rng, size_px, split, [COLOURS[item.colour][1] for item in items if item.colour])
         corners, sprites = [], []
         for x, y, side in place_items(rng, num_items):
@@ -174,21 +155,6 @@ class Composer:
             width, height = sprite[0].size
             corners.append((round(x * size_px - width / 2), round(y * size_px - height / 2)))
         return _finish(rng, "scene", canvas, items, sprites, corners, split)
-
-
-def _scene_items(rng: np.random.Generator, num_items: int) -> list[Item]:
-    """Shapes, things or both; now and then few kinds repeated, so that counting has something to count."""
-    share_of_shapes = rng.choice([1.0, 0.5, 0.0], p=[0.6, 0.25, 0.15])
-    pool: list[Item] = []
-    num_kinds = num_items if rng.random() < 0.6 else int(rng.integers(1, 3))
-    for _ in range(num_kinds):
-        if rng.random() < share_of_shapes:
-            pool.append(Item("shape", _choice(rng, tuple(SHAPES)), (0, 0, 1, 1), _choice(rng, tuple(COLOURS))))
-        else:
-            pool.append(Item("thing", _choice(rng, tuple(THINGS)), (0, 0, 1, 1)))
-    if num_kinds == num_items:
-        return pool
-    return [pool[rng.integers(num_kinds)] for _ in range(num_items)]
 
 
 def _finish(

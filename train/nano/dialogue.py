@@ -121,23 +121,11 @@ def conversation(rng: np.random.Generator, truth: Truth, max_turns: int = 4) -> 
     return turns
 
 
-def described(rng: np.random.Generator, truth: Truth) -> list[Turn]:
-    """A conversation about a picture that is told in words: what a language model can learn before it sees."""
-    return in_words(rng, truth, conversation(rng, truth))
-
-
-def in_words(rng: np.random.Generator, truth: Truth, turns: list[Turn]) -> list[Turn]:
-    """A conversation with its picture replaced by a description that every question about it can be answered from."""
-    lang: Lang = LANGS[rng.integers(2)]
-    told = {"en": "Picture: ", "zh": "图片："}[lang] + _told(rng, truth, lang)
-    question = turns[0]["value"].replace("<image>", "").removeprefix("\n")
-    return [{"from": "human", "value": f"{told}\n{question}"}, *turns[1:]]
-
-
-def described_caption(rng: np.random.Generator, truth: Truth) -> str:
-    """A description and then a caption, the languages of both drawn: what comes before a caption decides it."""
-    told, written = (LANGS[i] for i in rng.integers(2, size=2))
-    return f"{_told(rng, truth, told)}\n{caption(rng, truth, written)}"
+def in_mosaics(turns: list[Turn], mosaics: list[str]) -> list[Turn]:
+    """A conversation with every picture replaced by its mosaic: what a language model can learn before it sees."""
+    first, *rest = turns[0]["value"].split("<image>")
+    value = first + "".join(mosaic + text for mosaic, text in zip(mosaics, rest, strict=True))
+    return [{"from": "human", "value": value}, *turns[1:]]
 
 
 def talk(rng: np.random.Generator) -> list[Turn]:
@@ -254,22 +242,6 @@ def _scene_caption(rng: np.random.Generator, truth: Truth, lang: Lang) -> str:
     return sentence(joined(parts, lang), lang)
 
 
-def _told(rng: np.random.Generator, truth: Truth, lang: Lang) -> str:
-    """What is there; in a scene with every item's rank from left to right and from top to bottom."""
-    if truth.kind == "same":
-        first, second = truth.items
-        return (
-            f"{shown(first, lang)}. {shown(second, lang)}."
-            if lang == "en"
-            else f"{shown(first, lang)}。{shown(second, lang)}。"
-        )
-    if truth.kind != "scene":
-        return caption(rng, truth, lang)
-    ordered = sorted(truth.items, key=lambda item: item.centre[0])
-    columns, rows = (np.argsort(np.argsort([item.centre[axis] for item in ordered])) + 1 for axis in (0, 1))
-    return " ".join(f"{noun(item, lang)} ({x},{y})" for item, x, y in zip(ordered, columns, rows)) + "."
-
-
 def _alternatives(asked: Asked, truth: Truth, lang: Lang) -> list[str]:
     """Cores that a wrong option may have."""
     english = lang == "en"
@@ -283,7 +255,7 @@ def _alternatives(asked: Asked, truth: Truth, lang: Lang) -> list[str]:
     if asked.topic == "word":
         from train.nano.words import VOCABULARY
 
-        return list(VOCABULARY)
+        return [word.upper() for word in VOCABULARY]
     if asked.topic in ("count", "count_of"):
         return [count_phrase(number, lang)[1] for number in range(1, 6)]
     if asked.topic == "colour":

@@ -1,9 +1,10 @@
-"""Where a scene's items go, and what can be said about where they are."""
+"""What a scene's items are, where they go, and what can be said about where they are."""
 
 from typing import Literal
 
 import numpy as np
 
+from train.nano.names import COLOURS, SHAPES, THINGS
 from train.nano.picture import Item
 
 Direction = Literal["left", "right", "above", "below"]
@@ -11,6 +12,21 @@ DIRECTIONS: tuple[Direction, ...] = ("left", "right", "above", "below")
 _SIDES = {1: (0.3, 0.7), 2: (0.24, 0.42), 3: (0.2, 0.36), 4: (0.18, 0.32), 5: (0.17, 0.28)}
 _GAP = 0.03
 _CLEAR = 0.08  # centres nearer than this along an axis are level
+
+
+def scene_items(rng: np.random.Generator, num_items: int) -> list[Item]:
+    """Shapes, things or both; now and then few kinds repeated, so that counting has something to count."""
+    share_of_shapes = rng.choice([1.0, 0.5, 0.0], p=[0.6, 0.25, 0.15])
+    pool: list[Item] = []
+    num_kinds = num_items if rng.random() < 0.6 else int(rng.integers(1, 3))
+    for _ in range(num_kinds):
+        if rng.random() < share_of_shapes:
+            pool.append(Item("shape", _choice(rng, tuple(SHAPES)), (0, 0, 1, 1), _choice(rng, tuple(COLOURS))))
+        else:
+            pool.append(Item("thing", _choice(rng, tuple(THINGS)), (0, 0, 1, 1)))
+    if num_kinds == num_items:
+        return pool
+    return [pool[rng.integers(num_kinds)] for _ in range(num_items)]
 
 
 def place_items(rng: np.random.Generator, num_items: int) -> list[tuple[float, float, float]]:
@@ -69,3 +85,12 @@ def neighbour(items: tuple[Item, ...], of: Item, where: Direction) -> Item | Non
     if len(candidates) == 1 and direction(candidates[0], of) == where:
         return candidates[0]
     return None
+
+
+def word_width(num_letters: int) -> float:
+    """How much of a picture's width the largest print of a word takes."""
+    return min(0.95, 0.3 + 0.11 * num_letters)
+
+
+def _choice(rng: np.random.Generator, options: tuple[str, ...]) -> str:
+    return options[rng.integers(len(options))]

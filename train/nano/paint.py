@@ -137,8 +137,8 @@ def _noise(index: int) -> Image.Image:
 
 def jitter(rng: np.random.Generator, sprite: Image.Image) -> Image.Image:
     """The sprite with brightness, saturation and hue moved a little."""
-    gain, saturation = rng.uniform(0.8, 1.12), rng.uniform(0.7, 1.25)
-    angle = math.radians(rng.uniform(-12, 12))
+    gain, saturation = rng.uniform(0.75, 1.15), rng.uniform(0.5, 1.35)
+    angle = math.radians(rng.uniform(-15, 15))
     grey = np.full((3, 3), 1 / 3)
     turn = math.cos(angle) * (np.eye(3) - grey) + math.sin(angle) / math.sqrt(3) * np.array(
         [[0, -1, 1], [1, 0, -1], [-1, 1, 0]]

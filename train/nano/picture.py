@@ -44,8 +44,8 @@ class Truth:
 
     @property
     def word(self) -> str:
-        """The printed word in lower case ("" where there is none)."""
-        return "".join(item.name for item in self.items if item.kind == "letter")
+        """The printed word in capitals, however it is printed ("" where there is none)."""
+        return "".join(item.name for item in self.items if item.kind == "letter").upper()
 
 
 @dataclass(frozen=True)

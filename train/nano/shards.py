@@ -25,13 +25,15 @@ from train.nano import dialogue
 from train.nano.art import load_art
 from train.nano.choices import choice_conversation, with_image
 from train.nano.compose import Composer
+from train.nano.mosaic import SIGNS, imagine, tell
 from train.nano.names import FLAGS, LANGS, THINGS
-from train.nano.picture import KINDS, Picture, Truth
+from train.nano.picture import KINDS, Kind, Picture, Truth
 
 SAMPLES_PER_SHARD = 1000
-_KIND_SHARES = {"thing": 0.25, "flag": 0.25, "digit": 0.1, "word": 0.2, "scene": 0.2}
+_SHARES_224: dict[Kind, float] = {"thing": 0.36, "flag": 0.34, "digit": 0.1, "scene": 0.2}  # too coarse for letters
+_SHARES_448: dict[Kind, float] = {"thing": 0.2, "flag": 0.2, "digit": 0.05, "word": 0.35, "scene": 0.2}
 _JPEG_QUALITY = 90
-_NAME_REPEATS = 500
+_NAME_REPEATS, _PROMPT_REPEATS = 1000, 2000
 
 
 @dataclass(frozen=True)
@@ -62,12 +64,14 @@ def shard_path(data_dir: Path, source: Source, number: int) -> Path:
 
 
 def read_texts(data_dir: Path) -> Iterator[str]:
-    """What the tokenizer is made from: all captions, of the conversations one shard in ten, and all names, many times.
+    """What the tokenizer is made from: signs, all captions, of the conversations one shard in ten.
 
-    Names, not ways of asking, shall have tokens of their own.
+    The prompt and all names come many times over, so that they take few tokens.
     """
-    from yi_vl.chat import from_llava, render, to_text
+    from yi_vl.chat import render, to_text
 
+    yield from SIGNS.values()
+    yield to_text(render([{"role": "user", "content": "?"}])) * _PROMPT_REPEATS
     for named in (*THINGS.values(), *FLAGS.values()):
         yield "\n".join([f" {named.en}", named.zh] * _NAME_REPEATS)
     conversations = sorted((data_dir / "text").glob("*.tar"))[::10]
@@ -76,9 +80,7 @@ def read_texts(data_dir: Path) -> Iterator[str]:
             for member in archive:
                 file = archive.extractfile(member)
                 assert file is not None
-                text = file.read().decode()
-                is_caption = member.name.endswith(".txt")
-                yield text if is_caption else to_text(render(from_llava(json.loads(text)["conversations"])))
+                yield from (turn["value"] for turn in json.load(file)["conversations"])
 
 
 def write_tar(path: Path, samples: Iterator[tuple[str, dict[str, bytes]]]) -> None:
@@ -130,8 +132,8 @@ def _json(turns: list[dialogue.Turn]) -> dict[str, bytes]:
 
 
 def _mixed_picture(composer: Composer, rng: np.random.Generator, size_px: int) -> Picture:
-    kind = KINDS[rng.choice(len(KINDS), p=[_KIND_SHARES[kind] for kind in KINDS])]
-    return composer.compose(rng, kind, size_px)
+    shares = _SHARES_224 if size_px == 224 else _SHARES_448
+    return composer.compose(rng, list(shares)[rng.choice(len(shares), p=list(shares.values()))], size_px)
 
 
 def _caption_maker(size_px: int) -> Callable[[Composer, np.random.Generator], dict[str, bytes]]:
@@ -160,36 +162,46 @@ def _make_talk(composer: Composer, rng: np.random.Generator) -> dict[str, bytes]
     return _json(dialogue.talk(rng))
 
 
+def _imagined(rng: np.random.Generator, kinds: tuple[str, ...], grid: int) -> tuple[Truth, list[str]]:
+    """What a picture of one of these kinds might show, and its mosaics."""
+    while True:
+        truth = imagine(rng)
+        mosaics = tell(rng, truth, grid) if truth.kind in kinds else None
+        if mosaics is not None:
+            return truth, mosaics
+
+
 def _make_text(composer: Composer, rng: np.random.Generator) -> dict[str, bytes]:
-    """Dialogues over described pictures, multiple choice among them, and a little talk; nothing is drawn."""
+    """Dialogues over mosaics, multiple choice among them, and a little talk; nothing is drawn."""
     draw = rng.random()
     if draw < 0.04:
         return _json(dialogue.talk(rng))
-    truth: Truth = composer.truth(rng)
-    if draw < 0.15 and truth.kind != "same":
-        return _json(dialogue.in_words(rng, truth, choice_conversation(rng, truth)))
-    return _json(dialogue.described(rng, truth))
+    grid = 8 if rng.random() < 0.85 else 4
+    if draw < 0.15:
+        truth, mosaics = _imagined(rng, KINDS, grid)
+        return _json(dialogue.in_mosaics(with_image(rng, choice_conversation(rng, truth)), mosaics))
+    truth, mosaics = _imagined(rng, (*KINDS, "same"), grid)
+    return _json(dialogue.in_mosaics(dialogue.conversation(rng, truth), mosaics))
 
 
 def _make_text_caption(composer: Composer, rng: np.random.Generator) -> dict[str, bytes]:
-    """A caption after a description, in the plain form of the first stages; nothing is drawn."""
-    truth = composer.truth(rng)
-    while truth.kind == "same":  # two pictures have no caption
-        truth = composer.truth(rng)
-    return {"txt": dialogue.described_caption(rng, truth).encode()}
+    """A mosaic and its caption, for the plain form of the first stages; nothing is drawn."""
+    truth, mosaics = _imagined(rng, KINDS, 4 if rng.random() < 0.75 else 8)
+    caption = dialogue.caption(rng, truth, LANGS[rng.integers(2)])
+    return _json([{"from": "human", "value": mosaics[0]}, {"from": "gpt", "value": caption}])
 
 
 SOURCES = (
-    Source("text", 100_000, _make_text),
+    Source("text", 120_000, _make_text),
     Source("text-captions", 100_000, _make_text_caption),
-    Source("captions-224", 30_000, _caption_maker(224)),
-    Source("captions-448", 30_000, _caption_maker(448)),
-    Source("chat-448/scenes", 16_000, _chat_maker("scene")),
-    Source("chat-448/words", 14_000, _chat_maker("word")),
-    Source("chat-448/flags", 12_000, _chat_maker("flag")),
-    Source("chat-448/things", 10_000, _chat_maker("thing")),
-    Source("chat-448/digits", 4_000, _chat_maker("digit")),
-    Source("chat-448/same", 4_000, _chat_maker("same")),
-    Source("chat-448/choice", 8_000, _make_choice),
-    Source("chat-448/talk", 2_000, _make_talk),
+    Source("captions-224", 40_000, _caption_maker(224)),
+    Source("captions-448", 24_000, _caption_maker(448)),
+    Source("chat-448/scenes", 12_000, _chat_maker("scene")),
+    Source("chat-448/words", 10_000, _chat_maker("word")),
+    Source("chat-448/flags", 9_000, _chat_maker("flag")),
+    Source("chat-448/things", 9_000, _chat_maker("thing")),
+    Source("chat-448/digits", 3_000, _chat_maker("digit")),
+    Source("chat-448/same", 3_000, _chat_maker("same")),
+    Source("chat-448/choice", 6_000, _make_choice),
+    Source("chat-448/talk", 1_000, _make_talk),
 )

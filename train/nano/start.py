@@ -22,7 +22,8 @@ from yi_vl.processor import YiVLProcessor, prepare_tokenizer
 from yi_vl.vision import OpenClipTower
 
 CONTROL_SYMBOLS = ["<|Human|>", "<|Assistant|>", "<|System|>", "<|im_start|>", "<|im_end|>", "<|im_sep|>"]  # ids 3 to 8
-_BOUNDARY = re.compile(r"([\n的，。、：？！“”])")  # no piece reaches over these: a name stays a name in every sentence
+_BOUNDARY = re.compile(r"([\n的，。、：？！“”\ue000-\uf8ff])|(?<=[A-Z])(?=[A-Z])")
+# No piece reaches over these: names and signs stay whole, and words in capitals are spelt letter by letter.
 STOP_IDS = [2, 7]  # `<|endoftext|>`, `<|im_end|>`: the safe set for Yi's tokenizers
 
 

@@ -3,10 +3,8 @@
 Captions alone do not get a tower off the ground in minutes on a CPU; labels do. For points drawn from each picture
 a small head, thrown away afterwards, names what lies there (a thing, a flag, a digit, a letter, a coloured shape,
 nothing) from the features of the patch the point falls into: those of the penultimate block, as the language model will
-see them. Besides its label each point shall say its name, as in CLIP: the mean embedding that the language model has
-for the tokens of the English and Chinese names. So the projector later has one map to find for all names, not one entry
-per name.
-Most batches are 224 px, every few 448 px with the position grid resized on the fly, so both stages find their scale.
+see them.
+Some batches are 448 px, with the position grid resized on the fly: every fifth at first, every second towards the end.
 
 B pictures, K points each, P patches, L labels. Called by __main__.py; calls compose.py.
 """
@@ -31,12 +29,10 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from train.nano.art import DATA_DIR, Art, load_art
 from train.nano.compose import Composer
-from train.nano.names import BACKGROUND, COLOURS, FLAGS, LABELS, SHAPES, THINGS
+from train.nano.names import LABELS
 from train.nano.picture import Kind, Picture, dense_labels
 from yi_vl.config import preset
 from yi_vl.image import YiVLImageProcessor
-from yi_vl.model import YiVLForConditionalGeneration
-from yi_vl.processor import YiVLProcessor
 from yi_vl.vision import OpenClipTower, resize_position_grid
 
 logger = logging.getLogger(__name__)
@@ -47,16 +43,23 @@ _POINTS = 32  # points along a side from which the K are drawn; a multiple of bo
 class TowerRecipe:
     """How the tower is pretrained."""
 
-    num_steps: int = 5000
+    num_steps: int = 4800
     batch_size: int = 64  # pictures at 224 px; half as many at 448
-    large_every: int = 5  # every so many batches one of 448 px
-    num_points: int = 32
+    large_every: int = 5  # every so many batches one of 448 px ...
+    late_large_every: int = 2  # ... and of the later ones
+    late_from: float = 0.6  # of all steps
+    num_points: int = 48
     learning_rate: float = 1.5e-3
     weight_decay: float = 0.05
     warmup_steps: int = 300
     label_smoothing: float = 0.05
     seed: int = 0
     num_workers: int = 2
+
+    def is_large(self, index: int) -> bool:
+        """Whether batch `index` is one of 448 px."""
+        every = self.late_large_every if index >= self.late_from * self.num_steps else self.large_every
+        return index % every == every - 1
 
 
 KIND_SHARES: dict[Kind, float] = {"thing": 0.32, "flag": 0.26, "digit": 0.07, "word": 0.2, "scene": 0.15}
@@ -74,7 +77,7 @@ class PointBatch:
 class PointHead(nn.Module):
     """A tower and the head that names points. Only the tower is kept."""
 
-    def __init__(self, tower: OpenClipTower, names: Tensor) -> None:
+    def __init__(self, tower: OpenClipTower) -> None:
         super().__init__()
         width = tower.config.hidden_size
         self.tower = tower
@@ -82,12 +85,9 @@ class PointHead(nn.Module):
         self.widen = nn.Linear(width, 2 * width)
         self.within = nn.Linear(8, 2 * width)
         self.classify = nn.Linear(2 * width, len(LABELS))
-        self.project = nn.Linear(2 * width, names.shape[1])
-        self.register_buffer("names", names)  # (L, D), unit length
-        self.log_scale = nn.Parameter(torch.tensor(2.7))  # CLIP's, exp(2.7) = 1 / 0.07
 
-    def forward(self, pixel_values: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, 3, H, W), (B, K, 2) -> logits (B, K, L) of the labels, and of their names"""
+    def forward(self, pixel_values: Tensor, points: Tensor) -> Tensor:
+        """(B, 3, H, W), (B, K, 2) -> logits (B, K, L)"""
         features = self.tower.visual.forward_intermediates(
             pixel_values,
             indices=[self.tower.config.feature_layer],
@@ -102,16 +102,16 @@ class PointHead(nn.Module):
         angle = 2 * torch.pi * (position - patch)  # where within the patch
         waves = torch.cat([angle.sin(), angle.cos(), (angle / 2).sin(), (angle / 2).cos()], dim=-1)  # (B, K, 8)
         hidden = self.widen(self.norm(features.gather(1, index))) + self.within(waves.to(features.dtype))
-        hidden = F.gelu(hidden)
-        said = F.normalize(self.project(hidden).float(), dim=-1)  # (B, K, D)
-        return self.classify(hidden).float(), self.log_scale.exp().clamp(max=100) * said @ self.names.T
+        logits: Tensor = self.classify(F.gelu(hidden))
+        return logits.float()
 
-    def at_size(self, pixel_values: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
+    def at_size(self, pixel_values: Tensor, points: Tensor) -> Tensor:
         """`forward` for pictures of any size: the position grid is resized, as it will be between the stages."""
         grid = pixel_values.shape[-1] // self.tower.config.patch_size
         name = "tower.visual.positional_embedding"
         positions = resize_position_grid(self.tower.visual.positional_embedding, grid)
-        return functional_call(self, {name: positions}, (pixel_values, points))
+        logits: Tensor = functional_call(self, {name: positions}, (pixel_values, points))
+        return logits
 
 
 class PointStream(IterableDataset[PointBatch]):
@@ -128,8 +128,9 @@ class PointStream(IterableDataset[PointBatch]):
         kinds, shares = list(KIND_SHARES), list(KIND_SHARES.values())
         for index in range(first, self.recipe.num_steps, stride):
             rng = np.random.default_rng([self.recipe.seed, index])
-            is_large = index % self.recipe.large_every == self.recipe.large_every - 1
-            size_px, count = (448, self.recipe.batch_size // 2) if is_large else (224, self.recipe.batch_size)
+            size_px, count = 224, self.recipe.batch_size
+            if self.recipe.is_large(index):
+                size_px, count = 448, count // 2
             drawn = rng.choice(len(kinds), size=count, p=shares)
             pictures = [composer.compose(rng, kinds[kind], size_px) for kind in drawn]
             yield make_batch(rng, pictures, self.recipe.num_points)
@@ -150,43 +151,13 @@ def make_batch(rng: np.random.Generator, pictures: list[Picture], num_points: in
     return PointBatch(*(torch.from_numpy(np.stack(rows)) for rows in (pixels, points, labels)))
 
 
-@torch.inference_mode()
-def name_embeddings(language_dir: Path) -> Tensor:
-    """(L, D) of unit length: the mean embedding of the tokens of each label's names, less the mean of all labels."""
-    model = YiVLForConditionalGeneration.from_pretrained(language_dir, dtype=torch.float32)
-    tokenizer = YiVLProcessor.from_pretrained(language_dir).tokenizer
-    table = model.get_input_embeddings().weight
-    rows = []
-    for label in LABELS:
-        ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in _texts(label)]
-        rows.append(torch.stack([table[one].mean(0) for one in ids]).mean(0))
-    names = torch.stack(rows)
-    return F.normalize(names - names.mean(0), dim=-1).clone()
-
-
-def _texts(label: str) -> list[str]:
-    """A label's names as they stand in sentences: English words follow a space."""
-    kind, _, key = label.partition(" ")
-    if kind in ("thing", "flag"):
-        named = (THINGS if kind == "thing" else FLAGS)[key]
-        return [" " + named.en, named.zh]
-    if kind == "shape":
-        colour, shape = key.split(" ")
-        return [f" {colour} {shape}", COLOURS[colour][0] + SHAPES[shape]]
-    return [" picture", "图片"] if kind == BACKGROUND else [key]
-
-
-def pretrain_tower(out_dir: Path, recipe: TowerRecipe, language_dir: Path, data_dir: Path = DATA_DIR) -> OpenClipTower:
-    """Train a tower from nothing; `out_dir` gets it and a log with its accuracy on held-out drawings.
-
-    Args:
-        language_dir: a checkpoint whose language model says what names mean.
-    """
+def pretrain_tower(out_dir: Path, recipe: TowerRecipe, data_dir: Path = DATA_DIR) -> OpenClipTower:
+    """Train a tower from nothing; `out_dir` gets it and a log with its accuracy on held-out drawings."""
     torch.manual_seed(recipe.seed)
     art = load_art(data_dir)
     config = preset("nano").vision_config
     config.image_size = 224
-    head = PointHead(OpenClipTower(config), name_embeddings(language_dir)).train()
+    head = PointHead(OpenClipTower(config)).train()
     head.to(memory_format=torch.channels_last)
     optimiser = torch.optim.AdamW(
         head.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, betas=(0.9, 0.98)
@@ -229,10 +200,8 @@ def pretrain_tower(out_dir: Path, recipe: TowerRecipe, language_dir: Path, data_
 def _loss(head: PointHead, processor: YiVLImageProcessor, batch: PointBatch, label_smoothing: float) -> Tensor:
     # For as few tokens as here plain attention has the much faster backward pass on CPU.
     with sdpa_kernel(SDPBackend.MATH), torch.autocast("cpu", torch.bfloat16):
-        both = head.at_size(processor.normalise(batch.pixels), batch.points)
-    labels = batch.labels.flatten()
-    losses = [F.cross_entropy(logits.flatten(0, 1).float(), labels, label_smoothing=label_smoothing) for logits in both]
-    return torch.stack(losses).mean()
+        logits = head.at_size(processor.normalise(batch.pixels), batch.points)
+    return F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), label_smoothing=label_smoothing)
 
 
 @torch.inference_mode()
@@ -249,7 +218,7 @@ def score_heldout(head: PointHead, art: Art, kind: str, size_px: int) -> float:
         chunk = pictures[start : start + 32]
         batch = make_batch(rng, chunk, 64)
         with torch.autocast("cpu", torch.bfloat16):
-            logits, _ = head.at_size(processor.normalise(batch.pixels), batch.points)
+            logits = head.at_size(processor.normalise(batch.pixels), batch.points)
         scores = logits.log_softmax(-1)[:, :32, ids].sum(1)  # the first half lie on the item
         for picture, best in zip(chunk, scores.argmax(-1).tolist(), strict=True):
             num_right += LABELS[ids[best]] == picture.truth.items[0].label

@@ -1,0 +1,137 @@
+"""Pictures told patch by patch, as a mosaic of signs: what nano's language model learns to read before it can see.
+
+A picture reaches a language model as one vector per patch. A mosaic has one sign per patch in the same places, so a
+language model that reads mosaics knows what to do with a picture, and the first stage has to find what each patch's
+sign is. Signs are an invented alphabet in Unicode's private use area: one for each of `names.LABELS`, and one for every
+two letters that can share a patch.
+
+Called by shards.py; calls names.py, words.py and layout.py.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Literal
+
+import numpy as np
+
+from train.nano.layout import place_items, scene_items, word_width
+from train.nano.names import BACKGROUND, DIGITS, FLAGS, LABELS, THINGS
+from train.nano.picture import Box, Item, Truth
+from train.nano.words import VOCABULARY
+
+_FIRST_SIGN = 0xE000
+_LETTER_PAIRS = sorted({f"letter {a}{b}" for word in VOCABULARY for a, b in pairwise(word)})
+SIGNS: dict[str, str] = {label: chr(_FIRST_SIGN + i) for i, label in enumerate((*LABELS, *_LETTER_PAIRS))}
+
+_KIND_SHARES = {"thing": 0.2, "flag": 0.2, "digit": 0.05, "word": 0.2, "scene": 0.3, "same": 0.05}
+_NARROW, _WIDE = "fijlrt", "mw"
+_COVERED = 0.4  # of a patch: then it shows the item
+_CENTRES_ONLY = 0.7  # share of scenes whose items have one sign each, where their centre is
+_NOISY, _NOISE = 0.5, 0.25  # share of single items seen badly, and of their patches that are mistaken
+_LABELS_OF = {kind: [label for label in LABELS if label.startswith(kind)] for kind in ("thing", "flag", "digit")}
+
+
+def imagine(rng: np.random.Generator) -> Truth:
+    """What some picture might show, and where, without drawing it."""
+    kind = list(_KIND_SHARES)[rng.choice(len(_KIND_SHARES), p=list(_KIND_SHARES.values()))]
+    if kind == "scene":
+        num_items = int(rng.integers(1, 6))
+        placed = zip(scene_items(rng, num_items), place_items(rng, num_items))
+        boxes = [(item, (x - s / 2, y - s / 2, x + s / 2, y + s / 2)) for item, (x, y, s) in placed]
+        return Truth("scene", tuple(Item(item.kind, item.name, box, item.colour) for item, box in boxes))
+    if kind == "word":
+        return Truth("word", _letters(rng, VOCABULARY[rng.integers(len(VOCABULARY))]))
+    if kind == "digit":
+        return Truth("digit", (Item("digit", DIGITS[rng.integers(10)], _box(rng)),))
+    of: Literal["thing", "flag"] = "flag" if kind == "flag" or (kind == "same" and rng.random() < 0.25) else "thing"
+    keys = tuple(THINGS if of == "thing" else FLAGS)
+    names = [keys[rng.integers(len(keys))] for _ in range(2 if kind == "same" else 1)]
+    if kind == "same" and rng.random() < 0.5:
+        names[1] = names[0]
+    return Truth(kind, tuple(Item(of, name, _box(rng)) for name in names))  # type: ignore[arg-type]
+
+
+def tell(rng: np.random.Generator, truth: Truth, grid: int) -> list[str] | None:
+    """The mosaic of every image, (grid * grid) signs in reading order; None where a patch would need more than one."""
+    if truth.kind == "same":
+        return [_mosaic(_mistaken(rng, _covered(item, grid), item)) for item in truth.items]
+    if truth.kind == "word":
+        cells = _by_centre(truth.items, grid)
+        return None if cells is None else [_mosaic(cells)]
+    if truth.kind == "scene":
+        cells = _by_centre(truth.items, grid)
+        if cells is None or rng.random() < _CENTRES_ONLY:
+            return None if cells is None else [_mosaic(cells)]
+        for item in truth.items:
+            covered = _covered(item, grid)
+            cells = np.where(covered != BACKGROUND, covered, cells)
+        return [_mosaic(cells)]
+    item = truth.items[0]
+    return [_mosaic(_mistaken(rng, _covered(item, grid), item))]
+
+
+def _mosaic(cells: np.ndarray) -> str:
+    return "".join(SIGNS[label] for label in cells.flat)
+
+
+def _empty(grid: int) -> np.ndarray:
+    return np.full((grid, grid), BACKGROUND, dtype=object)
+
+
+def _by_centre(items: tuple[Item, ...], grid: int) -> np.ndarray | None:
+    """(grid, grid) labels: each item in the patch of its centre, two letters together; None where that cannot be."""
+    cells = _empty(grid)
+    for item in items:
+        x, y = (min(grid - 1, max(0, int(side * grid))) for side in item.centre)
+        label = item.label if cells[y, x] == BACKGROUND else f"{cells[y, x]}{item.name}"
+        if label not in SIGNS:
+            return None
+        cells[y, x] = label
+    return cells
+
+
+def _covered(item: Item, grid: int) -> np.ndarray:
+    """(grid, grid) labels: the item in every patch that it covers well, and in that of its centre."""
+    x0, y0, x1, y1 = (side * grid for side in item.box)
+    edges = np.arange(grid)
+    across = np.clip(np.minimum(edges + 1, x1) - np.maximum(edges, x0), 0, 1)
+    down = np.clip(np.minimum(edges + 1, y1) - np.maximum(edges, y0), 0, 1)
+    cells = _empty(grid)
+    cells[np.outer(down, across) >= _COVERED] = item.label
+    cells[min(grid - 1, int((y0 + y1) / 2)), min(grid - 1, int((x0 + x1) / 2))] = item.label
+    return cells
+
+
+def _mistaken(rng: np.random.Generator, cells: np.ndarray, item: Item) -> np.ndarray:
+    """The labels as imperfect eyes might see them: some patches of an item show nothing, or another of its kind."""
+    if rng.random() >= _NOISY:
+        return cells
+    others = _LABELS_OF[item.kind]
+    for y, x in np.argwhere((cells != BACKGROUND) & (rng.random(cells.shape) < _NOISE)):
+        cells[y, x] = BACKGROUND if rng.random() < 0.5 else others[rng.integers(len(others))]
+    return cells
+
+
+def _box(rng: np.random.Generator) -> Box:
+    """Where a single item may lie: its longer side a third of the frame or more."""
+    longer, shape = rng.uniform(0.35, 1.0), rng.uniform(0.5, 1.0)
+    width, height = (longer, longer * shape) if rng.random() < 0.7 else (longer * shape, longer)
+    x, y = rng.uniform(0, 1 - width), rng.uniform(0, 1 - height)
+    return float(x), float(y), float(x + width), float(y + height)
+
+
+def _letters(rng: np.random.Generator, word: str) -> tuple[Item, ...]:
+    """A printed word's letters, side by side on a line that may rise or fall a little."""
+    widths = np.array([0.55 if letter in _NARROW else 1.4 if letter in _WIDE else 1.0 for letter in word])
+    widths *= rng.uniform(0.85, 1.15, len(word))
+    total = word_width(len(word)) * rng.uniform(0.75, 1.0)
+    ends = np.cumsum(widths) / widths.sum() * total
+    starts = np.concatenate([[0.0], ends[:-1]])
+    left, slope = rng.uniform(0, 1 - total), rng.uniform(-0.1, 0.1)
+    height = total / len(word)
+    level = rng.uniform(0.1, 0.9 - height)
+    return tuple(
+        Item("letter", letter, (left + a, level + slope * a, left + b, level + slope * a + height))
+        for letter, a, b in zip(word, starts.tolist(), ends.tolist(), strict=True)
+    )
