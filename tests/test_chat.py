@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from tiny import IMAGE_TOKEN_ID, NUM_PATCHES, OFFICIAL, tiny_processor
+from tiny import IMAGE_TOKEN_ID, NUM_PATCHES, OFFICIAL, official_messages, tiny_processor
 
 from yi_vl.chat import SYSTEM_PROMPT, encode, from_llava, hold_back, render, render_caption, to_text
 from yi_vl.processor import YiVLProcessor
@@ -45,14 +45,6 @@ CONVERSATIONS = {
 @pytest.fixture(scope="module")
 def processor() -> YiVLProcessor:
     return tiny_processor()
-
-
-def official_messages(turns: list[list[str | None]]) -> list[dict[str, Any]]:
-    messages = []
-    for question, answer in turns:
-        messages += from_llava([{"from": "human", "value": question.replace("<image_placeholder>", "<image>")}])
-        messages += [assistant(answer)] if answer else []
-    return messages
 
 
 @pytest.mark.parametrize("case", GOLDEN)

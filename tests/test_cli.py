@@ -119,7 +119,7 @@ def test_bad_requests_are_one_line(
 
 
 @pytest.mark.parametrize("command", [["ask", "Hi", "-m"], ["chat", "-m"], ["info"]])
-@pytest.mark.parametrize("model", ["/no/such/model", str(OFFICIAL / "checkpoint"), str(OFFICIAL)])
+@pytest.mark.parametrize("model", ["/no/such/model", str(OFFICIAL)])
 def test_bad_models_are_one_line(run: Run, command: list[str], model: str) -> None:
     code, out, err = run(*command, model)
     assert (code, out) == (2, "")
@@ -134,7 +134,26 @@ def test_a_damaged_model_is_one_line(run: Run, folder: str, tmp_path: Path) -> N
     (tmp_path / "config.json").write_text(json.dumps(config))
     code, out, err = run("ask", "Hi", "--model", str(tmp_path))
     assert (code, out, err.count("\n")) == (2, "", 1)
-    assert "tensors are missing" in err and "layers.2.mlp.up_proj.weight" in err
+    assert "9 tensors missing" in err and "layers.2.mlp.up_proj.weight" in err
+
+
+def test_a_release_is_converted_and_its_towers_are_compared(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, target = str(OFFICIAL / "checkpoint"), tmp_path / "ours"
+    code, out, _ = run("convert", source, "--verify")
+    assert code == 0 and "differ by 0 at most" in out
+    code, out, err = run("convert", source, str(target), "--to", "llava-hf")
+    assert code == 0 and out == f"{target} is written.\n" and "Traceback" not in err
+    question = ("What is this?", "--max-new-tokens", "6", "-m")
+    assert run("ask", WIDE, *question, source)[:2] == run("ask", WIDE, *question, str(target))[:2]
+    code, out, err = run("convert", source, str(target))
+    assert (code, out, err.count("\n")) == (2, "", 1) and "exists already" in err
+    code, out, err = run("convert", source)
+    assert (code, out, err.count("\n")) == (2, "", 1) and "say where to write to" in err
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    code, out, err = run("convert", "no/such", str(tmp_path / "other"))
+    assert (code, out, err.count("\n")) == (2, "", 1) and "no folder here" in err
 
 
 def test_wrong_usage_exits_with_2(run: Run) -> None:

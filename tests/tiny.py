@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import LlamaConfig
 
+from yi_vl.chat import from_llava
 from yi_vl.config import OpenClipVisionConfig, YiVLConfig
 from yi_vl.image import YiVLImageProcessor
 from yi_vl.model import YiVLForConditionalGeneration
@@ -63,3 +65,12 @@ def tiny_processor(patch_size: int = PATCH_SIZE_PX) -> YiVLProcessor:
 
 def tiny_yi_vl(seed: int = 0, **config: object) -> YiVL:
     return YiVL(tiny_model(seed, **config), tiny_processor())
+
+
+def official_messages(turns: list[list[str | None]]) -> list[dict[str, Any]]:
+    """The turns of a golden case as messages."""
+    messages = []
+    for question, answer in turns:
+        messages += from_llava([{"from": "human", "value": question.replace("<image_placeholder>", "<image>")}])
+        messages += [{"role": "assistant", "content": answer}] if answer else []
+    return messages

@@ -5,14 +5,18 @@ tokens. Only attention tells rows apart. It is two matrix products and a softmax
 backward on a CPU, and its plain ones copy keys and values for grouped heads and walk masks several times; this costs
 half to a third of either (measured at nano's sizes).
 
-B rows, p prefix tokens, R tokens of a group of rows, M of its longest, H query heads, K key heads, L queries, S keys,
-d head width, Dv tower width. Called by loop.py and objective.py; transformers' Llama and open_clip's tower then
-call what is here.
+oneDNN writes a kernel for every shape of matrix product that it meets, and no two micro-batches are alike: so lengths
+are rounded up to few different ones. Without that, a step of nano's language model takes half as long again.
+
+B rows, p prefix tokens, R tokens of a group of rows, M of its longest (rounded up), H query heads, K key heads,
+L queries, S keys, d head width, Dv tower width. Called by loop.py and objective.py; transformers' Llama and open_clip's
+tower then call what is here.
 """
 
 from __future__ import annotations
 
 import ctypes
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,11 +29,14 @@ from yi_vl.model import YiVLForConditionalGeneration
 
 PACKED = "yi_vl_packed"
 _GROUP_ROWS = 8  # rows come sorted by length
+_ROW_TOKENS, _ALL_TOKENS = 16, 128  # M and T are multiples of these
+_NUM_KERNELS = 16384  # that oneDNN keeps; 1024 by default, fewer than one step of two sizes of picture and text needs
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # of glibc's malloc.h
 
 
 def keep_memory() -> None:
-    """Let the allocator keep what it frees: handing each large tensor back to the system cost a tenth of the time."""
+    """Keep what is freed, which handed back to the system cost a tenth of the time, and every kernel that is made."""
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(_NUM_KERNELS))  # read at the first matrix product
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):
@@ -51,9 +58,10 @@ class Group:
     @classmethod
     def of(cls, lengths: Tensor) -> Group:
         """That of rows of these lengths, (B,)."""
-        inside = (torch.arange(int(lengths.max()), device=lengths.device) < lengths.unsqueeze(1)).flatten()  # (B*M,)
+        longest = round_up(int(lengths.max()), _ROW_TOKENS)
+        inside = (torch.arange(longest, device=lengths.device) < lengths.unsqueeze(1)).flatten()  # (B*M,)
         return cls(
-            shape=(len(lengths), int(lengths.max())),
+            shape=(len(lengths), longest),
             padded=inside.nonzero().squeeze(1),
             packed=(inside.cumsum(0) - 1).clamp(min=0),
             padding=(~inside).nonzero().squeeze(1),
@@ -65,7 +73,8 @@ class Packing:
     """Where each token of a padded micro-batch lies in the one sequence."""
 
     prefix: int
-    tokens: Tensor  # (T,) indices into (B*S,)
+    tokens: Tensor  # (T - num_pads,) indices into (B*S,)
+    num_pads: int  # tokens at the end that nothing looks at
     positions: Tensor  # (1, T)
     groups: list[Group]
 
@@ -74,13 +83,23 @@ class Packing:
         """That of rows padded on the right, (B, S), whose first `prefix` tokens are the same."""
         rows, columns = attention_mask[:, prefix:].nonzero().unbind(1)  # (R,) each
         shared = torch.arange(prefix, device=rows.device)
-        positions = torch.cat([shared, columns + prefix])  # (T,)
+        positions = torch.cat([shared, columns + prefix])
+        num_pads = round_up(len(positions), _ALL_TOKENS) - len(positions)
         return cls(
             prefix=prefix,
             tokens=torch.cat([shared, rows * attention_mask.shape[1] + columns + prefix]),
-            positions=positions.unsqueeze(0),
+            num_pads=num_pads,
+            positions=F.pad(positions, (0, num_pads)).unsqueeze(0),
             groups=[Group.of(lengths) for lengths in (attention_mask.sum(1) - prefix).split(_GROUP_ROWS)],
         )
+
+    def take(self, padded: Tensor, pad: int) -> Tensor:
+        """(B, S) -> (1, T), with `pad` for the tokens that nothing looks at"""
+        return F.pad(padded.reshape(-1)[self.tokens], (0, self.num_pads), value=pad).unsqueeze(0)
+
+
+def round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
 
 
 class _Pad(torch.autograd.Function):
@@ -129,7 +148,7 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """(1, H, T, d), (1, K, T, d), (1, K, T, d) -> (1, T, H, d); a row attends to the prefix and to itself, causally."""
     width = query.shape[3]
-    sizes = [packing.prefix, *(len(group.padded) for group in packing.groups)]
+    sizes = [packing.prefix, *(len(group.padded) for group in packing.groups), packing.num_pads]
     parts = [_to_tokens(heads.to(value.dtype)).split(sizes) for heads in (query, key, value)]  # (size, heads*d) each
     shared = [_to_heads(part[0], (1, packing.prefix), width) for part in parts]
     outputs = [_to_tokens(_causal(*shared, scaling))] if packing.prefix else []
@@ -139,6 +158,7 @@ def packed_attention(
             prefix_keys, prefix_values = (heads.expand(group.shape[0], -1, -1, -1) for heads in shared[1:])
             keys, values = torch.cat([prefix_keys, keys], dim=2), torch.cat([prefix_values, values], dim=2)
         outputs.append(_Unpad.apply(_to_tokens(_causal(queries, keys, values, scaling)), group))
+    outputs.append(query.new_zeros(packing.num_pads, query.shape[1] * width, dtype=value.dtype))
     return torch.cat(outputs).view(1, -1, query.shape[1], width), None
 
 

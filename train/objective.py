@@ -12,8 +12,10 @@ from torch.nn import functional as F
 
 from yi_vl.model import YiVLForConditionalGeneration
 
-from .cpu import PACKED, Packing
+from .cpu import PACKED, Packing, round_up
 from .data import IGNORE
+
+_WANTED_TOKENS = 64  # K is rounded up to a multiple of this on a CPU; see cpu.py
 
 
 class Objective(nn.Module):
@@ -43,20 +45,17 @@ class Objective(nn.Module):
         rows = sources.unsqueeze(1).expand_as(targets)
         if self._packs:
             packing = Packing.of(attention_mask, prefix)
-            inputs = {"input_ids": _take(input_ids, packing), "position_ids": packing.positions, "packing": packing}
-            targets, rows = _take(targets, packing), _take(rows, packing)  # (1, T)
+            inputs = {"input_ids": packing.take(input_ids, 0), "position_ids": packing.positions, "packing": packing}
+            targets, rows = packing.take(targets, IGNORE), packing.take(rows, 0)  # (1, T)
         else:
             inputs = {"input_ids": input_ids}
         hidden = self.model.model(pixel_values=pixel_values, use_cache=False, **inputs).last_hidden_state  # (1, T, D)
-        is_supervised = targets != IGNORE
-        logits = self.model.lm_head(hidden[is_supervised])  # (K, V)
-        losses = F.cross_entropy(logits.float(), targets[is_supervised], reduction="none")  # (K,)
+        wanted = (targets != IGNORE).flatten().nonzero().squeeze(1)  # (K,)
+        num_pads = round_up(len(wanted), _WANTED_TOKENS) - len(wanted) if self._packs else 0
+        hidden = hidden.flatten(0, 1).index_select(0, F.pad(wanted, (0, num_pads)))  # (K, D)
+        logits = self.model.lm_head(hidden)[: len(wanted)]  # (K, V)
+        losses = F.cross_entropy(logits.float(), targets.flatten()[wanted], reduction="none")  # (K,)
         with torch.no_grad():
             per_source = torch.stack([losses, torch.ones_like(losses)], dim=1)  # (K, 2)
-            per_source = per_source.new_zeros(self._num_sources, 2).index_add_(0, rows[is_supervised], per_source)
+            per_source = per_source.new_zeros(self._num_sources, 2).index_add_(0, rows.flatten()[wanted], per_source)
         return losses.sum(), per_source
-
-
-def _take(padded: Tensor, packing: Packing) -> Tensor:
-    """(B, S) -> (1, T)"""
-    return padded.reshape(-1)[packing.tokens].unsqueeze(0)

@@ -1,7 +1,7 @@
-"""The command line: `yi-vl ask | chat | info`.
+"""The command line: `yi-vl ask | chat | info | convert`.
 
 Heavy imports happen inside the commands, so that `yi-vl --help` is instant.
-Called by users; calls predict.py, and config.py and model.py for `info`.
+Called by users; calls predict.py, config.py and sizes.py for `info`, convert/ for `convert`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -128,6 +129,51 @@ def info(
     console = Console()
     for table in (_config_table(model, config), *_size_tables(config)):
         console.print(table)
+
+
+@app.command("convert")
+def convert_command(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="A model folder or hub id, in any layout.")],
+    target: Annotated[str | None, typer.Argument(metavar="DST", help="A folder that does not exist yet.")] = None,
+    to: Annotated[Literal["yi-vl", "official", "llava-hf"], typer.Option(help="The layout to write.")] = "yi-vl",
+    tower_from: Annotated[
+        Literal["vit", "shards"],
+        typer.Option(help="An official release holds the vision tower twice; the official code takes vit."),
+    ] = "vit",
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Say how far the two copies of the tower are apart.")
+    ] = False,
+) -> None:
+    """Write a model in another layout, shard by shard; DST appears when it is complete.
+
+    With --verify DST may be left out.
+    """
+    _silence()
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
+
+    from .convert import convert, largest_difference, open_checkpoint
+    from .loading import fetch, find
+
+    if target is None and not verify:
+        raise ValueError("say where to write to: yi-vl convert SRC DST --to " + to)
+    if target is not None and os.path.exists(target):
+        raise ValueError(f"{target} exists already; choose another name, or remove it.")
+    checkpoint = open_checkpoint(fetch(find(source), with_weights=True), tower_from)
+    if verify:
+        difference, where = largest_difference(checkpoint)
+        print(f"The two copies of the vision tower differ by {difference:g} at most (in {where}).")
+    if target is not None:
+        columns = ("{task.description}", BarColumn(), DownloadColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=Console(stderr=True)) as progress:
+            task = progress.add_task(f"{checkpoint.kind} to {to}")
+            convert(
+                checkpoint,
+                Path(target),
+                to,
+                progress=lambda done, total: progress.update(task, completed=done, total=total),
+            )
+        print(f"{target} is written.")
 
 
 def _config_table(name: str, config: YiVLConfig) -> Table:

@@ -1,26 +1,26 @@
 """From a folder or a hub id to a model and its processor, or one line that says why not.
 
-Layouts are told apart by what config.json holds, never by a name; a loader for another layout branches off here.
-Called by predict.py and cli.py; calls config.py, model.py and processor.py.
+Layouts are told apart by what config.json holds, never by a name. Called by predict.py and cli.py; calls config.py,
+model.py, processor.py and, for the official layout and llava-hf's, convert/.
 """
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from transformers.utils import cached_file
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
 
 from .config import YiVLConfig
+from .convert import TowerFrom, open_checkpoint, read_configuration
 from .model import YiVLForConditionalGeneration
 from .processor import YiVLProcessor
 
 _BUNDLED = Path(__file__).parent / "nano"
-_WHAT_TO_GIVE = "Give a folder that `save_pretrained` or the trainer wrote, or the hub id of one."
+_HUB_FILES = ("*.json", "*.model", "*.jinja", "vit/*/*.json")
+_HUB_WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "vit/*/pytorch_model*.bin")
 _SMALL_PARAMETERS = 200_000_000  # below this fp32 on a CPU: 4.7 ms per nano token, in bf16 6.2 and on many CPUs more
 
 
@@ -28,32 +28,36 @@ def load_model(
     path: str | os.PathLike | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
+    tower_from: TowerFrom = "vit",
 ) -> tuple[YiVLForConditionalGeneration, YiVLProcessor]:
     """A model in evaluation mode, and its processor.
 
     Args:
-        path: a folder or hub id in this project's format; the bundled nano by default.
+        path: a folder or hub id, in any of the three layouts; the bundled nano by default.
         device: "cpu", "cuda:1", ...; "auto" spreads the model over all there is. By default the GPU, else the CPU.
         dtype: of the weights. By default bfloat16, but float32 for a small model on a CPU.
+        tower_from: which of its two copies of the vision tower an official release gets, that in `vit/` or that among
+            the shards.
 
     Raises:
-        ValueError: there is no such model, it is in another format, it is incomplete, or its parts do not fit together.
+        ValueError: there is no such model, it is another kind of model, it is incomplete, or its parts do not fit.
     """
-    source = find(path)
-    read_config(source)
-    model = _load_weights(source, device or _default_device(), dtype or "auto")
+    folder = fetch(find(path), with_weights=True)
+    checkpoint = open_checkpoint(folder, tower_from)
+    device = device or _default_device()
     if dtype is None:
-        is_small_on_cpu = model.device.type == "cpu" and model.num_parameters() < _SMALL_PARAMETERS
-        wanted = torch.float32 if is_small_on_cpu else torch.bfloat16
-        if model.dtype != wanted:  # a model spread over devices must not be touched without need
-            model.to(dtype=wanted)  # type: ignore[call-arg]
+        num_parameters = sum(tensor.shape.numel() for tensor in checkpoint.tensors.values())
+        is_small_on_cpu = str(device) == "cpu" and num_parameters < _SMALL_PARAMETERS
+        dtype = torch.float32 if is_small_on_cpu else torch.bfloat16
     try:
-        processor = YiVLProcessor.from_pretrained(source)
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{source}: the tokenizer or the image settings cannot be loaded: {_one_line(error)}"
-        ) from error
-    return model, processor
+        model = YiVLForConditionalGeneration.from_pretrained(
+            None, config=checkpoint.config, state_dict=dict(checkpoint.tensors), dtype=dtype, device_map=device
+        )
+        model.generation_config = checkpoint.generation_config
+        processor = checkpoint.make_processor()
+    except (OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder}: the model cannot be loaded: {_one_line(error)}") from error
+    return model.eval(), processor
 
 
 def find(path: str | os.PathLike | None) -> str:
@@ -77,24 +81,26 @@ def find(path: str | os.PathLike | None) -> str:
 
 
 def read_config(source: str) -> YiVLConfig:
-    """The configuration of a model folder or hub id; only its config.json is read.
+    """The configuration of a model folder or hub id; no weights are read or fetched.
 
     Raises:
-        ValueError: there is none, or it is of another format.
+        ValueError: there is none, or it is of another kind of model.
     """
-    file = Path(source) / "config.json" if os.path.isdir(source) else _fetch_config(source)
-    if not file.exists():
-        raise ValueError(f"{source} has no config.json, so it is not a model. {_WHAT_TO_GIVE}")
+    return read_configuration(fetch(source, with_weights=False))
+
+
+def fetch(source: str, with_weights: bool) -> Path:
+    """The folder of a model: itself, or a hub id's in the cache, where what is not there yet is fetched to."""
+    if os.path.isdir(source):
+        return Path(source)
+    patterns = [*_HUB_FILES, *(_HUB_WEIGHTS if with_weights else ())]
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{file} cannot be read: {error}.") from error
-    if not isinstance(found, dict) or found.get("model_type") != YiVLConfig.model_type:
+        return Path(snapshot_download(source, allow_patterns=patterns))
+    except (OSError, ValueError, HfHubHTTPError) as error:
         raise ValueError(
-            f"{source} holds {_describe_layout(found)}, expected a config.json with model_type "
-            f"{YiVLConfig.model_type!r}. {_WHAT_TO_GIVE}"
-        )
-    return YiVLConfig.from_dict(found)
+            f"{source} is no folder here, and it cannot be had from the hub either: {_one_line(error)}. Give a folder "
+            "or hub id of a Yi-VL."
+        ) from error
 
 
 def check_fit(config: YiVLConfig, processor: YiVLProcessor) -> None:
@@ -115,51 +121,10 @@ def check_fit(config: YiVLConfig, processor: YiVLProcessor) -> None:
         )
 
 
-def _fetch_config(hub_id: str) -> Path:
-    try:
-        return Path(str(cached_file(hub_id, "config.json")))
-    except OSError as error:
-        raise ValueError(
-            f"{hub_id} is no folder here, and its config.json cannot be had from the hub either: {_one_line(error)}. "
-            + _WHAT_TO_GIVE
-        ) from error
-
-
-def _describe_layout(found: Any) -> str:
-    """Which layout a config.json is of, by its content: where loaders for further layouts branch off."""
-    if not isinstance(found, dict) or "model_type" not in found:
-        return "a config.json without a model_type"
-    if any(key.startswith("mm_") for key in found):
-        return "a model in the official Yi-VL layout (keys named mm_*), which must be converted first"
-    if found["model_type"] == "llava" and "vision_config" in found:
-        return "a model in transformers' llava layout, which must be converted first"
-    return f"a model of type {found['model_type']!r}"
-
-
 def _default_device() -> str:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def _load_weights(source: str, device: str | torch.device, dtype: torch.dtype | str) -> YiVLForConditionalGeneration:
-    try:
-        loaded: Any = YiVLForConditionalGeneration.from_pretrained(
-            source, dtype=dtype, device_map=device, output_loading_info=True, ignore_mismatched_sizes=True
-        )
-    except (OSError, RuntimeError, SafetensorError) as error:  # absent, of the wrong shape or kind, cut short
-        raise ValueError(f"{source}: the weights cannot be loaded: {_one_line(error)}") from error
-    model, report = loaded
-    problems = [
-        f"{len(report[kind])} tensors are {kind.removesuffix('_keys')} ("
-        + ", ".join(map(str, sorted(report[kind])))
-        + ")"
-        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
-        if report[kind]
-    ]
-    if problems:
-        raise ValueError(f"{source}: the weights do not fit config.json: {'; '.join(problems)}.")
-    return model.eval()
 
 
 def _one_line(error: Exception) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from .convert import TowerFrom
 from .decode import Answer, Chooser, Prompts, Sampling, decode
 from .image import ImageSource
 from .loading import check_fit, load_model
@@ -30,9 +31,10 @@ def load(
     path: str | os.PathLike | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
+    tower_from: TowerFrom = "vit",
 ) -> YiVL:
     """A model that is ready to answer; the arguments and errors are those of `loading.load_model`."""
-    return YiVL(*load_model(path, device, dtype))
+    return YiVL(*load_model(path, device, dtype, tower_from))
 
 
 class YiVL:

@@ -5,9 +5,11 @@ Called by predict.py, the trainer and transformers' own tools; calls chat.py, im
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
+from tokenizers import Tokenizer
 from transformers import AutoProcessor, PreTrainedTokenizerFast, ProcessorMixin
 from transformers.processing_utils import MultiModalData
 
@@ -61,17 +63,38 @@ class YiVLProcessor(ProcessorMixin):
         return MultiModalData(num_image_tokens=[self.patches_per_image] * count, num_image_patches=[1] * count)
 
 
-def prepare_tokenizer(source: str) -> Any:
+def prepare_tokenizer(source: str, image_token_id: int | None = None) -> Any:
     """A language model's tokenizer with `<image_placeholder>` added after its last id, and no BOS or EOS of its own.
 
     The generic fast class takes the SentencePiece model as it is and gives the official ids exactly; `LlamaTokenizer`,
     which Yi's tokenizer_config.json names, would insert a leading space.
+
+    Args:
+        image_token_id: of a token that the tokenizer has already, and that becomes `<image_placeholder>`.
     """
     tokenizer = PreTrainedTokenizerFast.from_pretrained(source)
-    if IMAGE_PLACEHOLDER not in tokenizer.get_added_vocab():
+    if image_token_id is not None:
+        tokenizer = _renamed(tokenizer, image_token_id)
+    elif IMAGE_PLACEHOLDER not in tokenizer.get_added_vocab():
         tokenizer.add_special_tokens({"extra_special_tokens": [IMAGE_PLACEHOLDER]}, replace_extra_special_tokens=False)
     tokenizer.padding_side = "left"
     return tokenizer
+
+
+def _renamed(tokenizer: Any, image_token_id: int) -> Any:
+    """The same tokenizer with one added token called `<image_placeholder>`."""
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    names = {token["id"]: token for token in content["added_tokens"]}
+    if image_token_id not in names:
+        raise ValueError(f"there is no added token {image_token_id}, which config.json says stands for an image")
+    names[image_token_id] |= {"content": IMAGE_PLACEHOLDER, "special": True}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(content)),
+        unk_token=tokenizer.unk_token,
+        bos_token=tokenizer.bos_token,
+        eos_token=tokenizer.eos_token,
+        pad_token=tokenizer.unk_token,
+    )
 
 
 AutoProcessor.register(YiVLConfig, YiVLProcessor)

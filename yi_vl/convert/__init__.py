@@ -1,0 +1,27 @@
+"""The official release, llava-hf's form and ours: reading any of them, and writing one as another, shard by shard.
+
+`names.py` is what tensors are called, `files.py` what lies on disk, `source.py` a checkpoint in our terms, `target.py`
+the writing. Called by loading.py and cli.py.
+"""
+
+from .source import (
+    Checkpoint,
+    Kind,
+    TowerFrom,
+    kind_of,
+    largest_difference,
+    open_checkpoint,
+    read_configuration,
+)
+from .target import convert
+
+__all__ = [
+    "Checkpoint",
+    "Kind",
+    "TowerFrom",
+    "convert",
+    "kind_of",
+    "largest_difference",
+    "open_checkpoint",
+    "read_configuration",
+]

@@ -1,0 +1,196 @@
+"""The tensors in a checkpoint's weight files, pickled or safetensors: which there are, and one at a time.
+
+Nothing is unpickled with code execution (`weights_only=True`), nothing outside the checkpoint is opened, and no file is
+read whole: a tensor's bytes are fetched from where its file says they are. Called by source.py; calls torch and
+safetensors.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+import zipfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+_INDEXED = ("model.safetensors", "pytorch_model.bin")  # preferred first; each with or without an `.index.json`
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a tensor lies. The last three are those of a pickled one."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    byte_offset: int | None = None  # of its storage in the file; None: safetensors finds it by name
+    first: int = 0  # element of the storage
+    stride: tuple[int, ...] = ()
+
+
+class WeightFiles:
+    """Names, shapes and values of all tensors in a folder's weight files."""
+
+    def __init__(self, entries: dict[str, Entry]) -> None:
+        self.entries = entries
+
+    @classmethod
+    def find(cls, folder: Path) -> WeightFiles:
+        """Those of `folder`: indexed or single, safetensors before pickles.
+
+        Raises:
+            ValueError: there are none, one is missing, damaged or outside the checkpoint, or the index disagrees.
+        """
+        for name in _INDEXED:
+            index = folder / f"{name}.index.json"
+            if index.is_file():
+                return cls(_read_indexed(folder, index))
+            if (folder / name).is_file():
+                return cls(_read_file(_inside(folder, name)))
+        raise ValueError(
+            f"{folder} has no weights: expected model.safetensors or pytorch_model.bin, or an index of several."
+        )
+
+    def read(self, name: str) -> Tensor:
+        """One tensor's values, in memory of its own."""
+        entry = self.entries[name]
+        if entry.byte_offset is None:
+            with safe_open(entry.file, "pt") as file:
+                return file.get_tensor(name)
+        # A plain read: memory-mapped pages would count, and stay, as this process's own.
+        num_elements = 1 + sum(step * (size - 1) for step, size in zip(entry.stride, entry.shape, strict=True))
+        if 0 in entry.shape:
+            return torch.empty(entry.shape, dtype=entry.dtype)
+        flat = torch.empty(num_elements, dtype=entry.dtype)
+        with entry.file.open("rb", buffering=0) as stream:
+            stream.seek(entry.byte_offset + entry.first * entry.dtype.itemsize)
+            view = memoryview(flat.view(torch.uint8).numpy())
+            while len(view):
+                num_read = stream.readinto(view)
+                if not num_read:
+                    raise ValueError(f"{entry.file} is cut short: {name} ends beyond its end. Fetch it again.")
+                view = view[num_read:]
+        return flat.as_strided(entry.shape, entry.stride)
+
+
+def _read_indexed(folder: Path, index: Path) -> dict[str, Entry]:
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names_of: dict[str, list[str]] = {}
+        for name, file in weight_map.items():
+            names_of.setdefault(str(file), []).append(name)
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} is no index of weights: {error!r}.") from error
+    paths = {file: _inside(folder, file) for file in names_of}
+    absent = sorted(file for file, path in paths.items() if not path.is_file())
+    if absent:
+        raise ValueError(f"{folder} is incomplete: {index.name} names {', '.join(absent)}, which are not there.")
+    entries: dict[str, Entry] = {}
+    for file, names in names_of.items():
+        found = _read_file(paths[file])
+        missing = sorted(set(names) - set(found))
+        if missing:
+            raise ValueError(f"{paths[file]} lacks {_listed(missing)}, which {index.name} says it holds.")
+        entries |= {name: found[name] for name in names}
+    return entries
+
+
+def _read_file(path: Path) -> dict[str, Entry]:
+    return _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+
+
+def _read_safetensors(path: Path) -> dict[str, Entry]:
+    try:
+        with path.open("rb") as stream:
+            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+        with safe_open(path, "pt"):  # checks the header against the file's size
+            pass
+        return {
+            name: Entry(path, tuple(fields["shape"]), _SAFETENSORS_DTYPES[fields["dtype"]])
+            for name, fields in header.items()
+            if name != "__metadata__"
+        }
+    except (SafetensorError, OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, MemoryError) as error:
+        raise ValueError(_damaged(path, error)) from error
+
+
+def _read_pickle(path: Path) -> dict[str, Entry]:
+    if not zipfile.is_zipfile(path):
+        raise ValueError(
+            f"{path} ({path.stat().st_size:,} bytes) is not a torch file of this decade (a zip archive): it is cut "
+            "short, or was written by torch before 1.6. Fetch it again, or save it anew with a current torch."
+        )
+    try:
+        with FakeTensorMode():  # tensors without values, that know where in the file these are
+            loaded = torch.load(path, weights_only=True)
+        entries = {}
+        for name, tensor in loaded.items():
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{name!r} is a {type(tensor).__name__}, not a tensor")
+            offset = tensor.untyped_storage()._checkpoint_offset  # type: ignore[attr-defined]
+            entries[name] = Entry(
+                path, tuple(tensor.shape), tensor.dtype, offset, int(tensor.storage_offset()), tuple(tensor.stride())
+            )
+        return entries
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} holds more than tensors, and would run code when it is loaded; it is not opened. Only load "
+            f"such a file if you trust it, and save its tensors as safetensors. ({_first_line(error)})"
+        ) from error
+    except (OSError, RuntimeError, AttributeError, TypeError, EOFError, KeyError) as error:
+        raise ValueError(_damaged(path, error)) from error
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """The file of this name in a checkpoint's folder.
+
+    Links lead nowhere else but to the blobs of the same repository in the hub's cache, which are what its snapshots
+    are made of.
+    """
+    path = folder / name
+    snapshots = (parent for parent in folder.absolute().parents if parent.name == "snapshots")
+    allowed = [folder.resolve(), *((parent.parent / "blobs").resolve() for parent in snapshots)]
+    if Path(name).is_absolute() or not any(path.resolve().is_relative_to(root) for root in allowed):
+        raise ValueError(f"{name!r} leads out of the checkpoint {folder}; it is not opened.")
+    return path
+
+
+def _damaged(path: Path, error: Exception) -> str:
+    return f"{path} ({path.stat().st_size:,} bytes) is damaged or cut short: {_first_line(error)}. Fetch it again."
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0].strip(" .") or type(error).__name__
+
+
+def _listed(names: Iterable[str], limit: int = 8) -> str:
+    names = list(names)
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+def num_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    return math.prod(shape) * dtype.itemsize
+
+
+_SAFETENSORS_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
