@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 
 from yi_vl.model import YiVLForConditionalGeneration
+from yi_vl.vision import SelfAttention
 
 PACKED = "yi_vl_packed"
 _GROUP_ROWS = 8  # rows come sorted by length
@@ -189,19 +190,14 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor
     return output.view(batch, heads, length, width)
 
 
-class ShortSelfAttention(nn.MultiheadAttention):
-    """open_clip's attention within an image, all patches to all patches."""
+class ShortSelfAttention(SelfAttention):
+    """The tower's attention among few tokens."""
 
-    def forward(self, query: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:  # type: ignore[override]
-        """(N, L, Dv) -> (N, L, Dv)"""
-        num_images, length, _width = query.shape
-        projected = F.linear(query, self.in_proj_weight, self.in_proj_bias)
-        split = projected.view(num_images, length, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
-        rows, columns, values = split.reshape(3, num_images * self.num_heads, length, self.head_dim)
-        scores = torch.bmm(rows * self.head_dim**-0.5, columns.transpose(1, 2))  # (N*H, L, L)
-        output = torch.bmm(scores.softmax(-1).to(values.dtype), values)
-        output = output.view(num_images, self.num_heads, length, self.head_dim).transpose(1, 2)
-        return self.out_proj(output.reshape(num_images, length, -1)), None
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """(N, heads, L, head_dim), three times -> (N, heads, L, head_dim)"""
+        rows, columns, values = (part.flatten(0, 1) for part in (query, key, value))
+        scores = torch.bmm(rows * self.head_dim**-0.5, columns.transpose(1, 2))  # (N*heads, L, L)
+        return torch.bmm(scores.softmax(-1).to(values.dtype), values).view(query.shape)
 
 
 AttentionInterface.register(PACKED, packed_attention)

@@ -1,11 +1,14 @@
 """yi_vl: an open, complete Yi-VL. `yi_vl.load()` gives a model that answers questions about pictures.
 
-Names are resolved when first used, so that `import yi_vl` costs nothing; using any of the classes registers the model
-with transformers' Auto classes.
+Names are resolved when first used, so that `import yi_vl` costs nothing. transformers' Auto classes know the model as
+soon as both packages are imported, in whichever order.
 """
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from wrapt import register_post_import_hook
 
 if TYPE_CHECKING:
     from .config import YiVLConfig as YiVLConfig
@@ -23,8 +26,22 @@ _HOMES = {
 }
 __all__ = list(_HOMES)
 
+_REGISTERING = ("yi_vl.config", "yi_vl.model", "yi_vl.processor")  # importing them registers what they define
+
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'yi_vl' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name], __name__), name)
+
+
+def register() -> None:
+    """Make transformers' Auto classes know the model. Runs when transformers is imported, or at once if it is."""
+    config = sys.modules.get("yi_vl.config")
+    if config is not None and not hasattr(config, "preset"):
+        return  # it is being imported, has just imported transformers, and ends by calling this
+    for module in _REGISTERING:
+        import_module(module)
+
+
+register_post_import_hook(lambda _: register(), "transformers")

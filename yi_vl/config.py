@@ -5,14 +5,24 @@ Called by everything in yi_vl; calls only transformers' configuration classes (a
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
+from . import register
+
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)  # OpenAI CLIP's, kept by OpenCLIP ViT-H-14 and by Yi-VL
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
+_CLASSES_FILE = Path("yi_vl_classes.py")
+_CLASSES = {
+    "AutoConfig": "YiVLConfig",
+    "AutoModelForImageTextToText": "YiVLForConditionalGeneration",
+    "AutoProcessor": "YiVLProcessor",
+}
 _PLAIN_TOWER_KEYS = {"image_size", "layers", "width", "head_width", "patch_size", "mlp_ratio"}
 
 
@@ -103,6 +113,17 @@ class YiVLConfig(PreTrainedConfig):
     image_token_id: int = 64000
     tie_word_embeddings: bool = False
 
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """As transformers does, and beside it a file by which a program that does not import yi_vl finds the classes.
+
+        Inference servers load models by transformers' Auto classes; with `trust_remote_code` these read that file.
+        """
+        self.auto_map = {name: f"{_CLASSES_FILE.stem}.{classname}" for name, classname in _CLASSES.items()}
+        super().save_pretrained(save_directory, *args, **kwargs)
+        names = ", ".join(_CLASSES.values())
+        text = f"# Where transformers finds this model's classes; needs yi_vl installed.\nfrom yi_vl import {names}\n"
+        (Path(save_directory) / _CLASSES_FILE).write_text(text, encoding="utf-8")
+
 
 def _yi(hidden_size: int, intermediate_size: int, num_layers: int, num_heads: int, num_kv_heads: int) -> LlamaConfig:
     return LlamaConfig(
@@ -158,3 +179,4 @@ def preset(name: str) -> YiVLConfig:
 
 AutoConfig.register(OpenClipVisionConfig.model_type, OpenClipVisionConfig)
 AutoConfig.register(YiVLConfig.model_type, YiVLConfig)
+register()

@@ -76,6 +76,37 @@ def _halving(narrow: int, wide: int) -> nn.Conv2d:
     return nn.Conv2d(narrow, wide, 3, stride=2, padding=1, bias=False)
 
 
+class SelfAttention(nn.MultiheadAttention):
+    """open_clip's attention among an image's tokens, its output projection called as the module that it is.
+
+    torch's own takes that module's weight behind its back, which neither offloading nor an adapter survives.
+    """
+
+    def forward(self, query: Tensor, *_: object, **__: object) -> tuple[Tensor, None]:  # type: ignore[override]
+        """(N, L, Dv) -> (N, L, Dv), all tokens to all tokens"""
+        num_images, length, _width = query.shape
+        projected = F.linear(query, self.in_proj_weight, self.in_proj_bias)  # (N, L, 3 Dv)
+        heads = projected.view(num_images, length, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        output = self.attend(*heads)  # (N, heads, L, head_dim)
+        return self.out_proj(output.transpose(1, 2).reshape(num_images, length, -1)), None
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """(N, heads, L, head_dim), three times -> (N, heads, L, head_dim)"""
+        return F.scaled_dot_product_attention(query, key, value)
+
+
+class PatchFeatures(VisionTransformer):
+    """open_clip's tower, called as a module is, so that what moves weights around a call (offloading) sees the call."""
+
+    def forward(self, x: Tensor, feature_layer: int) -> Tensor:  # type: ignore[override]
+        """(N, 3, H, W) -> what block `feature_layer` leaves, without the class token, (N, P, Dv)"""
+        found = self.forward_intermediates(
+            x, indices=[feature_layer], stop_early=True, intermediates_only=True, output_fmt="NLC"
+        )
+        features: Tensor = found["image_intermediates"][0]
+        return features
+
+
 class OpenClipTower(PreTrainedModel):
     """An open_clip `VisionTransformer`; its output is the penultimate block's, without the class token."""
 
@@ -89,7 +120,7 @@ class OpenClipTower(PreTrainedModel):
 
     def __init__(self, config: OpenClipVisionConfig) -> None:
         super().__init__(config)
-        self.visual = VisionTransformer(
+        self.visual = PatchFeatures(
             image_size=config.image_size,
             patch_size=config.patch_size,
             width=config.hidden_size,
@@ -100,6 +131,8 @@ class OpenClipTower(PreTrainedModel):
             norm_layer=LayerNorm,
         )
         self.visual.proj = None  # the contrastive head is not part of Yi-VL
+        for block in self.visual.transformer.resblocks:
+            block.attn.__class__ = SelfAttention
         if config.stem_widths:
             self.visual.conv1 = ConvStem(config.patch_size, config.stem_widths, config.hidden_size)
         else:
@@ -118,14 +151,8 @@ class OpenClipTower(PreTrainedModel):
                 f"The vision tower takes {size_px}x{size_px} images, these are {tuple(pixel_values.shape[-2:])}; "
                 "use the model's own processor, or resize the tower's position grid (`resize_grid_`)."
             )
-        output = self.visual.forward_intermediates(
-            pixel_values.to(self.visual.class_embedding.dtype),
-            indices=[self.config.feature_layer],
-            stop_early=True,
-            intermediates_only=True,
-            output_fmt="NLC",
-        )
-        return BaseModelOutput(last_hidden_state=output["image_intermediates"][0])
+        pixel_values = pixel_values.to(self.visual.class_embedding.dtype)
+        return BaseModelOutput(last_hidden_state=self.visual(pixel_values, self.config.feature_layer))
 
     def resize_grid_(self, image_size: int) -> None:
         """Make the tower one for images of another size; the patch size stays. In place."""

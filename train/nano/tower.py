@@ -88,13 +88,7 @@ class PointHead(nn.Module):
 
     def forward(self, pixel_values: Tensor, points: Tensor) -> Tensor:
         """(B, 3, H, W), (B, K, 2) -> logits (B, K, L)"""
-        features = self.tower.visual.forward_intermediates(
-            pixel_values,
-            indices=[self.tower.config.feature_layer],
-            stop_early=True,
-            intermediates_only=True,
-            output_fmt="NLC",
-        )["image_intermediates"][0]  # (B, P, Dv)
+        features = self.tower.visual(pixel_values, self.tower.config.feature_layer)  # (B, P, Dv)
         grid = pixel_values.shape[-1] // self.tower.config.patch_size
         position = (points.float() + 0.5) * grid / _POINTS  # (B, K, 2), in patches
         patch = position.long()

@@ -1,0 +1,134 @@
+"""The released shapes on this machine: a checkpoint of random weights in the official layout, loaded and asked.
+
+What it shows of a machine is true of the real weights as well: time and memory do not depend on their values.
+Called by __main__.py; calls yi_vl.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import resource
+import sys
+import time
+import zlib
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.progress import Progress, TaskID
+from torch import Tensor
+from transformers import GenerationConfig
+
+import yi_vl
+from yi_vl.config import preset
+from yi_vl.convert import Checkpoint, convert
+
+_STD = 0.02
+_QUESTION = "What is in this picture?"
+
+
+@dataclass(frozen=True)
+class RandomTensor:
+    """A tensor that is made when it is read: norms one, biases nought, all else normal."""
+
+    name: str
+    shape: torch.Size
+    dtype: torch.dtype
+
+    def __getitem__(self, index: Any) -> Tensor:
+        if len(self.shape) == 1:
+            is_bias = self.name.endswith("bias")
+            return (torch.zeros if is_bias else torch.ones)(self.shape, dtype=self.dtype)[index]
+        generator = torch.Generator().manual_seed(zlib.crc32(self.name.encode()))
+        return torch.empty(self.shape, dtype=self.dtype).normal_(std=_STD, generator=generator)[index]
+
+
+def make(folder: Path, size: Literal["6b", "34b"], tokenizer_folder: Path) -> None:
+    """Write a checkpoint in the official layout, shard by shard: bf16, the tower once more in fp32 in vit/.
+
+    Raises:
+        ValueError: there is no room, or no tokenizer.
+    """
+    config = preset(size)
+    config.text_config.vocab_size = config.image_token_id  # 64000, as released
+    with torch.device("meta"):
+        shapes = {name: t.shape for name, t in yi_vl.YiVLForConditionalGeneration(config).state_dict().items()}
+    tensors: dict[str, Any] = {
+        name: RandomTensor(name, shape, torch.float32 if ".vision_tower." in name else torch.bfloat16)
+        for name, shape in shapes.items()
+    }
+    random = Checkpoint(
+        "yi-vl", tokenizer_folder, config, GenerationConfig(), tensors, lambda: _no_processor(tokenizer_folder)
+    )
+    with Progress() as progress:
+        report = partial(_report, progress, progress.add_task("writing"))
+        convert(random, folder, "official", progress=report)
+
+
+def _report(progress: Progress, task: TaskID, done: int, total: int) -> None:
+    progress.update(task, completed=done, total=total)
+
+
+def measure(folder: Path, image: Path, new_tokens: int) -> dict[str, str]:
+    """Load and answer in a process of its own, whose peak memory is then that of the model."""
+    context = multiprocessing.get_context("spawn")
+    receiving, sending = context.Pipe(duplex=False)
+    process = context.Process(target=_measure, args=(folder, image, new_tokens, sending))
+    process.start()
+    sending.close()
+    try:
+        found: dict[str, str] | str = receiving.recv()
+    except EOFError:
+        found = "the process that loaded the model was killed; was there enough memory?"
+    process.join()
+    if isinstance(found, str):
+        raise ValueError(f"{folder}: {found}")
+    return found
+
+
+def _measure(folder: Path, image: Path, new_tokens: int, results: Any) -> None:
+    try:
+        before = _peak_bytes()
+        started = time.perf_counter()
+        model = yi_vl.load(folder, dtype=torch.bfloat16)
+        loaded = time.perf_counter()
+        num_bytes = sum(parameter.nbytes for parameter in model.model.parameters())
+        peak_of_loading = _peak_bytes()
+        model.predict(image, _QUESTION, max_new_tokens=1)
+        first = time.perf_counter()
+        answer = model.predict(image, _QUESTION, max_new_tokens=1 + new_tokens)
+        rest = time.perf_counter()
+        per_token = max(1e-9, ((rest - first) - (first - loaded)) / new_tokens)
+        messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": _QUESTION}]}]
+        num_prompt = len(model.processor.encode_messages(messages).input_ids)
+        results.send(
+            {
+                "weights": f"{num_bytes / 1e9:.2f} GB in bf16",
+                "loading": f"{loaded - started:.1f} s",
+                "peak memory, loading": _of(peak_of_loading, num_bytes),
+                "peak memory, answering": _of(_peak_bytes(), num_bytes),
+                "of it before loading": f"{before / 1e9:.2f} GB (Python and its libraries)",
+                f"prefill, {num_prompt} tokens": f"{first - loaded:.1f} s",
+                "decoding": f"{1 / per_token:.2f} tokens/s",
+                "answer": repr(answer),
+                "machine": f"{torch.get_num_threads()} threads, torch {torch.__version__}",
+            }
+        )
+    except ValueError as error:
+        results.send(str(error))
+
+
+def _peak_bytes() -> int:
+    """The most memory this process has held at once."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _of(peak_bytes: int, num_bytes: int) -> str:
+    return f"{peak_bytes / 1e9:.2f} GB, {peak_bytes / num_bytes:.3f} x the weights"
+
+
+def _no_processor(folder: Path) -> Any:
+    raise AssertionError(f"the official layout takes tokenizer.model from {folder} as it is")
