@@ -132,8 +132,9 @@ class _Unpad(torch.autograd.Function):
 def use_short_attention_(model: YiVLForConditionalGeneration) -> None:
     """Make tower and language model attend this way; the language model then needs a `packing` with its inputs."""
     model.model.language_model.set_attn_implementation(PACKED)
-    for block in model.model.vision_tower.visual.transformer.resblocks:
-        block.attn.__class__ = ShortSelfAttention
+    for module in model.model.vision_tower.modules():
+        if isinstance(module, SelfAttention):
+            module.__class__ = ShortSelfAttention
 
 
 @torch.compiler.disable  # its gathers, fused into their neighbours, would run element by element

@@ -37,7 +37,7 @@ def set_trainable_(model: YiVLForConditionalGeneration, config: TrainConfig) -> 
             module.requires_grad_(learns)
             module.train(learns)
     tower = model.model.vision_tower
-    for never_run in (*tower.visual.transformer.resblocks[tower.config.feature_layer + 1 :], tower.visual.ln_post):
+    for never_run in tower.visual.never_run(tower.config.feature_layer):
         never_run.requires_grad_(False)  # stored only; with a gradient asked for, distributed training waits for it
 
 

@@ -180,6 +180,7 @@ def _config_table(name: str, config: YiVLConfig) -> Table:
     vision, text = config.vision_config, config.text_config
     table = _table(name, "", "")
     stem = f", convolutional stem {vision.stem_widths}" if vision.stem_widths else ""
+    stem += f", timm's {vision.timm_model}" if vision.timm_model else ""
     table.add_row(
         "vision tower",
         f"{vision.num_hidden_layers} blocks, width {vision.hidden_size}, {vision.num_attention_heads} heads{stem}; "

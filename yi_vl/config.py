@@ -30,6 +30,7 @@ class OpenClipVisionConfig(PreTrainedConfig):
     """A vision transformer of open_clip, by its dimensions. The defaults are ViT-H-14 at 448 px.
 
     Args:
+        timm_model: the name of a tower that open_clip takes from timm (EVA02); None for open_clip's own.
         stem_widths: output channels of a convolutional stem that takes the place of the patch convolution; empty for a
             plain OpenCLIP tower. See `vision.ConvStem`.
         feature_layer: which block's output is the image feature; -2 is the penultimate block, whose successor and the
@@ -46,6 +47,7 @@ class OpenClipVisionConfig(PreTrainedConfig):
     num_hidden_layers: int = 32
     num_attention_heads: int = 16
     quick_gelu: bool = False
+    timm_model: str | None = None
     stem_widths: list[int] | None = None
     feature_layer: int = -2
 
@@ -62,6 +64,8 @@ class OpenClipVisionConfig(PreTrainedConfig):
         if model is None:
             raise ValueError(f"open_clip has no model named {name!r}; `open_clip.list_models()` lists the names.")
         tower = model["vision_cfg"]
+        if "timm_model_name" in tower:
+            return cls._from_timm(name, tower, overrides)
         unknown = sorted(set(tower) - _PLAIN_TOWER_KEYS)
         if unknown or not isinstance(tower["layers"], int):
             raise ValueError(
@@ -82,6 +86,39 @@ class OpenClipVisionConfig(PreTrainedConfig):
             }
             | overrides
         )
+
+    @classmethod
+    def _from_timm(cls, name: str, tower: dict[str, Any], overrides: dict[str, Any]) -> OpenClipVisionConfig:
+        import timm
+        import torch
+
+        model_name = tower["timm_model_name"]
+        with torch.device("meta"):
+            trunk = timm.create_model(model_name, pretrained=False)
+        mean = tuple(trunk.default_cfg.get("mean", ()))
+        if not hasattr(trunk, "blocks") or not hasattr(trunk, "set_input_size") or mean != IMAGE_MEAN:
+            raise ValueError(
+                f"The tower of {name!r}, timm's {model_name!r}, is not a vision transformer for pixels normalised as "
+                "CLIP's, the only ones that the image transform makes; EVA02 towers are."
+            )
+        block, patch_size = trunk.blocks[0], trunk.patch_embed.patch_size[0]
+        return cls(
+            **{
+                "image_size": tower.get("image_size", 224),
+                "patch_size": patch_size,
+                "hidden_size": trunk.embed_dim,
+                "intermediate_size": block.mlp.fc2.in_features,
+                "num_hidden_layers": len(trunk.blocks),
+                "num_attention_heads": block.attn.num_heads,
+                "timm_model": model_name,
+            }
+            | overrides
+        )
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether this is open_clip's own transformer as it is: what the other layouts can hold."""
+        return self.timm_model is None and not self.stem_widths
 
     @property
     def grid_size(self) -> int:

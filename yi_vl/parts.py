@@ -21,6 +21,7 @@ from .vision import OpenClipTower
 
 logger = logging.getLogger(__name__)
 
+_CONTRASTIVE_HEADS = ("proj", "head.", "trunk.head.")
 _TABLE_MULTIPLE = 64  # rows of the embedding table, as matrix products like them
 
 
@@ -93,6 +94,7 @@ def _load_tower(name: str, pretrained: str | None) -> OpenClipTower:
         raise ValueError(
             f"The weights {pretrained!r} do not load into {name!r}: {str(error).splitlines()[0]}"
         ) from error
-    weights.pop("proj", None)  # the contrastive head
-    tower.visual.load_state_dict(weights)
+    tower.visual.load_state_dict(
+        {key: tensor for key, tensor in weights.items() if not key.startswith(_CONTRASTIVE_HEADS)}
+    )
     return tower

@@ -41,7 +41,7 @@ def measure(config: YiVLConfig) -> Sizes:
     num_tensors = len(model.state_dict())
 
     official_counts = num_official_tensors = None
-    if not config.vision_config.stem_widths:
+    if config.vision_config.is_plain:
         num_tables = 1 if config.tie_word_embeddings else 2
         num_added_rows = config.text_config.vocab_size - config.image_token_id
         added = num_added_rows * config.text_config.hidden_size * num_tables

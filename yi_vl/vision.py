@@ -96,31 +96,10 @@ class SelfAttention(nn.MultiheadAttention):
 
 
 class PatchFeatures(VisionTransformer):
-    """open_clip's tower, called as a module is, so that what moves weights around a call (offloading) sees the call."""
-
-    def forward(self, x: Tensor, feature_layer: int) -> Tensor:  # type: ignore[override]
-        """(N, 3, H, W) -> what block `feature_layer` leaves, without the class token, (N, P, Dv)"""
-        found = self.forward_intermediates(
-            x, indices=[feature_layer], stop_early=True, intermediates_only=True, output_fmt="NLC"
-        )
-        features: Tensor = found["image_intermediates"][0]
-        return features
-
-
-class OpenClipTower(PreTrainedModel):
-    """An open_clip `VisionTransformer`; its output is the penultimate block's, without the class token."""
-
-    config: OpenClipVisionConfig
-    config_class = OpenClipVisionConfig
-    base_model_prefix = "visual"
-    main_input_name = "pixel_values"
-    input_modalities = ["image"]
-    supports_gradient_checkpointing = True
-    _no_split_modules = ["ResidualAttentionBlock", "ConvStem"]
+    """open_clip's own tower, called as a module is, so that what moves weights around a call (offloading) sees it."""
 
     def __init__(self, config: OpenClipVisionConfig) -> None:
-        super().__init__(config)
-        self.visual = PatchFeatures(
+        super().__init__(
             image_size=config.image_size,
             patch_size=config.patch_size,
             width=config.hidden_size,
@@ -130,13 +109,89 @@ class OpenClipTower(PreTrainedModel):
             act_layer=QuickGELU if config.quick_gelu else nn.GELU,
             norm_layer=LayerNorm,
         )
-        self.visual.proj = None  # the contrastive head is not part of Yi-VL
-        for block in self.visual.transformer.resblocks:
+        self.proj = None  # the contrastive head is not part of Yi-VL
+        for block in self.transformer.resblocks:
             block.attn.__class__ = SelfAttention
         if config.stem_widths:
-            self.visual.conv1 = ConvStem(config.patch_size, config.stem_widths, config.hidden_size)
+            self.conv1 = ConvStem(config.patch_size, config.stem_widths, config.hidden_size)
         else:
-            self.visual.conv1 = PatchConv2d(3, config.hidden_size, config.patch_size, config.patch_size, bias=False)
+            self.conv1 = PatchConv2d(3, config.hidden_size, config.patch_size, config.patch_size, bias=False)
+
+    def forward(self, x: Tensor, feature_layer: int) -> Tensor:  # type: ignore[override]
+        """(N, 3, H, W) -> what block `feature_layer` leaves, without the class token, (N, P, Dv)"""
+        found = self.forward_intermediates(
+            x, indices=[feature_layer], stop_early=True, intermediates_only=True, output_fmt="NLC"
+        )
+        features: Tensor = found["image_intermediates"][0]
+        return features
+
+    def resize_(self, image_size: int, patch_size: int) -> None:
+        """Make the position grid one for images of another size."""
+        grid = image_size // patch_size
+        positions = resize_position_grid(self.positional_embedding.data, grid)
+        self.positional_embedding = nn.Parameter(positions, self.positional_embedding.requires_grad)
+        self.image_size, self.grid_size = (image_size, image_size), (grid, grid)
+
+    def never_run(self, feature_layer: int) -> list[nn.Module]:
+        """Modules behind the block whose output is taken."""
+        return [*self.transformer.resblocks[feature_layer + 1 :], self.ln_post]
+
+    @property
+    def grad_checkpointing(self) -> bool:
+        """Whether the blocks keep their inputs only."""
+        return bool(self.transformer.grad_checkpointing)
+
+
+class TimmPatchFeatures(nn.Module):
+    """A tower that open_clip takes from timm (EVA02), under the names that open_clip gives its weights."""
+
+    def __init__(self, config: OpenClipVisionConfig) -> None:
+        import timm
+
+        super().__init__()
+        self.trunk = timm.create_model(
+            config.timm_model, pretrained=False, img_size=config.image_size, num_classes=0, global_pool="token"
+        )
+
+    def forward(self, x: Tensor, feature_layer: int) -> Tensor:
+        """(N, 3, H, W) -> what block `feature_layer` leaves, without the class token, (N, P, Dv)"""
+        features: Tensor = self.trunk.forward_intermediates(
+            x, indices=[feature_layer], stop_early=True, intermediates_only=True, output_fmt="NLC"
+        )[0]
+        return features
+
+    def resize_(self, image_size: int, patch_size: int) -> None:
+        """Make the position grids, learned and rotary, ones for images of another size."""
+        self.trunk.set_input_size(img_size=(image_size, image_size))
+
+    def never_run(self, feature_layer: int) -> list[nn.Module]:
+        """Modules behind the block whose output is taken."""
+        return [*self.trunk.blocks[feature_layer + 1 :], self.trunk.norm, self.trunk.fc_norm]
+
+    @property
+    def grad_checkpointing(self) -> bool:
+        """Whether the blocks keep their inputs only."""
+        return bool(self.trunk.grad_checkpointing)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """As open_clip's towers have it."""
+        self.trunk.set_grad_checkpointing(enable)
+
+
+class OpenClipTower(PreTrainedModel):
+    """A vision transformer of open_clip's; its output is the penultimate block's, without the class token."""
+
+    config: OpenClipVisionConfig
+    config_class = OpenClipVisionConfig
+    base_model_prefix = "visual"
+    main_input_name = "pixel_values"
+    input_modalities = ["image"]
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["ResidualAttentionBlock", "EvaBlock", "ConvStem"]
+
+    def __init__(self, config: OpenClipVisionConfig) -> None:
+        super().__init__(config)
+        self.visual = TimmPatchFeatures(config) if config.timm_model else PatchFeatures(config)
         self.post_init()
 
     def forward(self, pixel_values: Tensor, **_: object) -> BaseModelOutput:
@@ -151,7 +206,7 @@ class OpenClipTower(PreTrainedModel):
                 f"The vision tower takes {size_px}x{size_px} images, these are {tuple(pixel_values.shape[-2:])}; "
                 "use the model's own processor, or resize the tower's position grid (`resize_grid_`)."
             )
-        pixel_values = pixel_values.to(self.visual.class_embedding.dtype)
+        pixel_values = pixel_values.to(next(self.visual.parameters()).dtype)
         return BaseModelOutput(last_hidden_state=self.visual(pixel_values, self.config.feature_layer))
 
     def resize_grid_(self, image_size: int) -> None:
@@ -160,17 +215,13 @@ class OpenClipTower(PreTrainedModel):
             raise ValueError(
                 f"image_size {image_size} is not a multiple of the tower's patch size {self.config.patch_size}."
             )
-        grid = image_size // self.config.patch_size
-        positions = resize_position_grid(self.visual.positional_embedding.data, grid)
-        self.visual.positional_embedding = nn.Parameter(positions, self.visual.positional_embedding.requires_grad)
-        self.visual.image_size = (image_size, image_size)
-        self.visual.grid_size = (grid, grid)
+        self.visual.resize_(image_size, self.config.patch_size)
         self.config.image_size = image_size
 
     @property
     def gradient_checkpointing(self) -> bool:
         """transformers sets this on every module of a model that has it; open_clip's blocks do the checkpointing."""
-        return self.visual.transformer.grad_checkpointing
+        return self.visual.grad_checkpointing
 
     @gradient_checkpointing.setter
     def gradient_checkpointing(self, enable: bool) -> None:
@@ -183,6 +234,8 @@ class OpenClipTower(PreTrainedModel):
             std = module.class_embedding.shape[0] ** -0.5
             init.normal_(module.class_embedding, std=std)
             init.normal_(module.positional_embedding, std=std)
+        elif hasattr(module, "init_non_persistent_buffers"):  # timm's rotary positions, which no file holds
+            module.init_non_persistent_buffers()
         elif isinstance(module, nn.Conv2d):
             init.kaiming_normal_(module.weight, nonlinearity="relu")
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from .names import EMBEDDING, HEAD, LLAVA_HF, OFFICIAL, OFFICIAL_VIT, TOWER, Lay
 from .source import Checkpoint, Kind, LazyTensor
 
 SHARD_BYTES = 4_000_000_000
+_SHARD_NUMBER = re.compile(r"-\d{5}-of-\d{5}")
 _VIT = "vit/clip-vit-H-14-laion2B-s32B-b79K-yi-vl"
 _LLAVA_IMAGE, _LLAVA_PAD = "<image>", "<pad>"
 
@@ -88,6 +90,7 @@ def convert(
             done += sum(output.num_bytes for output in file.outputs)
             if progress is not None:
                 progress(done, total)
+        _write_index(partial, files)
         write_rest(partial)
         os.replace(partial, target)
     finally:
@@ -112,13 +115,11 @@ def _plan_ours(source: Checkpoint, shard_bytes: int) -> _Plan:
         source.config.dtype = source.dtype
         source.config.save_pretrained(folder)
 
-    return _sharded(outputs, shard_bytes, "model", "safetensors"), _with_index(
-        outputs, shard_bytes, "model", "safetensors", write_rest
-    )
+    return _sharded(outputs, shard_bytes, "model", "safetensors"), write_rest
 
 
 def _plan_official(source: Checkpoint, shard_bytes: int) -> _Plan:
-    _refuse_stem(source, "official")
+    _expect_plain_tower(source, "official")
     num_rows, dtype = source.config.image_token_id, source.dtype
     outputs = [
         output
@@ -168,11 +169,11 @@ def _plan_official(source: Checkpoint, shard_bytes: int) -> _Plan:
         )
 
     files = [*_sharded(outputs, shard_bytes, "pytorch_model", "bin"), OutputFile(f"{_VIT}/pytorch_model.bin", vit)]
-    return files, _with_index(outputs, shard_bytes, "pytorch_model", "bin", write_rest)
+    return files, write_rest
 
 
 def _plan_llava_hf(source: Checkpoint, shard_bytes: int) -> _Plan:
-    _refuse_stem(source, "llava-hf")
+    _expect_plain_tower(source, "llava-hf")
     outputs = [
         output for name, tensor in source.tensors.items() for output in _renamed(name, tensor, LLAVA_HF, tensor.dtype)
     ]
@@ -217,9 +218,7 @@ def _plan_llava_hf(source: Checkpoint, shard_bytes: int) -> _Plan:
             },
         )
 
-    return _sharded(outputs, shard_bytes, "model", "safetensors"), _with_index(
-        outputs, shard_bytes, "model", "safetensors", write_rest
-    )
+    return _sharded(outputs, shard_bytes, "model", "safetensors"), write_rest
 
 
 _PLANS: dict[Kind, Callable[[Checkpoint, int], _Plan]] = {
@@ -270,29 +269,22 @@ def _sharded(outputs: list[Output], shard_bytes: int, stem: str, suffix: str) ->
     ]
 
 
-def _with_index(
-    outputs: list[Output], shard_bytes: int, stem: str, suffix: str, write_rest: Callable[[Path], None]
-) -> Callable[[Path], None]:
-    """The rest, and the index of several shards."""
-    files = _sharded(outputs, shard_bytes, stem, suffix)
-
-    def write(folder: Path) -> None:
-        if len(files) > 1:
-            weight_map = {output.name: file.path for file in files for output in file.outputs}
-            total = sum(output.num_bytes for output in outputs)
-            _write_json(
-                folder / f"{stem}.{suffix}.index.json",
-                {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))},
-            )
-        write_rest(folder)
-
-    return write
+def _write_index(folder: Path, files: list[OutputFile]) -> None:
+    """Beside several shards: which tensor is in which."""
+    shards = [file for file in files if _SHARD_NUMBER.search(file.path)]
+    if not shards:
+        return
+    weight_map = {output.name: file.path for file in shards for output in file.outputs}
+    total = sum(output.num_bytes for file in shards for output in file.outputs)
+    name = _SHARD_NUMBER.sub("", shards[0].path)
+    _write_json(folder / f"{name}.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def _refuse_stem(source: Checkpoint, layout: str) -> None:
-    if source.config.vision_config.stem_widths:
+def _expect_plain_tower(source: Checkpoint, layout: Kind) -> None:
+    if not source.config.vision_config.is_plain:
         raise ValueError(
-            f"{source.folder} has a tower with a convolutional stem; the layout {layout!r} has no place for it."
+            f"{source.folder} has a tower that is not open_clip's plain one (a convolutional stem, or one of timm's); "
+            f"the layout {layout!r} has no place for it."
         )
 
 
