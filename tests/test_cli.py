@@ -137,6 +137,13 @@ def test_a_damaged_model_is_one_line(run: Run, folder: str, tmp_path: Path) -> N
     assert "9 tensors missing" in err and "layers.2.mlp.up_proj.weight" in err
 
 
+def test_info_lists_tensors(run: Run) -> None:
+    code, out, _ = run("info", "34b", "--tensors")
+    lines = out.splitlines()
+    assert code == 0 and len(lines) == 942  # the official layout has 1070: it keeps queries, keys and values apart
+    assert any(line.split() == ["lm_head.weight", "64064", "x", "7168"] for line in lines)
+
+
 def test_a_release_is_converted_and_its_towers_are_compared(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -117,6 +117,7 @@ def chat(
 @app.command()
 def info(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="6b, 34b or nano, a model folder, or a hub id.")],
+    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor's name and shape instead.")] = False,
 ) -> None:
     """What a model is made of: configuration, parameters, memory. No weights are read."""
     _silence()
@@ -126,6 +127,12 @@ def info(
     from .loading import find, read_config
 
     config = preset(model) if model in _PRESETS else read_config(find(model))
+    if tensors:
+        from .sizes import tensor_shapes
+
+        for name, shape in tensor_shapes(config).items():
+            print(f"{name:<72}{' x '.join(map(str, shape))}")
+        return
     console = Console()
     for table in (_config_table(model, config), *_size_tables(config)):
         console.print(table)

@@ -30,10 +30,14 @@ class Sizes:
     memory_bytes: dict[str, int]  # of the weights, by dtype; what is not quantised is bf16, scales are not counted
 
 
+def tensor_shapes(config: YiVLConfig) -> dict[str, tuple[int, ...]]:
+    """The name and shape of every stored tensor, in our layout; the model is built without weights."""
+    return {name: tuple(tensor.shape) for name, tensor in _without_weights(config).state_dict().items()}
+
+
 def measure(config: YiVLConfig) -> Sizes:
     """Build the model without weights and count."""
-    with torch.device("meta"):
-        model = YiVLForConditionalGeneration(config)
+    model = _without_weights(config)
     tower, projector = model.model.vision_tower, model.model.multi_modal_projector
     language = nn.ModuleList([model.model.language_model, model.lm_head])
     components = {"vision tower": tower, "projector": projector, "language model": language}
@@ -58,6 +62,11 @@ def measure(config: YiVLConfig) -> Sizes:
         "int4, language model's layers": 2 * (total - num_quantised) + num_quantised // 2,
     }
     return Sizes(counts, num_tensors, official_counts, num_official_tensors, memory_bytes)
+
+
+def _without_weights(config: YiVLConfig) -> YiVLForConditionalGeneration:
+    with torch.device("meta"):
+        return YiVLForConditionalGeneration(config)
 
 
 def _num_parameters(module: nn.Module) -> int:

@@ -1,0 +1,31 @@
+"""From a response to an answer, as MMMU-Pro's official scorer decides. Pure; called by mmmu_pro.py.
+
+Source: the behaviour of mmmu-pro/evaluate.py in MMMU-Benchmark/MMMU at bb0b95a, whose draws have no seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from .mmmu_rules import Draw, latest, padded, quoted
+
+_MARK = "Answer:"
+
+
+def parse_choice(response: str, options: Mapping[str, str], draw: Draw) -> str:
+    """The letter that a response means. `options`: letter -> text, in order."""
+    if _MARK in response:
+        behind = response.rsplit(_MARK, 1)[1]
+        named = [letter for letter in options if letter in behind]
+        if len(named) == 1:
+            return named[0]
+    text = padded(response)
+    # The last two forms are looked for where a letter stands alone: where it does not, the first one wins.
+    for form, place in (("({})", "({})"), ("{} ", " {} "), ("{}.", " {} ")):
+        letters = [letter for letter in options if form.format(letter) in text]
+        if letters:
+            return latest(letters, [text.rfind(place.format(letter)) for letter in letters])
+    letters = quoted(text, options)
+    if not letters:
+        return draw(list(options))
+    return latest(letters, [text.lower().rfind(options[letter].lower()) for letter in letters])
