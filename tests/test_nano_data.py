@@ -94,7 +94,7 @@ def test_a_mosaic_shows_each_item_where_it_is() -> None:
     num_words = num_scenes = 0
     for seed in range(400):
         rng = np.random.default_rng(seed)
-        truth = imagine(rng)
+        truth = imagine(rng, dict.fromkeys((*KINDS, "same"), 1 / 6))
         mosaics = tell(rng, truth, 8)
         if mosaics is None:
             continue
@@ -114,7 +114,7 @@ def test_a_mosaic_shows_each_item_where_it_is() -> None:
 def test_choices_hold_the_right_answer_once() -> None:
     for seed in range(60):
         rng = np.random.default_rng(seed)
-        truth = imagine(rng)
+        truth = imagine(rng, dict.fromkeys((*KINDS, "same"), 1 / 6))
         asked, options = dialogue.multiple_choice(rng, truth, LANGS[seed % 2])
         assert options["ABCD".index(asked.answer)] == asked.core
         assert len(set(options)) == len(options) >= 2

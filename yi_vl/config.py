@@ -207,6 +207,7 @@ def preset(name: str) -> YiVLConfig:
                 max_position_embeddings=1024,
                 rms_norm_eps=1e-5,
                 rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+                initializer_range=0.05,
                 pad_token_id=0,
             ),
             image_token_id=2900,

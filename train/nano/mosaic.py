@@ -24,7 +24,7 @@ _FIRST_SIGN = 0xE000
 _LETTER_PAIRS = sorted({f"letter {a}{b}" for word in VOCABULARY for a, b in pairwise(word)})
 SIGNS: dict[str, str] = {label: chr(_FIRST_SIGN + i) for i, label in enumerate((*LABELS, *_LETTER_PAIRS))}
 
-_KIND_SHARES = {"thing": 0.2, "flag": 0.2, "digit": 0.05, "word": 0.2, "scene": 0.3, "same": 0.05}
+Shares = dict[str, float]  # of the kinds of truths
 _NARROW, _WIDE = "fijlrt", "mw"
 _COVERED = 0.4  # of a patch: then it shows the item
 _CENTRES_ONLY = 0.7  # share of scenes whose items have one sign each, where their centre is
@@ -32,9 +32,9 @@ _NOISY, _NOISE = 0.5, 0.25  # share of single items seen badly, and of their pat
 _LABELS_OF = {kind: [label for label in LABELS if label.startswith(kind)] for kind in ("thing", "flag", "digit")}
 
 
-def imagine(rng: np.random.Generator) -> Truth:
+def imagine(rng: np.random.Generator, shares: Shares) -> Truth:
     """What some picture might show, and where, without drawing it."""
-    kind = list(_KIND_SHARES)[rng.choice(len(_KIND_SHARES), p=list(_KIND_SHARES.values()))]
+    kind = list(shares)[rng.choice(len(shares), p=list(shares.values()))]
     if kind == "scene":
         num_items = int(rng.integers(1, 6))
         placed = zip(scene_items(rng, num_items), place_items(rng, num_items))

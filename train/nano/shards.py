@@ -25,13 +25,15 @@ from train.nano import dialogue
 from train.nano.art import load_art
 from train.nano.choices import choice_conversation, with_image
 from train.nano.compose import Composer
-from train.nano.mosaic import SIGNS, imagine, tell
+from train.nano.mosaic import SIGNS, Shares, imagine, tell
 from train.nano.names import FLAGS, LANGS, THINGS
-from train.nano.picture import KINDS, Kind, Picture, Truth
+from train.nano.picture import Kind, Picture, Truth
 
 SAMPLES_PER_SHARD = 1000
 _SHARES_224: dict[Kind, float] = {"thing": 0.36, "flag": 0.34, "digit": 0.1, "scene": 0.2}  # too coarse for letters
 _SHARES_448: dict[Kind, float] = {"thing": 0.2, "flag": 0.2, "digit": 0.05, "word": 0.35, "scene": 0.2}
+_SHARES_OF_CAPTIONS: Shares = {"thing": 0.22, "flag": 0.28, "digit": 0.05, "word": 0.15, "scene": 0.3}
+_SHARES_OF_DIALOGUES: Shares = {"thing": 0.09, "flag": 0.12, "digit": 0.03, "word": 0.2, "scene": 0.5, "same": 0.06}
 _JPEG_QUALITY = 90
 _NAME_REPEATS, _PROMPT_REPEATS = 1000, 2000
 
@@ -162,11 +164,12 @@ def _make_talk(composer: Composer, rng: np.random.Generator) -> dict[str, bytes]
     return _json(dialogue.talk(rng))
 
 
-def _imagined(rng: np.random.Generator, kinds: tuple[str, ...], grid: int) -> tuple[Truth, list[str]]:
-    """What a picture of one of these kinds might show, and its mosaics."""
+def _imagined(rng: np.random.Generator, shares: Shares, share_of_small: float) -> tuple[Truth, list[str]]:
+    """What some picture might show, and its mosaics: of 4 x 4 patches so often, else of 8 x 8."""
+    grid = 4 if rng.random() < share_of_small else 8
     while True:
-        truth = imagine(rng)
-        mosaics = tell(rng, truth, grid) if truth.kind in kinds else None
+        truth = imagine(rng, shares)
+        mosaics = tell(rng, truth, grid)
         if mosaics is not None:
             return truth, mosaics
 
@@ -174,25 +177,23 @@ def _imagined(rng: np.random.Generator, kinds: tuple[str, ...], grid: int) -> tu
 def _make_text(composer: Composer, rng: np.random.Generator) -> dict[str, bytes]:
     """Dialogues over mosaics, multiple choice among them, and a little talk; nothing is drawn."""
     draw = rng.random()
-    if draw < 0.04:
+    if draw < 0.03:
         return _json(dialogue.talk(rng))
-    grid = 8 if rng.random() < 0.85 else 4
-    if draw < 0.15:
-        truth, mosaics = _imagined(rng, KINDS, grid)
+    truth, mosaics = _imagined(rng, _SHARES_OF_DIALOGUES, 0.6)
+    if draw < 0.12 and truth.kind != "same":
         return _json(dialogue.in_mosaics(with_image(rng, choice_conversation(rng, truth)), mosaics))
-    truth, mosaics = _imagined(rng, (*KINDS, "same"), grid)
     return _json(dialogue.in_mosaics(dialogue.conversation(rng, truth), mosaics))
 
 
 def _make_text_caption(composer: Composer, rng: np.random.Generator) -> dict[str, bytes]:
     """A mosaic and its caption, for the plain form of the first stages; nothing is drawn."""
-    truth, mosaics = _imagined(rng, KINDS, 4 if rng.random() < 0.75 else 8)
+    truth, mosaics = _imagined(rng, _SHARES_OF_CAPTIONS, 0.75)
     caption = dialogue.caption(rng, truth, LANGS[rng.integers(2)])
     return _json([{"from": "human", "value": mosaics[0]}, {"from": "gpt", "value": caption}])
 
 
 SOURCES = (
-    Source("text", 120_000, _make_text),
+    Source("text", 160_000, _make_text),
     Source("text-captions", 100_000, _make_text_caption),
     Source("captions-224", 40_000, _caption_maker(224)),
     Source("captions-448", 24_000, _caption_maker(448)),
