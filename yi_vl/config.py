@@ -94,7 +94,7 @@ class OpenClipVisionConfig(PreTrainedConfig):
 
         model_name = tower["timm_model_name"]
         with torch.device("meta"):
-            trunk = timm.create_model(model_name, pretrained=False)
+            trunk: Any = timm.create_model(model_name, pretrained=False)
         mean = tuple(trunk.default_cfg.get("mean", ()))
         if not hasattr(trunk, "blocks") or not hasattr(trunk, "set_input_size") or mean != IMAGE_MEAN:
             raise ValueError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from itertools import pairwise
+from typing import Any
 
 import torch
 from open_clip.transformer import LayerNorm, QuickGELU, VisionTransformer
@@ -112,10 +113,12 @@ class PatchFeatures(VisionTransformer):
         self.proj = None  # the contrastive head is not part of Yi-VL
         for block in self.transformer.resblocks:
             block.attn.__class__ = SelfAttention
-        if config.stem_widths:
-            self.conv1 = ConvStem(config.patch_size, config.stem_widths, config.hidden_size)
-        else:
-            self.conv1 = PatchConv2d(3, config.hidden_size, config.patch_size, config.patch_size, bias=False)
+        width, patch_size = config.hidden_size, config.patch_size
+        self.conv1: nn.Module = (
+            ConvStem(patch_size, config.stem_widths, width)
+            if config.stem_widths
+            else PatchConv2d(3, width, patch_size, patch_size, bias=False)
+        )
 
     def forward(self, x: Tensor, feature_layer: int) -> Tensor:  # type: ignore[override]
         """(N, 3, H, W) -> what block `feature_layer` leaves, without the class token, (N, P, Dv)"""
@@ -128,8 +131,8 @@ class PatchFeatures(VisionTransformer):
     def resize_(self, image_size: int, patch_size: int) -> None:
         """Make the position grid one for images of another size."""
         grid = image_size // patch_size
-        positions = resize_position_grid(self.positional_embedding.data, grid)
-        self.positional_embedding = nn.Parameter(positions, self.positional_embedding.requires_grad)
+        old = self.get_parameter("positional_embedding")
+        self.positional_embedding = nn.Parameter(resize_position_grid(old.data, grid), old.requires_grad)
         self.image_size, self.grid_size = (image_size, image_size), (grid, grid)
 
     def never_run(self, feature_layer: int) -> list[nn.Module]:
@@ -149,7 +152,8 @@ class TimmPatchFeatures(nn.Module):
         import timm
 
         super().__init__()
-        self.trunk = timm.create_model(
+        assert config.timm_model is not None
+        self.trunk: Any = timm.create_model(
             config.timm_model, pretrained=False, img_size=config.image_size, num_classes=0, global_pool="token"
         )
 
@@ -235,7 +239,7 @@ class OpenClipTower(PreTrainedModel):
             init.normal_(module.class_embedding, std=std)
             init.normal_(module.positional_embedding, std=std)
         elif hasattr(module, "init_non_persistent_buffers"):  # timm's rotary positions, which no file holds
-            module.init_non_persistent_buffers()
+            module.init_non_persistent_buffers()  # type: ignore[operator]
         elif isinstance(module, nn.Conv2d):
             init.kaiming_normal_(module.weight, nonlinearity="relu")
 

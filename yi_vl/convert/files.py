@@ -71,7 +71,7 @@ class WeightFiles:
         flat = torch.empty(num_elements, dtype=entry.dtype)
         with entry.file.open("rb", buffering=0) as stream:
             stream.seek(entry.byte_offset + entry.first * entry.dtype.itemsize)
-            view = memoryview(flat.view(torch.uint8).numpy())
+            view = memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]  # an array is a buffer
             while len(view):
                 num_read = stream.readinto(view)
                 if not num_read:
