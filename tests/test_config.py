@@ -61,7 +61,7 @@ def test_other_towers_by_name() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "problem"), [("ViT-Z", "no model named 'ViT-Z'"), ("RN50", "not a plain"), ("EVA02-B-16", "timm")]
+    ("name", "problem"), [("ViT-Z", "no model named 'ViT-Z'"), ("RN50", "not a plain"), ("ViT-B-16-SigLIP", "timm")]
 )
 def test_towers_that_cannot_be_built_are_refused(name: str, problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
