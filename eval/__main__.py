@@ -1,4 +1,4 @@
-"""`python -m eval COMMAND`: what is measured about a model. Every number in the README comes from a command here."""
+"""`python -m eval COMMAND`: what is measured about a model."""
 
 from __future__ import annotations
 

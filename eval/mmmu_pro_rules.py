@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from .mmmu_rules import Draw, latest, padded, quoted
+from .mmmu_rules import Draw, padded, parse_letter
 
 _MARK = "Answer:"
 
@@ -19,13 +19,6 @@ def parse_choice(response: str, options: Mapping[str, str], draw: Draw) -> str:
         named = [letter for letter in options if letter in behind]
         if len(named) == 1:
             return named[0]
-    text = padded(response)
-    # The last two forms are looked for where a letter stands alone: where it does not, the first one wins.
-    for form, place in (("({})", "({})"), ("{} ", " {} "), ("{}.", " {} ")):
-        letters = [letter for letter in options if form.format(letter) in text]
-        if letters:
-            return latest(letters, [text.rfind(place.format(letter)) for letter in letters])
-    letters = quoted(text, options)
-    if not letters:
-        return draw(list(options))
-    return latest(letters, [text.lower().rfind(options[letter].lower()) for letter in letters])
+    # The last two forms are looked for where a letter stands alone.
+    forms = (("({})", "({})"), ("{} ", " {} "), ("{}.", " {} "))
+    return parse_letter(padded(response), options, forms, draw)

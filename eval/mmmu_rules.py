@@ -24,11 +24,19 @@ _PLAIN = re.compile(r"-?(?:\d+\.\d+|\.\d+|\d+\b)(?![eE][+-]?\d+)(?![,\d])")
 
 def parse_choice(response: str, options: Mapping[str, str], draw: Draw) -> str:
     """The letter that a response means. `options`: letter -> text, in order."""
-    text = padded(response)
-    for found, shown in ((_bracketed, "({})"), (_standing_alone, " {} ")):
-        letters = [letter for letter in options if found(text, letter)]
+    return parse_letter(padded(response), options, (("({})", "({})"), (" {} ", " {} ")), draw)
+
+
+def parse_letter(text: str, options: Mapping[str, str], forms: Sequence[tuple[str, str]], draw: Draw) -> str:
+    """The letter named last in the first of the forms in which any is named, else that of the option quoted last.
+
+    Args:
+        forms: how a letter is named, and how its last place is looked for; where it is not found, the first one wins.
+    """
+    for form, place in forms:
+        letters = [letter for letter in options if form.format(letter) in text]
         if letters:
-            return latest(letters, [text.rfind(shown.format(letter)) for letter in letters])
+            return latest(letters, [text.rfind(place.format(letter)) for letter in letters])
     letters = quoted(text, options)
     if not letters:
         return draw(list(options))
@@ -52,14 +60,6 @@ def quoted(text: str, options: Mapping[str, str]) -> list[str]:
 def latest(letters: Sequence[str], places: Sequence[int]) -> str:
     """The letter that starts last; of those that start together, the first."""
     return letters[max(range(len(letters)), key=lambda index: (places[index], -index))]
-
-
-def _bracketed(text: str, letter: str) -> bool:
-    return f"({letter})" in text
-
-
-def _standing_alone(text: str, letter: str) -> bool:
-    return f" {letter} " in text
 
 
 def parse_open(response: str) -> list[Value]:

@@ -159,6 +159,8 @@ def test_both_towers_of_a_release(copy: Path) -> None:
     convert(open_checkpoint(copy), copy / "ours", "yi-vl")
     with pytest.raises(ValueError, match="one copy of the tower, nothing to choose"):
         yi_vl.load(copy / "ours", device="cpu", tower_from="shards")
+    with pytest.raises(ValueError, match="tower_from is 'both'"):
+        yi_vl.load(copy, device="cpu", tower_from="both")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="one copy of the vision tower"):
         largest_difference(open_checkpoint(copy / "ours"))
 

@@ -59,6 +59,22 @@ def test_a_caption_is_supervised_after_its_image(processor: YiVLProcessor) -> No
     assert sample.images[0].shape == (28, 28, 3) and sample.images[0].dtype == torch.uint8
 
 
+def test_a_caption_may_be_a_conversations_answer(processor: YiVLProcessor) -> None:
+    captions = encoder(processor, "caption")
+    plain = captions.encode(raw(png=png("red"), txt=b"a red picture"), 0)
+    asked = captions.encode(raw(png=png("red"), json=chat_json("<image>\nDescribe it.", "a red picture")), 0)
+    assert asked.encoded == plain.encoded, "the question is left out"
+    beside = captions.encode(raw(png=png("red"), txt=b"a red picture", json=b'{"width": 5, "url": "x"}'), 0)
+    assert beside.encoded == plain.encoded, "img2dataset's metadata is no conversation"
+    told = captions.encode(raw(json=chat_json("abc", "a red picture")), 0).encoded
+    learned = [token for token, learns in zip(told.input_ids, told.loss_mask) if learns]
+    assert processor.tokenizer.decode(learned) == "a red picture\n"
+    assert processor.tokenizer.decode(told.input_ids) == "abca red picture\n"
+    for values in (("only a question",), ("a", "b", "c", "d"), ("a", "")):
+        with pytest.raises(ValueError, match="answer"):
+            captions.encode(raw(json=chat_json(*values)), 0)
+
+
 def test_images_keep_their_order(processor: YiVLProcessor) -> None:
     text = chat_json("<image><image>\nWhich?", "Red, then blue.")
     sample = encoder(processor).encode(raw(_1_png=png("blue"), _0_png=png("red"), json=text), 0)

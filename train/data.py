@@ -291,15 +291,25 @@ def _text(raw: RawSample, suffix: str) -> str:
 
 
 def _caption(raw: RawSample, num_pictures: int) -> list[Segment]:
-    """A caption in the plain form. From a conversation, as LLaVA's captions are: its question is left out, but for
-    samples without a picture, where it tells what the caption is of."""
-    if "json" not in raw:
+    """A caption in the plain form: KEY.txt (beside which KEY.json is metadata), else the one answer of KEY.json.
+
+    A conversation's question is left out, as LLaVA does, but for samples without a picture, where it tells what the
+    caption is of.
+    """
+    if "txt" in raw or "json" not in raw:
         return render_caption(_text(raw, "txt"), num_pictures)
-    turns = _conversations(_text(raw, "json"))
-    if [turn.get("from") for turn in turns] != ["human", "gpt"]:
+    messages = from_llava(_conversations(_text(raw, "json")))
+    if [message["role"] for message in messages] != ["user", "assistant"]:
         raise ValueError("its .json is not one question and one answer, which the caption form wants")
-    told = "" if num_pictures else turns[0]["value"]
-    return render_caption(turns[1]["value"], num_pictures, told)
+    question, answer = (_words(message["content"]) for message in messages)
+    if not answer:
+        raise ValueError("the answer in its .json is empty")
+    return render_caption(answer, num_pictures, "" if num_pictures else question)
+
+
+def _words(content: str | list[dict[str, str]]) -> str:
+    """The text of a message."""
+    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
 
 
 def _conversations(text: str) -> list[dict[str, str]]:

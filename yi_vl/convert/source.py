@@ -128,6 +128,8 @@ def open_checkpoint(folder: Path, tower_from: TowerFrom = "vit") -> Checkpoint:
     Raises:
         ValueError: the folder holds no Yi-VL, or an incomplete or inconsistent one; says what and where.
     """
+    if tower_from not in ("vit", "shards"):
+        raise ValueError(f"tower_from is {tower_from!r}; an official release has its tower in 'vit' and in 'shards'.")
     config = _read_json(folder / "config.json")
     kind = kind_of(config)
     if kind == "official":

@@ -1,0 +1,35 @@
+"""The full-size measurement, at a size that a test can afford: the same files, the same two processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import OFFICIAL, tiny_config
+
+from eval import full_size
+from yi_vl.config import YiVLConfig
+from yi_vl.convert import largest_difference, open_checkpoint
+
+
+def _small(_: str) -> YiVLConfig:
+    config = tiny_config(max_position_embeddings=1024)
+    config.image_token_id = config.text_config.vocab_size
+    return config
+
+
+def test_a_random_release_is_made_loaded_and_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(full_size, "preset", _small)
+    folder = tmp_path / "release"
+    full_size.make(folder, "6b", OFFICIAL / "checkpoint")
+    made = open_checkpoint(folder)
+    assert made.kind == "official" and made.dtype == torch.bfloat16
+    assert {t.dtype for name, t in made.tensors.items() if ".vision_tower." in name} == {torch.float32}
+    assert largest_difference(made)[0] == 0.0
+    found = full_size.measure(folder, OFFICIAL / "wide.png", 2)
+    assert {"weights", "loading", "peak memory, loading", "decoding", "answer"} <= found.keys()
+    assert any(name.startswith("prefill, ") for name in found)
+    (folder / "tokenizer.model").unlink()
+    with pytest.raises(ValueError, match="tokenizer cannot be loaded"):
+        full_size.measure(folder, OFFICIAL / "wide.png", 2)
