@@ -32,8 +32,9 @@ def data(processes: Annotated[int, typer.Option(help="pictures are composed in s
 @app.command()
 def train() -> None:
     """Tokenizer, language model, tower, then the three stages; what is finished is kept, what was begun is resumed."""
+    from train.nano.match import match
     from train.nano.shards import read_texts
-    from train.nano.start import begin, join, train_tokenizer
+    from train.nano.start import begin, train_tokenizer
     from train.nano.tower import TowerRecipe, pretrain_tower
     from yi_vl.config import preset
 
@@ -42,9 +43,10 @@ def train() -> None:
         begin(RUNS / "tokenizer", RUNS / "start")
     run_stage("signs")
     run_stage("language")
-    if not (RUNS / "parts" / "config.json").exists():
+    if not (RUNS / "tower" / "config.json").exists():
         pretrain_tower(RUNS / "tower", TowerRecipe(), DATA)
-        join(RUNS / "language" / "final", RUNS / "tower", RUNS / "parts")
+    if not (RUNS / "parts" / "config.json").exists():
+        match(RUNS / "language" / "final", RUNS / "tower", RUNS / "parts", DATA)
     for stage in STAGES:
         run_stage(stage)
 

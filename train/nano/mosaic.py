@@ -5,7 +5,7 @@ language model that reads mosaics knows what to do with a picture, and the first
 sign is. Signs are an invented alphabet in Unicode's private use area: one for each of `names.LABELS`, and one for every
 two letters that can share a patch.
 
-Called by shards.py; calls names.py, words.py and layout.py.
+Called by shards.py and match.py; calls names.py, words.py and layout.py.
 """
 
 from __future__ import annotations
@@ -53,22 +53,32 @@ def imagine(rng: np.random.Generator, shares: Shares) -> Truth:
 
 
 def tell(rng: np.random.Generator, truth: Truth, grid: int) -> list[str] | None:
-    """The mosaic of every image, (grid * grid) signs in reading order; None where a patch would need more than one."""
+    """The mosaic of every image, (grid * grid) signs in reading order; None where a patch would need more than one.
+
+    Single items are at times seen badly, a scene's items at times told by every patch they cover.
+    """
     if truth.kind == "same":
         return [_mosaic(_mistaken(rng, _covered(item, grid), item)) for item in truth.items]
-    if truth.kind == "word":
-        cells = _by_centre(truth.items, grid)
+    cells = ideal_cells(truth, grid)
+    if cells is None or truth.kind == "word":
         return None if cells is None else [_mosaic(cells)]
-    if truth.kind == "scene":
-        cells = _by_centre(truth.items, grid)
-        if cells is None or rng.random() < _CENTRES_ONLY:
-            return None if cells is None else [_mosaic(cells)]
+    if truth.kind != "scene":
+        return [_mosaic(_mistaken(rng, cells, truth.items[0]))]
+    if rng.random() >= _CENTRES_ONLY:
         for item in truth.items:
             covered = _covered(item, grid)
             cells = np.where(covered != BACKGROUND, covered, cells)
-        return [_mosaic(cells)]
-    item = truth.items[0]
-    return [_mosaic(_mistaken(rng, _covered(item, grid), item))]
+    return [_mosaic(cells)]
+
+
+def ideal_cells(truth: Truth, grid: int) -> np.ndarray | None:
+    """(grid, grid) keys of `SIGNS` for one image: a single item wherever it is, those of a word or scene by centre.
+
+    None where a patch would need more than one sign.
+    """
+    if truth.kind in ("word", "scene"):
+        return _by_centre(truth.items, grid)
+    return _covered(truth.items[0], grid)
 
 
 def _mosaic(cells: np.ndarray) -> str:

@@ -1,4 +1,4 @@
-"""What nano's first stage starts from: its own tokenizer, the pretrained tower, a language model yet to be trained.
+"""What nano's training starts from: its own tokenizer, and a whole model with fresh weights.
 
 Called by __main__.py; calls yi_vl. The tokenizer is SentencePiece with the special ids of Yi's.
 """
@@ -19,7 +19,6 @@ from yi_vl.config import preset
 from yi_vl.image import YiVLImageProcessor
 from yi_vl.model import YiVLForConditionalGeneration
 from yi_vl.processor import YiVLProcessor, prepare_tokenizer
-from yi_vl.vision import OpenClipTower
 
 CONTROL_SYMBOLS = ["<|Human|>", "<|Assistant|>", "<|System|>", "<|im_start|>", "<|im_end|>", "<|im_sep|>"]  # ids 3 to 8
 _BOUNDARY = re.compile(r"([\n的，。、：？！“”\ue000-\uf8ff])|(?<=[A-Z])(?=[A-Z])")
@@ -93,11 +92,3 @@ def begin(tokenizer_dir: Path, out_dir: Path, image_size: int = 224, seed: int =
     processor = YiVLProcessor(YiVLImageProcessor(image_size), tokenizer, config.vision_config.patch_size)
     model.save_pretrained(out_dir)
     processor.save_pretrained(out_dir)
-
-
-def join(language_dir: Path, tower_dir: Path, out_dir: Path) -> None:
-    """The model of `language_dir` with the tower of `tower_dir`; its projector is still fresh. Stage 1 starts here."""
-    model = YiVLForConditionalGeneration.from_pretrained(language_dir, dtype=torch.float32)
-    model.model.vision_tower.load_state_dict(OpenClipTower.from_pretrained(tower_dir).state_dict())
-    model.save_pretrained(out_dir)
-    YiVLProcessor.from_pretrained(language_dir).save_pretrained(out_dir)

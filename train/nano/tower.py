@@ -14,9 +14,11 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +27,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from train.nano.art import DATA_DIR, Art, load_art
@@ -36,6 +40,7 @@ from yi_vl.image import YiVLImageProcessor
 from yi_vl.vision import OpenClipTower, resize_position_grid
 
 logger = logging.getLogger(__name__)
+Batch = TypeVar("Batch")
 _POINTS = 32  # points along a side from which the K are drawn; a multiple of both grids (4 and 8)
 
 
@@ -108,13 +113,15 @@ class PointHead(nn.Module):
         return logits
 
 
-class PointStream(IterableDataset[PointBatch]):
-    """An endless, seeded stream of batches, composed on the fly."""
+class PictureStream(IterableDataset[Batch]):
+    """A seeded stream of batches, composed on the fly and put into tensors by `make_batch`."""
 
-    def __init__(self, art: Art, recipe: TowerRecipe) -> None:
-        self.art, self.recipe = art, recipe
+    def __init__(
+        self, art: Art, recipe: TowerRecipe, make_batch: Callable[[np.random.Generator, list[Picture]], Batch]
+    ) -> None:
+        self.art, self.recipe, self.make_batch = art, recipe, make_batch
 
-    def __iter__(self) -> Iterator[PointBatch]:
+    def __iter__(self) -> Iterator[Batch]:
         worker = get_worker_info()
         first, stride = (worker.id, worker.num_workers) if worker else (0, 1)
         torch.set_num_threads(1)
@@ -127,10 +134,10 @@ class PointStream(IterableDataset[PointBatch]):
                 size_px, count = 448, count // 2
             drawn = rng.choice(len(kinds), size=count, p=shares)
             pictures = [composer.compose(rng, kinds[kind], size_px) for kind in drawn]
-            yield make_batch(rng, pictures, self.recipe.num_points)
+            yield self.make_batch(rng, pictures)
 
 
-def make_batch(rng: np.random.Generator, pictures: list[Picture], num_points: int) -> PointBatch:
+def point_batch(rng: np.random.Generator, pictures: list[Picture], num_points: int) -> PointBatch:
     """Half of the points on items, the rest anywhere."""
     pixels, points, labels = [], [], []
     for picture in pictures:
@@ -153,18 +160,10 @@ def pretrain_tower(out_dir: Path, recipe: TowerRecipe, data_dir: Path = DATA_DIR
     config.image_size = 224
     head = PointHead(OpenClipTower(config)).train()
     head.to(memory_format=torch.channels_last)
-    optimiser = torch.optim.AdamW(
-        head.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, betas=(0.9, 0.98)
-    )
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimiser,
-        recipe.learning_rate,
-        recipe.num_steps,
-        pct_start=recipe.warmup_steps / recipe.num_steps,
-        cycle_momentum=False,
-    )
+    optimiser, schedule = make_optimiser(head.parameters(), recipe)
     processor = YiVLImageProcessor()
-    loader = DataLoader(PointStream(art, recipe), batch_size=None, num_workers=recipe.num_workers, prefetch_factor=4)
+    stream = PictureStream(art, recipe, partial(point_batch, num_points=recipe.num_points))
+    loader = DataLoader(stream, batch_size=None, num_workers=recipe.num_workers, prefetch_factor=4)
     out_dir.mkdir(parents=True, exist_ok=True)
     running, started = 0.0, time.time()
     with (out_dir / "log.jsonl").open("w") as log:
@@ -187,8 +186,17 @@ def pretrain_tower(out_dir: Path, recipe: TowerRecipe, data_dir: Path = DATA_DIR
                 }
                 log.write(json.dumps(row) + "\n")
                 log.flush()
-                head.tower.save_pretrained(out_dir)
+    head.tower.save_pretrained(out_dir)
     return head.tower
+
+
+def make_optimiser(parameters: Iterable[nn.Parameter], recipe: TowerRecipe) -> tuple[AdamW, OneCycleLR]:
+    """AdamW under one cosine cycle."""
+    optimiser = AdamW(parameters, recipe.learning_rate, weight_decay=recipe.weight_decay, betas=(0.9, 0.98))
+    share_of_warmup = recipe.warmup_steps / recipe.num_steps
+    return optimiser, OneCycleLR(
+        optimiser, recipe.learning_rate, recipe.num_steps, pct_start=share_of_warmup, cycle_momentum=False
+    )
 
 
 def _loss(head: PointHead, processor: YiVLImageProcessor, batch: PointBatch, label_smoothing: float) -> Tensor:
@@ -210,7 +218,7 @@ def score_heldout(head: PointHead, art: Art, kind: str, size_px: int) -> float:
     num_right = 0
     for start in range(0, len(pictures), 32):
         chunk = pictures[start : start + 32]
-        batch = make_batch(rng, chunk, 64)
+        batch = point_batch(rng, chunk, 64)
         with torch.autocast("cpu", torch.bfloat16):
             logits = head.at_size(processor.normalise(batch.pixels), batch.points)
         scores = logits.log_softmax(-1)[:, :32, ids].sum(1)  # the first half lie on the item

@@ -1,0 +1,164 @@
+"""Tower and projector learn to say what each patch shows in the signs that the language model reads.
+
+The language model knows pictures as mosaics of signs (mosaic.py). Here the projector's output for a patch is pulled
+towards the embedding of that patch's sign, so that the first stage starts from image features which mean something:
+from captions alone it would need hours on a CPU to find that out. The language model itself does not run.
+
+B pictures, P patches each, D language width, L signs. Called by __main__.py; calls tower.py, compose.py and mosaic.py.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.progress import track
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import DataLoader
+
+from train.nano.art import Art, load_art
+from train.nano.compose import Composer
+from train.nano.mosaic import SIGNS, ideal_cells
+from train.nano.names import BACKGROUND
+from train.nano.picture import KINDS, Kind, Picture
+from train.nano.tower import PictureStream, TowerRecipe, make_optimiser
+from yi_vl import YiVLForConditionalGeneration, YiVLProcessor
+from yi_vl.image import YiVLImageProcessor
+from yi_vl.projector import Projector
+from yi_vl.vision import OpenClipTower, resize_position_grid
+
+RECIPE = TowerRecipe(
+    num_steps=1600, learning_rate=8e-4, warmup_steps=100, large_every=2, late_large_every=2, label_smoothing=0.05
+)
+_SIGN_IDS = {name: index for index, name in enumerate(SIGNS)}
+_IGNORED = -100
+_SHARPNESS = 16.0  # logits per squared distance between two signs
+
+
+@dataclass(frozen=True)
+class SignBatch:
+    """`pixels` (B, H, W, 3) uint8; `signs` (B, P) indices into `SIGNS`, -100 for pictures that signs cannot tell."""
+
+    pixels: Tensor
+    signs: Tensor
+
+
+class Eyes(nn.Module):
+    """Tower and projector as they are in the model."""
+
+    def __init__(self, tower: OpenClipTower, projector: Projector) -> None:
+        super().__init__()
+        self.tower, self.projector = tower, projector
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, P, D)"""
+        features: Tensor = self.projector(self.tower.visual(pixel_values, self.tower.config.feature_layer))
+        return features.float()
+
+    def at_size(self, pixel_values: Tensor) -> Tensor:
+        """`forward` for pictures of any size: the position grid is resized, as it will be between the stages."""
+        grid = pixel_values.shape[-1] // self.tower.config.patch_size
+        positions = resize_position_grid(self.tower.visual.positional_embedding, grid)
+        features: Tensor = functional_call(self, {"tower.visual.positional_embedding": positions}, (pixel_values,))
+        return features
+
+
+def sign_batch(rng: np.random.Generator, pictures: list[Picture], patch_size_px: int) -> SignBatch:
+    """What a mosaic would say of each picture, without its errors."""
+    pixels = np.stack([np.asarray(picture.image) for picture in pictures])
+    grid = pixels.shape[1] // patch_size_px
+    signs = np.full((len(pictures), grid * grid), _IGNORED)
+    for row, picture in zip(signs, pictures, strict=True):
+        cells = ideal_cells(picture.truth, grid)
+        if cells is not None:
+            row[:] = [_SIGN_IDS[name] for name in cells.flat]
+    return SignBatch(torch.from_numpy(pixels), torch.from_numpy(signs))
+
+
+def match(language_dir: Path, tower_dir: Path, out_dir: Path, data_dir: Path, recipe: TowerRecipe = RECIPE) -> None:
+    """Join the language model and the tower with a projector that says signs; stage 1 starts from `out_dir`."""
+    torch.manual_seed(recipe.seed)
+    art = load_art(data_dir)
+    model = YiVLForConditionalGeneration.from_pretrained(language_dir, dtype=torch.float32)
+    processor = YiVLProcessor.from_pretrained(language_dir)
+    tower, projector = model.model.vision_tower, model.model.multi_modal_projector
+    tower.load_state_dict(OpenClipTower.from_pretrained(tower_dir).state_dict())
+    told = processor.tokenizer.convert_tokens_to_ids(list(SIGNS.values()))
+    embeddings = model.get_input_embeddings().weight.detach()[told].clone()  # (L, D)
+    with torch.no_grad():  # at the scale of what it is to say
+        projector.norm_2.weight.fill_(embeddings.std().item())
+    eyes = Eyes(tower, projector).train()
+    out_dir.mkdir(parents=True, exist_ok=True)
+    with (out_dir / "match.jsonl").open("w") as log:
+        for row in _train(eyes, embeddings, art, recipe):
+            log.write(json.dumps(row) + "\n")
+            log.flush()
+    model.eval().save_pretrained(out_dir)
+    processor.save_pretrained(out_dir)
+
+
+def _train(eyes: Eyes, embeddings: Tensor, art: Art, recipe: TowerRecipe) -> Iterator[dict[str, float]]:
+    patch_size_px = eyes.tower.config.patch_size
+    optimiser, schedule = make_optimiser(eyes.parameters(), recipe)
+    processor = YiVLImageProcessor()
+    stream = PictureStream(art, recipe, lambda rng, pictures: sign_batch(rng, pictures, patch_size_px))
+    loader = DataLoader(stream, batch_size=None, num_workers=recipe.num_workers, prefetch_factor=4)
+    running, started = 0.0, time.time()
+    for step, batch in enumerate(track(loader, "match", total=recipe.num_steps), start=1):
+        with sdpa_kernel(SDPBackend.MATH), torch.autocast("cpu", torch.bfloat16):
+            features = eyes.at_size(processor.normalise(batch.pixels))
+        loss = sign_loss(features, batch.signs, embeddings, recipe.label_smoothing)
+        with sdpa_kernel(SDPBackend.MATH):
+            loss.backward()
+        nn.utils.clip_grad_norm_(eyes.parameters(), 1.0)
+        optimiser.step()
+        schedule.step()
+        optimiser.zero_grad()
+        running += (loss.item() - running) / min(step, 100)
+        if step % 400 == 0 or step == recipe.num_steps:
+            shares = {kind: score_signs(eyes, embeddings, art, kind) for kind in KINDS}
+            yield {"step": step, "loss": round(running, 4), "seconds": round(time.time() - started), **shares}
+
+
+def sign_loss(features: Tensor, signs: Tensor, embeddings: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """How far (B, P, D) features are from the (L, D) embeddings of their signs (B, P), and which they are nearest to.
+
+    Patches that show something weigh as much together as all that show nothing.
+    """
+    told = signs != _IGNORED
+    features, signs = features[told], signs[told]  # (M, D), (M,)
+    distances = _distances(features, embeddings)  # (M, L)
+    background = signs == _SIGN_IDS[BACKGROUND]
+    weight = torch.where(background, 0.5 / background.sum(), 0.5 / (~background).sum())
+    nearest = F.cross_entropy(-_SHARPNESS * distances, signs, reduction="none", label_smoothing=label_smoothing)
+    distance = distances.gather(1, signs[:, None]).squeeze(1)
+    return (weight * (nearest + distance)).sum()
+
+
+def _distances(features: Tensor, embeddings: Tensor) -> Tensor:
+    """(M, D), (L, D) -> squared distances (M, L), in units of the mean one between two signs"""
+    unit = 2 * embeddings.var(dim=0).sum()
+    return torch.cdist(features, embeddings).square() / unit
+
+
+@torch.inference_mode()
+def score_signs(eyes: Eyes, embeddings: Tensor, art: Art, kind: Kind, num_pictures: int = 64) -> float:
+    """The share of patches of held-out 448 px pictures that show something and whose nearest sign is theirs."""
+    composer, rng = Composer(art), np.random.default_rng(0)
+    pictures = [composer.compose(rng, kind, 448, "test") for _ in range(num_pictures)]
+    batch = sign_batch(rng, pictures, eyes.tower.config.patch_size)
+    eyes.eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        features = eyes.at_size(YiVLImageProcessor().normalise(batch.pixels))
+    eyes.train()
+    shown = (batch.signs != _IGNORED) & (batch.signs != _SIGN_IDS[BACKGROUND])
+    nearest = _distances(features[shown], embeddings).argmin(-1)
+    return round((nearest == batch.signs[shown]).float().mean().item(), 4)
