@@ -1,19 +1,185 @@
-"""`python -m eval COMMAND`: what is measured about a model."""
+"""`python -m eval COMMAND`: benchmarks, scores, and what else is measured about a model."""
 
 from __future__ import annotations
 
+import logging
 import sys
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+if TYPE_CHECKING:
+    from .models import ModelChoice, Settings
+    from .question import Answered, Benchmark, Question
+
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
+Name = Literal["mmmu", "mmmu-pro", "cmmmu"]
+SplitName = Literal["dev", "val", "test"]
+Model = Annotated[
+    str,
+    typer.Option(
+        help='"nano", a folder or hub id of a Yi-VL or of any transformers image-text-to-text model, or the URL of an '
+        "OpenAI-compatible endpoint (its key is taken from OPENAI_API_KEY)."
+    ),
+]
+Data = Annotated[
+    str,
+    typer.Option(help="Hub id, or a folder of its parquet files (for CMMMU also of its JSON lines with their images)."),
+]
+Out = Annotated[Path, typer.Option(help="Folder for predictions, results, tables, chart and page.")]
+SplitOption = Annotated[SplitName, typer.Option(help="Which questions.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Questions answered at once.")]
+NewTokens = Annotated[int, typer.Option(min=1, help="Greatest length of an answer, in tokens.")]
+Temperature = Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")]
+TopP = Annotated[float, typer.Option(help="Draw only from the likeliest tokens that make up this probability.")]
+Seed = Annotated[int | None, typer.Option(help="Makes draws repeatable.")]
+FirstImage = Annotated[
+    bool,
+    typer.Option(
+        "--official-first-image", help="Show only the first image, before the prompt, as the official LLaVA run does."
+    ),
+]
+EndpointModel = Annotated[str | None, typer.Option(help="The model to ask for at an endpoint; by default its first.")]
+Device = Annotated[str | None, typer.Option(help='"cpu", "cuda:0", "auto"; by default the GPU of this process.')]
+Limit = Annotated[int | None, typer.Option(min=1, help="Only so many questions, to try something out.")]
 
-@app.callback()
-def commands() -> None:
-    """So that a single command still has a name."""
+
+def _add_command(name: Literal["mmmu", "cmmmu"], hub_id: str, title: str) -> None:
+    """A command for a benchmark whose only choice is its split."""
+
+    @app.command(name, help=f"Run a model over {title} and score it.")
+    def command(
+        model: Model = "nano",
+        data: Data = hub_id,
+        split: SplitOption = "val",
+        out: Out = Path("runs/eval") / name,
+        batch_size: BatchSize = 16,
+        max_new_tokens: NewTokens = 128,
+        temperature: Temperature = 0.0,
+        top_p: TopP = 1.0,
+        seed: Seed = None,
+        official_first_image: FirstImage = False,
+        endpoint_model: EndpointModel = None,
+        device: Device = None,
+        limit: Limit = None,
+    ) -> None:
+        from .models import ModelChoice, Settings
+
+        benchmark = _benchmark(name)
+        questions = benchmark.load(data, split)[:limit]
+        settings = Settings(max_new_tokens, temperature, top_p, seed)
+        choice = ModelChoice(model, endpoint_model, device)
+        _run(benchmark, questions, split, choice, out, settings, batch_size, official_first_image)
+
+
+_add_command("mmmu", "MMMU/MMMU", "MMMU")
+_add_command("cmmmu", "m-a-p/CMMMU", "CMMMU")
+
+
+@app.command("mmmu-pro")
+def mmmu_pro(
+    model: Model = "nano",
+    data: Data = "MMMU/MMMU_Pro",
+    variant: Annotated[
+        Literal["standard (10 options)", "standard (4 options)", "vision"], typer.Option(help="Which of its three.")
+    ] = "standard (10 options)",
+    prompt: Annotated[Literal["direct", "cot"], typer.Option(help="Answer at once, or after thinking.")] = "direct",
+    out: Out = Path("runs/eval/mmmu-pro"),
+    batch_size: BatchSize = 16,
+    max_new_tokens: NewTokens = 128,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: Seed = None,
+    official_first_image: FirstImage = False,
+    endpoint_model: EndpointModel = None,
+    device: Device = None,
+    limit: Limit = None,
+) -> None:
+    """Run a model over MMMU-Pro and score it."""
+    from . import mmmu_pro as benchmark
+    from .models import ModelChoice, Settings
+
+    questions = benchmark.load(data, "test", variant, prompt)[:limit]
+    settings = Settings(max_new_tokens, temperature, top_p, seed)
+    choice = ModelChoice(model, endpoint_model, device)
+    _run(benchmark, questions, "test", choice, out, settings, batch_size, official_first_image)
+
+
+@app.command("score")
+def score_(
+    benchmark: Annotated[Name, typer.Argument(help="Whose rules.")],
+    predictions: Annotated[
+        Path, typer.Option(help="A file or folder in a form of the official scripts, or a predictions.jsonl.")
+    ],
+    answers: Annotated[str, typer.Option(help="The official file of answers, or the data set: a folder or hub id.")],
+    split: SplitOption = "val",
+    out: Annotated[Path | None, typer.Option(help="Also write results.json, table, chart and verdicts here.")] = None,
+) -> None:
+    """Score anybody's predictions, by the official rules and by strict ones."""
+    from .report import markdown, summarise_all, write_results
+    from .scoring import score
+
+    rules = _benchmark(benchmark)
+    questions = {question.id: question for question in _answers(rules, answers, split)}
+    answered = rules.read_predictions(predictions, questions)
+    if not answered:
+        raise ValueError(f"{predictions} holds no predictions.")
+    _refuse_repeated(answered, predictions)
+    if len(answered) < len(questions):
+        typer.echo(
+            f"Only {len(answered)} of {len(questions)} questions are answered; the scores are of these.", err=True
+        )
+    scored = score(rules, answered)
+    config = {
+        "model": predictions.name.removesuffix(".jsonl").removesuffix(".json"),
+        "predictions": str(predictions),
+        "answers": answers,
+    }
+    if out is None:
+        typer.echo(markdown(rules, summarise_all(rules, scored, config, split)))
+    else:
+        write_results(rules, scored, out, config, split)
+        typer.echo((out / "results.md").read_text(encoding="utf-8"))
+
+
+@app.command()
+def compare(
+    results: Annotated[list[Path], typer.Argument(help="Two or more folders that hold a verdicts.jsonl.")],
+) -> None:
+    """Compare models pair by pair on the questions that both answered."""
+    from .report import comparison
+
+    if len(results) < 2:
+        raise ValueError("Give two folders or more to compare.")
+    typer.echo(comparison(results))
+
+
+@app.command()
+def submit(
+    benchmark: Annotated[Name, typer.Argument(help="Whose test server.")],
+    predictions: Annotated[Path, typer.Option(help="The predictions.jsonl of a run over the test split.")],
+    data: Annotated[str, typer.Option(help="The data set, to know that no question is missing: a folder or hub id.")],
+    out: Out = Path("."),
+    split: SplitOption = "test",
+) -> None:
+    """Write the file that the benchmark's test server takes; refused when a question is missing."""
+    rules = _benchmark(benchmark)
+    questions = {question.id: question for question in _answers(rules, data, split)}
+    answered = rules.read_predictions(predictions, questions)
+    _refuse_repeated(answered, predictions)
+    missing = sorted(set(questions) - {one.question.id for one in answered})
+    if missing:
+        raise ValueError(
+            f"{predictions} lacks {len(missing)} of {len(questions)} questions, so there is nothing to submit: "
+            f"{', '.join(missing[:5])} ..."
+        )
+    name, text = rules.submission(answered)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / name).write_text(text, encoding="utf-8")
+    typer.echo(f"{out / name}: {len(answered)} answers")
 
 
 @app.command("full-size")
@@ -36,9 +202,87 @@ def full_size(
         typer.echo(f"{name:<34}{value}")
 
 
-if __name__ == "__main__":
+def _run(
+    benchmark: Benchmark,
+    questions: list[Question],
+    split: SplitName,
+    choice: ModelChoice,
+    out: Path,
+    settings: Settings,
+    batch_size: int,
+    official_first_image: bool,
+) -> None:
+    from accelerate import PartialState
+
+    from .models import open_model
+    from .page import write_page
+    from .question import Answered
+    from .report import write_results
+    from .runner import run
+    from .scoring import score
+
+    def is_right(question: Question, said: str) -> bool:
+        return benchmark.judge_strictly(Answered(question, said)).is_right
+
+    records = run(
+        questions,
+        lambda: open_model(choice),
+        choice.title,
+        out,
+        settings,
+        batch_size,
+        official_first_image,
+        is_right if questions[0].gold else None,
+    )
+    if not PartialState().is_main_process:
+        return
+    answered = [Answered(question, record["response"]) for question, record in zip(questions, records, strict=True)]
+    errors = {record["id"]: record["error"] for record in records if "error" in record}
+    if errors:
+        first, reason = next(iter(errors.items()))
+        typer.echo(
+            f"{len(errors)} questions could not be asked and count as not answered, {first} first: {reason}", err=True
+        )
+    scored = score(benchmark, answered)
+    config = {"model": choice.title, "settings": asdict(settings), "official_first_image": official_first_image}
+    config |= {"batch_size": batch_size, "errors": errors}
+    write_results(benchmark, scored, out, config, split)
+    write_page(scored, f"{benchmark.NAME} {split}: {choice.title}", out)
+    if (out / "results.md").exists():
+        typer.echo((out / "results.md").read_text(encoding="utf-8"))
+    typer.echo(f"{out}: predictions.jsonl, verdicts.jsonl, results.json, results.md, results.png, page.html", err=True)
+
+
+def _benchmark(name: Name) -> Benchmark:
+    from . import cmmmu, mmmu, mmmu_pro
+
+    found: dict[str, Benchmark] = {module.NAME: module for module in (mmmu, mmmu_pro, cmmmu)}
+    return found[name]
+
+
+def _answers(benchmark: Benchmark, source: str, split: SplitName) -> list[Question]:
+    if Path(source).is_file():
+        return benchmark.read_answers(Path(source))
+    return benchmark.load(source, split)
+
+
+def _refuse_repeated(answered: list[Answered], source: Path) -> None:
+    seen: set[str] = set()
+    for one in answered:
+        if one.question.id in seen:
+            raise ValueError(f"{source} answers {one.question.id} more than once.")
+        seen.add(one.question.id)
+
+
+def main() -> None:
+    """Run a command; what a user can cause is said in one line."""
+    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
     try:
         app(prog_name="python -m eval")
     except ValueError as error:
         print("eval:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -200,7 +200,7 @@ def test_cached_steps_equal_uncached_ones(yi_vl: YiVL) -> None:
         seen.append(logits)
         return logits.argmax(-1)
 
-    steps = decode(yi_vl.model, prompts, choose)  # type: ignore[arg-type]
+    steps = decode(yi_vl.model, prompts, yi_vl.encode_images(prompts.pixel_values), choose)  # type: ignore[arg-type]
     chosen = torch.tensor([next(steps) for _ in range(8)]).T  # (B, steps)
     steps.close()
     with torch.inference_mode():
@@ -214,7 +214,9 @@ def test_cached_steps_equal_uncached_ones(yi_vl: YiVL) -> None:
 
 def test_decoding_equals_transformers_generate(yi_vl: YiVL) -> None:
     prompts = two_rows(yi_vl)
-    steps = decode(yi_vl.model, prompts, Chooser(Sampling(), 2, NO_TOKENS_FORBIDDEN))
+    steps = decode(
+        yi_vl.model, prompts, yi_vl.encode_images(prompts.pixel_values), Chooser(Sampling(), 2, NO_TOKENS_FORBIDDEN)
+    )
     ours = torch.tensor([next(steps) for _ in range(8)]).T
     steps.close()
     theirs = yi_vl.model.generate(
@@ -228,26 +230,33 @@ def test_decoding_equals_transformers_generate(yi_vl: YiVL) -> None:
     assert torch.equal(ours, theirs[:, -8:])
 
 
-def test_a_step_computes_one_position_and_only_the_first_sees_pictures(
+def test_what_rows_share_is_computed_once_a_step_computes_one_position_and_only_the_first_sees_pictures(
     yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls: list[tuple[int, bool, int]] = []
+    calls: list[tuple[int, int, int]] = []
+    has_images: list[bool] = []
     positions: list[list[int]] = []
     forward = yi_vl.model.forward
 
     def watch(**inputs: torch.Tensor) -> object:
         outputs = forward(**inputs)
-        calls.append((inputs["input_ids"].shape[1], inputs["pixel_values"] is not None, outputs.logits.shape[1]))
-        positions.append(inputs["position_ids"][1].tolist())
+        calls.append((len(inputs["input_ids"]), inputs["input_ids"].shape[1], outputs.logits.shape[1]))
+        has_images.append(inputs.get("mm_encoder_outputs") is not None)
+        if len(inputs["input_ids"]) == 2:
+            positions.append(inputs["position_ids"][1].tolist())
         return outputs
 
     monkeypatch.setattr(yi_vl.model, "forward", watch)
     prompts = two_rows(yi_vl)
-    steps = decode(yi_vl.model, prompts, Chooser(Sampling(), 2, NO_TOKENS_FORBIDDEN))
+    steps = decode(
+        yi_vl.model, prompts, yi_vl.encode_images(prompts.pixel_values), Chooser(Sampling(), 2, NO_TOKENS_FORBIDDEN)
+    )
     for _ in range(3):
         next(steps)
     steps.close()
-    assert calls == [(prompts.input_ids.shape[1], True, 1), (1, False, 1), (1, False, 1)]
-    length, num_tokens = prompts.input_ids.shape[1], prompts.num_tokens[1]
-    assert positions[0] == [0] * (length - num_tokens) + list(range(num_tokens))  # padding shifts no row
+    shared, length, num_tokens = prompts.num_shared, prompts.input_ids.shape[1], prompts.num_tokens[1]
+    assert shared > 0
+    assert calls == [(1, shared, 1), (2, length - shared, 1), (2, 1, 1), (2, 1, 1)]
+    assert has_images == [False, True, False, False]
+    assert positions[0] == [0] * (length - num_tokens) + list(range(shared, num_tokens))  # padding shifts no row
     assert positions[1:] == [[num_tokens], [num_tokens + 1]]

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = (
     {"config"},
     {"vision", "projector", "image", "chat"},
-    {"model", "processor", "decode"},
+    {"model", "processor", "decode", "reuse"},
     {"convert"},
     {"loading", "sizes"},
     {"predict", "parts", "quantize"},

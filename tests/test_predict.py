@@ -14,6 +14,7 @@ from PIL import Image
 from tiny import IMAGE_TOKEN_ID, NUM_PATCHES, OFFICIAL, tiny_model, tiny_processor, tiny_yi_vl
 
 from yi_vl.predict import YiVL
+from yi_vl.reuse import LeastRecentlyUsed
 
 WIDE, TALL = OFFICIAL / "wide.png", OFFICIAL / "tall.png"
 REQUESTS = [
@@ -38,8 +39,12 @@ def script(yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch) -> Script:
     def install(rows: Sequence[Sequence[int]]) -> list[int]:
         calls: list[int] = []
 
-        def forward(input_ids: torch.Tensor, **_: Any) -> SimpleNamespace:
+        def forward(
+            input_ids: torch.Tensor, position_ids: torch.Tensor | None = None, **_: Any
+        ) -> SimpleNamespace:
             logits = torch.zeros(len(input_ids), 1, 960)
+            if position_ids is None:  # what all rows begin with
+                return SimpleNamespace(logits=logits)
             for index, row in enumerate(rows):
                 logits[index, 0, row[min(len(calls), len(row) - 1)]] = 1.0
             calls.append(len(input_ids))
@@ -80,6 +85,34 @@ def test_pictures_may_be_paths_bytes_images_or_arrays(yi_vl: YiVL) -> None:
     picture = Image.open(WIDE).convert("RGB")
     forms = [WIDE, str(WIDE), WIDE.read_bytes(), picture, np.asarray(picture), [picture]]
     assert len({yi_vl.predict(form, "What?", max_new_tokens=8) for form in forms}) == 1
+
+
+def test_a_picture_seen_lately_is_not_encoded_again(yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded: list[int] = []
+    encode = yi_vl.model.model.encode_images
+
+    def watch(pixel_values: torch.Tensor) -> torch.Tensor:
+        encoded.append(len(pixel_values))
+        return encode(pixel_values)
+
+    fresh = YiVL(yi_vl.model, yi_vl.processor)
+    monkeypatch.setattr(yi_vl.model.model, "encode_images", watch)
+    first = fresh.predict_batch([([WIDE, TALL, WIDE], "What?"), (WIDE, "Where?")], max_new_tokens=8)
+    assert encoded == [2]
+    assert fresh.predict([WIDE, TALL, WIDE], "What?", max_new_tokens=8) == first[0] and encoded == [2]
+
+
+def test_the_least_recently_used_goes_first_and_bytes_are_bounded() -> None:
+    store: LeastRecentlyUsed[str] = LeastRecentlyUsed(max_bytes=10)
+    store.put("a", "A", 4)
+    store.put("b", "B", 4)
+    assert store.get("a") == "A"
+    store.put("c", "C", 4)
+    assert (store.get("a"), store.get("b"), store.get("c"), store.num_bytes) == ("A", None, "C", 8)
+    store.put("large", "L", 11)
+    assert store.get("large") is None and store.num_bytes == 8
+    store.put("a", "A2", 6)
+    assert store.get("a") == "A2" and store.num_bytes == 10 and len(store) == 2
 
 
 def test_seeds_repeat_an_answer(yi_vl: YiVL) -> None:

@@ -1,6 +1,6 @@
 """Answers, token by token: the ONE decode loop, how a token is chosen, and how tokens become text safe to show.
 
-B rows (conversations answered at once), S prompt tokens, V vocabulary, N images.
+B rows (conversations answered at once), S prompt tokens, V vocabulary, N images of P patches, D language width.
 Called by predict.py; calls chat.py, the model's forward, and transformers' cache and samplers.
 """
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import DynamicCache, PreTrainedModel
 from transformers.generation import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .chat import STOP_STRING, hold_back
 
@@ -59,6 +60,7 @@ class Prompts:
     input_ids: Tensor  # (B, S) int64, padded on the left
     attention_mask: Tensor  # (B, S) int64
     pixel_values: Tensor | None  # (N, 3, H, W)
+    num_shared: int = 0  # tokens that every row begins with, none of them an image's: they are computed once
 
     @property
     def num_tokens(self) -> list[int]:
@@ -67,19 +69,28 @@ class Prompts:
 
 
 @torch.inference_mode()
-def decode(model: PreTrainedModel, prompts: Prompts, choose: Chooser) -> Generator[list[int], None, None]:
+def decode(
+    model: PreTrainedModel, prompts: Prompts, features: Tensor | None, choose: Chooser
+) -> Generator[list[int], None, None]:
     """Every row's next token, step after step and without end: whoever reads them closes the generator.
 
-    A step's work is done when its tokens are asked for, so none is done after the last.
+    `features`: of the prompts' images in reading order, (N, P, D). A step's work is done when its tokens are asked for, so none is done after the last.
     """
-    input_ids, pixel_values, mask = prompts.input_ids, prompts.pixel_values, prompts.attention_mask
-    position_ids = (mask.cumsum(1) - 1).clamp(min=0)  # (B, S): padding shifts no row
-    is_padded = not mask.all()  # without padding the causal mask is enough, and attention faster
     cache = DynamicCache(config=model.config.text_config)
+    input_ids, mask = prompts.input_ids, prompts.attention_mask
+    position_ids = (mask.cumsum(1) - 1).clamp(min=0)  # (B, S): padding shifts no row
+    if prompts.num_shared:
+        is_shared = (mask.cumsum(1) <= prompts.num_shared) & mask.bool()  # (B, S)
+        model(input_ids=input_ids[:1][is_shared[:1]].unsqueeze(0), past_key_values=cache, logits_to_keep=1)
+        cache.batch_repeat_interleave(len(input_ids))
+        input_ids, position_ids = (values[~is_shared].view(len(mask), -1) for values in (input_ids, position_ids))
+        mask = torch.cat([mask.new_ones(len(mask), prompts.num_shared), mask[~is_shared].view(len(mask), -1)], dim=1)
+    is_padded = not mask.all()  # without padding the causal mask is enough, and attention faster
+    images = None if features is None else {"image": BaseModelOutputWithPooling(pooler_output=tuple(features))}  # type: ignore[arg-type]
     while True:
         outputs = model(
             input_ids=input_ids,
-            pixel_values=pixel_values,
+            mm_encoder_outputs=images,
             attention_mask=mask if is_padded else None,
             position_ids=position_ids,
             past_key_values=cache,
@@ -87,7 +98,7 @@ def decode(model: PreTrainedModel, prompts: Prompts, choose: Chooser) -> Generat
         )
         tokens = choose(outputs.logits[:, -1])  # (B, V) -> (B,)
         yield tokens.tolist()
-        input_ids, pixel_values = tokens.unsqueeze(1).to(input_ids.device), None  # (B, 1)
+        input_ids, images = tokens.unsqueeze(1).to(input_ids.device), None  # (B, 1)
         mask = F.pad(mask, (0, 1), value=1)  # (B, S + steps)
         position_ids = position_ids[:, -1:] + 1  # (B, 1)
 

@@ -1,17 +1,19 @@
 """The Python API: `load()` gives a `YiVL`, which answers questions about pictures.
 
-B conversations answered at once, S prompt tokens, V vocabulary.
-Called by server.py, cli.py, the demo and the evaluation; calls processor.py, model.py and decode.py.
+B conversations answered at once, S prompt tokens, V vocabulary, N images of P patches, D language width.
+Called by server.py, cli.py, the demo and the evaluation; calls processor.py, model.py, decode.py and reuse.py.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from .convert import TowerFrom
@@ -20,10 +22,12 @@ from .image import ImageSource
 from .loading import check_fit, load_model
 from .model import YiVLForConditionalGeneration
 from .processor import YiVLProcessor
+from .reuse import LeastRecentlyUsed
 
 Images = ImageSource | Sequence[ImageSource] | None
 Message = dict[str, Any]
 
+_MAX_FEATURE_BYTES = 256 << 20  # of pictures seen lately: 31 of the 6B's, in bf16
 _END_TOKENS = ("<|endoftext|>", "<|im_end|>")  # either ends an answer: the 6B and the 34B name one of them each
 
 
@@ -52,6 +56,7 @@ class YiVL:
         tokens = torch.arange(model.config.text_config.vocab_size)
         self._forbidden = (tokens >= len(processor.tokenizer)) | (tokens == model.config.image_token_id)  # (V,)
         self._stop_ids = _stop_ids(model, processor.tokenizer)
+        self._seen: LeastRecentlyUsed[Tensor] = LeastRecentlyUsed(_MAX_FEATURE_BYTES)  # pixels' hash -> features (P, D)
 
     def predict(
         self,
@@ -91,15 +96,19 @@ class YiVL:
         **options: Any,
     ) -> list[str]:
         """The answers to many `(images, question)`, in their order, `batch_size` at once."""
+        conversations = [_conversation(images, question, system) for images, question in requests]
+        return self.answer_batch(conversations, batch_size=batch_size, **options)
+
+    def answer_batch(
+        self, conversations: Sequence[Sequence[Message]], *, batch_size: int = 8, **options: Any
+    ) -> list[str]:
+        """The answers to many whole conversations, in their order, `batch_size` at once; see `answer`."""
         sampling = Sampling(**options)
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it must be at least 1.")
         texts: list[str] = []
-        for start in range(0, len(requests), batch_size):
-            batch = [
-                _conversation(images, question, system) for images, question in requests[start : start + batch_size]
-            ]
-            prompts = self.prepare(batch)
+        for start in range(0, len(conversations), batch_size):
+            prompts = self.prepare(conversations[start : start + batch_size])
             steps = list(self.generate(prompts, self.begin_answers(prompts, sampling), sampling))
             texts += ["".join(pieces) for pieces in zip(*steps, strict=True)]
         return texts
@@ -138,7 +147,8 @@ class YiVL:
         pictures = [picture for messages in conversations for picture in _pictures(messages)]
         pixels = self.processor.image_processor(pictures)["pixel_values"] if pictures else None
         device = self.model.device
-        return Prompts(input_ids.to(device), mask.to(device), None if pixels is None else pixels.to(device))
+        num_shared = _num_shared([prompt.input_ids for prompt in encoded], self.model.config.image_token_id)
+        return Prompts(input_ids.to(device), mask.to(device), pixels, num_shared)
 
     def begin_answers(self, prompts: Prompts, sampling: Sampling) -> list[Answer]:
         """An empty answer for every row; afterwards they know why they ended and how many tokens they took."""
@@ -149,11 +159,26 @@ class YiVL:
     def generate(self, prompts: Prompts, answers: list[Answer], sampling: Sampling) -> Generator[list[str], None, None]:
         """Every row's new text (often none), step after step until the last answer has ended."""
         choose = Chooser(sampling, len(answers), self._forbidden.to(self.model.device))
-        with closing(decode(self.model, prompts, choose)) as steps:
+        with closing(decode(self.model, prompts, self.encode_images(prompts.pixel_values), choose)) as steps:
             for tokens in steps:
                 yield [answer.add(token) for answer, token in zip(answers, tokens, strict=True)]
                 if all(answer.finish_reason for answer in answers):
                     return
+
+    @torch.inference_mode()
+    def encode_images(self, pixel_values: Tensor | None) -> Tensor | None:
+        """(N, 3, H, W) -> image features (N, P, D); a picture that was seen lately is not encoded again."""
+        if pixel_values is None:
+            return None
+        keys = [hashlib.sha256(pixels.numpy().tobytes()).digest() for pixels in pixel_values]
+        features = {key: self._seen.get(key) for key in keys}
+        new = [key for key, found in features.items() if found is None]
+        if new:
+            pixels = pixel_values[[keys.index(key) for key in new]].to(self.model.device, self.model.dtype)
+            for key, encoded in zip(new, self.model.model.encode_images(pixels), strict=True):
+                features[key] = encoded
+                self._seen.put(key, encoded.clone(), encoded.nbytes)
+        return torch.stack([features[key] for key in keys])  # type: ignore[arg-type]
 
     def _check_length(self, num_tokens: int, num_images: int) -> None:
         limit = self.model.config.text_config.max_position_embeddings
@@ -195,6 +220,17 @@ class Conversation:
         except Exception:
             self.messages = before
             raise
+
+
+def _num_shared(rows: Sequence[Sequence[int]], image_token_id: int) -> int:
+    """How many tokens all rows begin with, before any image and before the end of any; 0 for a single row."""
+    if len(rows) < 2:
+        return 0
+    first, limit = rows[0], min(map(len, rows)) - 1
+    for index in range(limit):
+        if first[index] == image_token_id or any(row[index] != first[index] for row in rows):
+            return index
+    return limit
 
 
 def _stop_ids(model: YiVLForConditionalGeneration, tokenizer: Any) -> set[int]:

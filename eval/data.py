@@ -1,0 +1,201 @@
+"""Rows of a benchmark: from the hub, a folder of its parquet files, or JSON lines with images beside them.
+
+What does not have the benchmark's form is named and refused here, before any model is loaded.
+Called by the benchmarks' files; calls `datasets`.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from .question import Marker, Picture
+
+
+class Row:
+    """One row, which knows where it came from."""
+
+    def __init__(self, values: Mapping[str, Any], source: str, images: Mapping[str, Picture] | None = None) -> None:
+        self.values = values
+        self.source = source
+        self.images = images or {}  # column or file name -> picture
+
+    @property
+    def id(self) -> str:
+        return self.text("id")
+
+    def text(self, column: str) -> str:
+        """A column as text; numbers are written out, null is empty."""
+        value = self.values.get(column)
+        return "" if value is None else str(value)
+
+    def literal_list(self, column: str) -> list[str]:
+        """A column that holds the text of a Python list (a real list will do): parsed as a literal, never run."""
+        value = self.values.get(column)
+        if isinstance(value, str):
+            try:
+                value = ast.literal_eval(value or "[]")
+            except (ValueError, SyntaxError, MemoryError, RecursionError):
+                raise self.error(f"{column} is {value[:80]!r}, not the text of a list") from None
+        if value is None or not isinstance(value, (list, tuple)):
+            raise self.error(f"{column} holds a {type(value).__name__}, not a list")
+        return [str(item) for item in value]
+
+    def error(self, what: str) -> ValueError:
+        return ValueError(f"{self.source}, question {self.values.get('id')!r}: {what}.")
+
+
+def read_rows(
+    data: str, splits: Sequence[str], columns: Sequence[str], configs: Sequence[str] | None = None
+) -> list[Row]:
+    """All rows of a split, in the order of files and rows.
+
+    Args:
+        data: a folder with `[CONFIG/]SPLIT-*.parquet`, or a hub id.
+        splits: what the split may be called.
+        columns: those that every row must have.
+        configs: read only these, which must all be there; by default whatever there is.
+
+    Raises:
+        ValueError: no such data, a missing column, a repeated id.
+    """
+    folder = Path(data).expanduser()
+    tables = _local_tables(folder, splits, configs) if folder.is_dir() else _hub_tables(data, splits, configs)
+    rows = [row for source, table in tables for row in _rows_of(source, table, columns)]
+    return refuse_repeated(rows, data)
+
+
+def refuse_repeated(rows: list[Row], source: str) -> list[Row]:
+    """The rows, or an error that names ids which come more than once."""
+    repeated = [key for key, count in Counter(row.id for row in rows).items() if count > 1]
+    if repeated:
+        raise ValueError(f"{source}: {len(repeated)} ids come more than once: {', '.join(repeated[:5])} ...")
+    return rows
+
+
+def _local_tables(folder: Path, splits: Sequence[str], configs: Sequence[str] | None) -> Iterator[tuple[str, Any]]:
+    from datasets import Dataset
+
+    files = [
+        path
+        for path in sorted(folder.rglob("*.parquet"))
+        if any(path.name == f"{split}.parquet" or path.name.startswith(f"{split}-") for split in splits)
+        and (configs is None or path.parent.name in configs)
+    ]
+    wanted = " or ".join(f"{split}-*.parquet" for split in splits)
+    within = f" in folders named {', '.join(map(repr, configs))}" if configs else ""
+    if not files:
+        found = ", ".join(sorted({path.name for path in folder.rglob("*.parquet")})[:8]) or "no parquet files at all"
+        raise ValueError(f"{folder} has no {wanted}{within}; it has {found}.")
+    for path in files:
+        try:
+            yield str(path), Dataset.from_parquet(str(path), keep_in_memory=False)
+        except Exception as error:  # pyarrow and datasets raise many kinds
+            raise ValueError(f"{path} cannot be read as parquet: {error}") from error
+
+
+def _hub_tables(data: str, splits: Sequence[str], configs: Sequence[str] | None) -> Iterator[tuple[str, Any]]:
+    from datasets import get_dataset_config_names, load_dataset
+
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", data):
+        raise ValueError(f"{data}: there is no such folder, and a hub id has the form owner/name.")
+    try:
+        for config in configs or get_dataset_config_names(data):
+            yield f"{data} ({config})", load_dataset(data, config, split=splits[0])
+    except Exception as error:  # network, hub and parsing errors of many kinds
+        raise ValueError(f"{data} is no folder here, and it cannot be had from the hub: {error}") from error
+
+
+def _rows_of(source: str, table: Any, columns: Sequence[str]) -> Iterator[Row]:
+    from datasets import Image
+
+    missing = [column for column in columns if column not in table.column_names]
+    if missing:
+        raise ValueError(
+            f"{source} has no column {', '.join(missing)}; it has {', '.join(table.column_names)}. "
+            "Is it another benchmark, or another version of it?"
+        )
+    image_columns = [name for name in table.column_names if re.fullmatch(r"image(_\d+)?", name)]
+    for name in image_columns:
+        if isinstance(table.features[name], Image):
+            table = table.cast_column(name, Image(decode=False))
+    for index, values in enumerate(table.remove_columns(image_columns)):
+        images = {}
+        for name in image_columns:
+            if _is_there(table, index, name):
+                images[name] = Picture(f"{values['id']}.{name}", partial(_read_image, table, index, name))
+        yield Row(values, source, images)
+
+
+def _is_there(table: Any, index: int, column: str) -> bool:
+    value = table.data.column(column)[index]
+    return value.is_valid and any(value.get(key) is not None and value[key].is_valid for key in ("bytes", "path"))
+
+
+def _read_image(table: Any, index: int, column: str) -> bytes:
+    value = table[index][column]
+    if value.get("bytes"):
+        return bytes(value["bytes"])
+    path = Path(value["path"])
+    if not path.is_file():
+        raise ValueError(f"{table[index]['id']}: {column} holds no bytes, and there is no file {path}.")
+    return path.read_bytes()
+
+
+def pictures_of(row: Row, names: Sequence[str]) -> tuple[tuple[Picture, ...], dict[str, int]]:
+    """The pictures that a row has under some names, and where each name's is among them."""
+    there = [name for name in names if name in row.images]
+    return tuple(row.images[name] for name in there), {name: index for index, name in enumerate(there)}
+
+
+def split_at_markers(
+    row: Row, prompt: str, pattern: str, index_of: Mapping[str, int | None]
+) -> tuple[str | Marker, ...]:
+    """A prompt as text and markers; a marker whose picture is missing is refused."""
+    parts: list[str | Marker] = []
+    end = 0
+    for found in re.finditer(pattern, prompt):
+        index = index_of.get(found[0])
+        if index is None:
+            raise row.error(f"the text speaks of {found[0]}, but the row has no such image")
+        parts += [prompt[end : found.start()], Marker(found[0], index)]
+        end = found.end()
+    return tuple(part for part in (*parts, prompt[end:]) if part != "")
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file; `ValueError` when it is none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}.") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON file: {error}") from error
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON lines file; `ValueError` names the first line that is none."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}.") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is no text in UTF-8: {error}") from error
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number} is no JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, line {number} is a {type(row).__name__}, not an object.")
+        rows.append(row)
+    return rows

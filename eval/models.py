@@ -1,0 +1,226 @@
+"""Who answers: a Yi-VL in any layout, another transformers image-text-to-text model, or an OpenAI-compatible endpoint.
+
+Called by the commands; each gives the runner the same one thing, `answer`. Calls yi_vl, transformers, openai.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from PIL import Image
+
+Content = list[dict[str, Any]]  # the parts of one user message; an image part holds a `question.Picture`
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How answers are generated: greedy by default. Recorded with every prediction."""
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A response, or why there is none."""
+
+    text: str = ""
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """Which model is under test: "nano", a folder or hub id, or an endpoint's URL and its model."""
+
+    source: str
+    endpoint_model: str | None = None
+    device: str | None = None
+
+    @property
+    def title(self) -> str:
+        """What results call it; what stands behind "?" or before "@" in a URL is left out, it may be a secret."""
+        source = re.sub(r"\?.*$|(?<=//)[^/@]*@", "", self.source)
+        return f"{self.endpoint_model} at {source}" if self.endpoint_model else source
+
+
+class Answerer(Protocol):
+    """A model under test."""
+
+    def answer(self, requests: Sequence[Content], settings: Settings) -> list[Reply]:
+        """A reply to each request, in order; a request that cannot be answered gets an error, not an exception."""
+
+
+def open_model(choice: ModelChoice) -> Answerer:
+    """An endpoint for a URL; a Yi-VL where the files are one, else whatever transformers makes of them.
+
+    Raises:
+        ValueError: it cannot be loaded.
+    """
+    if choice.source.startswith(("http://", "https://")):
+        return Endpoint(choice.source, choice.endpoint_model)
+    if choice.endpoint_model is not None:
+        raise ValueError(f"--endpoint-model {choice.endpoint_model} is for a URL, but the model is {choice.source}.")
+    if choice.source != "nano" and _model_type(choice.source) not in ("yi_vl", None):
+        return TransformersModel(choice.source, choice.device)
+    return YiVLModel(choice.source, choice.device)
+
+
+class YiVLModel:
+    """A Yi-VL through its own engine; "nano" is the bundled one."""
+
+    def __init__(self, name: str, device: str | None = None) -> None:
+        import yi_vl
+
+        self._model = yi_vl.load(None if name == "nano" else name, device=device)
+
+    def answer(self, requests: Sequence[Content], settings: Settings) -> list[Reply]:
+        conversations = [[{"role": "user", "content": _read(content)}] for content in requests]
+        try:
+            return [Reply(text) for text in self._answer(conversations, settings)]
+        except ValueError:  # one of them cannot be answered: find out which
+            return [self._answer_one(conversation, settings) for conversation in conversations]
+
+    def _answer(self, conversations: Sequence[Any], settings: Settings) -> list[str]:
+        return self._model.answer_batch(conversations, batch_size=len(conversations), **vars(settings))
+
+    def _answer_one(self, conversation: Any, settings: Settings) -> Reply:
+        try:
+            return Reply(self._answer([conversation], settings)[0])
+        except ValueError as error:
+            return Reply(error=str(error))
+
+
+class TransformersModel:
+    """Any image-text-to-text model that transformers loads, by its own processor and chat template."""
+
+    def __init__(self, name: str, device: str | None = None) -> None:
+        import torch
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            self._processor = AutoProcessor.from_pretrained(name)
+            self._model = AutoModelForImageTextToText.from_pretrained(name, dtype="auto", device_map=device).eval()
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise ValueError(f"{name}: transformers cannot load it as an image-text-to-text model: {error}") from error
+        if getattr(self._processor, "chat_template", None) is None:
+            raise ValueError(f"{name} has no chat template, so it is not known how to ask it.")
+        self._processor.tokenizer.padding_side = "left"
+
+    def answer(self, requests: Sequence[Content], settings: Settings) -> list[Reply]:
+        conversations = [[{"role": "user", "content": _as_images(_read(content))}] for content in requests]
+        try:
+            return [Reply(text) for text in self._generate(conversations, settings)]
+        except ValueError:
+            return [self._answer_one(conversation, settings) for conversation in conversations]
+
+    def _answer_one(self, conversation: Any, settings: Settings) -> Reply:
+        try:
+            return Reply(self._generate([conversation], settings)[0])
+        except ValueError as error:
+            return Reply(error=str(error))
+
+    def _generate(self, conversations: Sequence[Any], settings: Settings) -> list[str]:
+        import torch
+        from transformers import set_seed
+
+        inputs = self._processor.apply_chat_template(
+            list(conversations),
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"padding": True},
+        ).to(self._model.device, self._model.dtype)
+        if settings.seed is not None:
+            set_seed(settings.seed)
+        sampled = {"do_sample": True, "temperature": settings.temperature, "top_p": settings.top_p}
+        with torch.inference_mode():
+            tokens = self._model.generate(
+                **inputs,
+                max_new_tokens=settings.max_new_tokens,
+                **(sampled if settings.temperature > 0 else {"do_sample": False}),
+            )
+        answers = tokens[:, inputs["input_ids"].shape[1] :]
+        return [text.strip() for text in self._processor.batch_decode(answers, skip_special_tokens=True)]
+
+
+class Endpoint:
+    """An OpenAI-compatible server; the key is taken from OPENAI_API_KEY and never written anywhere."""
+
+    def __init__(self, url: str, model: str | None = None) -> None:
+        from openai import OpenAI, OpenAIError
+
+        self._client = OpenAI(base_url=url, api_key=os.environ.get("OPENAI_API_KEY") or "none", max_retries=3)
+        try:
+            self._model = model or self._client.models.list().data[0].id
+        except (OpenAIError, IndexError) as error:
+            raise ValueError(f"{url} does not list its models ({error}); name one with --endpoint-model.") from error
+
+    def answer(self, requests: Sequence[Content], settings: Settings) -> list[Reply]:
+        with ThreadPoolExecutor(len(requests)) as pool:
+            return list(pool.map(lambda content: self._answer_one(content, settings), requests))
+
+    def _answer_one(self, content: Content, settings: Settings) -> Reply:
+        from openai import APIStatusError
+
+        extra: dict[str, Any] = {} if settings.seed is None else {"seed": settings.seed}
+        try:
+            completion = self._client.chat.completions.create(
+                model=self._model,
+                messages=[{"role": "user", "content": [_as_url(part) for part in _read(content)]}],  # type: ignore[list-item,misc]
+                max_tokens=settings.max_new_tokens,
+                temperature=settings.temperature,
+                top_p=settings.top_p,
+                **extra,
+            )
+        except APIStatusError as error:
+            if error.status_code in (400, 413, 422):  # this request is at fault; the next may be fine
+                return Reply(error=str(error))
+            raise ValueError(f"{self._model} answers {error.status_code}: {error}") from error
+        return Reply((completion.choices[0].message.content or "").strip())
+
+
+def _read(content: Content) -> Content:
+    """Pictures as bytes."""
+    return [{"type": "image", "image": part["image"].read()} if part["type"] == "image" else part for part in content]
+
+
+def _as_images(content: Content) -> Content:
+    return [
+        part | {"image": Image.open(io.BytesIO(part["image"])).convert("RGB")} if part["type"] == "image" else part
+        for part in content
+    ]
+
+
+def _as_url(part: dict[str, Any]) -> dict[str, Any]:
+    if part["type"] == "text":
+        return part
+    kind = (Image.open(io.BytesIO(part["image"])).format or "png").lower()
+    encoded = base64.b64encode(part["image"]).decode()
+    return {"type": "image_url", "image_url": {"url": f"data:image/{kind};base64,{encoded}"}}
+
+
+def _model_type(name: str) -> str | None:
+    """ "yi_vl" for a Yi-VL in any layout, another name for another kind of model, None where there is no telling."""
+    from yi_vl.loading import read_config
+
+    try:
+        return str(read_config(name).model_type)
+    except ValueError:
+        pass
+    from transformers import AutoConfig
+
+    try:
+        return str(AutoConfig.from_pretrained(name).model_type)
+    except (OSError, ValueError, KeyError):
+        return None

@@ -1,0 +1,160 @@
+"""Puts questions to a model, in batches and on several processes, and loses none: the one that knows no benchmark.
+
+Predictions are appended as they come, a line each. A run that was killed goes on with the questions that have none, in
+any number of processes; at the end they stand in one file in the benchmark's order. Called by the commands.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from .models import Answerer, Settings
+from .question import Question
+
+PREDICTIONS = "predictions.jsonl"
+_IDENTITY = ("model", "settings", "first_picture_only", "prompt")
+
+
+def run(
+    questions: Sequence[Question],
+    make_model: Callable[[], Answerer],
+    model_name: str,
+    out_dir: Path,
+    settings: Settings,
+    batch_size: int = 16,
+    first_picture_only: bool = False,
+    is_right: Callable[[Question, str], bool] | None = None,
+) -> list[dict[str, Any]]:
+    """Every question's record, in the order of `questions`, also written to `out_dir/predictions.jsonl`.
+
+    Args:
+        make_model: is called only where something is left to answer.
+        is_right: for the running accuracy beside the progress bar.
+
+    Raises:
+        ValueError: `out_dir` holds predictions that were made otherwise.
+    """
+    state = PartialState()
+    out_dir.mkdir(parents=True, exist_ok=True)
+    blank = {
+        question.id: _record(question, model_name, settings, first_picture_only, response="") for question in questions
+    }
+    found = _read_found(out_dir, blank)
+    todo = [question for question in questions if question.id not in found]
+    mine = sorted(todo, key=_length)[state.process_index :: state.num_processes]
+    state.wait_for_everyone()  # everyone has read before anyone writes
+    if mine:
+        path = out_dir / (PREDICTIONS if state.is_main_process else f"predictions-{state.process_index}.jsonl")
+        model = make_model()
+        with path.open("a", encoding="utf-8") as file, _progress(state.is_main_process) as progress:
+            task = progress.add_task("", total=len(mine), accuracy="")
+            num_right = num_done = 0
+            for start in range(0, len(mine), batch_size):
+                batch = mine[start : start + batch_size]
+                replies = model.answer([question.content(first_picture_only) for question in batch], settings)
+                for question, reply in zip(batch, replies, strict=True):
+                    record = blank[question.id] | {"response": reply.text}
+                    if reply.error:
+                        record["error"] = reply.error
+                    file.write(json.dumps(record, ensure_ascii=False) + "\n")
+                    num_right += bool(is_right and is_right(question, reply.text))
+                file.flush()
+                num_done += len(batch)
+                shown = f"{num_right / num_done:.1%} right" if is_right else ""
+                progress.update(task, advance=len(batch), accuracy=shown)
+    state.wait_for_everyone()
+    records = _read_found(out_dir, blank)
+    if state.is_main_process:
+        missing = [question.id for question in questions if question.id not in records]
+        if missing:
+            raise ValueError(f"{out_dir}: {len(missing)} questions have no prediction: {', '.join(missing[:5])} ...")
+        _write_in_order(out_dir, [records[question.id] for question in questions])
+    state.wait_for_everyone()
+    return [records[question.id] for question in questions]
+
+
+def _record(
+    question: Question, model_name: str, settings: Settings, first_picture_only: bool, response: str
+) -> dict[str, Any]:
+    return {
+        "id": question.id,
+        "subject": question.subject,
+        "kind": question.kind,
+        "model": model_name,
+        "settings": asdict(settings),
+        "first_picture_only": first_picture_only,
+        "prompt": question.prompt,
+        "images": [picture.name for picture in question.pictures],
+        "options": dict(question.options),
+        "gold": question.gold if isinstance(question.gold, str) else list(question.gold),
+        "response": response,
+    }
+
+
+def _length(question: Question) -> tuple[int, int]:
+    """What decides how many tokens a prompt takes."""
+    return len(question.pictures), len(question.prompt.encode())
+
+
+def _read_found(out_dir: Path, blank: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Records of this run that are there already, by id; a last line that was cut short is dropped."""
+    found: dict[str, dict[str, Any]] = {}
+    for path in sorted(out_dir.glob("predictions*.jsonl")):
+        for record in _whole_lines(path):
+            wanted = blank.get(record.get("id", ""))
+            if wanted is None:
+                raise ValueError(
+                    f"{path} answers {record.get('id')!r}, which is not asked now; give another --out or remove it."
+                )
+            for key in _IDENTITY:
+                if record.get(key) != wanted[key]:
+                    raise ValueError(
+                        f"{path} was made otherwise: {record['id']} has {key} {str(record.get(key))[:80]!r}, now it is "
+                        f"{str(wanted[key])[:80]!r}. Give another --out, or remove it."
+                    )
+            found[record["id"]] = record
+    return found
+
+
+def _whole_lines(path: Path) -> Iterable[dict[str, Any]]:
+    """The records of a file; what a killed run left behind its last line's end is cut off, so that appending is safe."""
+    content = path.read_bytes()
+    end = content.rfind(b"\n") + 1
+    if end < len(content):
+        os.truncate(path, end)
+    for number, line in enumerate(content[:end].splitlines(), start=1):
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise ValueError(
+                f"{path}, line {number} is no JSON: {error}. Remove the line, or give another --out."
+            ) from error
+        if not isinstance(record, dict):
+            raise ValueError(f"{path}, line {number} is no record. Remove the line, or give another --out.")
+        yield record
+
+
+def _write_in_order(out_dir: Path, records: Sequence[dict[str, Any]]) -> None:
+    partial = out_dir / "predictions.tmp"
+    partial.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
+    os.replace(partial, out_dir / PREDICTIONS)
+    for path in out_dir.glob("predictions-*.jsonl"):
+        path.unlink()
+
+
+def _progress(is_shown: bool) -> Progress:
+    return Progress(
+        MofNCompleteColumn(),
+        BarColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[accuracy]}"),
+        disable=not is_shown,
+    )

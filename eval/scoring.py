@@ -1,0 +1,146 @@
+"""From answers to scores: both protocols, per subject, discipline and overall, with intervals. Knows no benchmark.
+
+Called by the commands and reports; calls the benchmark's own rules through `question.Benchmark`.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from .question import Answered, Benchmark, Question, Verdict
+
+Rules = Literal["official", "strict"]
+RULES: tuple[Rules, Rules] = ("official", "strict")
+OFFICIAL_SEED = 42
+_NUM_RESAMPLES = 10_000
+
+
+@dataclass(frozen=True)
+class Scored:
+    """An answer with its verdict under either protocol."""
+
+    answered: Answered
+    official: Verdict
+    strict: Verdict
+
+
+class Draws:
+    """The official code's one stream of draws, and how many were had."""
+
+    def __init__(self, seed: int = OFFICIAL_SEED) -> None:
+        self._random = random.Random(seed)
+        self.count = 0
+
+    def __call__(self, choices: Sequence[str]) -> str:
+        self.count += 1
+        return self._random.choice(choices)
+
+
+def score(benchmark: Benchmark, answered: Iterable[Answered]) -> list[Scored]:
+    """Every answer judged by both protocols, in the official order: draws depend on it."""
+    draws, scored = Draws(), []
+    for one in benchmark.official_order(list(answered)):
+        before = draws.count
+        meaning = benchmark.judge(one, draws)
+        official = Verdict(meaning, benchmark.is_right(one, meaning), is_parsed=draws.count == before)
+        scored.append(Scored(one, official, benchmark.judge_strictly(one)))
+    return scored
+
+
+def summarise(benchmark: Benchmark, scored: Sequence[Scored], rules: Rules) -> dict[str, Any]:
+    """Accuracy overall, by discipline with their subjects, and by kind of question; micro averages everywhere."""
+    subjects = dict.fromkeys(one.answered.question.subject for one in scored)
+    known = {subject for group in benchmark.GROUPS.values() for subject in group}
+    groups = dict(benchmark.GROUPS) if known >= set(subjects) else {subject: (subject,) for subject in subjects}
+    whole = _tally(benchmark, scored, rules)
+    return whole | {
+        "interval_95": interval([_verdict(one, rules).is_right for one in scored]),
+        "unparsed": sum(not _verdict(one, rules).is_parsed for one in scored),
+        "disciplines": {
+            name: _tally(benchmark, members, rules)
+            | {
+                "subjects": {
+                    subject: _tally(benchmark, _of(members, lambda question, s=subject: question.subject == s), rules)
+                    for subject in group
+                    if subject in subjects
+                }
+            }
+            for name, group in groups.items()
+            if (members := _of(scored, lambda question, g=group: question.subject in g))
+        },
+        "kinds": {
+            kind: _tally(benchmark, _of(scored, lambda question, k=kind: question.kind == k), rules)
+            for kind in dict.fromkeys(one.answered.question.kind for one in scored)
+        },
+    }
+
+
+def chance(questions: Iterable[Question]) -> float:
+    """The expected accuracy of guessing: one option of a choice, one verdict of two, nothing for free text."""
+    guesses = [
+        1 / (len(question.options) or 4) if question.kind == "choice" else 0.5 if question.kind == "judgement" else 0.0
+        for question in questions
+    ]
+    return sum(guesses) / len(guesses)
+
+
+def interval(right: Sequence[bool], seed: int = 0) -> tuple[float, float]:
+    """The 95% percentile bootstrap interval of an accuracy.
+
+    To draw n verdicts with replacement and count the right ones is to draw from a binomial; nothing else is needed.
+    """
+    share = sum(right) / len(right)
+    means = np.random.default_rng(seed).binomial(len(right), share, _NUM_RESAMPLES) / len(right)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def compare(first: Mapping[str, bool], second: Mapping[str, bool], seed: int = 0) -> dict[str, Any]:
+    """A paired comparison of two models on the questions that both answered (id -> right).
+
+    Returns:
+        the difference first - second with its 95% bootstrap interval over questions, how often only one of the two is
+        right, and the exact McNemar p-value: how likely so uneven a split of these is if neither is better.
+    """
+    common = [key for key in first if key in second]
+    if not common:
+        raise ValueError("The two models have no question in common.")
+    only_first = sum(first[key] and not second[key] for key in common)
+    only_second = sum(second[key] and not first[key] for key in common)
+    num, num_uneven = len(common), only_first + only_second
+    shares = [only_first / num, only_second / num, 1 - num_uneven / num]
+    draws = np.random.default_rng(seed).multinomial(num, shares, _NUM_RESAMPLES)
+    low, high = np.percentile((draws[:, 0] - draws[:, 1]) / num, [2.5, 97.5])
+    tail = sum(math.comb(num_uneven, k) for k in range(min(only_first, only_second) + 1))
+    return {
+        "num": num,
+        "difference": (only_first - only_second) / num,
+        "interval_95": (float(low), float(high)),
+        "only_first_right": only_first,
+        "only_second_right": only_second,
+        "p_value": min(1.0, 2 * tail / 2**num_uneven),
+    }
+
+
+def _verdict(scored: Scored, rules: Rules) -> Verdict:
+    return scored.official if rules == "official" else scored.strict
+
+
+def _of(scored: Sequence[Scored], wanted: Callable[[Question], bool]) -> list[Scored]:
+    return [one for one in scored if wanted(one.answered.question)]
+
+
+def _tally(benchmark: Benchmark, scored: Sequence[Scored], rules: Rules) -> dict[str, Any]:
+    num_right = sum(_verdict(one, rules).is_right for one in scored)
+    return {
+        "num": len(scored),
+        "right": num_right,
+        "accuracy": num_right / len(scored),
+        "printed": benchmark.printed(num_right, len(scored)),
+    }
