@@ -80,8 +80,9 @@ def refuse_repeated(rows: list[Row], source: str) -> list[Row]:
 
 
 def _local_tables(folder: Path, splits: Sequence[str], configs: Sequence[str] | None) -> Iterator[tuple[str, Any]]:
-    from datasets import Dataset
+    from datasets import Dataset, disable_progress_bars
 
+    disable_progress_bars()
     files = [
         path
         for path in sorted(folder.rglob("*.parquet"))

@@ -50,7 +50,7 @@ _UNKNOWN = re.compile(
     r"|insufficient information",
     re.IGNORECASE,
 )
-_NUMBER = re.compile(r"(?<![\w.])[-−]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+|(?<=\d))(?:[eE][+-]?\d+)?(?![\w]*\d)")
+_NUMBER = re.compile(r"(?<![A-Za-z0-9_.])[-−]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+|(?<=\d))(?:[eE][+-]?\d+)?(?![A-Za-z_]*\d)")
 
 
 def choice(response: str, options: Mapping[str, str], several: bool = False) -> str | None:

@@ -39,9 +39,7 @@ def script(yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch) -> Script:
     def install(rows: Sequence[Sequence[int]]) -> list[int]:
         calls: list[int] = []
 
-        def forward(
-            input_ids: torch.Tensor, position_ids: torch.Tensor | None = None, **_: Any
-        ) -> SimpleNamespace:
+        def forward(input_ids: torch.Tensor, position_ids: torch.Tensor | None = None, **_: Any) -> SimpleNamespace:
             logits = torch.zeros(len(input_ids), 1, 960)
             if position_ids is None:  # what all rows begin with
                 return SimpleNamespace(logits=logits)
