@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from .speed import app as speed
+
 if TYPE_CHECKING:
     from .models import ModelChoice, Settings
     from .question import Answered, Benchmark, Question
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app.add_typer(speed, name="speed")
 
 Name = Literal["mmmu", "mmmu-pro", "cmmmu"]
 SplitName = Literal["dev", "val", "test"]

@@ -80,17 +80,17 @@ class YiVLModel:
     def __init__(self, name: str, device: str | None = None) -> None:
         import yi_vl
 
-        self._model = yi_vl.load(None if name == "nano" else name, device=device)
+        self.yi_vl = yi_vl.load(None if name == "nano" else name, device=device)
 
     def answer(self, requests: Sequence[Content], settings: Settings) -> list[Reply]:
-        conversations = [[{"role": "user", "content": _read(content)}] for content in requests]
+        conversations = [[{"role": "user", "content": read_pictures(content)}] for content in requests]
         try:
             return [Reply(text) for text in self._answer(conversations, settings)]
         except ValueError:  # one of them cannot be answered: find out which
             return [self._answer_one(conversation, settings) for conversation in conversations]
 
     def _answer(self, conversations: Sequence[Any], settings: Settings) -> list[str]:
-        return self._model.answer_batch(conversations, batch_size=len(conversations), **vars(settings))
+        return self.yi_vl.answer_batch(conversations, batch_size=len(conversations), **vars(settings))
 
     def _answer_one(self, conversation: Any, settings: Settings) -> Reply:
         try:
@@ -117,7 +117,7 @@ class TransformersModel:
         self._processor.tokenizer.padding_side = "left"
 
     def answer(self, requests: Sequence[Content], settings: Settings) -> list[Reply]:
-        conversations = [[{"role": "user", "content": _as_images(_read(content))}] for content in requests]
+        conversations = [[{"role": "user", "content": _as_images(read_pictures(content))}] for content in requests]
         try:
             return [Reply(text) for text in self._generate(conversations, settings)]
         except ValueError:
@@ -177,7 +177,7 @@ class Endpoint:
         try:
             completion = self._client.chat.completions.create(
                 model=self._model,
-                messages=[{"role": "user", "content": [_as_url(part) for part in _read(content)]}],  # type: ignore[list-item,misc]
+                messages=[{"role": "user", "content": [_as_url(part) for part in read_pictures(content)]}],  # type: ignore[list-item,misc]
                 max_tokens=settings.max_new_tokens,
                 temperature=settings.temperature,
                 top_p=settings.top_p,
@@ -190,7 +190,7 @@ class Endpoint:
         return Reply((completion.choices[0].message.content or "").strip())
 
 
-def _read(content: Content) -> Content:
+def read_pictures(content: Content) -> Content:
     """Pictures as bytes."""
     return [{"type": "image", "image": part["image"].read()} if part["type"] == "image" else part for part in content]
 

@@ -73,8 +73,8 @@ def comparison(folders: Sequence[Path]) -> str:
             found = compare(verdicts[first][rules], verdicts[second][rules])
             low, high = (f"{100 * value:+.1f}" for value in found["interval_95"])
             lines.append(
-                f"| {first} − {second} | {rules} | {found['num']} | {100 * found['difference']:+.1f} | {low} to {high} | "
-                f"{found['only_first_right']} | {found['only_second_right']} | {found['p_value']:.3g} |"
+                f"| {first} − {second} | {rules} | {found['num']} | {100 * found['difference']:+.1f} | {low} to {high} "
+                f"| {found['only_first_right']} | {found['only_second_right']} | {found['p_value']:.3g} |"
             )
     return "\n".join(lines)
 
@@ -136,10 +136,10 @@ def draw_chart(benchmark: Benchmark, results: Mapping[str, Any], path: Path) -> 
     official, strict = (results[rules] for rules in RULES)
     names = ["Overall", *official["disciplines"]]
     model = results["config"]["model"]
-    bars = [
-        (f"{model}, {_RULES_TEXT[rules]}", [100 * summary["accuracy"]] + [100 * d["accuracy"] for d in summary["disciplines"].values()])
-        for rules, summary in ((RULES[0], official), (RULES[1], strict))
-    ]  # fmt: skip
+    bars = []
+    for rules, summary in ((RULES[0], official), (RULES[1], strict)):
+        heights = [summary["accuracy"], *(tally["accuracy"] for tally in summary["disciplines"].values())]
+        bars.append((f"{model}, {_RULES_TEXT[rules]}", [100 * height for height in heights]))
     bars += [(title, [row.scores.get(name) for name in names]) for title, row in _charted(benchmark, results)]  # type: ignore[misc]
     figure, axes = plt.subplots(figsize=(max(7.0, 1.6 * len(names)), 4.2), layout="constrained")
     width = 0.84 / len(bars)

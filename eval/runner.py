@@ -125,7 +125,7 @@ def _read_found(out_dir: Path, blank: dict[str, dict[str, Any]]) -> dict[str, di
 
 
 def _whole_lines(path: Path) -> Iterable[dict[str, Any]]:
-    """The records of a file; what a killed run left behind its last line's end is cut off, so that appending is safe."""
+    """The records of a file; a last line that was cut short is cut off, so that appending is safe."""
     content = path.read_bytes()
     end = content.rfind(b"\n") + 1
     if end < len(content):

@@ -1,8 +1,8 @@
 """From a response to an answer without luck or accident: the second protocol, the same for every benchmark.
 
-Nothing is drawn; what means nothing is wrong, and counted. Full-width characters, marks around a letter and line ends do
-not matter; what is denied ("not B", "B is wrong", "不是B") is not said; the articles and pronouns A and I are no letters;
-texts count as whole words. Pure functions; called by the benchmarks' files; calls nothing.
+Nothing is drawn; what means nothing is wrong, and counted. Full-width characters, marks around a letter and line ends
+do not matter; what is denied ("not B", "B is wrong", "不是B") is not said; the article A and the pronoun I are no
+letters; texts count as whole words. Pure functions; called by the benchmarks' files; calls nothing.
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ _DENIED_BEFORE = re.compile(
 )
 _DENIED_BEHIND = re.compile(
     r"^\W*(?:选?项|option)?\W*(?:"
-    r"(?:is|are|was|were|would be|must be|seems?)\s+(?:\w+ly\s+)?(?:wrong|incorrect|false|not|excluded|ruled out|impossible)"
+    r"(?:is|are|was|were|would be|must be|seems?)\s+(?:\w+ly\s+)?"
+    r"(?:wrong|incorrect|false|not|excluded|ruled out|impossible)"
     r"|isn't|aren't|can't|cannot|doesn't|can be (?:excluded|ruled out)"
     r"|是?(?:错|不对|不正确|不符|不成立|被?排除))",
     re.IGNORECASE,
 )
 _STATED = (
     r"(?:\b(?:answer|choose|select|pick|conclusion)|答案|(?<!不)(?<!不应)(?<!不能)应?选择?|故选|因此)"
-    r"(?:\s*(?:is|are|would be|should be|must be|has to be|therefore|:|=|应?该?是|应?为|应?选|项|选项|option|choice|the|with)"
-    r"){0,4}\s*[\"'(\[]*([LETTERS](?:[)\]\s,、和与]*(?:and\s+)?[(\[]*[LETTERS])*)(?![A-Za-z'’])"
+    r"(?:\s*(?:is|are|would be|should be|must be|has to be|therefore|:|=|应?该?是|应?为|应?选|项|选项"
+    r"|option|choice|the|with)){0,4}\s*[\"'(\[]*([LETTERS](?:[)\]\s,、和与]*(?:and\s+)?[(\[]*[LETTERS])*)(?![A-Za-z'’])"
 )
 _SENTENCE_END = re.compile(r"[。\n!?;；]|\.(?:\s|$)")
 _UNDECIDED = re.compile(
@@ -46,11 +47,13 @@ _POSITIVE = r"正确|准确|对|是的|成立|符合|肯定|\b(?:true|correct|ri
 _VERDICT = re.compile(f"{_NEGATIVE}|{_POSITIVE}", re.IGNORECASE)
 _CONCLUSION = re.compile(r"所以|因此|综上|故|答案|结论|therefore|thus|answer|conclusion", re.IGNORECASE)
 _UNKNOWN = re.compile(
-    r"无法(?:确定|判断|给出|得出|回答|证实)|(?:没有|缺乏|不|未)(?:提供)?足够|不能确定|cannot (?:be )?determine|not enough information"
-    r"|insufficient information",
+    r"无法(?:确定|判断|给出|得出|回答|证实)|(?:没有|缺乏|不|未)(?:提供)?足够|不能确定"
+    r"|cannot (?:be )?determine|not enough information|insufficient information",
     re.IGNORECASE,
 )
-_NUMBER = re.compile(r"(?<![A-Za-z0-9_.])[-−]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+|(?<=\d))(?:[eE][+-]?\d+)?(?![A-Za-z_]*\d)")
+_NUMBER = re.compile(
+    r"(?<![A-Za-z0-9_.])[-−]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+|(?<=\d))(?:[eE][+-]?\d+)?(?![A-Za-z_]*\d)"
+)
 
 
 def choice(response: str, options: Mapping[str, str], several: bool = False) -> str | None:

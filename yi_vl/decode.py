@@ -74,7 +74,10 @@ def decode(
 ) -> Generator[list[int], None, None]:
     """Every row's next token, step after step and without end: whoever reads them closes the generator.
 
-    `features`: of the prompts' images in reading order, (N, P, D). A step's work is done when its tokens are asked for, so none is done after the last.
+    A step's work is done when its tokens are asked for, so none is done after the last.
+
+    Args:
+        features: of the prompts' images in reading order, (N, P, D).
     """
     cache = DynamicCache(config=model.config.text_config)
     input_ids, mask = prompts.input_ids, prompts.attention_mask

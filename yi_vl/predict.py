@@ -56,7 +56,7 @@ class YiVL:
         tokens = torch.arange(model.config.text_config.vocab_size)
         self._forbidden = (tokens >= len(processor.tokenizer)) | (tokens == model.config.image_token_id)  # (V,)
         self._stop_ids = _stop_ids(model, processor.tokenizer)
-        self._seen: LeastRecentlyUsed[Tensor] = LeastRecentlyUsed(_MAX_FEATURE_BYTES)  # pixels' hash -> features (P, D)
+        self.forget()
 
     def predict(
         self,
@@ -164,6 +164,10 @@ class YiVL:
                 yield [answer.add(token) for answer, token in zip(answers, tokens, strict=True)]
                 if all(answer.finish_reason for answer in answers):
                     return
+
+    def forget(self) -> None:
+        """Let go of everything that is kept for requests to come: features of pictures seen lately."""
+        self._seen: LeastRecentlyUsed[Tensor] = LeastRecentlyUsed(_MAX_FEATURE_BYTES)  # pixels' hash -> (P, D)
 
     @torch.inference_mode()
     def encode_images(self, pixel_values: Tensor | None) -> Tensor | None:
