@@ -34,6 +34,7 @@ _SHARES_224: dict[Kind, float] = {"thing": 0.36, "flag": 0.34, "digit": 0.1, "sc
 _SHARES_448: dict[Kind, float] = {"thing": 0.2, "flag": 0.2, "digit": 0.05, "word": 0.35, "scene": 0.2}
 _SHARES_OF_CAPTIONS: Shares = {"thing": 0.22, "flag": 0.28, "digit": 0.05, "word": 0.15, "scene": 0.3}
 _SHARES_OF_DIALOGUES: Shares = {"thing": 0.09, "flag": 0.12, "digit": 0.03, "word": 0.2, "scene": 0.5, "same": 0.06}
+_SHARES_OF_LONG_DIALOGUES: Shares = {"scene": 0.84, "word": 0.1, "same": 0.06}
 _JPEG_QUALITY = 90
 _NAME_REPEATS, _PROMPT_REPEATS = 1000, 2000
 
@@ -164,6 +165,12 @@ def _make_talk(composer: Composer, rng: np.random.Generator) -> dict[str, bytes]
     return _json(dialogue.talk(rng))
 
 
+def _make_long_text(composer: Composer, rng: np.random.Generator) -> dict[str, bytes]:
+    """Everything there is to ask about a mosaic of 8 x 8 patches, scenes mostly: counting and comparing take practice."""
+    truth, mosaics = _imagined(rng, _SHARES_OF_LONG_DIALOGUES, 0.0)
+    return _json(dialogue.in_mosaics(dialogue.conversation(rng, truth, max_turns=10), mosaics))
+
+
 def _imagined(rng: np.random.Generator, shares: Shares, share_of_small: float) -> tuple[Truth, list[str]]:
     """What some picture might show, and its mosaics: of 4 x 4 patches so often, else of 8 x 8."""
     grid = 4 if rng.random() < share_of_small else 8
@@ -195,6 +202,7 @@ def _make_text_caption(composer: Composer, rng: np.random.Generator) -> dict[str
 SOURCES = (
     Source("text", 160_000, _make_text),
     Source("text-captions", 100_000, _make_text_caption),
+    Source("text-scenes", 60_000, _make_long_text),
     Source("captions-224", 40_000, _caption_maker(224)),
     Source("captions-448", 24_000, _caption_maker(448)),
     Source("chat-448/scenes", 12_000, _chat_maker("scene")),
