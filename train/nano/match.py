@@ -36,7 +36,7 @@ from yi_vl.projector import Projector
 from yi_vl.vision import OpenClipTower, resize_position_grid
 
 RECIPE = TowerRecipe(
-    num_steps=1600, learning_rate=8e-4, warmup_steps=100, large_every=2, late_large_every=2, label_smoothing=0.05
+    num_steps=1200, learning_rate=8e-4, warmup_steps=100, large_every=2, late_large_every=2, label_smoothing=0.05
 )
 _SIGN_IDS = {name: index for index, name in enumerate(SIGNS)}
 _IGNORED = -100
