@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ from tiny import IMAGE_TOKEN_ID, OFFICIAL, tiny_yi_vl
 from yi_vl.chat import STOP_STRING
 from yi_vl.decode import Answer, Chooser, Prompts, Sampling, decode
 from yi_vl.predict import YiVL
+from yi_vl.reuse import num_common
 
 VOCABULARY = 960
 NO_TOKENS_FORBIDDEN = torch.zeros(VOCABULARY, dtype=torch.bool)
@@ -192,6 +193,12 @@ def test_prompts_are_padded_on_the_left(yi_vl: YiVL) -> None:
     assert prompts.pixel_values is not None and prompts.pixel_values.shape == (1, 3, 56, 56)
 
 
+def begin(yi_vl: YiVL, prompts: Prompts, choose: Chooser) -> Generator[list[int], None, None]:
+    yi_vl.forget()
+    cache, embeddings = yi_vl.begin(prompts)
+    return decode(yi_vl.model, prompts, embeddings, cache, choose)
+
+
 def test_cached_steps_equal_uncached_ones(yi_vl: YiVL) -> None:
     prompts = two_rows(yi_vl)
     seen: list[torch.Tensor] = []
@@ -200,7 +207,7 @@ def test_cached_steps_equal_uncached_ones(yi_vl: YiVL) -> None:
         seen.append(logits)
         return logits.argmax(-1)
 
-    steps = decode(yi_vl.model, prompts, yi_vl.encode_images(prompts.pixel_values), choose)  # type: ignore[arg-type]
+    steps = begin(yi_vl, prompts, choose)  # type: ignore[arg-type]
     chosen = torch.tensor([next(steps) for _ in range(8)]).T  # (B, steps)
     steps.close()
     with torch.inference_mode():
@@ -214,9 +221,7 @@ def test_cached_steps_equal_uncached_ones(yi_vl: YiVL) -> None:
 
 def test_decoding_equals_transformers_generate(yi_vl: YiVL) -> None:
     prompts = two_rows(yi_vl)
-    steps = decode(
-        yi_vl.model, prompts, yi_vl.encode_images(prompts.pixel_values), Chooser(Sampling(), 2, NO_TOKENS_FORBIDDEN)
-    )
+    steps = begin(yi_vl, prompts, Chooser(Sampling(), 2, NO_TOKENS_FORBIDDEN))
     ours = torch.tensor([next(steps) for _ in range(8)]).T
     steps.close()
     theirs = yi_vl.model.generate(
@@ -230,33 +235,29 @@ def test_decoding_equals_transformers_generate(yi_vl: YiVL) -> None:
     assert torch.equal(ours, theirs[:, -8:])
 
 
-def test_what_rows_share_is_computed_once_a_step_computes_one_position_and_only_the_first_sees_pictures(
+def test_what_rows_share_is_read_once_and_a_step_computes_one_position(
     yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[tuple[int, int, int]] = []
-    has_images: list[bool] = []
     positions: list[list[int]] = []
     forward = yi_vl.model.forward
 
     def watch(**inputs: torch.Tensor) -> object:
         outputs = forward(**inputs)
-        calls.append((len(inputs["input_ids"]), inputs["input_ids"].shape[1], outputs.logits.shape[1]))
-        has_images.append(inputs.get("mm_encoder_outputs") is not None)
-        if len(inputs["input_ids"]) == 2:
-            positions.append(inputs["position_ids"][1].tolist())
+        read = inputs["input_ids"] if "input_ids" in inputs else inputs["inputs_embeds"]
+        calls.append((*read.shape[:2], outputs.logits.shape[1]))
+        positions.append(inputs["position_ids"][-1].tolist())
         return outputs
 
     monkeypatch.setattr(yi_vl.model, "forward", watch)
     prompts = two_rows(yi_vl)
-    steps = decode(
-        yi_vl.model, prompts, yi_vl.encode_images(prompts.pixel_values), Chooser(Sampling(), 2, NO_TOKENS_FORBIDDEN)
-    )
+    steps = begin(yi_vl, prompts, Chooser(Sampling(), 2, NO_TOKENS_FORBIDDEN))
     for _ in range(3):
         next(steps)
     steps.close()
-    shared, length, num_tokens = prompts.num_shared, prompts.input_ids.shape[1], prompts.num_tokens[1]
-    assert shared > 0
+    shared, length, num_tokens = num_common(prompts.keys), prompts.input_ids.shape[1], prompts.num_tokens[1]
+    assert 100 < shared < num_tokens
     assert calls == [(1, shared, 1), (2, length - shared, 1), (2, 1, 1), (2, 1, 1)]
-    assert has_images == [False, True, False, False]
-    assert positions[0] == [0] * (length - num_tokens) + list(range(shared, num_tokens))  # padding shifts no row
-    assert positions[1:] == [[num_tokens], [num_tokens + 1]]
+    assert positions[0] == list(range(shared))
+    assert positions[1] == [0] * (length - num_tokens) + list(range(shared, num_tokens))  # padding shifts no row
+    assert positions[2:] == [[num_tokens], [num_tokens + 1]]

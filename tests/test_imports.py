@@ -16,7 +16,8 @@ ROOT = Path(__file__).parents[1]
 LAYERS = (
     {"config"},
     {"vision", "projector", "image", "chat"},
-    {"model", "processor", "decode", "reuse"},
+    {"model", "processor", "reuse"},
+    {"decode"},
     {"convert"},
     {"loading", "sizes"},
     {"predict", "parts", "quantize"},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +12,9 @@ import pytest
 import torch
 from PIL import Image
 from tiny import IMAGE_TOKEN_ID, NUM_PATCHES, OFFICIAL, tiny_model, tiny_processor, tiny_yi_vl
+from transformers import DynamicCache
 
+from yi_vl.decode import decode
 from yi_vl.predict import YiVL
 from yi_vl.reuse import LeastRecentlyUsed
 
@@ -32,27 +34,40 @@ def yi_vl() -> YiVL:
     return tiny_yi_vl()
 
 
+def grow(past_key_values: DynamicCache, **inputs: Any) -> int:
+    """What a forward pass does to the cache; returns the number of rows."""
+    read = inputs["input_ids"] if "input_ids" in inputs else inputs["inputs_embeds"]
+    nothing = torch.zeros(read.shape[0], 1, read.shape[1], 1)
+    for layer in range(2):
+        past_key_values.update(nothing, nothing, layer)
+    return len(read)
+
+
 @pytest.fixture
-def script(yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch) -> Script:
+def script(yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch) -> Iterator[Script]:
     """Makes the model say given tokens, row by row; returns the list that collects each step's number of rows."""
 
     def install(rows: Sequence[Sequence[int]]) -> list[int]:
         calls: list[int] = []
+        yi_vl.forget()
 
-        def forward(input_ids: torch.Tensor, position_ids: torch.Tensor | None = None, **_: Any) -> SimpleNamespace:
-            logits = torch.zeros(len(input_ids), 1, 960)
-            if position_ids is None:  # what all rows begin with
+        def forward(**inputs: Any) -> SimpleNamespace:
+            num_rows = grow(**inputs)
+            logits = torch.zeros(num_rows, 1, 960)
+            if num_rows < len(rows):  # what all rows begin with
                 return SimpleNamespace(logits=logits)
             for index, row in enumerate(rows):
                 logits[index, 0, row[min(len(calls), len(row) - 1)]] = 1.0
-            calls.append(len(input_ids))
+            calls.append(num_rows)
             assert len(calls) < 600, "nobody stops the work"
             return SimpleNamespace(logits=logits)
 
         monkeypatch.setattr(yi_vl.model, "forward", forward)
         return calls
 
-    return install
+    yi_vl.forget()
+    yield install
+    yi_vl.forget()
 
 
 def ids_of(yi_vl: YiVL, text: str) -> list[int]:
@@ -85,19 +100,105 @@ def test_pictures_may_be_paths_bytes_images_or_arrays(yi_vl: YiVL) -> None:
     assert len({yi_vl.predict(form, "What?", max_new_tokens=8) for form in forms}) == 1
 
 
+class Watched:
+    """How many tokens each call of the model reads, and how many pictures it encodes."""
+
+    def __init__(self, yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.read: list[int] = []
+        self.encoded: list[int] = []
+        forward, encode = yi_vl.model.forward, yi_vl.model.model.encode_images
+
+        def watch_forward(**inputs: Any) -> Any:
+            self.read.append((inputs["input_ids"] if "input_ids" in inputs else inputs["inputs_embeds"]).shape[1])
+            return forward(**inputs)
+
+        def watch_encode(pixel_values: torch.Tensor) -> torch.Tensor:
+            self.encoded.append(len(pixel_values))
+            return encode(pixel_values)
+
+        monkeypatch.setattr(yi_vl.model, "forward", watch_forward)
+        monkeypatch.setattr(yi_vl.model.model, "encode_images", watch_encode)
+
+
+def cold(yi_vl: YiVL) -> YiVL:
+    """The same model, with nothing remembered."""
+    return YiVL(yi_vl.model, yi_vl.processor)
+
+
 def test_a_picture_seen_lately_is_not_encoded_again(yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch) -> None:
-    encoded: list[int] = []
-    encode = yi_vl.model.model.encode_images
-
-    def watch(pixel_values: torch.Tensor) -> torch.Tensor:
-        encoded.append(len(pixel_values))
-        return encode(pixel_values)
-
-    fresh = YiVL(yi_vl.model, yi_vl.processor)
-    monkeypatch.setattr(yi_vl.model.model, "encode_images", watch)
+    fresh, watched = cold(yi_vl), Watched(yi_vl, monkeypatch)
     first = fresh.predict_batch([([WIDE, TALL, WIDE], "What?"), (WIDE, "Where?")], max_new_tokens=8)
-    assert encoded == [2]
-    assert fresh.predict([WIDE, TALL, WIDE], "What?", max_new_tokens=8) == first[0] and encoded == [2]
+    assert watched.encoded == [2]
+    assert fresh.predict([WIDE, TALL, WIDE], "What?", max_new_tokens=8) == first[0] and watched.encoded == [2]
+
+
+def test_a_chat_reads_only_what_is_new(yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch) -> None:
+    fresh, watched = cold(yi_vl), Watched(yi_vl, monkeypatch)
+    chat = fresh.chat()
+    chat.ask("What is in this picture?", [WIDE], max_new_tokens=6)
+    first_turn, watched.read[:] = watched.read[0], []
+    chat.ask("And now?", max_new_tokens=6)
+    assert watched.encoded == [1] and watched.read[0] < first_turn / 4
+    fresh.chat().ask("Another question", [WIDE], max_new_tokens=6)  # begins alike: prompt and picture are known
+    assert watched.encoded == [1] and max(watched.read) < first_turn / 4
+
+
+@pytest.mark.parametrize("change", ["go on", "regenerate", "edit", "stop early", "failed turn", "another picture"])
+def test_what_is_remembered_changes_no_answer(yi_vl: YiVL, change: str) -> None:
+    """Logits of the next turn equal those of a cold run, whatever happened to the conversation before."""
+    warm = cold(yi_vl)
+    chat = warm.chat()
+    chat.ask("What is in this picture?", [WIDE], max_new_tokens=6)
+    chat.ask("What else?", max_new_tokens=6)
+    if change == "regenerate":
+        chat.messages = chat.messages[:-2]
+    elif change == "edit":
+        chat.messages = [*chat.messages[:2], {"role": "user", "content": "Something else?"}, chat.messages[3]]
+    elif change == "stop early":
+        pieces = chat.stream("Go on", max_new_tokens=20)
+        next(pieces)
+        pieces.close()
+    elif change == "failed turn":
+        with pytest.raises(ValueError, match="no-such-file"):
+            chat.ask("And this?", ["no-such-file.png"])
+    elif change == "another picture":
+        chat.messages = [
+            {
+                "role": "user",
+                "content": [{"type": "image", "image": TALL}, {"type": "text", "text": "What is in this picture?"}],
+            },
+            *chat.messages[1:],
+        ]
+    conversation = [*chat.messages, {"role": "user", "content": "What else?"}]
+
+    def logits(model: YiVL) -> torch.Tensor:
+        seen: list[torch.Tensor] = []
+
+        def choose(found: torch.Tensor) -> torch.Tensor:
+            seen.append(found)
+            return found.argmax(-1)
+
+        prompts = model.prepare([conversation])
+        cache, embeddings = model.begin(prompts)
+        assert (cache.get_seq_length() > 0) == (model is warm)
+        steps = decode(model.model, prompts, embeddings, cache, choose)  # type: ignore[arg-type]
+        for _ in range(5):
+            next(steps)
+        return torch.cat(seen)
+
+    torch.testing.assert_close(logits(warm), logits(cold(yi_vl)), atol=1e-4, rtol=0)
+
+
+def test_what_is_remembered_is_bounded(yi_vl: YiVL) -> None:
+    fresh = cold(yi_vl)
+    fresh.predict(WIDE, "What?", max_new_tokens=4)
+    one = fresh._prefixes.num_bytes
+    fresh._prefixes.max_bytes = int(2.5 * one)
+    for question in ("What?", "Where?", "Why?", "How?", "Who?"):
+        fresh.chat(system=question * 9).ask(question, [TALL], max_new_tokens=4)
+        assert 0 < fresh._prefixes.num_bytes <= 2.5 * one
+    fresh.forget()
+    assert fresh._prefixes.num_bytes == 0
 
 
 def test_the_least_recently_used_goes_first_and_bytes_are_bounded() -> None:
@@ -155,16 +256,16 @@ def test_a_stream_that_is_never_read_does_no_work(yi_vl: YiVL, script: Script) -
 def test_the_image_token_and_rows_without_a_token_are_never_said(yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = 0
 
-    def forward(**_: Any) -> SimpleNamespace:
+    def forward(**inputs: Any) -> SimpleNamespace:
         nonlocal steps
-        steps += 1
+        steps += grow(**inputs)
         logits = torch.zeros(1, 1, 960)
         logits[..., IMAGE_TOKEN_ID:] = 9.0
         logits[..., 2] = 1.0
         return SimpleNamespace(logits=logits)
 
     monkeypatch.setattr(yi_vl.model, "forward", forward)
-    assert yi_vl.predict(None, "Hi") == "" and steps == 1  # the likeliest token that may be said ends the answer
+    assert cold(yi_vl).predict(None, "Hi") == "" and steps == 1  # the likeliest token that may be said ends the answer
 
 
 def test_too_long_prompts_are_refused_before_any_work(yi_vl: YiVL, script: Script) -> None:

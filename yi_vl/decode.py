@@ -1,7 +1,7 @@
 """Answers, token by token: the ONE decode loop, how a token is chosen, and how tokens become text safe to show.
 
-B rows (conversations answered at once), S prompt tokens, V vocabulary, N images of P patches, D language width.
-Called by predict.py; calls chat.py, the model's forward, and transformers' cache and samplers.
+B rows (conversations answered at once), S prompt tokens, V vocabulary, N images, D language width.
+Called by predict.py; calls chat.py, reuse.py, the model's forward, and transformers' cache and samplers.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import DynamicCache, PreTrainedModel
 from transformers.generation import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .chat import STOP_STRING, hold_back
+from .reuse import Keys
 
 _BROKEN = "\N{REPLACEMENT CHARACTER}"  # what tokenizers write for bytes that are not UTF-8, or not yet
 
@@ -59,41 +59,61 @@ class Prompts:
 
     input_ids: Tensor  # (B, S) int64, padded on the left
     attention_mask: Tensor  # (B, S) int64
-    pixel_values: Tensor | None  # (N, 3, H, W)
-    num_shared: int = 0  # tokens that every row begins with, none of them an image's: they are computed once
+    pixel_values: Tensor | None  # (N, 3, H, W), on the CPU
+    keys: list[Keys]  # of every row's tokens
 
     @property
     def num_tokens(self) -> list[int]:
         """Tokens of every row's prompt, images included."""
         return self.attention_mask.sum(1).tolist()
 
+    @property
+    def places(self) -> Tensor:
+        """(B, S) int64: 1 for a row's first token, 2 for its second ...; padding is 0"""
+        return self.attention_mask.cumsum(1)
+
+
+@torch.inference_mode()
+def read_beginning(model: PreTrainedModel, prompts: Prompts, embeddings: Tensor, cache: DynamicCache, end: int) -> None:
+    """Read what all rows begin with, up to place `end`, once; `cache` has one row and may know a part of it already.
+
+    `embeddings`: (B, S, D), images in their places.
+    """
+    num_known = cache.get_seq_length()
+    is_read = (prompts.places[0] > num_known) & (prompts.places[0] <= end)  # (S,)
+    if is_read.any():
+        positions = torch.arange(num_known, end, device=embeddings.device).unsqueeze(0)
+        model(
+            inputs_embeds=embeddings[:1, is_read],
+            position_ids=positions,
+            past_key_values=cache,
+            logits_to_keep=1,
+        )
+
 
 @torch.inference_mode()
 def decode(
-    model: PreTrainedModel, prompts: Prompts, features: Tensor | None, choose: Chooser
+    model: PreTrainedModel, prompts: Prompts, embeddings: Tensor, cache: DynamicCache, choose: Chooser
 ) -> Generator[list[int], None, None]:
     """Every row's next token, step after step and without end: whoever reads them closes the generator.
 
     A step's work is done when its tokens are asked for, so none is done after the last.
 
     Args:
-        features: of the prompts' images in reading order, (N, P, D).
+        embeddings: (B, S, D), images in their places; what `cache` knows is not looked at.
+        cache: B rows; knows equally many tokens of every row's beginning, perhaps none. It grows with every step.
     """
-    cache = DynamicCache(config=model.config.text_config)
-    input_ids, mask = prompts.input_ids, prompts.attention_mask
-    position_ids = (mask.cumsum(1) - 1).clamp(min=0)  # (B, S): padding shifts no row
-    if prompts.num_shared:
-        is_shared = (mask.cumsum(1) <= prompts.num_shared) & mask.bool()  # (B, S)
-        model(input_ids=input_ids[:1][is_shared[:1]].unsqueeze(0), past_key_values=cache, logits_to_keep=1)
-        cache.batch_repeat_interleave(len(input_ids))
-        input_ids, position_ids = (values[~is_shared].view(len(mask), -1) for values in (input_ids, position_ids))
-        mask = torch.cat([mask.new_ones(len(mask), prompts.num_shared), mask[~is_shared].view(len(mask), -1)], dim=1)
+    num_rows, num_known = len(embeddings), cache.get_seq_length()
+    places = prompts.places
+    is_read = (places == 0) | (places > num_known)  # (B, S): padding stays in front of what is new
+    inputs: dict[str, Tensor] = {"inputs_embeds": embeddings[is_read].view(num_rows, -1, embeddings.shape[-1])}
+    position_ids = (places[is_read].view(num_rows, -1) - 1).clamp(min=0)  # padding shifts no row
+    mask = prompts.attention_mask[is_read].view(num_rows, -1)
+    mask = torch.cat([mask.new_ones(num_rows, num_known), mask], dim=1)
     is_padded = not mask.all()  # without padding the causal mask is enough, and attention faster
-    images = None if features is None else {"image": BaseModelOutputWithPooling(pooler_output=tuple(features))}  # type: ignore[arg-type]
     while True:
         outputs = model(
-            input_ids=input_ids,
-            mm_encoder_outputs=images,
+            **inputs,
             attention_mask=mask if is_padded else None,
             position_ids=position_ids,
             past_key_values=cache,
@@ -101,8 +121,8 @@ def decode(
         )
         tokens = choose(outputs.logits[:, -1])  # (B, V) -> (B,)
         yield tokens.tolist()
-        input_ids, images = tokens.unsqueeze(1).to(input_ids.device), None  # (B, 1)
-        mask = F.pad(mask, (0, 1), value=1)  # (B, S + steps)
+        inputs = {"input_ids": tokens.unsqueeze(1).to(mask.device)}  # (B, 1)
+        mask = F.pad(mask, (0, 1), value=1)  # (B, known + new + steps)
         position_ids = position_ids[:, -1:] + 1  # (B, 1)
 
 

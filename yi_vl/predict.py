@@ -12,21 +12,25 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from transformers import DynamicCache
 
+from .chat import Encoded
 from .convert import TowerFrom
-from .decode import Answer, Chooser, Prompts, Sampling, decode
+from .decode import Answer, Chooser, Prompts, Sampling, decode, read_beginning
 from .image import ImageSource
 from .loading import check_fit, load_model
 from .model import YiVLForConditionalGeneration
 from .processor import YiVLProcessor
-from .reuse import LeastRecentlyUsed
+from .reuse import Keys, LeastRecentlyUsed, PrefixCache, copy, num_common
 
 Images = ImageSource | Sequence[ImageSource] | None
 Message = dict[str, Any]
 
+_MAX_PREFIX_BYTES = 1 << 30  # of conversations read lately: 16,000 tokens of the 6B's, 4,000 of the 34B's, in bf16
 _MAX_FEATURE_BYTES = 256 << 20  # of pictures seen lately: 31 of the 6B's, in bf16
 _END_TOKENS = ("<|endoftext|>", "<|im_end|>")  # either ends an answer: the 6B and the 34B name one of them each
 
@@ -146,9 +150,8 @@ class YiVL:
         mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
         pictures = [picture for messages in conversations for picture in _pictures(messages)]
         pixels = self.processor.image_processor(pictures)["pixel_values"] if pictures else None
-        device = self.model.device
-        num_shared = _num_shared([prompt.input_ids for prompt in encoded], self.model.config.image_token_id)
-        return Prompts(input_ids.to(device), mask.to(device), pixels, num_shared)
+        device, keys = self.model.device, self._keys(encoded, pixels)
+        return Prompts(input_ids.to(device), mask.to(device), pixels, keys)
 
     def begin_answers(self, prompts: Prompts, sampling: Sampling) -> list[Answer]:
         """An empty answer for every row; afterwards they know why they ended and how many tokens they took."""
@@ -159,30 +162,83 @@ class YiVL:
     def generate(self, prompts: Prompts, answers: list[Answer], sampling: Sampling) -> Generator[list[str], None, None]:
         """Every row's new text (often none), step after step until the last answer has ended."""
         choose = Chooser(sampling, len(answers), self._forbidden.to(self.model.device))
-        with closing(decode(self.model, prompts, self.encode_images(prompts.pixel_values), choose)) as steps:
-            for tokens in steps:
-                yield [answer.add(token) for answer, token in zip(answers, tokens, strict=True)]
-                if all(answer.finish_reason for answer in answers):
-                    return
+        cache, embeddings = self.begin(prompts)
+        said: list[list[int]] = []
+        with closing(decode(self.model, prompts, embeddings, cache, choose)) as steps:
+            try:
+                for tokens in steps:
+                    said.append(tokens)
+                    yield [answer.add(token) for answer, token in zip(answers, tokens, strict=True)]
+                    if all(answer.finish_reason for answer in answers):
+                        break
+            except GeneratorExit:  # stopped between two steps: what was read holds; after an error it may not
+                self._remember(prompts, said, cache)
+                raise
+            self._remember(prompts, said, cache)
 
     def forget(self) -> None:
-        """Let go of everything that is kept for requests to come: features of pictures seen lately."""
-        self._seen: LeastRecentlyUsed[Tensor] = LeastRecentlyUsed(_MAX_FEATURE_BYTES)  # pixels' hash -> (P, D)
+        """Let go of everything that is kept for requests to come: conversations and pictures read lately."""
+        self._prefixes = PrefixCache(_MAX_PREFIX_BYTES)
+        self._features: LeastRecentlyUsed[Tensor] = LeastRecentlyUsed(_MAX_FEATURE_BYTES)  # picture's key -> (P, D)
 
     @torch.inference_mode()
-    def encode_images(self, pixel_values: Tensor | None) -> Tensor | None:
-        """(N, 3, H, W) -> image features (N, P, D); a picture that was seen lately is not encoded again."""
-        if pixel_values is None:
-            return None
-        keys = [hashlib.sha256(pixels.numpy().tobytes()).digest() for pixels in pixel_values]
-        features = {key: self._seen.get(key) for key in keys}
+    def begin(self, prompts: Prompts) -> tuple[DynamicCache, Tensor]:
+        """What is known of the prompts' beginning, for every row, and all prompts' embeddings (B, S, D).
+
+        What several rows begin with is read here, once, and remembered.
+        """
+        num_rows = len(prompts.keys)
+        num_shared = num_common(prompts.keys)
+        cache = self._prefixes.find(prompts.keys[0][:num_shared], self.model.config.text_config)
+        embeddings = self._embed(prompts, cache.get_seq_length())
+        if num_rows > 1 and num_shared:
+            read_beginning(self.model, prompts, embeddings, cache, num_shared)
+            self._prefixes.put(prompts.keys[0][:num_shared], cache)
+            cache = copy(cache, num_rows)
+        return cache, embeddings
+
+    def _remember(self, prompts: Prompts, said: list[list[int]], cache: DynamicCache) -> None:
+        """Keep a single conversation, with its answer as far as that was read again."""
+        num_read = cache.get_seq_length()
+        if len(prompts.keys) == 1 and said:
+            keys = np.concatenate([prompts.keys[0], [row[0] for row in said]])
+            self._prefixes.put(keys[:num_read], cache)
+
+    def _embed(self, prompts: Prompts, num_known: int) -> Tensor:
+        """(B, S, D); pictures that lie before place `num_known` are not needed and left out."""
+        embeddings = self.model.get_input_embeddings()(prompts.input_ids)  # (B, S, D)
+        if prompts.pixel_values is None:
+            return embeddings
+        is_image = prompts.input_ids == self.model.config.image_token_id  # (B, S)
+        is_new = is_image & (prompts.places > num_known)
+        starts = np.concatenate([keys[keys < 0] for keys in prompts.keys])[:: self.processor.patches_per_image]
+        needed = is_new[is_image].view(len(starts), -1)[:, 0].tolist()
+        features = self._encode([int(key) for key in starts], prompts.pixel_values, needed)
+        return embeddings.masked_scatter(is_new.unsqueeze(-1), features.to(embeddings))
+
+    def _encode(self, keys: list[int], pixel_values: Tensor, needed: list[bool]) -> Tensor:
+        """(N, 3, H, W) -> features of the needed pictures (M, P, D); one seen lately is not encoded again."""
+        wanted = [key for key, is_needed in zip(keys, needed, strict=True) if is_needed]
+        features = {key: self._features.get(key) for key in wanted}
         new = [key for key, found in features.items() if found is None]
         if new:
             pixels = pixel_values[[keys.index(key) for key in new]].to(self.model.device, self.model.dtype)
             for key, encoded in zip(new, self.model.model.encode_images(pixels), strict=True):
                 features[key] = encoded
-                self._seen.put(key, encoded.clone(), encoded.nbytes)
-        return torch.stack([features[key] for key in keys])  # type: ignore[arg-type]
+                self._features.put(key, encoded.clone(), encoded.nbytes)
+        return torch.stack([features[key] for key in wanted]) if wanted else pixel_values.new_zeros(0)  # type: ignore[arg-type]
+
+    def _keys(self, encoded: Sequence[Encoded], pixel_values: Tensor | None) -> list[Keys]:
+        """Of every row's tokens: the ids, and in an image's place negative numbers that stand for its pixels."""
+        pixels = iter(pixel_values if pixel_values is not None else ())
+        rows = []
+        for prompt in encoded:
+            keys = np.array(prompt.input_ids, dtype=np.int64)
+            for start in prompt.image_starts:
+                digest = hashlib.sha256(next(pixels).contiguous().numpy().tobytes()).digest()
+                keys[start : start + self.processor.patches_per_image] = -1 - int.from_bytes(digest[:7], "big")
+            rows.append(keys)
+        return rows
 
     def _check_length(self, num_tokens: int, num_images: int) -> None:
         limit = self.model.config.text_config.max_position_embeddings
@@ -224,17 +280,6 @@ class Conversation:
         except Exception:
             self.messages = before
             raise
-
-
-def _num_shared(rows: Sequence[Sequence[int]], image_token_id: int) -> int:
-    """How many tokens all rows begin with, before any image and before the end of any; 0 for a single row."""
-    if len(rows) < 2:
-        return 0
-    first, limit = rows[0], min(map(len, rows)) - 1
-    for index in range(limit):
-        if first[index] == image_token_id or any(row[index] != first[index] for row in rows):
-            return index
-    return limit
 
 
 def _stop_ids(model: YiVLForConditionalGeneration, tokenizer: Any) -> set[int]:

@@ -1,11 +1,22 @@
-"""What was computed lately and may be needed again, within a limit of bytes. Called by predict.py; calls nothing."""
+"""What was computed lately and may be needed again, within a limit of bytes. Called by predict.py.
+
+T tokens, H key-value heads, E head width.
+"""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Hashable
+from dataclasses import dataclass
 from threading import Lock
 from typing import Generic, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedConfig
+
+Keys = npt.NDArray[np.int64]  # (T,): what decides a token's keys and values: its id, or picture and patch
 
 Value = TypeVar("Value")
 
@@ -45,3 +56,82 @@ class LeastRecentlyUsed(Generic[Value]):
             self.num_bytes += num_bytes
             while self.num_bytes > self.max_bytes:
                 self.num_bytes -= self._values.popitem(last=False)[1][1]
+
+
+@dataclass(frozen=True)
+class _Known:
+    keys: Keys
+    layers: list[tuple[Tensor, Tensor]]  # keys and values of each layer, (1, H, T, E)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(part.nbytes for layer in self.layers for part in layer)
+
+
+class PrefixCache:
+    """Keys and values of conversations read lately, so that what begins alike is read once. Safe between threads.
+
+    What is kept is never written to: a cache that grows makes new tensors, so conversations may share a beginning.
+
+    Args:
+        max_bytes: of all keys and values together; what was used longest ago goes first.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self._known: list[_Known] = []  # most recently used last
+        self._lock = Lock()
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all that is kept."""
+        return sum(known.num_bytes for known in self._known)
+
+    def find(self, keys: Keys, config: PreTrainedConfig) -> DynamicCache:
+        """A cache of one row with the longest known beginning of `keys`; it may be empty."""
+        cache = DynamicCache(config=config)
+        with self._lock:
+            length, best = max(
+                ((_num_common(known.keys, keys), index) for index, known in enumerate(self._known)), default=(0, 0)
+            )
+            if not length:
+                return cache
+            found = self._known.pop(best)
+            self._known.append(found)
+        for index, (layer_keys, layer_values) in enumerate(found.layers):
+            cache.update(layer_keys[:, :, :length], layer_values[:, :, :length], index)
+        return cache
+
+    def put(self, keys: Keys, cache: DynamicCache) -> None:
+        """Keep a row's cache; `keys` are those of the tokens that it holds."""
+        assert cache.get_seq_length() == len(keys), f"{cache.get_seq_length()} tokens cached, {len(keys)} keys"
+        new = _Known(keys, [(layer.keys, layer.values) for layer in cache.layers])  # type: ignore[misc]
+        if new.num_bytes > self.max_bytes:
+            return
+        with self._lock:
+            if any(_num_common(known.keys, keys) == len(keys) for known in self._known):
+                return
+            self._known = [known for known in self._known if _num_common(known.keys, keys) < len(known.keys)]
+            self._known.append(new)
+            while self.num_bytes > self.max_bytes:
+                self._known.pop(0)
+
+
+def copy(cache: DynamicCache, num_rows: int) -> DynamicCache:
+    """A cache of `num_rows` rows, each what the one row of `cache` is."""
+    repeated = DynamicCache()
+    for index, layer in enumerate(cache.layers):
+        assert layer.keys is not None and layer.values is not None
+        repeated.update(layer.keys.expand(num_rows, -1, -1, -1), layer.values.expand(num_rows, -1, -1, -1), index)
+    return repeated
+
+
+def num_common(rows: list[Keys]) -> int:
+    """How many keys all rows begin with, less one where that is a whole row: its last token is to be read anew."""
+    return min([_num_common(rows[0], row) for row in rows[1:]] + [len(row) - 1 for row in rows])
+
+
+def _num_common(first: Keys, second: Keys) -> int:
+    length = min(len(first), len(second))
+    different = np.flatnonzero(first[:length] != second[:length])
+    return int(different[0]) if len(different) else length

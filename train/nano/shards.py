@@ -166,7 +166,7 @@ def _make_talk(composer: Composer, rng: np.random.Generator) -> dict[str, bytes]
 
 
 def _make_long_text(composer: Composer, rng: np.random.Generator) -> dict[str, bytes]:
-    """Everything there is to ask about a mosaic of 8 x 8 patches, scenes mostly: counting and comparing take practice."""
+    """Everything there is to ask about a mosaic of 8 x 8 patches, mostly scenes: counting takes practice."""
     truth, mosaics = _imagined(rng, _SHARES_OF_LONG_DIALOGUES, 0.0)
     return _json(dialogue.in_mosaics(dialogue.conversation(rng, truth, max_turns=10), mosaics))
 
