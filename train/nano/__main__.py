@@ -43,11 +43,10 @@ def train() -> None:
         begin(RUNS / "tokenizer", RUNS / "start")
     run_stage("signs")
     run_stage("language")
-    run_stage("reasoning")
     if not (RUNS / "tower" / "config.json").exists():
         pretrain_tower(RUNS / "tower", TowerRecipe(), DATA)
     if not (RUNS / "parts" / "config.json").exists():
-        match(RUNS / "reasoning" / "final", RUNS / "tower", RUNS / "parts", DATA)
+        match(RUNS / "language" / "final", RUNS / "tower", RUNS / "parts", DATA)
     for stage in STAGES:
         run_stage(stage)
 

@@ -1,10 +1,12 @@
 """Tower and projector learn to say what each patch shows in the signs that the language model reads.
 
 The language model knows pictures as mosaics of signs (mosaic.py). Here the projector's output for a patch is pulled
-towards the embedding of that patch's sign, so that the first stage starts from image features which mean something:
-from captions alone it would need hours on a CPU to find that out. The language model itself does not run.
+towards the embedding of that patch's sign, with a small code of where the patch lies added to it, so that the first
+stage starts from image features which mean something: from captions alone it would need hours on a CPU to find that
+out. The language model itself does not run.
 
-B pictures, P patches each, D language width, L signs. Called by __main__.py; calls tower.py, compose.py and mosaic.py.
+B pictures, P patches each (G x G), D language width, L signs, W waves.
+Called by __main__.py; calls tower.py, compose.py and mosaic.py.
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ RECIPE = TowerRecipe(
 )
 _SIGN_IDS = {name: index for index, name in enumerate(SIGNS)}
 _IGNORED = -100
+_CODE_SCALE = 0.4  # of the signs' own spread
 _SHARPNESS = 16.0  # logits per squared distance between two signs
 
 
@@ -108,6 +111,7 @@ def match(language_dir: Path, tower_dir: Path, out_dir: Path, data_dir: Path, re
 def _train(eyes: Eyes, embeddings: Tensor, art: Art, recipe: TowerRecipe) -> Iterator[dict[str, float]]:
     patch_size_px = eyes.tower.config.patch_size
     optimiser, schedule = make_optimiser(eyes.parameters(), recipe)
+    codes = {grid**2: place_codes(grid, embeddings) for grid in (4, 8)}
     processor = YiVLImageProcessor()
     stream = PictureStream(art, recipe, lambda rng, pictures: sign_batch(rng, pictures, patch_size_px))
     loader = DataLoader(stream, batch_size=None, num_workers=recipe.num_workers, prefetch_factor=4)
@@ -115,7 +119,7 @@ def _train(eyes: Eyes, embeddings: Tensor, art: Art, recipe: TowerRecipe) -> Ite
     for step, batch in enumerate(track(loader, "match", total=recipe.num_steps), start=1):
         with sdpa_kernel(SDPBackend.MATH), torch.autocast("cpu", torch.bfloat16):
             features = eyes.at_size(processor.normalise(batch.pixels))
-        loss = sign_loss(features, batch.signs, embeddings, recipe.label_smoothing)
+        loss = sign_loss(features - codes[features.shape[1]], batch.signs, embeddings, recipe.label_smoothing)
         with sdpa_kernel(SDPBackend.MATH):
             loss.backward()
         nn.utils.clip_grad_norm_(eyes.parameters(), 1.0)
@@ -126,6 +130,19 @@ def _train(eyes: Eyes, embeddings: Tensor, art: Art, recipe: TowerRecipe) -> Ite
         if step % 400 == 0 or step == recipe.num_steps:
             shares = {kind: score_signs(eyes, embeddings, art, kind) for kind in KINDS}
             yield {"step": step, "loss": round(running, 4), "seconds": round(time.time() - started), **shares}
+
+
+def place_codes(grid: int, embeddings: Tensor) -> Tensor:
+    """(P, D): where each of grid x grid patches lies, as waves across and down the picture in fixed random directions.
+
+    Signs say what there is; from order alone the language model does not learn to tell left from right.
+    """
+    centres = (torch.arange(grid) + 0.5) / grid
+    waves = [wave(torch.pi * cycles * centres) for cycles in (0.5, 1, 2) for wave in (torch.cos, torch.sin)]
+    side = torch.stack(waves, dim=-1)  # (G, W)
+    both = torch.cat([side[:, None].expand(-1, grid, -1), side[None].expand(grid, -1, -1)], dim=-1).flatten(0, 1)
+    directions = torch.randn(both.shape[1], embeddings.shape[1], generator=torch.Generator().manual_seed(0))
+    return _CODE_SCALE * embeddings.std() * both @ directions / (both.shape[1] / 2) ** 0.5  # (P, D)
 
 
 def sign_loss(features: Tensor, signs: Tensor, embeddings: Tensor, label_smoothing: float = 0.0) -> Tensor:
@@ -159,6 +176,7 @@ def score_signs(eyes: Eyes, embeddings: Tensor, art: Art, kind: Kind, num_pictur
     with torch.autocast("cpu", torch.bfloat16):
         features = eyes.at_size(YiVLImageProcessor().normalise(batch.pixels))
     eyes.train()
+    features = features - place_codes(8, embeddings)
     shown = (batch.signs != _IGNORED) & (batch.signs != _SIGN_IDS[BACKGROUND])
     nearest = _distances(features[shown], embeddings).argmin(-1)
     return round((nearest == batch.signs[shown]).float().mean().item(), 4)

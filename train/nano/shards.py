@@ -34,7 +34,6 @@ _SHARES_224: dict[Kind, float] = {"thing": 0.36, "flag": 0.34, "digit": 0.1, "sc
 _SHARES_448: dict[Kind, float] = {"thing": 0.2, "flag": 0.2, "digit": 0.05, "word": 0.35, "scene": 0.2}
 _SHARES_OF_CAPTIONS: Shares = {"thing": 0.22, "flag": 0.28, "digit": 0.05, "word": 0.15, "scene": 0.3}
 _SHARES_OF_DIALOGUES: Shares = {"thing": 0.09, "flag": 0.12, "digit": 0.03, "word": 0.2, "scene": 0.5, "same": 0.06}
-_SHARES_OF_LONG_DIALOGUES: Shares = {"scene": 0.84, "word": 0.1, "same": 0.06}
 _JPEG_QUALITY = 90
 _NAME_REPEATS, _PROMPT_REPEATS = 1000, 2000
 
@@ -151,7 +150,8 @@ def _caption_maker(size_px: int) -> Callable[[Composer, np.random.Generator], di
 def _chat_maker(kind: str) -> Callable[[Composer, np.random.Generator], dict[str, bytes]]:
     def make(composer: Composer, rng: np.random.Generator) -> dict[str, bytes]:
         picture = composer.pair(rng, 448) if kind == "same" else composer.compose(rng, kind, 448)  # type: ignore[arg-type]
-        return _members(picture) | _json(dialogue.conversation(rng, picture.truth))
+        # A scene has much to ask about: more questions a picture cost little.
+        return _members(picture) | _json(dialogue.conversation(rng, picture.truth, max_turns=10))
 
     return make
 
@@ -163,12 +163,6 @@ def _make_choice(composer: Composer, rng: np.random.Generator) -> dict[str, byte
 
 def _make_talk(composer: Composer, rng: np.random.Generator) -> dict[str, bytes]:
     return _json(dialogue.talk(rng))
-
-
-def _make_long_text(composer: Composer, rng: np.random.Generator) -> dict[str, bytes]:
-    """Everything there is to ask about a mosaic of 8 x 8 patches, mostly scenes: counting takes practice."""
-    truth, mosaics = _imagined(rng, _SHARES_OF_LONG_DIALOGUES, 0.0)
-    return _json(dialogue.in_mosaics(dialogue.conversation(rng, truth, max_turns=10), mosaics))
 
 
 def _imagined(rng: np.random.Generator, shares: Shares, share_of_small: float) -> tuple[Truth, list[str]]:
@@ -202,7 +196,6 @@ def _make_text_caption(composer: Composer, rng: np.random.Generator) -> dict[str
 SOURCES = (
     Source("text", 160_000, _make_text),
     Source("text-captions", 100_000, _make_text_caption),
-    Source("text-scenes", 60_000, _make_long_text),
     Source("captions-224", 40_000, _caption_maker(224)),
     Source("captions-448", 24_000, _caption_maker(448)),
     Source("chat-448/scenes", 12_000, _chat_maker("scene")),
