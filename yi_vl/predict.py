@@ -219,14 +219,14 @@ class YiVL:
     def _encode(self, keys: list[int], pixel_values: Tensor, needed: list[bool]) -> Tensor:
         """(N, 3, H, W) -> features of the needed pictures (M, P, D); one seen lately is not encoded again."""
         wanted = [key for key, is_needed in zip(keys, needed, strict=True) if is_needed]
-        features = {key: self._features.get(key) for key in wanted}
-        new = [key for key, found in features.items() if found is None]
+        features = {key: found for key in wanted if (found := self._features.get(key)) is not None}
+        new = [key for key in dict.fromkeys(wanted) if key not in features]
         if new:
             pixels = pixel_values[[keys.index(key) for key in new]].to(self.model.device, self.model.dtype)
             for key, encoded in zip(new, self.model.model.encode_images(pixels), strict=True):
                 features[key] = encoded
                 self._features.put(key, encoded.clone(), encoded.nbytes)
-        return torch.stack([features[key] for key in wanted]) if wanted else pixel_values.new_zeros(0)  # type: ignore[arg-type]
+        return torch.stack([features[key] for key in wanted]) if wanted else pixel_values.new_zeros(0)
 
     def _keys(self, encoded: Sequence[Encoded], pixel_values: Tensor | None) -> list[Keys]:
         """Of every row's tokens: the ids, and in an image's place negative numbers that stand for its pixels."""

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
+from transformers.cache_utils import DynamicLayer
 
 Keys = npt.NDArray[np.int64]  # (T,): what decides a token's keys and values: its id, or picture and patch
 
@@ -105,7 +106,7 @@ class PrefixCache:
     def put(self, keys: Keys, cache: DynamicCache) -> None:
         """Keep a row's cache; `keys` are those of the tokens that it holds."""
         assert cache.get_seq_length() == len(keys), f"{cache.get_seq_length()} tokens cached, {len(keys)} keys"
-        new = _Known(keys, [(layer.keys, layer.values) for layer in cache.layers])  # type: ignore[misc]
+        new = _Known(keys, _layers(cache))
         if new.num_bytes > self.max_bytes:
             return
         with self._lock:
@@ -120,15 +121,22 @@ class PrefixCache:
 def copy(cache: DynamicCache, num_rows: int) -> DynamicCache:
     """A cache of `num_rows` rows, each what the one row of `cache` is."""
     repeated = DynamicCache()
-    for index, layer in enumerate(cache.layers):
-        assert layer.keys is not None and layer.values is not None
-        repeated.update(layer.keys.expand(num_rows, -1, -1, -1), layer.values.expand(num_rows, -1, -1, -1), index)
+    for index, (keys, values) in enumerate(_layers(cache)):
+        repeated.update(keys.expand(num_rows, -1, -1, -1), values.expand(num_rows, -1, -1, -1), index)
     return repeated
 
 
 def num_common(rows: list[Keys]) -> int:
     """How many keys all rows begin with, less one where that is a whole row: its last token is to be read anew."""
     return min([_num_common(rows[0], row) for row in rows[1:]] + [len(row) - 1 for row in rows])
+
+
+def _layers(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
+    found = []
+    for layer in cache.layers:
+        assert isinstance(layer, DynamicLayer) and layer.keys is not None and layer.values is not None
+        found.append((layer.keys, layer.values))
+    return found
 
 
 def _num_common(first: Keys, second: Keys) -> int:
