@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,8 +37,10 @@ from yi_vl.image import YiVLImageProcessor
 from yi_vl.projector import Projector
 from yi_vl.vision import OpenClipTower, resize_position_grid
 
-RECIPE = TowerRecipe(
-    num_steps=1200, learning_rate=8e-4, warmup_steps=100, large_every=2, late_large_every=2, label_smoothing=0.05
+# Two cycles of the learning rate.
+RECIPES = (
+    TowerRecipe(num_steps=1200, learning_rate=8e-4, warmup_steps=100, large_every=2, late_large_every=2),
+    TowerRecipe(num_steps=1000, learning_rate=6e-4, warmup_steps=50, large_every=2, late_large_every=1, seed=1),
 )
 _SIGN_IDS = {name: index for index, name in enumerate(SIGNS)}
 _IGNORED = -100
@@ -86,9 +88,11 @@ def sign_batch(rng: np.random.Generator, pictures: list[Picture], patch_size_px:
     return SignBatch(torch.from_numpy(pixels), torch.from_numpy(signs))
 
 
-def match(language_dir: Path, tower_dir: Path, out_dir: Path, data_dir: Path, recipe: TowerRecipe = RECIPE) -> None:
+def match(
+    language_dir: Path, tower_dir: Path, out_dir: Path, data_dir: Path, recipes: Sequence[TowerRecipe] = RECIPES
+) -> None:
     """Join the language model and the tower with a projector that says signs; stage 1 starts from `out_dir`."""
-    torch.manual_seed(recipe.seed)
+    torch.manual_seed(recipes[0].seed)
     art = load_art(data_dir)
     model = YiVLForConditionalGeneration.from_pretrained(language_dir, dtype=torch.float32)
     processor = YiVLProcessor.from_pretrained(language_dir)
@@ -101,9 +105,10 @@ def match(language_dir: Path, tower_dir: Path, out_dir: Path, data_dir: Path, re
     eyes = Eyes(tower, projector).train()
     out_dir.mkdir(parents=True, exist_ok=True)
     with (out_dir / "match.jsonl").open("w") as log:
-        for row in _train(eyes, embeddings, art, recipe):
-            log.write(json.dumps(row) + "\n")
-            log.flush()
+        for recipe in recipes:
+            for row in _train(eyes, embeddings, art, recipe):
+                log.write(json.dumps(row) + "\n")
+                log.flush()
     model.eval().save_pretrained(out_dir)
     processor.save_pretrained(out_dir)
 
