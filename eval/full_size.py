@@ -24,6 +24,7 @@ from transformers import GenerationConfig
 import yi_vl
 from yi_vl.config import preset
 from yi_vl.convert import Checkpoint, convert
+from yi_vl.decode import Sampling
 
 _STD = 0.02
 _QUESTION = "What is in this picture?"
@@ -96,13 +97,15 @@ def _measure(folder: Path, image: Path, new_tokens: int, results: Any) -> None:
         loaded = time.perf_counter()
         num_bytes = sum(parameter.nbytes for parameter in model.model.parameters())
         peak_of_loading = _peak_bytes()
-        model.predict(image, _QUESTION, max_new_tokens=1)
-        first = time.perf_counter()
-        answer = model.predict(image, _QUESTION, max_new_tokens=1 + new_tokens)
-        rest = time.perf_counter()
-        per_token = max(1e-9, ((rest - first) - (first - loaded)) / new_tokens)
-        messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": _QUESTION}]}]
-        num_prompt = len(model.processor.encode_messages(messages).input_ids)
+        messages = [
+            {"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": _QUESTION}]}
+        ]
+        prompts, sampling = model.prepare([messages]), Sampling(max_new_tokens=1 + new_tokens)
+        pieces, times = [], [time.perf_counter()]
+        for (piece,) in model.generate(prompts, model.begin_answers(prompts, sampling), sampling):
+            pieces.append(piece)
+            times.append(time.perf_counter())
+        seconds_per_token = (times[-1] - times[1]) / max(1, len(times) - 2)
         results.send(
             {
                 "weights": f"{num_bytes / 1e9:.2f} GB in bf16",
@@ -110,9 +113,9 @@ def _measure(folder: Path, image: Path, new_tokens: int, results: Any) -> None:
                 "peak memory, loading": _of(peak_of_loading, num_bytes),
                 "peak memory, answering": _of(_peak_bytes(), num_bytes),
                 "of it before loading": f"{before / 1e9:.2f} GB (Python and its libraries)",
-                f"prefill, {num_prompt} tokens": f"{first - loaded:.1f} s",
-                "decoding": f"{1 / per_token:.2f} tokens/s",
-                "answer": repr(answer),
+                f"prefill, {prompts.num_tokens[0]} tokens": f"{times[1] - times[0]:.1f} s",
+                f"decoding, {len(times) - 2} tokens": f"{1 / max(1e-9, seconds_per_token):.2f} tokens/s",
+                "answer": repr("".join(pieces)),
                 "machine": f"{torch.get_num_threads()} threads, torch {torch.__version__}",
             }
         )

@@ -10,7 +10,7 @@ import platform
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -20,12 +20,56 @@ if TYPE_CHECKING:
     from yi_vl import YiVL
 
 app = typer.Typer(help="Measure speed, side by side in one run.", no_args_is_help=True)
+Preset = Literal["nano", "1b", "6b"]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
-@app.callback()
-def commands() -> None:
-    """So that a single command still has a name."""
+@app.command()
+def chat(
+    preset: Annotated[Preset, typer.Option(help="Whose size; all but nano have random weights.")] = "1b",
+    image: Annotated[Path, typer.Option(help="What the chat is about.")] = Path("docs/pictures/scene.png"),
+    turns: Annotated[int, typer.Option(min=2)] = 5,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Length of every answer.")] = 32,
+    as_json: AsJson = False,
+) -> None:
+    """Time to the first token, turn by turn: what was read is kept, or the whole prompt is read again."""
+    from .random_models import make
+
+    model = make(preset)
+    show(compare_chat(model, image, turns, new_tokens) | {"model": preset}, as_json)
+
+
+def compare_chat(model: YiVL, image: Path, turns: int, new_tokens: int) -> dict[str, Any]:
+    """A chat about one picture, once as it is and once with everything forgotten before each turn."""
+    from yi_vl.decode import Sampling
+
+    ways: dict[str, dict[str, float]] = {}
+    for name, forgets in (("whole prompt read again", True), ("prefix kept", False)):
+        model.forget()
+        messages: list[dict[str, Any]] = []
+        seconds = {}
+        for turn in range(1, turns + 1):
+            content: list[dict[str, Any]] = [{"type": "image", "image": image}] if turn == 1 else []
+            messages.append(
+                {"role": "user", "content": [*content, {"type": "text", "text": f"Question {turn}: what is it?"}]}
+            )
+            if forgets:
+                model.forget()
+            started = time.perf_counter()
+            prompts, sampling = model.prepare([messages]), Sampling(max_new_tokens=new_tokens)
+            steps = model.generate(prompts, model.begin_answers(prompts, sampling), sampling)
+            pieces = [next(steps)[0]]
+            seconds[f"turn_{turn}_ms"] = 1000 * (time.perf_counter() - started)
+            pieces += [piece for (piece,) in steps]
+            messages.append({"role": "assistant", "content": "".join(pieces) or "Yes."})
+        ways[name] = seconds
+    slow, fast = (way[f"turn_{turns}_ms"] for way in ways.values())
+    return {
+        "what": f"time to the first token, {turns} turns about one picture of {model.processor.patches_per_image} tokens",
+        "machine": machine(),
+        "ways": ways,
+        "ratio": slow / fast,
+    }
 
 
 @app.command("runner")

@@ -153,16 +153,20 @@ def place_codes(grid: int, embeddings: Tensor) -> Tensor:
 def sign_loss(features: Tensor, signs: Tensor, embeddings: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """How far (B, P, D) features are from the (L, D) embeddings of their signs (B, P), and which they are nearest to.
 
-    Patches that show something weigh as much together as all that show nothing.
+    Every picture weighs the same, and in it the patches that show something as much as those that show nothing: a word
+    is told by few patches, a flag by many.
     """
     told = signs != _IGNORED
-    features, signs = features[told], signs[told]  # (M, D), (M,)
-    distances = _distances(features, embeddings)  # (M, L)
-    background = signs == _SIGN_IDS[BACKGROUND]
-    weight = torch.where(background, 0.5 / background.sum(), 0.5 / (~background).sum())
-    nearest = F.cross_entropy(-_SHARPNESS * distances, signs, reduction="none", label_smoothing=label_smoothing)
-    distance = distances.gather(1, signs[:, None]).squeeze(1)
-    return (weight * (nearest + distance)).sum()
+    is_shown = told & (signs != _SIGN_IDS[BACKGROUND])
+    is_empty = told & ~is_shown
+    weight = is_shown / is_shown.sum(1, keepdim=True).clamp(min=1) + is_empty / is_empty.sum(1, keepdim=True).clamp(
+        min=1
+    )
+    distances = _distances(features[told], embeddings)  # (M, L)
+    wanted = signs[told]  # (M,)
+    nearest = F.cross_entropy(-_SHARPNESS * distances, wanted, reduction="none", label_smoothing=label_smoothing)
+    distance = distances.gather(1, wanted[:, None]).squeeze(1)
+    return (weight[told] * (nearest + distance)).sum() / weight.sum()
 
 
 def _distances(features: Tensor, embeddings: Tensor) -> Tensor:
