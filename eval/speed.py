@@ -65,7 +65,7 @@ def compare_chat(model: YiVL, image: Path, turns: int, new_tokens: int) -> dict[
         ways[name] = seconds
     slow, fast = (way[f"turn_{turns}_ms"] for way in ways.values())
     return {
-        "what": f"time to the first token, {turns} turns about one picture of {model.processor.patches_per_image} tokens",
+        "what": f"time to the first token, about one picture of {model.processor.patches_per_image} tokens",
         "machine": machine(),
         "ways": ways,
         "ratio": slow / fast,

@@ -40,7 +40,7 @@ from yi_vl.vision import OpenClipTower, resize_position_grid
 # Two cycles of the learning rate.
 RECIPES = (
     TowerRecipe(num_steps=1200, learning_rate=8e-4, warmup_steps=100, large_every=2, late_large_every=2),
-    TowerRecipe(num_steps=1000, learning_rate=6e-4, warmup_steps=50, large_every=2, late_large_every=1, seed=1),
+    TowerRecipe(num_steps=1500, learning_rate=6e-4, warmup_steps=50, large_every=2, late_large_every=1, seed=1),
 )
 _SIGN_IDS = {name: index for index, name in enumerate(SIGNS)}
 _IGNORED = -100
@@ -159,9 +159,8 @@ def sign_loss(features: Tensor, signs: Tensor, embeddings: Tensor, label_smoothi
     told = signs != _IGNORED
     is_shown = told & (signs != _SIGN_IDS[BACKGROUND])
     is_empty = told & ~is_shown
-    weight = is_shown / is_shown.sum(1, keepdim=True).clamp(min=1) + is_empty / is_empty.sum(1, keepdim=True).clamp(
-        min=1
-    )
+    parts = [which / which.sum(1, keepdim=True).clamp(min=1) for which in (is_shown, is_empty)]
+    weight = parts[0] + parts[1]  # (B, P)
     distances = _distances(features[told], embeddings)  # (M, L)
     wanted = signs[told]  # (M,)
     nearest = F.cross_entropy(-_SHARPNESS * distances, wanted, reduction="none", label_smoothing=label_smoothing)
