@@ -130,6 +130,180 @@ def compare_runner(model: str, questions: Sequence[Question], batch_size: int, m
     }
 
 
+@app.command()
+def decode(
+    preset: Annotated[Preset, typer.Option(help="Whose size; all but nano have random weights.")] = "1b",
+    prompt_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    new_tokens: Annotated[int, typer.Option(min=2)] = 32,
+    as_json: AsJson = False,
+) -> None:
+    """Tokens per second of one answer, beside transformers' `generate` and what the memory's bandwidth allows."""
+    from .random_models import make
+
+    show(compare_decode(make(preset), prompt_tokens, new_tokens) | {"model": preset}, as_json)
+
+
+def compare_decode(model: YiVL, prompt_tokens: int, new_tokens: int) -> dict[str, Any]:
+    """The limit: every weight of the language model and its head is read once for each token."""
+    conversation = _text_of(model, prompt_tokens)
+    head = model.model.lm_head.weight
+    layers = [p for name, p in model.model.model.language_model.named_parameters() if "embed_tokens" not in name]
+    num_bytes = sum(parameter.nbytes for parameter in (*layers, head))
+    bandwidth = read_bandwidth(head.device)
+    limit = bandwidth / num_bytes
+    _engine_rate(model, [conversation], 3)
+    _generate_rate(model, conversation, 3)
+    ways = {
+        "memory's bandwidth": {"tokens_per_second": limit, "of_the_limit": 1.0},
+        "transformers' generate": _shares(_generate_rate(model, conversation, new_tokens), limit),
+        "yi_vl": _shares(_engine_rate(model, [conversation], new_tokens), limit),
+    }
+    return {
+        "what": f"{num_bytes / 1e9:.2f} GB of weights a token, {bandwidth / 1e9:.1f} GB/s",
+        "machine": machine(),
+        "ways": ways,
+        "ratio": ways["yi_vl"]["tokens_per_second"] / ways["transformers' generate"]["tokens_per_second"],
+    }
+
+
+@app.command()
+def batch(
+    preset: Annotated[Preset, typer.Option(help="Whose size; all but nano have random weights.")] = "1b",
+    rows: Annotated[int, typer.Option(min=2)] = 8,
+    prompt_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    new_tokens: Annotated[int, typer.Option(min=2)] = 32,
+    as_json: AsJson = False,
+) -> None:
+    """Tokens per second of several answers at once, beside one."""
+    from .random_models import make
+
+    model = make(preset)
+    conversations = [_text_of(model, prompt_tokens, str(row)) for row in range(rows)]
+    _engine_rate(model, conversations, 3)
+    ways = {
+        "one": {"tokens_per_second": _engine_rate(model, conversations[:1], new_tokens)},
+        f"{rows} at once": {"tokens_per_second": _engine_rate(model, conversations, new_tokens)},
+    }
+    one, many = (way["tokens_per_second"] for way in ways.values())
+    show({"what": f"{new_tokens} new tokens each", "machine": machine(), "ways": ways, "ratio": many / one}, as_json)
+
+
+@app.command()
+def prefill(
+    preset: Annotated[Preset, typer.Option(help="Whose size; all but nano have random weights.")] = "1b",
+    tokens: Annotated[int, typer.Option(min=1)] = 1100,
+    as_json: AsJson = False,
+) -> None:
+    """Reading a prompt, beside the machine's rate for matrix products of the same shapes."""
+    from .random_models import make
+
+    show(compare_prefill(make(preset), tokens) | {"model": preset}, as_json)
+
+
+def compare_prefill(model: YiVL, num_tokens: int) -> dict[str, Any]:
+    """Products of the layers' matrices and of attention count; softmax, norms and the one row of logits do not."""
+    text = model.model.config.text_config
+    layers = model.model.model.language_model.layers
+    per_token = sum(p.numel() for p in layers.parameters() if p.ndim > 1)
+    flops = 2 * per_token * num_tokens + 2 * num_tokens**2 * text.hidden_size * text.num_hidden_layers  # causal: half
+    rate = matrix_rate(num_tokens, text.hidden_size, text.intermediate_size, model.model.dtype, model.model.device)
+    conversation = _text_of(model, num_tokens)
+    seconds = min(_first_token(model, conversation) for _ in range(3))
+    ways = {
+        "matrix products alone": {"tflops": rate / 1e12, "of_the_limit": 1.0},
+        "yi_vl": {"tflops": flops / seconds / 1e12, "of_the_limit": flops / seconds / rate},
+    }
+    return {"what": f"{num_tokens} tokens in {seconds:.2f} s", "machine": machine(), "ways": ways}
+
+
+def read_bandwidth(device: Any) -> float:
+    """Bytes per second at which a product with one vector reads a large bf16 matrix: the best of several."""
+    import torch
+
+    weight = torch.ones(8192, 32768, dtype=torch.bfloat16, device=device)
+    vector = torch.ones(1, 32768, dtype=torch.bfloat16, device=device)
+    return weight.nbytes / _best_seconds(lambda: torch.nn.functional.linear(vector, weight), device)
+
+
+def matrix_rate(rows: int, inner: int, columns: int, dtype: Any, device: Any) -> float:
+    """Floating-point operations per second of one product: the best of several."""
+    import torch
+
+    left, right = (torch.ones(*shape, dtype=dtype, device=device) for shape in ((rows, inner), (columns, inner)))
+    return 2 * rows * inner * columns / _best_seconds(lambda: torch.nn.functional.linear(left, right), device)
+
+
+def _best_seconds(work: Callable[[], Any], device: Any, times: int = 8) -> float:
+    import torch
+
+    def once() -> float:
+        started = time.perf_counter()
+        work()
+        if torch.device(device).type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - started
+
+    with torch.inference_mode():
+        return min(once() for _ in range(times))
+
+
+def _text_of(model: YiVL, num_tokens: int, begin: str = "") -> list[dict[str, Any]]:
+    """A conversation without a picture whose prompt takes about so many tokens."""
+
+    def messages(words: int) -> list[dict[str, Any]]:
+        return [{"role": "system", "content": "."}, {"role": "user", "content": f"{begin} " + "word " * words}]
+
+    few, many = (model.prepare([messages(words)]).num_tokens[0] for words in (1, 11))
+    return messages(max(1, 1 + round((num_tokens - few) * 10 / (many - few))))
+
+
+def _first_token(model: YiVL, conversation: list[dict[str, Any]]) -> float:
+    from yi_vl.decode import Sampling
+
+    model.forget()
+    prompts, sampling = model.prepare([conversation]), Sampling(max_new_tokens=2)
+    started = time.perf_counter()
+    next(model.generate(prompts, model.begin_answers(prompts, sampling), sampling))
+    return time.perf_counter() - started
+
+
+def _engine_rate(model: YiVL, conversations: list[list[dict[str, Any]]], new_tokens: int) -> float:
+    """Tokens per second after the first, with answers that nothing ends."""
+    from yi_vl.decode import Answer, Sampling
+
+    model.forget()
+    prompts, sampling = model.prepare(conversations), Sampling(max_new_tokens=new_tokens)
+    answers = [Answer(model.processor.tokenizer, new_tokens, stop_ids=()) for _ in conversations]
+    steps = model.generate(prompts, answers, sampling)
+    next(steps)
+    started = time.perf_counter()
+    num_steps = sum(1 for _ in steps)
+    return num_steps * len(conversations) / (time.perf_counter() - started)
+
+
+def _generate_rate(model: YiVL, conversation: list[dict[str, Any]], new_tokens: int) -> float:
+    import torch
+
+    prompts = model.prepare([conversation])
+    seconds = []
+    with torch.inference_mode():
+        for count in (1, new_tokens):
+            started = time.perf_counter()
+            model.model.generate(
+                input_ids=prompts.input_ids,
+                attention_mask=prompts.attention_mask,
+                max_new_tokens=count,
+                min_new_tokens=count,
+                do_sample=False,
+            )
+            seconds.append(time.perf_counter() - started)
+    return (new_tokens - 1) / (seconds[1] - seconds[0])
+
+
+def _shares(rate: float, limit: float) -> dict[str, float]:
+    return {"tokens_per_second": rate, "of_the_limit": rate / limit}
+
+
 def show(measured: dict[str, Any], as_json: bool) -> None:
     """Print a measurement as a table of its ways, or as JSON."""
     if as_json:
