@@ -518,3 +518,37 @@ def test_a_users_mistake_is_one_line(arguments: list[str], message: str) -> None
     )
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_mmmu_pro_predictions_are_scored_whole(tmp_path: Path) -> None:
+    def row(number: int, response: Any) -> dict[str, Any]:
+        return {
+            "id": f"test_Art_{number}",
+            "subject": "Art",
+            "options": "['red', 'green', 'blue']",
+            "answer": "B",
+            "response": response,
+        }
+
+    path = tmp_path / "p.jsonl"
+    rows = [row(1, "Let me think.\nAnswer: B"), row(2, "NASA is right"), row(3, {"error": "timeout"})]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    run_cli("score", "mmmu-pro", "--predictions", str(path), "--answers", str(path), "--out", str(tmp_path))
+    verdicts = [json.loads(line) for line in (tmp_path / "verdicts.jsonl").read_text().splitlines()]
+    assert [verdict["official"]["meaning"] for verdict in verdicts] == ["B", "A", "C"]  # the last one is drawn
+    assert [verdict["official"]["parsed"] for verdict in verdicts] == [True, True, False]
+    assert [verdict["strict"]["meaning"] for verdict in verdicts] == ["B", None, None]
+    short = tmp_path / "short.jsonl"
+    short.write_text(json.dumps(rows[0]))
+    with pytest.raises(ValueError, match="answers 1 of 3 questions"):
+        run_cli("score", "mmmu-pro", "--predictions", str(short), "--answers", str(path))
+
+
+def test_speed_is_measured_over_the_same_answers(small_mmmu: str, tiny_folder: Path) -> None:
+    from eval.speed import compare_chat, compare_runner
+
+    found = compare_runner(str(tiny_folder), mmmu.load(small_mmmu, "val"), 4, 6)
+    assert found["same_answers"] == "7 of 7" and found["ratio"] > 0
+    model = YiVLModel(str(tiny_folder)).yi_vl
+    chat = compare_chat(model, ROOT / "docs" / "pictures" / "tiger.png", 3, 4)
+    assert all(list(way) == ["turn_1_ms", "turn_2_ms", "turn_3_ms"] for way in chat["ways"].values())
