@@ -82,16 +82,7 @@ class SampleEncoder:
             TooLong: it has more than max_tokens tokens.
             ValueError: it cannot be learned from, and why.
         """
-        if "__error__" in raw:
-            raise ValueError(raw["__error__"])
-        pictures = _pictures(raw)
-        if self._forms[source] == "caption":
-            segments = _caption(raw, len(pictures))
-        else:
-            segments = render(from_llava(_conversations(_text(raw, "json"))))
-        num_slots = sum(segment.is_image for segment in segments)
-        if num_slots != len(pictures):
-            raise ValueError(f"{num_slots} <image> in the text but {len(pictures)} pictures beside it")
+        segments, pictures = read_sample(raw, self._forms[source])
         encoded = self._processor.encode(segments)
         if len(encoded.input_ids) > self._max_tokens:
             raise TooLong(f"{len(encoded.input_ids)} tokens, max_tokens is {self._max_tokens}")
@@ -99,6 +90,27 @@ class SampleEncoder:
             raise ValueError("no answer to learn from")
         images = [self._processor.image_processor.square(picture) for picture in pictures]
         return Sample(sample_name(raw), source, segments, encoded, images)
+
+
+def read_sample(raw: RawSample, form: str) -> tuple[list[Segment], list[bytes]]:
+    """The text of a sample in a form of `DataConfig`, and its encoded pictures, as many as the text has places for.
+
+    Raises:
+        ValueError: it cannot be learned from, and why.
+    """
+    if "__error__" in raw:
+        raise ValueError(raw["__error__"])
+    pictures = _pictures(raw)
+    if form == "caption":
+        segments = _caption(raw, len(pictures))
+    else:
+        segments = render(from_llava(_conversations(_text(raw, "json"))))
+    num_slots = sum(segment.is_image for segment in segments)
+    if num_slots != len(pictures):
+        raise ValueError(f"{num_slots} <image> in the text but {len(pictures)} pictures beside it")
+    if not any(segment.is_supervised for segment in segments):
+        raise ValueError("no answer to learn from")
+    return segments, pictures
 
 
 class StepStream(IterableDataset[StepBatch]):

@@ -1,7 +1,7 @@
 """Nano's training data: WebDataset shards of composed pictures with captions and conversations.
 
 Every shard is a pure function of its name and number, so a build can be interrupted, continued and repeated, in as many
-processes as there are cores. Called by __main__.py; calls compose.py and dialogue.py.
+processes as there are cores. Called by __main__.py; calls compose.py, dialogue.py and ../shard_files.py.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import tarfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -28,6 +27,7 @@ from train.nano.compose import Composer
 from train.nano.mosaic import SIGNS, Shares, imagine, tell
 from train.nano.names import FLAGS, LANGS, THINGS
 from train.nano.picture import Kind, Picture, Truth
+from train.shard_files import write_tar
 
 SAMPLES_PER_SHARD = 1000
 _SHARES_224: dict[Kind, float] = {"thing": 0.36, "flag": 0.34, "digit": 0.1, "scene": 0.2}  # too coarse for letters
@@ -83,19 +83,6 @@ def read_texts(data_dir: Path) -> Iterator[str]:
                 file = archive.extractfile(member)
                 assert file is not None
                 yield from (turn["value"] for turn in json.load(file)["conversations"])
-
-
-def write_tar(path: Path, samples: Iterator[tuple[str, dict[str, bytes]]]) -> None:
-    """A reproducible tar of `KEY.member` files, in place only when it is complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".tmp")
-    with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as archive:
-        for key, members in samples:
-            for suffix, content in members.items():
-                info = tarfile.TarInfo(f"{key}.{suffix}")
-                info.size = len(content)
-                archive.addfile(info, io.BytesIO(content))
-    os.replace(partial, path)
 
 
 def encode_jpeg(image: Image.Image) -> bytes:

@@ -1,0 +1,275 @@
+"""The plan's arithmetic against what is measured: bytes that torch allocates, operations that torch counts.
+
+Measured at sizes that fit a test: the formulas are linear in every size.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from tiny import tiny_config
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig
+
+from train.config import TrainableConfig, TrainConfig, exit_on_user_error
+from train.costs import (
+    Elements,
+    Row,
+    activation_bytes,
+    count_parameters,
+    language_layer_bytes,
+    logit_bytes,
+    step_flops,
+    step_memory,
+    strategies,
+    tower_block_bytes,
+)
+from train.objective import Objective
+from train.optim import build_optimiser, set_trainable_
+from train.plan import USABLE, Hardware, Plan, app, make_plan, verdict
+from yi_vl.config import OpenClipVisionConfig, YiVLConfig, preset
+from yi_vl.model import YiVLForConditionalGeneration
+
+ROOT = Path(__file__).parents[1]
+STAGES = ("align-224", "upscale-448", "chat-448")
+IMAGE_TOKEN_ID, NUM_ROWS = 300, 2
+ROW = Row(tokens=61, supervised=20)
+Run = Callable[..., tuple[int, str, str]]
+
+MODEL = YiVLConfig(  # no two dimensions alike
+    vision_config=OpenClipVisionConfig(
+        image_size=70, patch_size=14, hidden_size=48, intermediate_size=200, num_hidden_layers=5, num_attention_heads=4
+    ),
+    text_config=LlamaConfig(
+        vocab_size=320, hidden_size=64, intermediate_size=168, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, pad_token_id=0,
+    ),
+    image_token_id=IMAGE_TOKEN_ID,
+)  # fmt: skip
+ALL, TOWER_AND_PROJECTOR = TrainableConfig(), TrainableConfig(language=False)
+COMBINATIONS = [TrainableConfig(*trains) for trains in product([True, False], repeat=3) if any(trains)]
+
+
+def objective(trains: TrainableConfig, dtype: torch.dtype = torch.float32, is_checkpointed: bool = False) -> Objective:
+    model = YiVLForConditionalGeneration(MODEL)
+    set_trainable_(model, TrainConfig(trainable=trains))
+    if is_checkpointed:
+        model.model.language_model.train()  # transformers checkpoints nothing in eval mode, in which frozen parts are
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return Objective(model.to(dtype), num_sources=1)
+
+
+def batch() -> tuple[Tensor, ...]:
+    ids = torch.ones(NUM_ROWS, ROW.tokens, dtype=torch.long)
+    ids[:, : MODEL.vision_config.num_patches] = IMAGE_TOKEN_ID
+    labels = torch.full_like(ids, -100)
+    labels[:, -ROW.supervised :] = 5
+    return ids, torch.ones_like(ids), labels, torch.randn(NUM_ROWS, 3, 70, 70), torch.zeros(NUM_ROWS, dtype=torch.long)
+
+
+def allocations(function: Callable[[], Any]) -> tuple[int, int, Any]:
+    """Bytes that a call leaves allocated, the most it holds at once, and its result."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = function()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return now, most, result
+
+
+@pytest.mark.parametrize("trains", COMBINATIONS, ids=str)
+def test_weights_gradients_and_moments_are_exact(trains: TrainableConfig) -> None:
+    step = objective(trains)
+    optimiser = build_optimiser(step.model, TrainConfig(trainable=trains))
+    step(*batch())[0].backward()
+    optimiser.step()
+    parameters = list(step.parameters())
+    moments = [value for state in optimiser.state.values() for value in state.values() if value.ndim]
+    counted = count_parameters(MODEL, TrainConfig(trainable=trains))
+    ddp = step_memory(MODEL, counted, trains, strategies("fp32")[0], 1, NUM_ROWS, ROW, is_checkpointed=False)
+    assert ddp.weights == sum(parameter.nbytes for parameter in parameters)
+    assert ddp.gradients == 2 * sum(parameter.grad.nbytes for parameter in parameters if parameter.grad is not None)
+    assert ddp.optimiser == sum(moment.nbytes for moment in moments)
+
+
+def test_ddp_holds_gradients_twice(tmp_path: Path) -> None:
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        model = nn.Sequential(nn.Linear(300, 300), nn.Linear(300, 300))
+        num_bytes = sum(parameter.nbytes for parameter in model.parameters())
+        buckets, _, wrapped = allocations(lambda: DistributedDataParallel(model))
+        gradients, _, _ = allocations(lambda: wrapped(torch.ones(1, 300)).sum().backward())
+    finally:
+        dist.destroy_process_group()
+    assert buckets == pytest.approx(num_bytes, rel=0.01) and gradients == pytest.approx(num_bytes, rel=0.01)
+
+
+@pytest.mark.parametrize("trains", [ALL, TOWER_AND_PROJECTOR, TrainableConfig(vision=False)], ids=str)
+@pytest.mark.parametrize("is_autocast", [True, False])
+def test_activations_are_what_a_forward_pass_leaves(trains: TrainableConfig, is_autocast: bool) -> None:
+    """Within 1%: fp32 weights under autocast, whose copies are kept as well, and bf16 weights."""
+    step, inputs = objective(trains, torch.float32 if is_autocast else torch.bfloat16), batch()
+
+    def forward() -> Any:
+        with torch.autocast("cpu", torch.bfloat16) if is_autocast else nullcontext():
+            return step(*inputs)
+
+    forward()  # makes what is made once
+    left, _, _ = allocations(forward)
+    elements = Elements(product=2, stream=4 if is_autocast else 2, norm=2)  # a CPU's LayerNorm stays in bf16
+    kept = NUM_ROWS * activation_bytes(MODEL, trains, elements, ROW, is_checkpointed=False)
+    counted = count_parameters(MODEL, TrainConfig(trainable=trains))
+    copies = 2 * (counted.cast_trained + counted.cast_frozen) if is_autocast else 0
+    log_probabilities = NUM_ROWS * logit_bytes(MODEL, ROW) // 3
+    assert left == pytest.approx(kept + copies + log_probabilities, rel=0.01)
+
+
+@pytest.mark.parametrize("trains", [ALL, TOWER_AND_PROJECTOR], ids=str)
+def test_checkpointing_leaves_the_layers_inputs(trains: TrainableConfig) -> None:
+    """Within 8%, of which rotary tables and one more tensor of the stream are most: at full size nothing."""
+    step, inputs = objective(trains, torch.bfloat16, is_checkpointed=True), batch()
+    step(*inputs)
+    left, _, _ = allocations(lambda: step(*inputs))
+    elements = Elements(2, 2, 2)
+    tokens_of_image = MODEL.vision_config.num_patches + 1
+    layer = ROW.tokens * language_layer_bytes(MODEL, trains, elements)
+    run_again = max(layer, tokens_of_image * tower_block_bytes(MODEL, elements))
+    kept = NUM_ROWS * (activation_bytes(MODEL, trains, elements, ROW, is_checkpointed=True) - run_again)
+    log_probabilities = NUM_ROWS * logit_bytes(MODEL, ROW) // 3
+    random_states = 7 * torch.get_rng_state().nbytes  # of the host; a layer each
+    assert left == pytest.approx(kept + log_probabilities + random_states, rel=0.08)
+
+
+def test_the_logits_peak_when_the_backward_pass_begins() -> None:
+    num_tokens, vocabulary = 40, 5000
+    head = nn.Linear(16, vocabulary, bias=False, dtype=torch.bfloat16)
+    hidden = torch.randn(num_tokens, 16, dtype=torch.bfloat16, requires_grad=True)
+    target = torch.zeros(num_tokens, dtype=torch.long)
+    forward = lambda: F.cross_entropy(head(hidden).float(), target, reduction="none").sum()  # noqa: E731
+    left, _, loss = allocations(forward)
+    _, most, _ = allocations(loss.backward)
+    model = tiny_config()
+    model.text_config.vocab_size = vocabulary
+    assert left + most == pytest.approx(logit_bytes(model, Row(num_tokens, num_tokens)), rel=0.01)
+
+
+@pytest.mark.parametrize("is_checkpointed", [False, True])
+@pytest.mark.parametrize("trains", COMBINATIONS, ids=str)
+def test_operations_are_exact(trains: TrainableConfig, is_checkpointed: bool) -> None:
+    if is_checkpointed and not trains.vision:
+        pytest.skip("a frozen tower is not checkpointed")
+    step = objective(trains, is_checkpointed=is_checkpointed)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        step(*batch())[0].backward()
+    assert counter.get_total_flops() == NUM_ROWS * step_flops(MODEL, trains, ROW, is_checkpointed)
+
+
+def test_counts_are_those_of_the_release() -> None:
+    counted = count_parameters(preset("6b"), TrainConfig(trainable=TOWER_AND_PROJECTOR))
+    assert [round(count / 1e6, 2) for count in counted.total.values()] == [631.75, 22.04, 6061.56]  # 64 rows added
+    assert counted.trained["language"] == 0 and counted.trained["projector"] == counted.total["projector"]
+    assert counted.total["vision"] - counted.trained["vision"] == 19_677_440 + 2 * 1280  # the last block and norm
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
+    """Runs `python -m train.plan` in this process: (exit code, stdout, stderr)."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["train.plan", *map(str, arguments)])
+        monkeypatch.chdir(ROOT)
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            exit_on_user_error(app)
+        out, err = capfd.readouterr()
+        return int(caught.value.code or 0), out, err
+
+    return call
+
+
+def rows(said: str, first: str) -> list[list[str]]:
+    """The words of every line that begins with one."""
+    return [line.split()[1:] for line in said.splitlines() if line.split()[:1] == [first]]
+
+
+@pytest.fixture(scope="module")
+def chat_6b() -> Plan:
+    return make_plan(ROOT / "train/configs/6b/chat-448.yaml", [], model=None, caption_tokens=32, chat_tokens=256)
+
+
+def test_the_stages_of_a_release_are_summed_beside_the_published_hours(run: Run) -> None:
+    code, said, _ = run(*(f"train/configs/34b/{stage}.yaml" for stage in STAGES))
+    assert code == 0
+    assert "24,414 steps of 4,096 samples, 32 at once on a GPU; 288 tokens a sample, 256 of them" in said
+    hours = [int(row[4].replace(",", "")) for stage in STAGES for row in rows(said, stage)]
+    ((*_, together, checkpointed, low, _, high),) = rows(said, "together")
+    assert len(hours) == 3 and abs(sum(hours) - int(together.replace(",", ""))) <= 1
+    assert float(high) == pytest.approx(int(checkpointed.replace(",", "")) / 128 / 24, abs=0.05)
+    assert float(low) == pytest.approx(sum(hours) / 128 / 24, abs=0.05)
+    assert rows(said, "published,")[0][-2:] == ["30,720", "10.0"]
+    assert [row[-1] for row in rows(said, "DDP")] == ["no"] * 3, "34 B parameters in fp32 are 140 GB"
+    assert len(rows(said, "FSDP")) == len(rows(said, "ZeRO-3")) == 3 and len(rows(said, "checkpointed")) == 9
+
+
+def test_settings_matter(run: Run) -> None:
+    nano = ("train/configs/nano/align-224.yaml", "--model", "nano", "--gpus", 1)
+    code, small, _ = run(*nano, "--gpu-memory", 80)
+    assert code == 0 and {row[-1] for name in ("DDP", "checkpointed") for row in rows(small, name)} == {"yes"}
+    assert "published" not in small
+    _, large, _ = run(*nano, "micro_batch=16", "--utilisation", 0.2, "--caption-tokens", 64)
+    assert "16 at once on a GPU; 80 tokens a sample" in large and "32 at once on a GPU; 48 tokens" in small
+
+
+@pytest.mark.parametrize("is_checkpointed", [False, True])
+def test_rows_fit_as_long_as_is_said(chat_6b: Plan, is_checkpointed: bool) -> None:
+    strategy = strategies("bf16")[1]
+
+    def total(tokens: int) -> float:
+        hardware = Hardware(128, 80e9, 312, 0.4)
+        return chat_6b.memory(hardware, strategy, Row(tokens, tokens - 1024), is_checkpointed).total
+
+    def said(total_bytes: float) -> str:
+        return verdict(chat_6b, Hardware(128, total_bytes / USABLE, 312, 0.4), strategy, is_checkpointed)
+
+    assert (said(total(1279)), said(total(2048))) == ("no", "yes")
+    assert said(total(1500)) in ("to 1,499", "to 1,500")
+
+
+def test_hours_follow_from_operations(chat_6b: Plan) -> None:
+    """About 6 operations per parameter and token, where everything learns."""
+    tokens = 7812 * 256 * 1280
+    assert chat_6b.flops(is_checkpointed=False) == pytest.approx(6 * 6.7e9 * tokens, rel=0.1)
+    hardware = Hardware(num_gpus=128, memory_bytes=80e9, tflops=100, utilisation=0.5)
+    assert hardware.gpu_hours(50e12 * 3600 * 7) == pytest.approx(7)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (("none.yaml",), "none.yaml: there is no such config file"),
+        (("gpus=3",), "name at least one config file"),
+        (("train/configs/nano/signs.yaml",), "runs/nano/start is not there yet"),
+        (("train/configs/6b/chat-448.yaml", "--gpus", "100"), "global_batch 256 does not divide by 100 GPUs"),
+        (("train/configs/6b/chat-448.yaml", "--model", "7b"), "7b"),
+        (("train/configs/6b/chat-448.yaml", "max_tokens=1100"), "exceed max_tokens 1100"),
+        (("train/configs/6b/align-224.yaml", "init_from.tower.name=ViT-none"), "no model named 'ViT-none'"),
+    ],
+)
+def test_mistakes_are_one_line(run: Run, arguments: tuple[str, ...], reason: str) -> None:
+    code, _, heard = run(*arguments)
+    assert code == 2 and heard.startswith("error: ") and heard.count("\n") == 1 and reason in heard

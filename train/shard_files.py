@@ -1,0 +1,111 @@
+"""Shards on disk: tars that are whole or not there, and the manifest beside them.
+
+Called by shards.py, shard_check.py and nano/shards.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "manifest.jsonl"
+Members = dict[str, bytes]  # suffix -> content, of one sample
+_BLOCK_BYTES = 1 << 20
+
+
+def write_tar(path: Path, samples: Iterable[tuple[str, Members]]) -> None:
+    """A tar of `KEY.suffix` files, the same bytes for the same samples; in place only when it is complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".tmp")
+    with partial.open("wb") as file:
+        with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as archive:
+            for key, members in samples:
+                for suffix, content in members.items():
+                    info = tarfile.TarInfo(f"{key}.{suffix}")
+                    info.size = len(content)
+                    archive.addfile(info, io.BytesIO(content))
+        file.flush()
+        os.fsync(file.fileno())  # else a power cut may leave the name without the content
+    os.replace(partial, path)
+
+
+def digest(path: Path) -> str:
+    """The file's SHA-256."""
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK_BYTES):
+            found.update(block)
+    return found.hexdigest()
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A line of the manifest: a complete shard, and the samples that were left out of it, each with its reason."""
+
+    name: str
+    samples: int
+    bytes: int
+    sha256: str
+    broken: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Manifest:
+    """What a folder of shards was made from, in the first line of its manifest, and its shards, in a line each.
+
+    made_from: the source's identity, `samples_per_shard` and `num_shards`.
+
+    Lines are only ever added, and a line cut short by a crash counts as none: its shard is made again.
+    """
+
+    folder: Path
+    made_from: dict[str, Any]
+    shards: dict[str, Shard] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest | None:
+        """The manifest of a folder; None when it has none.
+
+        Raises:
+            ValueError: it is not one of ours.
+        """
+        path = folder / MANIFEST
+        if not path.exists():
+            return None
+        *lines, _unfinished = path.read_bytes().split(b"\n")
+        try:
+            entries = [json.loads(line) for line in lines]
+            shards = {entry["name"]: Shard(**entry) for entry in entries[1:]}
+            return cls(folder, entries[0]["made_from"], shards)
+        except (ValueError, LookupError, TypeError) as error:
+            raise ValueError(f"{path} is no manifest of shards ({error}); delete it or take another folder.") from error
+
+    def write(self) -> None:
+        """The whole file anew, at once."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        partial = self.folder / f"{MANIFEST}.tmp"
+        entries = [{"made_from": self.made_from}, *map(asdict, self.shards.values())]
+        partial.write_text("".join(map(_line, entries)), encoding="utf-8")
+        os.replace(partial, self.folder / MANIFEST)
+
+    def add(self, shard: Shard) -> None:
+        """One more line."""
+        self.shards[shard.name] = shard
+        with (self.folder / MANIFEST).open("a", encoding="utf-8") as file:
+            file.write(_line(asdict(shard)))
+
+    def has(self, name: str) -> bool:
+        """Whether the shard is complete: listed, and on disk in the size that is listed."""
+        path = self.folder / name
+        return name in self.shards and path.is_file() and path.stat().st_size == self.shards[name].bytes
+
+
+def _line(entry: dict[str, Any]) -> str:
+    return json.dumps(entry, ensure_ascii=False) + "\n"
