@@ -37,7 +37,7 @@ $(VENV)/.ready: pyproject.toml
 	@touch $@
 
 $(VENV)/.ready-for-tests: $(VENV)/.ready
-	$(BIN)/pip install --quiet --editable ".[train,nano,eval,test]"
+	$(BIN)/pip install --quiet --editable ".[train,nano,eval,serve,test]"
 	@touch $@
 
 clean:

@@ -237,6 +237,14 @@ def test_the_longest_answer_is_cut_to_what_the_context_holds(yi_vl: YiVL, script
     assert num_prompt_tokens + len(calls) == 512
 
 
+@pytest.mark.parametrize("stop", ["and", ["never", "and"]])
+def test_stop_texts_end_an_answer_besides_the_separator(yi_vl: YiVL, script: Script, stop: Any) -> None:
+    script([ids_of(yi_vl, " two cats and a dog\n###")])
+    assert yi_vl.predict(None, "Hi", stop=stop) == "two cats"
+    script([ids_of(yi_vl, " two cats\n### Human and")])
+    assert yi_vl.predict(None, "Hi", stop=stop) == "two cats"
+
+
 def test_closing_a_stream_stops_the_work(yi_vl: YiVL, script: Script) -> None:
     calls = script([ids_of(yi_vl, " dog")])
     pieces = yi_vl.stream(None, "Hi")
@@ -289,6 +297,7 @@ def test_too_long_prompts_are_refused_before_any_work(yi_vl: YiVL, script: Scrip
         ((None, "Hi"), {"temperature": -1}, "temperature is -1"),
         ((None, "Hi"), {"top_p": 0}, "top_p is 0"),
         ((None, "Hi"), {"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ((None, "Hi"), {"stop": ["a", ""]}, "stop is"),
     ],
 )
 def test_bad_requests_are_refused_at_once(yi_vl: YiVL, arguments: Any, options: dict[str, Any], problem: str) -> None:

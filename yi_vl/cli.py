@@ -1,7 +1,7 @@
-"""The command line: `yi-vl ask | chat | info | convert`.
+"""The command line: `yi-vl ask | chat | serve | info | convert`.
 
 Heavy imports happen inside the commands, so that `yi-vl --help` is instant.
-Called by users; calls predict.py, config.py and sizes.py for `info`, convert/ for `convert`.
+Called by users; calls predict.py, server/ for `serve`, config.py and sizes.py for `info`, convert/ for `convert`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .predict import Conversation, YiVL
 
 _PRESETS = ("6b", "34b", "nano")
+_SHUTDOWN_SECONDS = 5  # how long answers may go on after Ctrl-C
 _CHAT_HELP = (
     "/image PATH shows a picture with the next question, /clear starts afresh, /exit leaves; Ctrl-C stops an answer."
 )
@@ -112,6 +113,41 @@ def chat(
                 pictures = []
         except ValueError as error:  # the chat goes on, and pictures stay for the next question
             _complain(error)
+
+
+@app.command()
+def serve(
+    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="A model folder or hub id; else nano.")] = None,
+    host: Annotated[
+        str, typer.Option(help="The address to listen at; 0.0.0.0 is all of this machine's.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="The port to listen at.")] = 8000,
+    name: Annotated[str | None, typer.Option(help="What clients call the model; by default its folder or id.")] = None,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="YI_VL_API_KEY", help="What clients must show as their bearer key.")
+    ] = None,
+    allow_remote_images: Annotated[
+        bool, typer.Option("--allow-remote-images", help="Fetch pictures from the public internet for clients.")
+    ] = False,
+    max_waiting: Annotated[int, typer.Option(min=0, help="How many requests may wait while one is answered.")] = 16,
+    max_tokens: Annotated[int, typer.Option(min=1, help="The greatest length clients may ask for.")] = 2048,
+) -> None:
+    """Answer OpenAI's clients over HTTP: /v1/chat/completions, /v1/models, /healthz, /metrics."""
+    try:
+        import uvicorn
+
+        from .server import Limits, create_app
+    except ModuleNotFoundError as error:
+        raise ValueError(f'{error.name} is missing; serving needs: pip install "yi_vl[serve]"') from error
+    if api_key == "":
+        raise ValueError("the API key is empty; give one, or leave --api-key out.")
+    if name is None:
+        name = "nano" if model is None else Path(model).resolve().name if os.path.isdir(model) else model
+    limits = Limits(num_waiting=max_waiting, max_tokens=max_tokens)
+    application = create_app(
+        _load(model), name, api_key=api_key, allow_remote_images=allow_remote_images, limits=limits
+    )
+    uvicorn.run(application, host=host, port=port, timeout_graceful_shutdown=_SHUTDOWN_SECONDS)
 
 
 @app.command()

@@ -32,6 +32,7 @@ class Sampling:
         temperature: 0 always takes the likeliest token.
         top_p: draw only from the likeliest tokens that make up this probability.
         seed: makes draws repeatable; None draws afresh. Every row of a batch draws with it as if it were alone.
+        stop: texts that end an answer and are not part of it, besides the prompt's own separator.
 
     Raises:
         ValueError: a value is out of its range.
@@ -41,6 +42,7 @@ class Sampling:
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int | None = None
+    stop: str | Sequence[str] = ()
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -51,6 +53,13 @@ class Sampling:
             raise ValueError(f"top_p is {self.top_p}; it must be greater than 0 and at most 1.")
         if self.seed is not None and not 0 <= self.seed < 2**63:
             raise ValueError(f"seed is {self.seed}; it must be from 0 to 2**63 - 1.")
+        if not all(self.stop_strings):
+            raise ValueError(f"stop is {self.stop!r}; a text that ends an answer must not be empty.")
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """All texts that end an answer."""
+        return (STOP_STRING, *([self.stop] if isinstance(self.stop, str) else self.stop))
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The Python API: `load()` gives a `YiVL`, which answers questions about pictures.
 
 B conversations answered at once, S prompt tokens, V vocabulary, N images of P patches, D language width.
-Called by server.py, cli.py, the demo and the evaluation; calls processor.py, model.py, decode.py and reuse.py.
+Called by server/, cli.py, the demo and the evaluation; calls processor.py, model.py, decode.py and reuse.py.
 """
 
 from __future__ import annotations
@@ -45,9 +45,13 @@ def load(
     return YiVL(*load_model(path, device, dtype, tower_from))
 
 
+class TooLongError(ValueError):
+    """A conversation that takes more tokens than the model holds."""
+
+
 class YiVL:
     """A model with its processor. Every method takes the options of `decode.Sampling` by name: `max_new_tokens` (512),
-    `temperature` (0: greedy), `top_p` (1) and `seed`.
+    `temperature` (0: greedy), `top_p` (1), `seed` and `stop`.
 
     Pictures are paths, bytes, PIL images or arrays: None, one, or a list. Whatever is wrong with a request is raised as
     a `ValueError` before the model works on it.
@@ -157,7 +161,7 @@ class YiVL:
         """An empty answer for every row; afterwards they know why they ended and how many tokens they took."""
         limit = self.model.config.text_config.max_position_embeddings
         rooms = [min(sampling.max_new_tokens, limit - num_tokens) for num_tokens in prompts.num_tokens]
-        return [Answer(self.processor.tokenizer, room, self._stop_ids) for room in rooms]
+        return [Answer(self.processor.tokenizer, room, self._stop_ids, sampling.stop_strings) for room in rooms]
 
     def generate(self, prompts: Prompts, answers: list[Answer], sampling: Sampling) -> Generator[list[str], None, None]:
         """Every row's new text (often none), step after step until the last answer has ended."""
@@ -244,7 +248,7 @@ class YiVL:
         limit = self.model.config.text_config.max_position_embeddings
         if num_tokens + 1 > limit:
             per_image = self.processor.patches_per_image
-            raise ValueError(
+            raise TooLongError(
                 f"The prompt takes {num_tokens} tokens, {num_images * per_image} of them for {num_images} images of "
                 f"{per_image}; the model holds {limit}, the answer included. Give fewer images or a shorter text, or "
                 "begin a new chat."

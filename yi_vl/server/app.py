@@ -1,0 +1,102 @@
+"""The application: routes, the key, and errors in OpenAI's form.
+
+Called by cli.py; calls completions.py, protocol.py and metrics.py.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import APIRouter, Depends, FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from ..predict import YiVL
+from .completions import Completions
+from .metrics import CLIENT_LEFT, CountRequests
+from .protocol import FAILURE, ApiError, Limits
+
+
+def create_app(
+    yi_vl: YiVL,
+    name: str,
+    *,
+    api_key: str | None = None,
+    allow_remote_images: bool = False,
+    limits: Limits | None = None,
+) -> FastAPI:
+    """An ASGI application that answers OpenAI's clients; `/healthz` and `/metrics` are open to all.
+
+    Args:
+        name: what clients call the model.
+        api_key: what they must show under `/v1`; by default nothing.
+        allow_remote_images: fetch pictures from http and https URLs, of the public internet only.
+    """
+    completions = Completions(yi_vl, name, limits or Limits(), allow_remote_images)
+    model = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "yi_vl"}
+
+    async def authorize(request: Request) -> None:
+        if api_key is None:
+            return
+        kind, _, given = request.headers.get("Authorization", "").partition(" ")
+        if not secrets.compare_digest(given.encode(), api_key.encode()) or kind.lower() != "bearer":
+            message = "The API key is missing or wrong; send `Authorization: Bearer KEY`."
+            raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+
+    async def list_models() -> dict[str, Any]:
+        return {"object": "list", "data": [model]}
+
+    async def get_model(wanted: str) -> dict[str, Any]:
+        completions.check_name(wanted)
+        return model
+
+    async def tell_health() -> dict[str, str]:
+        return {"status": "ok"}
+
+    async def tell_metrics() -> Response:
+        return Response(completions.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+    @asynccontextmanager
+    async def close_at_end(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        completions.close()
+
+    api = APIRouter(prefix="/v1", dependencies=[Depends(authorize)])
+    api.add_api_route("/chat/completions", completions.complete, methods=["POST"], response_model=None)
+    api.add_api_route("/models", list_models)
+    api.add_api_route("/models/{wanted:path}", get_model)
+    app = FastAPI(lifespan=close_at_end, openapi_url=None)
+    app.include_router(api)
+    app.add_api_route("/healthz", tell_health)
+    app.add_api_route("/metrics", tell_metrics, response_model=None)
+    app.add_middleware(CountRequests, path="/v1/chat/completions", counter=completions.metrics.requests)
+    for kind, answer in _ANSWERS.items():
+        app.add_exception_handler(kind, answer)
+    return app
+
+
+async def _refuse(_: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return JSONResponse(error.body, error.status, error.headers)
+
+
+async def _refuse_route(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return JSONResponse(ApiError(error.status_code, error.detail).body, error.status_code, error.headers)
+
+
+async def _fail(_: Request, error: Exception) -> Response:
+    return JSONResponse(ApiError(500, FAILURE).body, 500)
+
+
+async def _answer_nobody(_: Request, error: Exception) -> Response:
+    return Response(status_code=CLIENT_LEFT)
+
+
+_ANSWERS = {ApiError: _refuse, HTTPException: _refuse_route, ClientDisconnect: _answer_nobody, Exception: _fail}

@@ -1,0 +1,247 @@
+"""One chat request on its way: read, checked, prepared, generated, and answered whole or as a stream of events.
+
+Called by app.py; calls predict.py, decode.py, and the other files of the server.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import AsyncGenerator, Awaitable, Generator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing, closing
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+from PIL import Image
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from ..decode import Prompts, Sampling
+from ..predict import TooLongError, YiVL
+from .images import open_picture, read_url
+from .metrics import Metrics
+from .protocol import FAILURE, ApiError, ChatRequest, Limits, Reply, parse_request
+from .worker import Ahead, Places, Worker
+
+T = TypeVar("T")
+_logger = logging.getLogger(__name__)
+_NUM_READING = 32  # bodies that are read at once
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One step of an answer: a token, and the text that became certain with it."""
+
+    choice: int
+    text: str
+    finish_reason: str | None
+    usage: dict[str, int]  # so far
+
+
+class Completions:
+    """`/v1/chat/completions` over a ready model."""
+
+    def __init__(self, yi_vl: YiVL, name: str, limits: Limits, allow_remote_images: bool) -> None:
+        self.worker = Worker(limits.num_waiting)
+        self.metrics = Metrics(self.worker)
+        self._yi_vl = yi_vl
+        self._name = name
+        self._limits = limits
+        self._allow_remote_images = allow_remote_images
+        self._reading = Places(_NUM_READING)
+        self._decoder = ThreadPoolExecutor(
+            1, "yi-vl-pictures"
+        )  # one at a time: each may unpack to hundreds of megabytes
+
+    async def complete(self, request: Request) -> Response:
+        """The answer to a request, or an `ApiError`; when the client leaves, the work for it stops within one step."""
+        arrival = time.perf_counter()
+        chat = parse_request(await self._read_body(request))
+        self.check_name(chat.model)
+        chat.check(self._limits)
+        pieces = Ahead(self._answer(chat, arrival))
+        try:
+            await _unless_gone(request, anext(pieces))  # from here on nothing is wrong with the request
+            if chat.stream:
+                return _EventStream(self._events(chat, pieces), pieces)
+            return JSONResponse(await _unless_gone(request, self._whole(chat, pieces)))
+        except BaseException:
+            pieces.cancel()
+            raise
+
+    def check_name(self, model: str) -> None:
+        if model != self._name:
+            raise ApiError(
+                404, f"There is no model {model[:200]!r} here, only {self._name!r}.", "model", "model_not_found"
+            )
+
+    def close(self) -> None:
+        self.worker.close()
+        self._decoder.shutdown(cancel_futures=True)
+
+    async def _read_body(self, request: Request) -> bytes:
+        limits, body = self._limits, bytearray()
+        too_large = ApiError(413, f"The body is larger than {limits.body_bytes:,} bytes.", code="request_too_large")
+        if request.headers.get("Content-Type", "").partition(";")[0].strip().lower() != "application/json":
+            raise ApiError(400, "Send JSON, with the header `Content-Type: application/json`.")
+        if int(request.headers.get("Content-Length", 0)) > limits.body_bytes:
+            raise too_large
+
+        async def read() -> None:
+            async for chunk in request.stream():
+                body.extend(chunk)
+                if len(body) > limits.body_bytes:
+                    raise too_large
+
+        with self._reading:
+            try:
+                await asyncio.wait_for(read(), limits.body_seconds)
+            except asyncio.TimeoutError as error:
+                raise ApiError(408, f"The body took longer than {limits.body_seconds:g} seconds.") from error
+        return bytes(body)
+
+    async def _answer(self, chat: ChatRequest, arrival: float) -> AsyncGenerator[Piece, None]:
+        """An empty piece once the prompt is found to be good, then one for every token."""
+        with self.worker.places:
+            pictures = [await self._load_picture(url, param) for url, param in chat.images]
+            prompts = await self.worker.call(self._prepare, chat.as_messages(pictures))
+            yield Piece(0, "", None, {})
+            is_first = True
+            try:
+                async with aclosing(self.worker.run(self._generate(chat, prompts))) as pieces:
+                    async for piece in pieces:
+                        if is_first:
+                            self.metrics.first_token_seconds.observe(time.perf_counter() - arrival)
+                            is_first = False
+                        yield piece
+            except Exception as error:
+                _logger.exception("An answer failed.")
+                self.metrics.failures.inc()
+                raise ApiError(500, FAILURE) from error
+
+    async def _load_picture(self, url: str, param: str) -> Image.Image:
+        data = await read_url(url, param, self._limits, self._allow_remote_images)
+        prepare = self._yi_vl.processor.image_processor.prepare
+        return await asyncio.get_running_loop().run_in_executor(self._decoder, open_picture, data, param, prepare)
+
+    def _prepare(self, messages: list[dict[str, Any]]) -> Prompts:
+        try:
+            return self._yi_vl.prepare([messages])
+        except TooLongError as error:
+            raise ApiError(400, str(error), "messages", "context_length_exceeded") from error
+        except ValueError as error:
+            raise ApiError(400, str(error), "messages") from error
+
+    def _generate(self, chat: ChatRequest, prompts: Prompts) -> Generator[Piece, None, None]:
+        """The choices, one after another; runs in the worker's thread."""
+        sampling, num_tokens = self._sampling(chat), 0
+        (num_prompt_tokens,) = prompts.num_tokens
+        self.metrics.prompt_tokens.inc(num_prompt_tokens)
+        for choice in range(chat.n):
+            drawn = sampling if sampling.seed is None else replace(sampling, seed=(sampling.seed + choice) % 2**63)
+            (answer,) = answers = self._yi_vl.begin_answers(prompts, drawn)
+            with closing(self._yi_vl.generate(prompts, answers, drawn)) as steps:
+                for (text,) in steps:
+                    self.metrics.completion_tokens.inc()
+                    num_tokens += 1
+                    usage = {
+                        "prompt_tokens": num_prompt_tokens,
+                        "completion_tokens": num_tokens,
+                        "total_tokens": num_prompt_tokens + num_tokens,
+                    }
+                    yield Piece(choice, text, answer.finish_reason, usage)
+
+    def _sampling(self, chat: ChatRequest) -> Sampling:
+        asked: dict[str, Any] = {
+            "max_new_tokens": chat.max_tokens if chat.max_completion_tokens is None else chat.max_completion_tokens,
+            "temperature": chat.temperature,
+            "top_p": chat.top_p,
+            "seed": None if chat.seed is None else chat.seed % 2**63,
+            "stop": chat.stop,
+        }
+        sampling = Sampling(**{name: value for name, value in asked.items() if value is not None})
+        return replace(sampling, max_new_tokens=min(sampling.max_new_tokens, self._limits.max_tokens))
+
+    async def _whole(self, chat: ChatRequest, pieces: Ahead[Piece]) -> dict[str, Any]:
+        texts, finish_reasons, usage = [""] * chat.n, [""] * chat.n, {}
+        async for piece in pieces:
+            texts[piece.choice] += piece.text
+            finish_reasons[piece.choice] = piece.finish_reason or ""
+            usage = piece.usage
+        choices = [
+            {
+                "index": index,
+                "message": {"role": "assistant", "content": text, "refusal": None},
+                "logprobs": None,
+                "finish_reason": finish_reason,
+            }
+            for index, (text, finish_reason) in enumerate(zip(texts, finish_reasons, strict=True))
+        ]
+        return Reply(self._name).whole(choices, usage)
+
+    async def _events(self, chat: ChatRequest, pieces: Ahead[Piece]) -> AsyncGenerator[str, None]:
+        reply, num_begun, usage = Reply(self._name), 0, {}
+        tells_usage = chat.stream_options is not None and chat.stream_options.include_usage
+
+        def delta(piece: Piece, content: dict[str, str], finish_reason: str | None = None) -> str:
+            choice = {"index": piece.choice, "delta": content, "logprobs": None, "finish_reason": finish_reason}
+            return _event(reply.chunk([choice], **({"usage": None} if tells_usage else {})))
+
+        try:
+            async for piece in pieces:
+                usage = piece.usage
+                if piece.choice == num_begun:
+                    num_begun += 1
+                    yield delta(piece, {"role": "assistant", "content": ""})
+                if piece.text:
+                    yield delta(piece, {"content": piece.text})
+                if piece.finish_reason:
+                    yield delta(piece, {}, piece.finish_reason)
+        except ApiError as error:
+            yield _event(error.body)
+            return
+        if tells_usage:
+            yield _event(reply.chunk([], usage=usage))
+        yield "data: [DONE]\n\n"
+
+
+class _EventStream(StreamingResponse):
+    """Server-sent events made from pieces, which are cancelled after the last event, or when the client has left."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncGenerator[str, None], pieces: Ahead[Piece]) -> None:
+        super().__init__(events, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        self._pieces = pieces
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._pieces.cancel()
+
+
+def _event(content: dict[str, Any]) -> str:
+    return f"data: {json.dumps(content)}\n\n"
+
+
+async def _unless_gone(request: Request, work: Awaitable[T]) -> T:
+    """What the work gives; `ClientDisconnect` if the client leaves before."""
+
+    async def leave() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(leave())
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientDisconnect
+        return working.result()
+    finally:
+        working.cancel()
+        leaving.cancel()

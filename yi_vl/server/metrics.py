@@ -1,0 +1,70 @@
+"""What Prometheus reads at `/metrics`: requests, tokens, time to first token, the queue.
+
+Called by completions.py and app.py; calls worker.py.
+"""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from .worker import Worker
+
+_SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
+CLIENT_LEFT = 499  # nginx's status for a request whose client did not wait for the end
+
+
+class Metrics:
+    """The numbers of one server, in a registry of their own."""
+
+    def __init__(self, worker: Worker) -> None:
+        self.registry = CollectorRegistry()
+        self.requests = self._counter("requests", f"Ended chat requests; {CLIENT_LEFT}: the client left.", "status")
+        self.prompt_tokens = self._counter("prompt_tokens", "Tokens read, images included.")
+        self.completion_tokens = self._counter("completion_tokens", "Tokens generated.")
+        self.failures = self._counter("failures", "Answers that the server failed to finish, streamed ones included.")
+        self.first_token_seconds = Histogram(
+            "yi_vl_time_to_first_token_seconds",
+            "From a request's arrival to its first token.",
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+        running = Gauge("yi_vl_requests_running", "Requests that are generating: 0 or 1.", registry=self.registry)
+        running.set_function(lambda: worker.num_running)
+        waiting = Gauge("yi_vl_requests_waiting", "Requests let in that do not generate yet.", registry=self.registry)
+        waiting.set_function(lambda: worker.num_waiting)
+
+    def text(self) -> bytes:
+        return generate_latest(self.registry)
+
+    def _counter(self, name: str, help: str, *labels: str) -> Counter:
+        return Counter(f"yi_vl_{name}_total", help, labels, registry=self.registry)
+
+
+class CountRequests:
+    """ASGI middleware: counts the requests to one path by the status they ended with."""
+
+    def __init__(self, app: ASGIApp, path: str, counter: Counter) -> None:
+        self._app, self._path, self._counter = app, path, counter
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] != self._path:
+            await self._app(scope, receive, send)
+            return
+        started, ended = 500, CLIENT_LEFT
+
+        async def watch(message: Message) -> None:
+            nonlocal started, ended
+            if message["type"] == "http.response.start":
+                started = message["status"]
+            elif not message.get("more_body", False):
+                ended = started
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watch)
+        except Exception:
+            ended = 500
+            raise
+        finally:
+            self._counter.labels(ended).inc()
