@@ -167,7 +167,8 @@ def activation_bytes(
 ) -> int:
     """What autograd keeps of one row from the forward to the backward pass, the head and its loss excepted.
 
-    With checkpointing: each layer's input, and one layer whole, the one that is run again.
+    With checkpointing: each layer's input, and one layer whole, the one that is run again. Frozen layers are reckoned
+    as checkpointed, too; transformers does that in training mode only.
     """
     vision, text = model.vision_config, model.text_config
     num_patches, width = vision.num_patches, text.hidden_size

@@ -164,6 +164,19 @@ def memory_table(made: Plan, hardware: Hardware) -> Table:
     return table
 
 
+def verdict(made: Plan, hardware: Hardware, strategy: Strategy, is_checkpointed: bool) -> str:
+    """`yes`; `no`; or how long rows may be. Memory grows with their tokens at a constant rate, or an increasing one."""
+    limit, patches = made.config.max_tokens, made.model.vision_config.num_patches
+    usable = USABLE * hardware.memory_bytes
+    average = made.memory(hardware, strategy, made.row, is_checkpointed).total
+    most = made.memory(hardware, strategy, Row(limit, limit - patches), is_checkpointed).total
+    if most <= usable:
+        return "yes"
+    if average > usable:
+        return "no"
+    return f"to {made.row.tokens + int((limit - made.row.tokens) * (usable - average) / (most - average)):,}"
+
+
 def sum_table(plans: Sequence[Plan], hardware: Hardware) -> Table:
     """GPU-hours of each config and of all, beside the published ones."""
     table = _table(f"{hardware.num_gpus} GPUs", "samples", "tokens", "GPU-hours", "checkpointed", "days")
@@ -207,19 +220,6 @@ def _sum_cells(numbers: Sequence[float], hardware: Hardware) -> list[str]:
     samples, tokens, plain, checkpointed = numbers
     days = " to ".join(f"{hours / hardware.num_gpus / 24:.1f}" for hours in (plain, checkpointed))
     return [f"{samples:,.1f} M", f"{tokens:,.1f} B", f"{plain:,.0f}", f"{checkpointed:,.0f}", days]
-
-
-def verdict(made: Plan, hardware: Hardware, strategy: Strategy, is_checkpointed: bool) -> str:
-    """`yes`; `no`; or how long rows may be. Memory grows with their tokens at a constant rate, or an increasing one."""
-    limit, patches = made.config.max_tokens, made.model.vision_config.num_patches
-    usable = USABLE * hardware.memory_bytes
-    average = made.memory(hardware, strategy, made.row, is_checkpointed).total
-    most = made.memory(hardware, strategy, Row(limit, limit - patches), is_checkpointed).total
-    if most <= usable:
-        return "yes"
-    if average > usable:
-        return "no"
-    return f"to {made.row.tokens + int((limit - made.row.tokens) * (usable - average) / (most - average)):,}"
 
 
 def _model_of(init: InitConfig, path: Path) -> YiVLConfig:
