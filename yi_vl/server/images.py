@@ -133,7 +133,7 @@ async def _resolve(target: httpx.URL, param: str) -> str:
 
 @functools.cache
 def _ssl_context() -> ssl.SSLContext:
-    return httpx.create_ssl_context(trust_env=False)
+    return httpx.create_ssl_context()
 
 
 def _too_large(param: str, max_bytes: int) -> ApiError:
