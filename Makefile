@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
-IMAGE ?= docs/pictures/tiger.png
+IMAGE ?= docs/pictures/penguin.png
 
 .PHONY: ask test lint nano clean
 

@@ -192,7 +192,7 @@ def full_size(
     tokenizer: Annotated[
         Path, typer.Option(help="A folder with tokenizer.model and tokenizer_config.json, for a checkpoint to be made.")
     ] = Path("tests/official_tiny/checkpoint"),
-    image: Annotated[Path, typer.Option(help="What is asked about.")] = Path("docs/pictures/tiger.png"),
+    image: Annotated[Path, typer.Option(help="What is asked about.")] = Path("docs/pictures/penguin.png"),
     new_tokens: Annotated[int, typer.Option(help="How many tokens to say.")] = 16,
 ) -> None:
     """Load a checkpoint of the released shapes and layout and answer with it: seconds, peak memory, tokens a second."""

@@ -33,6 +33,6 @@ def test_wheel_holds_the_library_and_nothing_else(tmp_path: Path) -> None:
     assert not outside, f"the wheel would install {outside}"
     sources = [path for path in (ROOT / "yi_vl").rglob("*") if path.is_file() and "__pycache__" not in path.parts]
     expected = {path.relative_to(ROOT).as_posix() for path in sources}
-    assert {"yi_vl/py.typed", "yi_vl/model.py", "yi_vl/nano/README.md"} <= expected
+    assert {"yi_vl/py.typed", "yi_vl/model.py", "yi_vl/nano/README.md", "yi_vl/nano/model.safetensors"} <= expected
     assert expected <= set(names), f"the wheel lacks {sorted(expected - set(names))}"
     assert wheel.stat().st_size < MAX_BYTES
