@@ -222,3 +222,14 @@ def test_backend_processor_counts_tokens_and_marks_images(inputs: dict[str, torc
     )
     marks = made["mm_token_type_ids"][0].tolist()
     assert sum(marks) == 16 and marks == [int(token == IMAGE_TOKEN_ID) for token in made["input_ids"][0].tolist()]
+
+
+@pytest.mark.parametrize("module", ["config", "vision", "image", "model", "predict"])
+def test_any_module_may_be_imported_first(module: str) -> None:
+    """Whichever comes first, transformers' Auto classes know the model afterwards."""
+    code = (
+        f"import yi_vl.{module}\nfrom transformers import AutoConfig, AutoProcessor\n"
+        f"AutoConfig.from_pretrained('yi_vl/nano'), AutoProcessor.from_pretrained('yi_vl/nano')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr

@@ -28,6 +28,8 @@ __all__ = list(_HOMES)
 
 _REGISTERING = ("yi_vl.config", "yi_vl.model", "yi_vl.processor")  # importing them registers what they define
 
+_NEEDED_WHOLE = ("yi_vl.config", "yi_vl.vision", "yi_vl.image")  # by those
+
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
@@ -35,10 +37,14 @@ def __getattr__(name: str) -> Any:
     return getattr(import_module(_HOMES[name], __name__), name)
 
 
-def register() -> None:
-    """Make transformers' Auto classes know the model. Runs when transformers is imported, or at once if it is."""
-    config = sys.modules.get("yi_vl.config")
-    if config is not None and not hasattr(config, "preset"):
+def register(finished: str = "") -> None:
+    """Make transformers' Auto classes know the model. Runs when transformers is imported, or at once if it is.
+
+    Args:
+        finished: the module that calls this in its last line.
+    """
+    loading = (name for name in _NEEDED_WHOLE if name != finished and name in sys.modules)
+    if any(getattr(sys.modules[name].__spec__, "_initializing", False) for name in loading):
         return  # it is being imported, has just imported transformers, and ends by calling this
     for module in _REGISTERING:
         import_module(module)

@@ -217,4 +217,4 @@ def preset(name: str) -> YiVLConfig:
 
 AutoConfig.register(OpenClipVisionConfig.model_type, OpenClipVisionConfig)
 AutoConfig.register(YiVLConfig.model_type, YiVLConfig)
-register()
+register(__name__)

@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import AutoImageProcessor, BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 
+from . import register
 from .config import IMAGE_MEAN, IMAGE_STD, YiVLConfig
 
 ImageSource = str | os.PathLike | bytes | Image.Image | np.ndarray | Tensor
@@ -207,3 +208,4 @@ def _from_array(array: np.ndarray | Tensor, name: str) -> Image.Image:
 AutoImageProcessor.register(
     YiVLConfig, image_processor_classes={"pil": YiVLImageProcessor, "torchvision": YiVLImageProcessor}
 )
+register(__name__)

@@ -19,6 +19,7 @@ from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutput
 
+from . import register
 from .config import OpenClipVisionConfig
 
 logger = logging.getLogger(__name__)
@@ -266,3 +267,4 @@ def resize_position_grid(positions: Tensor, grid: int) -> Tensor:
 
 
 AutoModel.register(OpenClipVisionConfig, OpenClipTower)
+register(__name__)
