@@ -58,17 +58,24 @@ class WeightFiles:
             f"{folder} has no weights: expected model.safetensors or pytorch_model.bin, or an index of several."
         )
 
-    def read(self, name: str) -> Tensor:
-        """One tensor's values, in memory of its own."""
+    def read(self, name: str, more_rows: int = 0) -> Tensor:
+        """One tensor's values, in memory of its own; `more_rows` behind them are yet to be filled."""
         entry = self.entries[name]
+        shape = (entry.shape[0] + more_rows, *entry.shape[1:]) if more_rows else entry.shape
         if entry.byte_offset is None:
             with safe_open(entry.file, "pt") as file:
-                return file.get_tensor(name)
+                stored = file.get_tensor(name)
+            if not more_rows:
+                return stored
+            tensor = stored.new_empty(shape)
+            tensor[: len(stored)] = stored
+            return tensor
         # A plain read: memory-mapped pages would count, and stay, as this process's own.
         num_elements = 1 + sum(step * (size - 1) for step, size in zip(entry.stride, entry.shape, strict=True))
         if 0 in entry.shape:
-            return torch.empty(entry.shape, dtype=entry.dtype)
-        flat = torch.empty(num_elements, dtype=entry.dtype)
+            return torch.empty(shape, dtype=entry.dtype)
+        room = torch.empty(num_elements + more_rows * (entry.stride[0] if more_rows else 0), dtype=entry.dtype)
+        flat = room[:num_elements]
         with entry.file.open("rb", buffering=0) as stream:
             stream.seek(entry.byte_offset + entry.first * entry.dtype.itemsize)
             view = memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]  # an array is a buffer
@@ -77,7 +84,7 @@ class WeightFiles:
                 if not num_read:
                     raise ValueError(f"{entry.file} is cut short: {name} ends beyond its end. Fetch it again.")
                 view = view[num_read:]
-        return flat.as_strided(entry.shape, entry.stride)
+        return room.as_strided(shape, entry.stride)
 
 
 def _read_indexed(folder: Path, index: Path) -> dict[str, Entry]:

@@ -54,12 +54,16 @@ class LazyTensor:
     added_rows: Callable[[Tensor, int], Tensor] | None = None  # (the stored rows, how many are wanted) -> those
 
     def __getitem__(self, index: Any) -> Tensor:
-        stored = [piece.files.read(piece.name) for piece in self.pieces]
-        tensor = stored[0] if len(stored) == 1 else torch.cat(stored)
-        missing = self.shape[0] - tensor.shape[0] if self.shape else 0
-        if missing:
+        num_stored = sum(piece.entry.shape[0] for piece in self.pieces) if self.shape else 0
+        missing = self.shape[0] - num_stored if self.shape else 0
+        if len(self.pieces) > 1:
+            assert not missing
+            return torch.cat([piece.files.read(piece.name) for piece in self.pieces])[index]
+        (piece,) = self.pieces
+        tensor = piece.files.read(piece.name, missing)
+        if missing:  # in place: a copy of the largest tensors would be what loading takes most memory for
             assert self.added_rows is not None
-            tensor = torch.cat([tensor, self.added_rows(tensor, missing)])
+            tensor[num_stored:] = self.added_rows(tensor[:num_stored], missing)
         return tensor[index]
 
     def is_floating_point(self) -> bool:
