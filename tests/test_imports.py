@@ -59,7 +59,11 @@ def yi_vl_module(name: str) -> str | None:
 LAYER_OF = {module: index for index, layer in enumerate(LAYERS) for module in layer}
 
 
-@pytest.mark.parametrize("path", sources("yi_vl"), ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "path",
+    [path for path in sources("yi_vl") if path.parent.name != "nano"],  # what save_pretrained wrote
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
 def test_arrows_inside_yi_vl(path: Path) -> None:
     importer = path.relative_to(ROOT / "yi_vl").parts[0].removesuffix(".py")
     if importer == "__init__":

@@ -91,7 +91,7 @@ def scores(records: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return {
         skill: {lang: round(sum(right) / len(right), 4) for lang, right in langs.items()}
         | {"count": len(langs["both"])}
-        for skill, langs in groups.items()
+        for skill, langs in sorted(groups.items(), key=lambda group: group[0] == "all")
     }
 
 
