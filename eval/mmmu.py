@@ -15,7 +15,7 @@ from typing import Any
 from . import mmmu_rules, strict
 from .data import Row, pictures_of, read_json, read_jsonl, read_rows, split_at_markers
 from .mmmu_rules import Draw
-from .question import Answered, Form, PublishedRow, Question, Split, Verdict
+from .question import Answered, PublishedRow, Question, Split, Verdict
 
 NAME = "mmmu"
 HUB_ID = "MMMU/MMMU"
@@ -194,8 +194,7 @@ def _answered(path: Path, record: Mapping[str, Any], questions: Mapping[str, Que
             f"{path}: {question.id} is multiple choice, but neither the answers nor its prediction list the options "
             "(index2ans); without them a response cannot be read. Give the data set as --answers."
         )
-    form: Form = "response"
-    return Answered(replace(question, options=options if question.kind == "choice" else {}), _text(record), form)
+    return Answered(replace(question, options=options if question.kind == "choice" else {}), _text(record))
 
 
 def _text(record: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ import json
 import platform
 import subprocess
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ def write_results(
     out_dir.mkdir(parents=True, exist_ok=True)
     results = summarise_all(benchmark, scored, config, split)
     has_golds = RULES[0] in results
-    results["versions"] = {name: version(name) for name in ("yi_vl", "torch", "transformers", "open_clip_torch")}
+    results["versions"] = {name: _version(name) for name in ("yi_vl", "torch", "transformers", "open_clip_torch")}
     results["versions"]["python"] = platform.python_version()
     results["git"] = _git_hash()
     _write(out_dir / "results.json", json.dumps(results, ensure_ascii=False, indent=1) + "\n")
@@ -213,6 +213,13 @@ def _percent(share: float) -> str:
 
 def _wrapped(name: str) -> str:
     return name.replace(" and ", " &\n")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # a checkout that is run without being installed; the git hash tells
+        return None
 
 
 def _git_hash() -> str | None:

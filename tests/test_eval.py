@@ -545,10 +545,12 @@ def test_mmmu_pro_predictions_are_scored_whole(tmp_path: Path) -> None:
 
 
 def test_speed_is_measured_over_the_same_answers(small_mmmu: str, tiny_folder: Path) -> None:
-    from eval.speed import compare_chat, compare_runner
+    from eval.speed import compare_chat, compare_prefill, compare_runner
 
     found = compare_runner(str(tiny_folder), mmmu.load(small_mmmu, "val"), 4, 6)
     assert found["same_answers"] == "7 of 7" and found["ratio"] > 0
     model = YiVLModel(str(tiny_folder)).yi_vl
     chat = compare_chat(model, ROOT / "docs" / "pictures" / "penguin.png", 3, 4)
     assert all(list(way) == ["turn_1_ms", "turn_2_ms", "turn_3_ms"] for way in chat["ways"].values())
+    prefill = compare_prefill(model, 100)
+    assert prefill["ways"]["yi_vl"]["of_the_limit"] > 0 and prefill["what"].startswith("100 tokens")
