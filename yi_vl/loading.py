@@ -7,6 +7,7 @@ model.py, processor.py and, for the official layout and llava-hf's, convert/.
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -49,9 +50,13 @@ def load_model(
         num_parameters = sum(tensor.shape.numel() for tensor in checkpoint.tensors.values())
         is_small_on_cpu = str(device) == "cpu" and num_parameters < _SMALL_PARAMETERS
         dtype = torch.float32 if is_small_on_cpu else torch.bfloat16
+    tensors = {
+        name: replace(tensor, dtype=dtype) if tensor.is_floating_point() else tensor
+        for name, tensor in checkpoint.tensors.items()
+    }
     try:
         model = YiVLForConditionalGeneration.from_pretrained(
-            None, config=checkpoint.config, state_dict=dict(checkpoint.tensors), dtype=dtype, device_map=device
+            None, config=checkpoint.config, state_dict=tensors, dtype=dtype, device_map=device
         )
         model.generation_config = checkpoint.generation_config
         processor = checkpoint.make_processor()

@@ -49,21 +49,20 @@ class LazyTensor:
     """A tensor of ours that is read when it is indexed with `...`, as transformers reads safetensors' slices."""
 
     shape: torch.Size
-    dtype: torch.dtype  # as stored
+    dtype: torch.dtype  # to read it in; as stored, unless it is replaced
     pieces: tuple[Piece, ...]  # concatenated along the first dimension
     added_rows: Callable[[Tensor, int], Tensor] | None = None  # (the stored rows, how many are wanted) -> those
 
     def __getitem__(self, index: Any) -> Tensor:
-        num_stored = sum(piece.entry.shape[0] for piece in self.pieces) if self.shape else 0
-        missing = self.shape[0] - num_stored if self.shape else 0
-        if len(self.pieces) > 1:
-            assert not missing
-            return torch.cat([piece.files.read(piece.name) for piece in self.pieces])[index]
-        (piece,) = self.pieces
-        tensor = piece.files.read(piece.name, missing)
-        if missing:  # in place: a copy of the largest tensors would be what loading takes most memory for
+        tensor = torch.empty(self.shape, dtype=self.dtype)
+        num_stored = 0
+        for piece in self.pieces:  # each into its place: copies are what loading would take most memory for
+            num_rows = piece.entry.shape[0] if self.shape else 0
+            piece.files.read_into(piece.name, tensor.narrow(0, num_stored, num_rows) if self.shape else tensor)
+            num_stored += num_rows
+        if self.shape and num_stored < self.shape[0]:
             assert self.added_rows is not None
-            tensor[num_stored:] = self.added_rows(tensor[:num_stored], missing)
+            tensor[num_stored:] = self.added_rows(tensor[:num_stored], self.shape[0] - num_stored)
         return tensor[index]
 
     def is_floating_point(self) -> bool:
