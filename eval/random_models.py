@@ -1,6 +1,6 @@
 """Yi-VLs of random weights, for what does not depend on their values: time and memory.
 
-Called by speed.py; calls yi_vl.
+Called by speed.py's commands; calls yi_vl.
 """
 
 from __future__ import annotations

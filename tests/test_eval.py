@@ -545,7 +545,8 @@ def test_mmmu_pro_predictions_are_scored_whole(tmp_path: Path) -> None:
 
 
 def test_speed_is_measured_over_the_same_answers(small_mmmu: str, tiny_folder: Path) -> None:
-    from eval.speed import compare_chat, compare_prefill, compare_runner
+    from eval.speed_engine import compare_chat, compare_prefill
+    from eval.speed_runner import compare_runner
 
     found = compare_runner(str(tiny_folder), mmmu.load(small_mmmu, "val"), 4, 6)
     assert found["same_answers"] == "7 of 7" and found["ratio"] > 0

@@ -1,0 +1,175 @@
+"""How fast the engine is: chats, single answers, batches and prompts, each beside what it is to be measured against.
+
+Called by speed.py; calls yi_vl.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.functional import linear
+
+from yi_vl import YiVL
+from yi_vl.decode import Answer, Sampling
+
+Conversation = list[dict[str, Any]]
+
+
+def compare_chat(model: YiVL, image: Path, turns: int, new_tokens: int) -> dict[str, Any]:
+    """A chat about one picture, once as it is and once with everything forgotten before each turn."""
+    ways: dict[str, dict[str, float]] = {}
+    for name, forgets in (("whole prompt read again", True), ("prefix kept", False)):
+        model.forget()
+        messages: list[dict[str, Any]] = []
+        seconds = {}
+        for turn in range(1, turns + 1):
+            content: list[dict[str, Any]] = [{"type": "image", "image": image}] if turn == 1 else []
+            messages.append(
+                {"role": "user", "content": [*content, {"type": "text", "text": f"Question {turn}: what is it?"}]}
+            )
+            if forgets:
+                model.forget()
+            started = time.perf_counter()
+            prompts, sampling = model.prepare([messages]), Sampling(max_new_tokens=new_tokens)
+            steps = model.generate(prompts, model.begin_answers(prompts, sampling), sampling)
+            pieces = [next(steps)[0]]
+            seconds[f"turn_{turn}_ms"] = 1000 * (time.perf_counter() - started)
+            pieces += [piece for (piece,) in steps]
+            messages.append({"role": "assistant", "content": "".join(pieces) or "Yes."})
+        ways[name] = seconds
+    slow, fast = (way[f"turn_{turns}_ms"] for way in ways.values())
+    return {
+        "what": f"time to the first token, about one picture of {model.processor.patches_per_image} tokens",
+        "ways": ways,
+        "ratio": slow / fast,
+    }
+
+
+def compare_decode(model: YiVL, prompt_tokens: int, new_tokens: int) -> dict[str, Any]:
+    """The limit: every weight of the language model and its head is read once for each token."""
+    conversation = _text_of(model, prompt_tokens)
+    head = model.model.lm_head.weight
+    layers = [p for name, p in model.model.model.language_model.named_parameters() if "embed_tokens" not in name]
+    num_bytes = sum(parameter.nbytes for parameter in (*layers, head))
+    bandwidth = read_bandwidth(head.device)
+    limit = bandwidth / num_bytes
+    _engine_rate(model, [conversation], 3)
+    _generate_rate(model, conversation, 3)
+    ways = {
+        "memory's bandwidth": {"tokens_per_second": limit, "of_the_limit": 1.0},
+        "transformers' generate": _shares(_generate_rate(model, conversation, new_tokens), limit),
+        "yi_vl": _shares(_engine_rate(model, [conversation], new_tokens), limit),
+    }
+    return {
+        "what": f"{num_bytes / 1e9:.2f} GB of weights a token, {bandwidth / 1e9:.1f} GB/s",
+        "ways": ways,
+        "ratio": ways["yi_vl"]["tokens_per_second"] / ways["transformers' generate"]["tokens_per_second"],
+    }
+
+
+def compare_batch(model: YiVL, num_rows: int, prompt_tokens: int, new_tokens: int) -> dict[str, Any]:
+    """The same answers, one alone and several at once."""
+    conversations = [_text_of(model, prompt_tokens, str(row)) for row in range(num_rows)]
+    _engine_rate(model, conversations, 3)
+    ways = {
+        "one": {"tokens_per_second": _engine_rate(model, conversations[:1], new_tokens)},
+        f"{num_rows} at once": {"tokens_per_second": _engine_rate(model, conversations, new_tokens)},
+    }
+    one, many = (way["tokens_per_second"] for way in ways.values())
+    return {"what": f"{new_tokens} new tokens each", "ways": ways, "ratio": many / one}
+
+
+def compare_prefill(model: YiVL, num_tokens: int) -> dict[str, Any]:
+    """Products of the layers' matrices and of attention count; softmax, norms and the one row of logits do not."""
+    text = model.model.config.text_config
+    layers = model.model.model.language_model.layers
+    per_token = sum(p.numel() for p in layers.parameters() if p.ndim > 1)
+    flops = 2 * per_token * num_tokens + 2 * num_tokens**2 * text.hidden_size * text.num_hidden_layers  # causal: half
+    rate = matrix_rate(num_tokens, text.hidden_size, text.intermediate_size, model.model.dtype, model.model.device)
+    conversation = _text_of(model, num_tokens)
+    seconds = min(_first_token(model, conversation) for _ in range(3))
+    ways = {
+        "matrix products alone": {"tflops": rate / 1e12, "of_the_limit": 1.0},
+        "yi_vl": {"tflops": flops / seconds / 1e12, "of_the_limit": flops / seconds / rate},
+    }
+    return {"what": f"{num_tokens} tokens in {seconds:.2f} s", "ways": ways}
+
+
+def read_bandwidth(device: Any) -> float:
+    """Bytes per second at which a product with one vector reads a large bf16 matrix: the best of several."""
+    weight = torch.ones(8192, 32768, dtype=torch.bfloat16, device=device)
+    vector = torch.ones(1, 32768, dtype=torch.bfloat16, device=device)
+    return weight.nbytes / _best_seconds(lambda: linear(vector, weight), device)
+
+
+def matrix_rate(rows: int, inner: int, columns: int, dtype: Any, device: Any) -> float:
+    """Floating-point operations per second of one product: the best of several."""
+    left, right = (torch.ones(*shape, dtype=dtype, device=device) for shape in ((rows, inner), (columns, inner)))
+    return 2 * rows * inner * columns / _best_seconds(lambda: linear(left, right), device)
+
+
+def _best_seconds(work: Callable[[], Any], device: Any, times: int = 8) -> float:
+    def once() -> float:
+        started = time.perf_counter()
+        work()
+        if torch.device(device).type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - started
+
+    with torch.inference_mode():
+        return min(once() for _ in range(times))
+
+
+def _text_of(model: YiVL, num_tokens: int, begin: str = "") -> Conversation:
+    """A conversation without a picture whose prompt takes about so many tokens."""
+
+    def messages(words: int) -> Conversation:
+        return [{"role": "system", "content": "."}, {"role": "user", "content": f"{begin} " + "word " * words}]
+
+    few, many = (model.prepare([messages(words)]).num_tokens[0] for words in (1, 11))
+    return messages(max(1, 1 + round((num_tokens - few) * 10 / (many - few))))
+
+
+def _first_token(model: YiVL, conversation: Conversation) -> float:
+    model.forget()
+    prompts, sampling = model.prepare([conversation]), Sampling(max_new_tokens=2)
+    started = time.perf_counter()
+    next(model.generate(prompts, model.begin_answers(prompts, sampling), sampling))
+    return time.perf_counter() - started
+
+
+def _engine_rate(model: YiVL, conversations: list[Conversation], new_tokens: int) -> float:
+    """Tokens per second after the first, with answers that nothing ends."""
+    model.forget()
+    prompts, sampling = model.prepare(conversations), Sampling(max_new_tokens=new_tokens)
+    answers = [Answer(model.processor.tokenizer, new_tokens, stop_ids=()) for _ in conversations]
+    steps = model.generate(prompts, answers, sampling)
+    next(steps)
+    started = time.perf_counter()
+    num_steps = sum(1 for _ in steps)
+    return num_steps * len(conversations) / (time.perf_counter() - started)
+
+
+def _generate_rate(model: YiVL, conversation: Conversation, new_tokens: int) -> float:
+    prompts = model.prepare([conversation])
+    seconds = []
+    with torch.inference_mode():
+        for count in (1, new_tokens):
+            started = time.perf_counter()
+            model.model.generate(
+                input_ids=prompts.input_ids,
+                attention_mask=prompts.attention_mask,
+                max_new_tokens=count,
+                min_new_tokens=count,
+                do_sample=False,
+            )
+            seconds.append(time.perf_counter() - started)
+    return (new_tokens - 1) / (seconds[1] - seconds[0])
+
+
+def _shares(rate: float, limit: float) -> dict[str, float]:
+    return {"tokens_per_second": rate, "of_the_limit": rate / limit}

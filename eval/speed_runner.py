@@ -1,0 +1,77 @@
+"""The evaluation's runner against what a plain script would do: questions per second, over the same questions.
+
+Called by speed.py; calls models.py and transformers' `generate`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .models import Settings, YiVLModel, read_pictures
+from .question import Question
+
+if TYPE_CHECKING:
+    from yi_vl import YiVL
+
+
+def compare_runner(model: str, questions: Sequence[Question], batch_size: int, max_new_tokens: int) -> dict[str, Any]:
+    """Both ways over the same questions, greedily; the first batch of each is not counted."""
+    answerer = YiVLModel(model)
+    ordered = sorted(questions, key=lambda question: (len(question.pictures), len(question.prompt.encode())))
+    settings = Settings(max_new_tokens)
+
+    def in_batches(some: Sequence[Question]) -> list[str]:
+        return [
+            reply.text
+            for start in range(0, len(some), batch_size)
+            for reply in answerer.answer([one.content() for one in some[start : start + batch_size]], settings)
+        ]
+
+    def one_by_one(some: Sequence[Question]) -> list[str]:
+        return [_generate(answerer.yi_vl, question, max_new_tokens) for question in some]
+
+    results, said = {}, {}
+    for name, way in (
+        ("transformers' generate, one by one", one_by_one),
+        (f"eval's runner, batch {batch_size}", in_batches),
+    ):
+        way(ordered[:batch_size])
+        answerer.yi_vl.forget()
+        seconds, said[name] = _timed(way, ordered)
+        results[name] = {"questions_per_second": len(ordered) / seconds, "seconds": seconds}
+    slow, fast = (entry["questions_per_second"] for entry in results.values())
+    first, second = said.values()
+    same = sum(a == b for a, b in zip(first, second, strict=True))
+    return {
+        "what": f"{len(ordered)} questions, at most {max_new_tokens} new tokens, {model}",
+        "ways": results,
+        "ratio": fast / slow,
+        "same_answers": f"{same} of {len(ordered)}",
+    }
+
+
+def _timed(way: Callable[[Sequence[Question]], list[str]], questions: Sequence[Question]) -> tuple[float, list[str]]:
+    started = time.perf_counter()
+    said = way(questions)
+    return time.perf_counter() - started, said
+
+
+def _generate(yi_vl: YiVL, question: Question, max_new_tokens: int) -> str:
+    """What a script for one question does: processor, `generate`, decode."""
+    prompts = yi_vl.prepare([[{"role": "user", "content": read_pictures(question.content())}]])
+    with torch.inference_mode():
+        tokens = yi_vl.model.generate(
+            input_ids=prompts.input_ids,
+            attention_mask=prompts.attention_mask,
+            pixel_values=prompts.pixel_values,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            stop_strings=["###"],
+            tokenizer=yi_vl.processor.tokenizer,
+        )
+    text: str = yi_vl.processor.tokenizer.decode(tokens[0, prompts.input_ids.shape[1] :], skip_special_tokens=True)
+    return text.split("###")[0].strip()
