@@ -62,12 +62,13 @@ def _timed(way: Callable[[Sequence[Question]], list[str]], questions: Sequence[Q
 
 def _generate(yi_vl: YiVL, question: Question, max_new_tokens: int) -> str:
     """What a script for one question does: processor, `generate`, decode."""
+    pixels = yi_vl.processor.image_processor.normalise
     prompts = yi_vl.prepare([[{"role": "user", "content": read_pictures(question.content())}]])
     with torch.inference_mode():
         tokens = yi_vl.model.generate(
             input_ids=prompts.input_ids,
             attention_mask=prompts.attention_mask,
-            pixel_values=prompts.pixel_values,
+            pixel_values=None if prompts.squares is None else pixels(prompts.squares),
             max_new_tokens=max_new_tokens,
             do_sample=False,
             stop_strings=["###"],

@@ -190,7 +190,12 @@ def test_prompts_are_padded_on_the_left(yi_vl: YiVL) -> None:
     assert prompts.input_ids.shape[1] == num_tokens[0] > num_tokens[1]
     assert prompts.attention_mask[1].tolist() == [0] * (num_tokens[0] - num_tokens[1]) + [1] * num_tokens[1]
     assert (prompts.input_ids == IMAGE_TOKEN_ID).sum(1).tolist() == [16, 0]
-    assert prompts.pixel_values is not None and prompts.pixel_values.shape == (1, 3, 56, 56)
+    assert prompts.squares is not None and prompts.squares.shape == (1, 56, 56, 3)
+
+
+def pixel_values(yi_vl: YiVL, prompts: Prompts) -> torch.Tensor:
+    assert prompts.squares is not None
+    return yi_vl.processor.image_processor.normalise(prompts.squares)
 
 
 def begin(yi_vl: YiVL, prompts: Prompts, choose: Chooser) -> Generator[list[int], None, None]:
@@ -213,7 +218,8 @@ def test_cached_steps_equal_uncached_ones(yi_vl: YiVL) -> None:
     with torch.inference_mode():
         for row, num_tokens in enumerate(prompts.num_tokens):
             ids = torch.cat([prompts.input_ids[row, -num_tokens:], chosen[row]])
-            logits = yi_vl.model(input_ids=ids[None], pixel_values=prompts.pixel_values if row == 0 else None).logits[0]
+            pixels = pixel_values(yi_vl, prompts) if row == 0 else None
+            logits = yi_vl.model(input_ids=ids[None], pixel_values=pixels).logits[0]
             torch.testing.assert_close(
                 torch.stack([s[row] for s in seen]), logits[num_tokens - 1 : -1], atol=1e-4, rtol=0
             )
@@ -227,7 +233,7 @@ def test_decoding_equals_transformers_generate(yi_vl: YiVL) -> None:
     theirs = yi_vl.model.generate(
         input_ids=prompts.input_ids,
         attention_mask=prompts.attention_mask,
-        pixel_values=prompts.pixel_values,
+        pixel_values=pixel_values(yi_vl, prompts),
         max_new_tokens=8,
         do_sample=False,
         eos_token_id=-1,  # none

@@ -68,7 +68,7 @@ class Prompts:
 
     input_ids: Tensor  # (B, S) int64, padded on the left
     attention_mask: Tensor  # (B, S) int64
-    pixel_values: Tensor | None  # (N, 3, H, W), on the CPU
+    squares: Tensor | None  # (N, H, W, 3) uint8, the pictures as image.py prepares them, on the CPU
     keys: list[Keys]  # of every row's tokens
 
     @property

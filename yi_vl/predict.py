@@ -153,9 +153,9 @@ class YiVL:
         input_ids = pad_sequence(rows, batch_first=True, padding_value=pad_id, padding_side="left")
         mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
         pictures = [picture for messages in conversations for picture in _pictures(messages)]
-        pixels = self.processor.image_processor(pictures)["pixel_values"] if pictures else None
-        device, keys = self.model.device, self._keys(encoded, pixels)
-        return Prompts(input_ids.to(device), mask.to(device), pixels, keys)
+        squares = [self.processor.image_processor.square(picture) for picture in pictures]
+        device, keys = self.model.device, self._keys(encoded, squares)
+        return Prompts(input_ids.to(device), mask.to(device), torch.stack(squares) if squares else None, keys)
 
     def begin_answers(self, prompts: Prompts, sampling: Sampling) -> list[Answer]:
         """An empty answer for every row; afterwards they know why they ended and how many tokens they took."""
@@ -211,35 +211,36 @@ class YiVL:
     def _embed(self, prompts: Prompts, num_known: int) -> Tensor:
         """(B, S, D); pictures that lie before place `num_known` are not needed and left out."""
         embeddings = self.model.get_input_embeddings()(prompts.input_ids)  # (B, S, D)
-        if prompts.pixel_values is None:
+        if prompts.squares is None:
             return embeddings
         is_image = prompts.input_ids == self.model.config.image_token_id  # (B, S)
         is_new = is_image & (prompts.places > num_known)
         starts = np.concatenate([keys[keys < 0] for keys in prompts.keys])[:: self.processor.patches_per_image]
         needed = is_new[is_image].view(len(starts), -1)[:, 0].tolist()
-        features = self._encode([int(key) for key in starts], prompts.pixel_values, needed)
+        features = self._encode([int(key) for key in starts], prompts.squares, needed)
         return embeddings.masked_scatter(is_new.unsqueeze(-1), features.to(embeddings))
 
-    def _encode(self, keys: list[int], pixel_values: Tensor, needed: list[bool]) -> Tensor:
-        """(N, 3, H, W) -> features of the needed pictures (M, P, D); one seen lately is not encoded again."""
+    def _encode(self, keys: list[int], squares: Tensor, needed: list[bool]) -> Tensor:
+        """(N, H, W, 3) -> features of the needed pictures (M, P, D); one seen lately is not encoded again."""
         wanted = [key for key, is_needed in zip(keys, needed, strict=True) if is_needed]
         features = {key: found for key in wanted if (found := self._features.get(key)) is not None}
         new = [key for key in dict.fromkeys(wanted) if key not in features]
         if new:
-            pixels = pixel_values[[keys.index(key) for key in new]].to(self.model.device, self.model.dtype)
-            for key, encoded in zip(new, self.model.model.encode_images(pixels), strict=True):
+            pixels = self.processor.image_processor.normalise(squares[[keys.index(key) for key in new]])
+            encoded_pictures = self.model.model.encode_images(pixels.to(self.model.device, self.model.dtype))
+            for key, encoded in zip(new, encoded_pictures, strict=True):
                 features[key] = encoded
                 self._features.put(key, encoded.clone(), encoded.nbytes)
-        return torch.stack([features[key] for key in wanted]) if wanted else pixel_values.new_zeros(0)
+        return torch.stack([features[key] for key in wanted]) if wanted else torch.zeros(0)
 
-    def _keys(self, encoded: Sequence[Encoded], pixel_values: Tensor | None) -> list[Keys]:
-        """Of every row's tokens: the ids, and in an image's place negative numbers that stand for its pixels."""
-        pixels = iter(pixel_values if pixel_values is not None else ())
+    def _keys(self, encoded: Sequence[Encoded], squares: Sequence[Tensor]) -> list[Keys]:
+        """Of every row's tokens: the ids, and in an image's place negative numbers that stand for its bytes."""
+        pictures = iter(squares)
         rows = []
         for prompt in encoded:
             keys = np.array(prompt.input_ids, dtype=np.int64)
             for start in prompt.image_starts:
-                digest = hashlib.sha256(next(pixels).contiguous().numpy().tobytes()).digest()
+                digest = hashlib.sha256(next(pictures).numpy().tobytes()).digest()
                 keys[start : start + self.processor.patches_per_image] = -1 - int.from_bytes(digest[:7], "big")
             rows.append(keys)
         return rows

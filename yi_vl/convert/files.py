@@ -155,7 +155,7 @@ def _read_pickle(path: Path) -> dict[str, Entry]:
         for name, tensor in loaded.items():
             if not isinstance(tensor, Tensor):
                 raise TypeError(f"{name!r} is a {type(tensor).__name__}, not a tensor")
-            offset = tensor.untyped_storage()._checkpoint_offset  # type: ignore[attr-defined]
+            offset = int(tensor.untyped_storage()._checkpoint_offset)  # type: ignore[arg-type, attr-defined]
             entries[name] = Entry(
                 path, tuple(tensor.shape), tensor.dtype, offset, int(tensor.storage_offset()), tuple(tensor.stride())
             )
