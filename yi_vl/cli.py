@@ -195,14 +195,14 @@ def convert_command(
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
 
-    from .convert import convert, largest_difference, open_checkpoint
-    from .loading import fetch, find
+    from .convert import convert, largest_difference
+    from .loading import open_model
 
     if target is None and not verify:
         raise ValueError("say where to write to: yi-vl convert SRC DST --to " + to)
     if target is not None and os.path.exists(target):
         raise ValueError(f"{target} exists already; choose another name, or remove it.")
-    checkpoint = open_checkpoint(fetch(find(source), with_weights=True), tower_from)
+    checkpoint = open_model(source, tower_from)
     if verify:
         difference, where = largest_difference(checkpoint)
         print(f"The two copies of the vision tower differ by {difference:g} at most (in {where}).")

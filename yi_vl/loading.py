@@ -15,7 +15,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 
 from .config import YiVLConfig
-from .convert import TowerFrom, open_checkpoint, read_configuration
+from .convert import Checkpoint, TowerFrom, base_of, holds_adapters, merge, open_checkpoint, read_configuration
 from .model import YiVLForConditionalGeneration
 from .processor import YiVLProcessor
 
@@ -34,7 +34,8 @@ def load_model(
     """A model in evaluation mode, and its processor.
 
     Args:
-        path: a folder or hub id, in any of the three layouts; the bundled nano by default.
+        path: a folder or hub id, in any of the three layouts, or of LoRA adapters, which are merged into what they
+            adapt; the bundled nano by default.
         device: "cpu", "cuda:1", ...; "auto" spreads the model over all there is. By default the GPU, else the CPU.
         dtype: of the weights. By default bfloat16, but float32 for a small model on a CPU.
         tower_from: which of its two copies of the vision tower an official release gets, that in `vit/` or that among
@@ -43,8 +44,7 @@ def load_model(
     Raises:
         ValueError: there is no such model, it is another kind of model, it is incomplete, or its parts do not fit.
     """
-    folder = fetch(find(path), with_weights=True)
-    checkpoint = open_checkpoint(folder, tower_from)
+    checkpoint = open_model(path, tower_from)
     device = device or _default_device()
     if dtype is None:
         num_parameters = sum(tensor.shape.numel() for tensor in checkpoint.tensors.values())
@@ -61,8 +61,27 @@ def load_model(
         model.generation_config = checkpoint.generation_config
         processor = checkpoint.make_processor()
     except (OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{folder}: the model cannot be loaded: {_one_line(error)}") from error
+        raise ValueError(f"{checkpoint.folder}: the model cannot be loaded: {_one_line(error)}") from error
     return model.eval(), processor
+
+
+def open_model(path: str | os.PathLike | None, tower_from: TowerFrom = "vit") -> Checkpoint:
+    """The checkpoint in a folder or of a hub id; adapters are merged into what they adapt. No tensor is read yet.
+
+    Raises:
+        ValueError: as `load_model`.
+    """
+    folder = fetch(find(path), with_weights=True)
+    if not holds_adapters(folder):
+        return open_checkpoint(folder, tower_from)
+    name = base_of(folder)
+    try:
+        base = fetch(find(name), with_weights=True)
+        if holds_adapters(base):
+            raise ValueError("those are adapters themselves; merge them first (yi-vl convert).")
+        return merge(open_checkpoint(base, tower_from), folder)
+    except ValueError as error:
+        raise ValueError(f"{folder} holds adapters of {name}: {error}") from error
 
 
 def find(path: str | os.PathLike | None) -> str:
@@ -91,7 +110,10 @@ def read_config(source: str) -> YiVLConfig:
     Raises:
         ValueError: there is none, or it is of another kind of model.
     """
-    return read_configuration(fetch(source, with_weights=False))
+    folder = fetch(source, with_weights=False)
+    if holds_adapters(folder):
+        folder = fetch(find(base_of(folder)), with_weights=False)
+    return read_configuration(folder)
 
 
 def fetch(source: str, with_weights: bool) -> Path:

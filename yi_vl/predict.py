@@ -146,16 +146,24 @@ class YiVL:
             ValueError: a conversation is malformed or too long, or a picture cannot be read.
         """
         encoded = [self.processor.encode_messages(messages) for messages in conversations]
-        for prompt in encoded:
-            self._check_length(len(prompt.input_ids), len(prompt.image_starts))
+        self._check_lengths(encoded)  # before pictures are read
+        pictures = [picture for messages in conversations for picture in _pictures(messages)]
+        return self.prompts(encoded, [self.processor.image_processor.square(picture) for picture in pictures])
+
+    def prompts(self, encoded: Sequence[Encoded], squares: Sequence[Tensor]) -> Prompts:
+        """Rows of tokens with their pictures, (H, W, 3) uint8 each, as the model reads them.
+
+        Raises:
+            TooLongError: a row leaves no room for an answer.
+        """
+        self._check_lengths(encoded)
         rows = [torch.tensor(prompt.input_ids) for prompt in encoded]
         pad_id = self.processor.tokenizer.pad_token_id or 0
         input_ids = pad_sequence(rows, batch_first=True, padding_value=pad_id, padding_side="left")
         mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
-        pictures = [picture for messages in conversations for picture in _pictures(messages)]
-        squares = [self.processor.image_processor.square(picture) for picture in pictures]
         device, keys = self.model.device, self._keys(encoded, squares)
-        return Prompts(input_ids.to(device), mask.to(device), torch.stack(squares) if squares else None, keys)
+        stacked = torch.stack(list(squares)) if squares else None
+        return Prompts(input_ids.to(device), mask.to(device), stacked, keys)
 
     def begin_answers(self, prompts: Prompts, sampling: Sampling) -> list[Answer]:
         """An empty answer for every row; afterwards they know why they ended and how many tokens they took."""
@@ -245,15 +253,17 @@ class YiVL:
             rows.append(keys)
         return rows
 
-    def _check_length(self, num_tokens: int, num_images: int) -> None:
+    def _check_lengths(self, encoded: Sequence[Encoded]) -> None:
         limit = self.model.config.text_config.max_position_embeddings
-        if num_tokens + 1 > limit:
-            per_image = self.processor.patches_per_image
-            raise TooLongError(
-                f"The prompt takes {num_tokens} tokens, {num_images * per_image} of them for {num_images} images of "
-                f"{per_image}; the model holds {limit}, the answer included. Give fewer images or a shorter text, or "
-                "begin a new chat."
-            )
+        for prompt in encoded:
+            num_tokens, num_images = len(prompt.input_ids), len(prompt.image_starts)
+            if num_tokens + 1 > limit:
+                per_image = self.processor.patches_per_image
+                raise TooLongError(
+                    f"The prompt takes {num_tokens} tokens, {num_images * per_image} of them for {num_images} images "
+                    f"of {per_image}; the model holds {limit}, the answer included. Give fewer images or a shorter "
+                    "text, or begin a new chat."
+                )
 
 
 class Conversation:

@@ -43,6 +43,17 @@ class WeightFiles:
         self.entries = entries
 
     @classmethod
+    def of(cls, path: Path) -> WeightFiles:
+        """Those of one file.
+
+        Raises:
+            ValueError: it is missing or damaged.
+        """
+        if not path.is_file():
+            raise ValueError(f"{path.parent} is incomplete: there is no {path.name}.")
+        return cls(_read_file(path))
+
+    @classmethod
     def find(cls, folder: Path) -> WeightFiles:
         """Those of `folder`: indexed or single, safetensors before pickles.
 

@@ -1,7 +1,7 @@
 """A checkpoint of any layout as one of ours: its configuration, its tokenizer, and every tensor of ours, read lazily.
 
-Layouts are told apart by what config.json holds. Called by loading.py and target.py; calls names.py, files.py, and
-yi_vl's configuration, model and processor.
+Layouts are told apart by what config.json holds. Called by loading.py, adapters.py and target.py; calls names.py,
+files.py, and yi_vl's configuration, model and processor.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ class LazyTensor:
     dtype: torch.dtype  # to read it in; as stored, unless it is replaced
     pieces: tuple[Piece, ...]  # concatenated along the first dimension
     added_rows: Callable[[Tensor, int], Tensor] | None = None  # (the stored rows, how many are wanted) -> those
+    change: Callable[[Tensor], Tensor] | None = None  # of what is stored, as adapters would have it
 
     def __getitem__(self, index: Any) -> Tensor:
         tensor = torch.empty(self.shape, dtype=self.dtype)
@@ -63,7 +64,7 @@ class LazyTensor:
         if self.shape and num_stored < self.shape[0]:
             assert self.added_rows is not None
             tensor[num_stored:] = self.added_rows(tensor[:num_stored], self.shape[0] - num_stored)
-        return tensor[index]
+        return (tensor if self.change is None else self.change(tensor))[index]
 
     def is_floating_point(self) -> bool:
         return self.dtype.is_floating_point
