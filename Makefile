@@ -1,11 +1,12 @@
 # make ask    a question about a picture: IMAGE=... QUESTION=... ; the first call creates .venv
+# make demo   a chat in the browser; MODEL=... for another than the bundled nano
 # make test   all tests;  make lint: style and types;  make nano: train the bundled model from nothing, and measure it
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 IMAGE ?= docs/pictures/penguin.png
 
-.PHONY: ask test lint nano clean
+.PHONY: ask demo test lint nano clean
 
 ask: $(VENV)/.ready
 ifdef QUESTION
@@ -16,6 +17,9 @@ else
 	@echo "$(IMAGE)  图片里是什么？"
 	@$(BIN)/yi-vl ask $(IMAGE) "图片里是什么？"
 endif
+
+demo: $(VENV)/.ready-for-demo
+	$(BIN)/python -m demo $(if $(MODEL),--model "$(MODEL)")
 
 test: $(VENV)/.ready-for-tests
 	$(BIN)/python -m pytest -q
@@ -36,8 +40,12 @@ $(VENV)/.ready: pyproject.toml
 	$(BIN)/pip install --quiet --editable .
 	@touch $@
 
+$(VENV)/.ready-for-demo: $(VENV)/.ready
+	$(BIN)/pip install --quiet --editable ".[demo]"
+	@touch $@
+
 $(VENV)/.ready-for-tests: $(VENV)/.ready
-	$(BIN)/pip install --quiet --editable ".[train,nano,eval,serve,test]"
+	$(BIN)/pip install --quiet --editable ".[train,nano,eval,serve,demo,test]"
 	@touch $@
 
 clean:

@@ -1,0 +1,102 @@
+"""`python -m demo`: a chat about pictures in the browser, with the bundled nano or any Yi-VL."""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .texts import ANY_YI_VL, LANGUAGES, NANO
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command(help=__doc__)
+def demo(
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="A model folder or hub id; the bundled nano by default.")
+    ] = None,
+    about: Annotated[
+        str | None, typer.Option(help="What the model is good for, in a sentence; shown on the page.")
+    ] = None,
+    host: Annotated[
+        str, typer.Option(help="The address to listen at. Any but this computer's own needs --auth.")
+    ] = "127.0.0.1",
+    port: Annotated[int | None, typer.Option(help="By default the first free one from 7860.")] = None,
+    share: Annotated[
+        bool, typer.Option("--share", help="Also show the page to the internet, by Gradio's tunnel. Needs --auth.")
+    ] = False,
+    auth: Annotated[
+        str | None, typer.Option(envvar="YI_VL_DEMO_AUTH", help="USER:PASSWORD that visitors must give.")
+    ] = None,
+    keep: Annotated[
+        Path | None,
+        typer.Option(help="Keep conversations with their pictures in this folder, and say so on the page."),
+    ] = None,
+) -> None:
+    account = _account(auth)
+    if account is None and (share or not _is_loopback(host)):
+        what = "--share shows" if share else f"--host {host} shows"
+        raise ValueError(f"{what} the page to others, so it needs a password: add --auth USER:PASSWORD.")
+    if keep:
+        keep.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # so that uploads are removed then too
+    from yi_vl.predict import load
+
+    try:
+        from .app import running
+    except ModuleNotFoundError as error:
+        raise ValueError(f'{error}. Install what the demo needs: pip install -e ".[demo]"') from error
+
+    name = Path(model).name if model else "nano"
+    words = dict.fromkeys(LANGUAGES, about) if about else ANY_YI_VL if model else NANO
+    yi_vl = load(model)
+    try:
+        page = running(yi_vl, name, words, keep, server_name=host, server_port=port, share=share, auth=account)
+        with page as (url, shared_url):
+            if share and not shared_url:
+                raise ValueError("--share: the tunnel could not be opened. Is there a way to the internet?")
+            typer.echo(f"Open {shared_url or url} in a browser. Ctrl-C ends.")
+            while True:
+                time.sleep(3600)
+    except KeyboardInterrupt:
+        typer.echo()
+    except OSError as error:
+        reason = str(error).partition(".")[0]
+        raise ValueError(f"the page cannot be served at {host}: {reason}. Choose another --host or --port.") from error
+
+
+def _account(auth: str | None) -> tuple[str, str] | None:
+    if auth is None:
+        return None
+    user, _, password = auth.partition(":")
+    if not user or not password:
+        raise ValueError("--auth takes a name and a password with a colon between them: --auth USER:PASSWORD.")
+    return user, password
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def main() -> None:
+    """Run the command; what a user can cause is said in one line."""
+    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
+    try:
+        app(prog_name="python -m demo")
+    except ValueError as error:
+        print("demo:", " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,173 @@
+"""What happens in the chat: pure functions between the history that Gradio shows and the messages that yi_vl answers.
+
+A history is what `gr.Chatbot` holds, in the visitor's browser: a list of `{"role", "content", "metadata"}`, content a
+list of `{"type": "text", "text"}` and `{"type": "file", "file": {"path"}}`. Called by actions.py; no gradio here.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import mimetypes
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+Message = dict[str, Any]
+
+_COMPLAINT = "complaint"  # marks an answer that says what went wrong: its turn did not happen
+_LIKED, _DISLIKED = "Like", "Dislike"  # as Gradio calls them
+
+
+class BadPictureError(ValueError):
+    """A picture that cannot be shown to the model."""
+
+    def __init__(self, path: str, error: ValueError) -> None:
+        self.name = Path(path).name
+        super().__init__(str(error).replace(path, self.name))  # where the server keeps it is nobody's business
+
+
+def asked(text: str, paths: Sequence[str] = ()) -> list[Message]:
+    """A visitor's pictures and words, in messages of their own: Gradio forgets the rest of one that is edited."""
+    pictures = [{"path": path, "alt_text": Path(path).name} for path in paths]
+    contents = [pictures, [_text(text)]] if pictures else [[_text(text)]]
+    return [{"role": "user", "content": content} for content in contents]
+
+
+def answered(text: str) -> Message:
+    return {"role": "assistant", "content": [_text(text)]}
+
+
+def complained(text: str) -> Message:
+    """Plain words in the place of an answer; `to_messages` forgets them and what they answer."""
+    return answered(text) | {"metadata": {"id": _COMPLAINT}}
+
+
+def marked(history: Sequence[Message], index: int, liked: bool | str) -> list[Message]:
+    """The history with an answer liked (True), disliked (False) or neither ("")."""
+    mark = {True: _LIKED, False: _DISLIKED}.get(liked)  # type: ignore[arg-type]
+    return [*history[:index], history[index] | {"metadata": mark and {"id": mark}}, *history[index + 1 :]]
+
+
+def thumbs(history: Sequence[Message]) -> list[str | None]:
+    """What the thumbs beside the answers show, from the first answer to the last."""
+    marks = [_mark(message) for message in history if message["role"] == "assistant"]
+    return [mark if mark in (_LIKED, _DISLIKED) else None for mark in marks]
+
+
+def to_messages(history: Sequence[Message], open_picture: Callable[[str], Any]) -> list[Message]:
+    """What yi_vl answers: without failed turns, and with a question that was never answered as part of the next.
+
+    Answers that were liked or disliked say so under `feedback`.
+
+    Args:
+        open_picture: from the path that a visitor's browser names to what an image part shall hold.
+
+    Raises:
+        BadPictureError: `open_picture` raised a ValueError.
+    """
+    messages: list[Message] = []
+    for message in _without_failed_turns(history):
+        parts = [_part(part, open_picture) for part in message["content"]]
+        if message["role"] == "assistant":
+            feedback = {"feedback": mark} if (mark := _mark(message)) else {}
+            messages.append({"role": "assistant", "content": "".join(part["text"] for part in parts)} | feedback)
+        elif messages and messages[-1]["role"] == "user":
+            before = messages[-1]["content"]
+            before += [_text("\n"), *parts] if before[-1]["type"] == "text" else parts
+        else:
+            messages.append({"role": "user", "content": parts})
+    return messages
+
+
+def picture_paths(history: Sequence[Message]) -> list[str]:
+    """All pictures shown in a conversation, each once, failed turns left out."""
+    parts = [part for message in _without_failed_turns(history) for part in message["content"]]
+    return list(dict.fromkeys(part["file"]["path"] for part in parts if part["type"] == "file"))
+
+
+def to_document(history: Sequence[Message], read: Callable[[str], bytes], model: str) -> dict[str, Any]:
+    """The conversation as one document: OpenAI's messages, with the pictures inside as `data:` URLs.
+
+    Args:
+        read: from a picture's path to its file's content.
+    """
+    messages = to_messages(history, lambda path: _data_url(read(path), mimetypes.guess_type(path)[0] or "image/png"))
+    for message in messages:
+        if message["role"] == "user":
+            message["content"] = [
+                {"type": "image_url", "image_url": {"url": part["image"]}} if part["type"] == "image" else part
+                for part in message["content"]
+            ]
+    return {"model": model, "messages": messages}
+
+
+def to_markdown(document: dict[str, Any], you: str) -> str:
+    """What `to_document` gave as a page to read: words on top, the pictures' data at the end."""
+    lines, urls = [f"# Yi-VL: {document['model']}"], []
+    for message in document["messages"]:
+        mark = {_LIKED: " 👍", _DISLIKED: " 👎"}.get(message.get("feedback"), "")
+        lines.append(f"**{you if message['role'] == 'user' else document['model'] + mark}**")
+        content = message["content"]
+        for part in content if isinstance(content, list) else [_text(content)]:
+            if part["type"] == "image_url":
+                urls.append(part["image_url"]["url"])
+                lines.append(f"![{len(urls)}][{len(urls)}]")
+            elif part["text"].strip():
+                lines.append(part["text"])
+    lines += [f"[{number}]: {url}" for number, url in enumerate(urls, start=1)]
+    return "\n\n".join(lines) + "\n"
+
+
+def to_figures(pictures: Sequence[tuple[str, Image.Image]], caption: str) -> str:
+    """HTML that shows named pictures, pixel by pixel.
+
+    Args:
+        caption: with `{name}` and `{size}`.
+    """
+    figures = []
+    for name, picture in pictures:
+        file = io.BytesIO()
+        picture.save(file, "PNG")
+        words = html.escape(caption.format(name=name, size=picture.width))
+        figures.append(
+            f'<figure><img src="{_data_url(file.getvalue(), "image/png")}" alt="{words}">'
+            f"<figcaption>{words}</figcaption></figure>"
+        )
+    return f'<div class="seen">{"".join(figures)}</div>'
+
+
+def _without_failed_turns(history: Sequence[Message]) -> list[Message]:
+    kept: list[Message] = []
+    for message in history:
+        if _mark(message) != _COMPLAINT:
+            kept.append(message)
+        else:
+            while kept and kept[-1]["role"] == "user":
+                kept.pop()
+    return kept
+
+
+def _mark(message: Message) -> str | None:
+    return (message.get("metadata") or {}).get("id")
+
+
+def _part(part: Message, open_picture: Callable[[str], Any]) -> Message:
+    if part["type"] == "text":
+        return _text(part["text"])
+    path = part["file"]["path"]
+    try:
+        return {"type": "image", "image": open_picture(path)}
+    except ValueError as error:
+        raise BadPictureError(path, error) from error
+
+
+def _text(text: str) -> Message:
+    return {"type": "text", "text": text}
+
+
+def _data_url(content: bytes, mime_type: str) -> str:
+    return f"data:{mime_type};base64,{base64.b64encode(content).decode()}"

@@ -1,0 +1,702 @@
+"""The demo: its pure functions, its command, and the page itself, driven in a real browser over a tiny model."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from PIL import Image
+from tiny import IMAGE_SIZE_PX, OFFICIAL, tiny_yi_vl
+
+from demo import chat, texts
+from demo.__main__ import main
+from yi_vl.image import load_image, pad_and_resize
+from yi_vl.predict import YiVL, load
+
+pytest.importorskip("gradio")
+
+from demo import app
+from demo.actions import Actions
+from demo.visitors import Visitors
+
+ROOT = Path(__file__).parents[1]
+WIDE, TALL = OFFICIAL / "wide.png", OFFICIAL / "tall.png"
+PATIENCE_MS = 120_000  # a busy machine is no reason to fail
+
+# Pure functions
+
+
+def text(words: str) -> dict[str, Any]:
+    return {"type": "text", "text": words}
+
+
+def file(path: object) -> dict[str, Any]:
+    return {"type": "file", "file": {"path": str(path)}, "alt_text": "picture"}
+
+
+def user(*parts: str | Path) -> dict[str, Any]:
+    """A visitor's message as `gr.Chatbot` hands it over."""
+    content = [file(part) if isinstance(part, Path) else text(part) for part in parts]
+    return {"role": "user", "content": content, "metadata": None}
+
+
+def bot(words: str, mark: str | None = None) -> dict[str, Any]:
+    return {"role": "assistant", "content": [text(words)], "metadata": mark and {"id": mark}}
+
+
+def test_a_history_becomes_messages() -> None:
+    history = [user(WIDE, TALL, "Compare."), bot("Alike.", "Like"), user("Sure?")]
+    assert chat.to_messages(history, lambda path: Path(path).name) == [
+        {
+            "role": "user",
+            "content": [
+                {"type": "image", "image": "wide.png"},
+                {"type": "image", "image": "tall.png"},
+                text("Compare."),
+            ],
+        },
+        {"role": "assistant", "content": "Alike.", "feedback": "Like"},
+        {"role": "user", "content": [text("Sure?")]},
+    ]
+
+
+def test_a_failed_turn_is_forgotten_and_an_unanswered_question_joins_the_next() -> None:
+    complaint = {**chat.complained("⚠️ no"), "metadata": {"id": "complaint"}}
+    history = [user(TALL), user("Broken"), complaint, user(WIDE, "One"), user("Two"), bot("Three")]
+    messages = chat.to_messages(history, str)
+    assert [message["role"] for message in messages] == ["user", "assistant"]
+    assert [part.get("text") for part in messages[0]["content"]] == [None, "One", "\n", "Two"]
+    assert chat.picture_paths(history) == [str(WIDE)]
+
+
+def test_a_bad_picture_is_named_without_its_folder() -> None:
+    with pytest.raises(chat.BadPictureError, match=r"^no\.png: there is no such file") as caught:
+        chat.to_messages([user(Path("/some/where/no.png"), "What?")], load_image)
+    assert caught.value.name == "no.png" and "where" not in str(caught.value)
+
+
+def test_pictures_and_words_are_messages_of_their_own() -> None:
+    pictures, words = chat.asked("What?", [str(WIDE), str(TALL)])
+    assert [part["path"] for part in pictures["content"]] == [str(WIDE), str(TALL)]
+    assert words == {"role": "user", "content": [text("What?")]} and chat.asked("What?") == [words]
+    (message,) = chat.to_messages([user(WIDE), user("What?")], str)
+    assert message["content"] == [{"type": "image", "image": str(WIDE)}, text("What?")]
+
+
+def test_marks() -> None:
+    history = [user("One"), bot("Two"), user("Three"), chat.complained("⚠️")]
+    liked = chat.marked(history, 1, True)
+    assert chat.thumbs(liked) == ["Like", None] and chat.thumbs(history) == [None, None]
+    assert chat.thumbs(chat.marked(liked, 1, False)) == ["Dislike", None]
+    assert chat.thumbs(chat.marked(liked, 1, "")) == [None, None]
+
+
+def test_documents_hold_the_pictures() -> None:
+    history = [user(WIDE, "What?"), bot("A *thing*.", "Dislike")]
+    document = chat.to_document(history, lambda path: Path(path).read_bytes(), "nano")
+    url = "data:image/png;base64," + base64.b64encode(WIDE.read_bytes()).decode()
+    assert document["messages"] == [
+        {"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}, text("What?")]},
+        {"role": "assistant", "content": "A *thing*.", "feedback": "Dislike"},
+    ]
+    assert chat.to_markdown(document, "You") == (
+        f"# Yi-VL: nano\n\n**You**\n\n![1][1]\n\nWhat?\n\n**nano 👎**\n\nA *thing*.\n\n[1]: {url}\n"
+    )
+
+
+def test_figures_show_every_pixel_and_no_markup_of_a_name() -> None:
+    picture = Image.open(WIDE).convert("RGB")
+    page = chat.to_figures([("<b>.png", picture)], "{name} {size}")
+    assert "<b>" not in page and "&lt;b&gt;.png" in page
+    assert pixels_of(re.search(r'src="([^"]+)"', page)[1]) == picture.tobytes()
+
+
+def pixels_of(data_url: str) -> bytes:
+    return Image.open(io.BytesIO(base64.b64decode(data_url.partition(",")[2]))).convert("RGB").tobytes()
+
+
+@pytest.mark.parametrize(
+    ("header", "language"),
+    [("zh-CN,zh;q=0.9,en;q=0.8", "zh"), ("en-US,en;q=0.9,zh;q=0.8", "en"), ("fr,zh;q=0.3,en;q=0.7", "en"), ("", "en")],
+)
+def test_the_preferred_language(header: str, language: str) -> None:
+    assert texts.preferred(header) == language
+
+
+def test_both_languages_say_the_same_things() -> None:
+    english, chinese = texts.TEXTS["en"], texts.TEXTS["zh"]
+    assert english.keys() == chinese.keys()
+    for key, words in english.items():
+        assert set(re.findall(r"{\w+}", words)) == set(re.findall(r"{\w+}", chinese[key])), key
+
+
+def test_pure_modules_need_no_gradio() -> None:
+    check = "import sys, demo.chat, demo.texts, demo.__main__; print('gradio' in sys.modules)"
+    command = [sys.executable, "-c", check]
+    assert subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout.strip() == "False"
+
+
+# The command
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--share"], "--auth USER:PASSWORD"),
+        (["--host", "0.0.0.0"], "--auth USER:PASSWORD"),
+        (["--auth", "nobody"], "a colon between"),
+        (["--model", "no/such/model"], "no such folder"),
+    ],
+)
+def test_what_a_user_can_cause_is_one_line(
+    arguments: list[str], reason: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["demo", *arguments])
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    monkeypatch.delenv("YI_VL_DEMO_AUTH", raising=False)
+    with pytest.raises(SystemExit) as caught:
+        main()
+    said = capsys.readouterr().err
+    assert caught.value.code == 2 and said.startswith("demo: ") and reason in said and said.count("\n") == 1
+
+
+# Over a model, without a browser
+
+
+@pytest.fixture(scope="module")
+def yi_vl() -> YiVL:
+    return tiny_yi_vl(max_position_embeddings=2048)
+
+
+class Pace:
+    """Counts the model's steps and its ended answers, ends every answer after `num_tokens`, and stops the model before
+    a step on demand."""
+
+    def __init__(self, yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.num_tokens = 8
+        self.num_steps = 0
+        self.num_ended = 0
+        self._in_answer = 0
+        self._gate = threading.Semaphore(0)
+        self._is_held = False
+        self._eos = yi_vl.processor.tokenizer.eos_token_id
+        self._forward = yi_vl.model.forward
+        self._generate = yi_vl.generate
+        monkeypatch.setattr(yi_vl.model, "forward", self._step)
+        monkeypatch.setattr(yi_vl, "generate", self._answer)
+
+    def hold(self, after: int) -> None:
+        """Let the model take so many steps, and wait then."""
+        self._is_held = True
+        for _ in range(after):
+            self._gate.release()
+
+    def release(self) -> None:
+        self._is_held = False
+        self._gate.release()
+
+    def wait_for(self, num_steps: int) -> None:
+        wait_until(lambda: self.num_steps >= num_steps)
+
+    def _answer(self, *arguments: Any) -> Iterator[list[str]]:
+        try:
+            yield from self._generate(*arguments)
+        finally:
+            self.num_ended += 1
+
+    def _step(self, **inputs: Any) -> Any:
+        if self._is_held:
+            assert self._gate.acquire(timeout=PATIENCE_MS / 1000)
+        self.num_steps += 1
+        self._in_answer = 1 if "inputs_embeds" in inputs else self._in_answer + 1
+        outputs = self._forward(**inputs)
+        outputs.logits[..., self._eos] = torch.inf if self._in_answer > self.num_tokens else -torch.inf
+        return outputs
+
+
+@pytest.fixture
+def pace(yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pace]:
+    pace = Pace(yi_vl, monkeypatch)
+    yield pace
+    pace.release()
+
+
+def wait_until(is_true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE_MS / 1000
+    while not is_true():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+def actions_over(yi_vl: YiVL, keep: Path | None = None) -> Actions:
+    visitors = Visitors()
+    visitors.public = {str(WIDE)}
+    return Actions(yi_vl, "tiny", texts.ANY_YI_VL, visitors, keep)
+
+
+NOBODY = SimpleNamespace(cookies={}, headers={})
+SETTINGS = ("0123", "en", 0.0, 1.0, 512)
+
+
+def test_an_answer_streams_and_is_the_models_own(yi_vl: YiVL, pace: Pace) -> None:
+    history = [user(WIDE, "What is this?")]
+    *_, before, last = actions_over(yi_vl).answer(history, *SETTINGS, NOBODY)
+    said = last[-1]["content"][0]["text"]
+    assert last[:-1] == history and said.startswith(before[-1]["content"][0]["text"])
+    assert said == yi_vl.predict(WIDE, "What is this?")
+
+
+def test_closing_an_answer_stops_the_model(yi_vl: YiVL, pace: Pace) -> None:
+    actions = actions_over(yi_vl)
+    answer = actions.answer([user("Hi")], *SETTINGS, NOBODY)
+    next(answer)
+    before = pace.num_steps
+    answer.close()
+    assert pace.num_steps == before
+    assert list(actions.answer([user("Hi")], *SETTINGS, NOBODY))  # the next in the queue is not kept waiting
+
+
+def test_an_answer_that_is_left_alone_keeps_nobody_waiting(yi_vl: YiVL, pace: Pace) -> None:
+    actions = actions_over(yi_vl)
+    answer = actions.answer([user("Hi")], *SETTINGS, NOBODY)
+    next(answer)
+    another = threading.Thread(target=lambda: list(actions.answer([user("Hello")], *SETTINGS, NOBODY)), daemon=True)
+    another.start()
+    another.join(PATIENCE_MS / 1000)
+    assert not another.is_alive() and pace.num_ended == 1
+    answer.close()
+
+
+@pytest.mark.parametrize(
+    ("history", "language", "words"),
+    [
+        ([user(TALL, "What?")], "en", "tall.png.* cannot be shown.* never yours"),
+        ([user(Path("/etc/passwd"), "What?")], "zh", "passwd.*无法给模型看.*不属于你"),
+        ([user("word " * 4000)], "en", "cannot be answered: The prompt takes"),
+    ],
+)
+def test_what_goes_wrong_is_said_in_the_chat(yi_vl: YiVL, history: list[Any], language: str, words: str) -> None:
+    settings = (SETTINGS[0], language, *SETTINGS[2:])
+    (shown,) = actions_over(yi_vl).answer(history, *settings, NOBODY)
+    assert re.search(words, shown[-1]["content"][0]["text"], re.DOTALL)
+    assert chat.to_messages(shown, str) == []
+
+
+def test_an_error_of_ours_is_logged_and_not_shown(
+    yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(yi_vl, "prepare", lambda _: {}["secret"])
+    (shown,) = actions_over(yi_vl).answer([user("Hi")], *SETTINGS, NOBODY)
+    assert shown[-1]["content"][0]["text"] == texts.TEXTS["en"]["failed"] and "secret" in caplog.text
+
+
+def test_conversations_are_kept_on_request_only(yi_vl: YiVL, pace: Pace, tmp_path: Path) -> None:
+    *_, history = actions_over(yi_vl, tmp_path).answer([user(WIDE, "What?")], *SETTINGS, NOBODY)
+    actions = actions_over(yi_vl, tmp_path)
+    history = [history[0], bot(history[1]["content"][0]["text"])]
+    actions.like(history, "0123", SimpleNamespace(index=1, liked=True), NOBODY)
+    kept = json.loads((tmp_path / "0123.json").read_text(encoding="utf-8"))
+    assert [message.get("feedback") for message in kept["messages"]] == [None, "Like"]
+    assert texts.TEXTS["en"]["kept"] in actions.introduce("en")
+    assert texts.TEXTS["en"]["kept"] not in actions_over(yi_vl).introduce("en")
+
+
+# The page
+
+
+class Served:
+    def __init__(self, url: str, visitors: Visitors) -> None:
+        self.url = url
+        self.visitors = visitors
+
+    @property
+    def folder(self) -> Path:
+        return Path(os.environ["GRADIO_TEMP_DIR"])
+
+
+@pytest.fixture(scope="module")
+def served(yi_vl: YiVL) -> Iterator[Served]:
+    visitors = Visitors(max_picture_bytes=1 << 20, max_bytes=3 << 20, grace_seconds=0)  # large uploads take long
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(app, "Visitors", lambda: visitors)
+        with app.running(yi_vl, "tiny", texts.ANY_YI_VL, server_name="127.0.0.1", share=False) as (url, _):
+            yield Served(url, visitors)
+        assert not Path(os.environ["GRADIO_TEMP_DIR"]).exists()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    playwright = pytest.importorskip("playwright.sync_api")
+    with playwright.sync_playwright() as started:
+        arguments = ["--no-sandbox", "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
+        try:
+            chromium = started.chromium.launch(executable_path=shutil.which("chromium"), args=arguments)
+        except playwright.Error as error:
+            pytest.skip(f"there is no browser: {str(error).splitlines()[0]}; `playwright install chromium` gets one")
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def visit(browser: Any, served: Served, pace: Pace, request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Any]:
+    """Opens the page as another visitor; what each saw last is left as a picture in pytest's folder."""
+    contexts = []
+
+    def open_page(**options: Any) -> Visitor:
+        context = browser.new_context(**{"viewport": {"width": 1100, "height": 800}} | options)
+        context.set_default_timeout(PATIENCE_MS)
+        contexts.append(context)
+        return Visitor(context.new_page(), served.url)
+
+    yield open_page
+    pace.release()
+    for number, context in enumerate(contexts):
+        for page in context.pages:
+            page.screenshot(path=tmp_path / f"{number}.png")
+        context.close()
+
+
+class Visitor:
+    """A visitor's hands and eyes."""
+
+    def __init__(self, page: Any, url: str) -> None:
+        self.page = page
+        self.problems: list[str] = []
+        page.on("pageerror", lambda error: self.problems.append(str(error)))
+        page.goto(url)
+        self.page.locator("#typed textarea").wait_for()
+        self.page.get_by_test_id("submit-button").wait_for()
+
+    def attach(self, *paths: Path) -> None:
+        before = self.page.locator("#typed .thumbnail-item").count()
+        self.choose(*paths)
+        self.has_thumbnails(before + len(paths))
+
+    def choose(self, *paths: Path) -> None:
+        self.page.locator("#typed input[type=file]").set_input_files([str(path) for path in paths])
+
+    def has_thumbnails(self, count: int) -> None:
+        wait_for_count(self.page.locator("#typed .thumbnail-item"), count)
+
+    def send(self, question: str) -> None:
+        self.page.locator("#typed textarea").fill(question)
+        self.page.get_by_test_id("submit-button").click()
+
+    def ask(self, question: str, *paths: Path) -> str:
+        """The answer, when it is complete."""
+        if paths:
+            self.attach(*paths)
+        count = self.answers.count()
+        self.send(question)
+        wait_for_count(self.answers, count + 1)
+        self.wait_for_end()
+        return self.answers.last.inner_text()
+
+    def wait_for_end(self) -> None:
+        self.page.get_by_test_id("submit-button").wait_for()
+
+    @property
+    def answers(self) -> Any:
+        return self.page.get_by_test_id("bot")
+
+    @property
+    def questions(self) -> Any:
+        return self.page.get_by_test_id("user")
+
+    @property
+    def stop(self) -> Any:
+        return self.page.get_by_role("button", name="Stop", exact=False)
+
+    def press(self, label: str) -> None:
+        self.page.locator("#chat").get_by_label(label, exact=True).last.click()
+
+    def save(self, kind: str) -> str:
+        """What the visitor's disk gets."""
+        with self.page.expect_download() as download:
+            self.page.get_by_role("button", name=kind).click()
+        return Path(download.value.path()).read_text(encoding="utf-8")
+
+
+def wait_for_count(locator: Any, count: int) -> None:
+    wait_until_in_browser(locator.page, lambda: locator.count() == count)
+
+
+def wait_until_in_browser(page: Any, is_true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE_MS / 1000
+    while not is_true():
+        assert time.monotonic() < deadline, "waited in vain"
+        page.wait_for_timeout(50)
+
+
+def messages_of(document: dict[str, Any]) -> list[dict[str, Any]]:
+    """A saved conversation as yi_vl takes it."""
+    messages = []
+    for message in document["messages"]:
+        content = message["content"]
+        if message["role"] == "user":
+            content = [
+                {"type": "image", "image": base64.b64decode(part["image_url"]["url"].partition(",")[2])}
+                if part["type"] == "image_url"
+                else part
+                for part in content
+            ]
+        messages.append({"role": message["role"], "content": content})
+    return messages
+
+
+def test_a_conversation(visit: Any, yi_vl: YiVL, pace: Pace) -> None:
+    """Upload, ask, go on in Chinese with a second picture, like, save: every answer is the model's to what was said."""
+    visitor = visit()
+    assert visitor.ask("What is in this picture?", WIDE)
+    assert visitor.ask("和这张图比呢？", TALL, WIDE)
+    visitor.press("Like")
+    visitor.page.get_by_label("Liked", exact=True).wait_for()
+    document = json.loads(visitor.save("JSON"))
+    messages = messages_of(document)
+    assert [message["role"] for message in messages] == ["user", "assistant"] * 2
+    assert [part["type"] for part in messages[2]["content"]] == ["image", "image", "text"]
+    for index in (1, 3):
+        assert messages[index]["content"] == yi_vl.answer(messages[:index])
+    assert document["messages"][3]["feedback"] == "Like"
+    page = visitor.save("Markdown")
+    assert "和这张图比呢？" in page and page.count("data:image/png") == 3
+    assert visitor.problems == []
+
+
+def test_an_answer_appears_while_it_is_made_and_can_be_stopped(visit: Any, pace: Pace) -> None:
+    visitor = visit()
+    pace.num_tokens = 10**6
+    pace.hold(after=6)
+    visitor.send("Tell me a story")
+    wait_for_count(visitor.answers, 1)
+    pace.wait_for(6)
+    assert visitor.page.get_by_test_id("submit-button").count() == 0
+    with visitor.page.expect_request(re.compile("/cancel")):
+        visitor.stop.click()
+    visitor.page.request.get(visitor.page.url)  # answered after the server has read the one before
+    pace.release()
+    visitor.wait_for_end()
+    wait_until(lambda: pace.num_ended == 1)
+    assert pace.num_steps <= 7  # the step that was being taken has ended, and no other followed
+    pace.num_tokens = 4
+    assert visitor.ask("And then?")
+
+
+def test_a_closed_tab_stops_its_answer(visit: Any, served: Served, pace: Pace) -> None:
+    visitor = visit()
+    pace.num_tokens = 10**6
+    pace.hold(after=3)
+    visitor.send("Tell me a story")
+    pace.wait_for(3)
+    visitor.page.close()
+    wait_until(lambda: not any(served.visitors._num_tabs.values()))
+    pace.release()
+    wait_until(lambda: pace.num_ended == 1)
+    assert pace.num_steps <= 4  # the step that was being taken has ended, and no other followed
+    pace.num_tokens = 4
+    assert visit().ask("Hi")
+
+
+def test_another_answer_an_edited_question_and_a_new_conversation(visit: Any, yi_vl: YiVL, pace: Pace) -> None:
+    visitor = visit()
+    visitor.ask("What is this?", WIDE)
+    first = json.loads(visitor.save("JSON"))
+    visitor.press("Like")
+    pace.hold(after=0)
+    visitor.press("Retry")
+    visitor.stop.wait_for()
+    pace.release()
+    visitor.wait_for_end()
+    assert json.loads(visitor.save("JSON")) == first  # greedy: the same, and no longer liked
+    visitor.press("Edit")
+    visitor.page.locator("#chat textarea").fill("这是什么？")
+    pace.hold(after=0)
+    visitor.press("Submit")
+    visitor.stop.wait_for()
+    pace.release()
+    visitor.wait_for_end()
+    messages = messages_of(json.loads(visitor.save("JSON")))
+    assert messages[0]["content"][1] == text("这是什么？") and len(messages) == 2
+    assert messages[1]["content"] == yi_vl.answer(messages[:1])
+    visitor.press("Clear")
+    visitor.page.locator(".example").first.wait_for()
+    assert visitor.answers.count() == 0 and visitor.problems == []
+
+
+def test_an_example_is_one_click_away_and_the_model_shows_what_it_sees(visit: Any) -> None:
+    visitor = visit()
+    visitor.page.locator(".example").first.click()
+    visitor.answers.first.wait_for()
+    visitor.wait_for_end()
+    visitor.page.get_by_text("As the model sees it").click()
+    picture = visitor.page.locator(".seen img")
+    seen = pixels_of(picture.get_attribute("src"))
+    penguin = load_image(ROOT / "docs" / "pictures" / "penguin.png")
+    assert seen == pad_and_resize(penguin, IMAGE_SIZE_PX).tobytes()
+
+
+def test_pictures_come_by_drop_paste_and_camera(visit: Any) -> None:
+    visitor = visit(permissions=["camera"])
+    make = """([name, base64]) => {
+        const bytes = Uint8Array.from(atob(base64), (letter) => letter.charCodeAt(0));
+        const data = new DataTransfer();
+        data.items.add(new File([bytes], name, {type: "image/png"}));
+        return data;
+    }"""
+    data = visitor.page.evaluate_handle(make, ["dropped.png", base64.b64encode(WIDE.read_bytes()).decode()])
+    visitor.page.dispatch_event("#chat", "drop", {"dataTransfer": data})
+    visitor.has_thumbnails(1)
+    paste = "(data) => document.body.dispatchEvent(new ClipboardEvent('paste', {clipboardData: data, bubbles: true}))"
+    visitor.page.evaluate(paste, data)
+    visitor.has_thumbnails(2)
+    visitor.page.get_by_text("Camera").click()
+    visitor.page.get_by_text("Click to Access Webcam").click()
+    visitor.page.wait_for_function("document.querySelector('video')?.videoWidth > 0")  # else it photographs nothing
+    visitor.page.get_by_label("capture photo").click()
+    visitor.has_thumbnails(3)
+    assert visitor.ask("")  # pictures without words get the obvious question
+    assert visitor.questions.last.inner_text() == texts.TEXTS["en"]["default_question"]
+
+
+def test_the_language_follows_the_browser_and_the_switch(visit: Any) -> None:
+    visitor = visit(locale="zh-CN")
+    visitor.page.get_by_text("给我看一张图片").wait_for()
+    assert visitor.page.get_by_text("它会犯错").count() == 1
+    assert visitor.page.locator("html").get_attribute("lang") == "zh"
+    visitor.page.get_by_text("English", exact=True).click()
+    visitor.page.get_by_text("Show me a picture").wait_for()
+    visitor.page.get_by_text("Settings").click()
+    visitor.page.get_by_text("Greatest length").wait_for()
+    visitor.page.get_by_text("中文", exact=True).click()
+    visitor.page.get_by_text("最大长度").wait_for()
+    assert visitor.page.locator("#typed textarea").get_attribute("placeholder") == texts.TEXTS["zh"]["type_here"]
+
+
+def test_the_page_fits_a_phone(visit: Any) -> None:
+    visitor = visit(viewport={"width": 360, "height": 740}, is_mobile=True, has_touch=True)
+    visitor.ask("What is this?", WIDE)
+    assert visitor.page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    for name in ("As the model sees it", "Camera", "Settings"):
+        box = visitor.page.get_by_text(name).bounding_box()
+        assert box["x"] >= 0 and box["x"] + box["width"] <= 360
+
+
+def huge_png() -> bytes:
+    """A few bytes that claim 12,000 x 12,000 pixels."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", 12_000, 12_000, 8, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+def test_a_bad_picture_is_refused_in_plain_words(visit: Any, tmp_path: Path, yi_vl: YiVL) -> None:
+    broken, huge = tmp_path / "broken.png", tmp_path / "huge.png"
+    broken.write_bytes(WIDE.read_bytes()[:100])
+    huge.write_bytes(huge_png())
+    visitor = visit()
+    said = visitor.ask("What is this?", broken)
+    assert "⚠️ broken.png cannot be shown to the model" in said and "Try another" in said
+    assert "/" not in said
+    assert "12000 x 12000 pixels" in visitor.ask("And this?", huge)
+    assert visitor.ask("Then this?", WIDE)
+    messages = messages_of(json.loads(visitor.save("JSON")))
+    assert len(messages) == 2 and messages[1]["content"] == yi_vl.answer(messages[:1])
+    notes, large = tmp_path / "notes.txt", tmp_path / "large.png"
+    notes.write_text("no picture")
+    large.write_bytes(bytes((1 << 20) + 1))
+    count = visitor.answers.count()
+    visitor.choose(notes, WIDE, large)
+    visitor.has_thumbnails(1)  # what can be sent is
+    wait_for_count(visitor.answers, count + 1)
+    said = visitor.answers.last.inner_text()
+    assert "notes.txt: that is no picture" in said and "large.png: a picture may take 1 MB at most" in said
+    assert visitor.page.locator(".toast-body").count() == 0
+
+
+def test_two_visitors_wait_for_each_other_and_see_their_own_only(
+    visit: Any, served: Served, pace: Pace, tmp_path: Path
+) -> None:
+    anna, bert = visit(), visit()
+    pace.hold(after=2)
+    anna.attach(WIDE)
+    anna.send("What is this?")
+    pace.wait_for(2)
+    bert.attach(TALL)
+    bert.send("这是什么？")
+    bert.page.get_by_text(re.compile("queue: 1/1")).wait_for()
+    anna.page.screenshot(path=tmp_path / "answering.png")
+    bert.page.screenshot(path=tmp_path / "waiting.png")
+    pace.release()
+    for visitor in (anna, bert):
+        wait_for_count(visitor.answers, 1)
+        visitor.wait_for_end()
+    for visitor, picture in ((anna, WIDE), (bert, TALL)):
+        (question, _) = messages_of(json.loads(visitor.save("JSON")))
+        assert question["content"][0]["image"] == picture.read_bytes()
+    url = anna.page.locator("#chat [data-testid=user] img").get_attribute("src")
+    assert anna.page.request.get(url).status == 200
+    assert bert.page.request.get(url).status == httpx.get(url).status_code == 403
+    assert list(served.folder.rglob("wide.png"))
+    anna.page.close()
+    wait_until(lambda: not list(served.folder.rglob("wide.png")))
+    assert list(served.folder.rglob("tall.png")) and list(served.folder.rglob("penguin.png"))
+
+
+def test_large_uploads_and_strangers_are_refused(visit: Any, served: Served) -> None:
+    visitor = visit()
+
+    def upload(name: str, num_bytes: int) -> int:
+        file = {"name": name, "mimeType": "image/png", "buffer": bytes(num_bytes)}
+        return visitor.page.request.post(f"{served.url}gradio_api/upload", multipart={"files": file}).status
+
+    assert upload("large.png", (1 << 20) + 1) == 413
+    assert [upload(f"{number}.png", 900_000) for number in range(3)] == [200, 200, 413]  # 3 MB in all, with large.png
+    assert httpx.post(f"{served.url}gradio_api/upload", files={"files": b"x"}).status_code == 403
+    assert not list(served.folder.rglob("large.png")) and not list(served.folder.rglob("2.png"))
+
+
+def test_a_password_closes_the_page(yi_vl: YiVL) -> None:
+    running = partial(app.running, yi_vl, "tiny", texts.ANY_YI_VL, server_name="127.0.0.1", share=False)
+    with running(auth=("anna", "secret")) as (url, _), httpx.Client(base_url=url) as client:
+        assert client.get("config").status_code == 401
+        client.get("/")
+        assert client.post("login", data={"username": "anna", "password": "wrong"}).status_code == 400
+        assert client.post("login", data={"username": "anna", "password": "secret"}).status_code == 200
+        assert client.get("config").status_code == 200
+
+
+def test_nano_answers_out_of_the_box(browser: Any, tmp_path: Path) -> None:
+    """Also retakes the README's picture, into the file that YI_VL_DEMO_PICTURE names."""
+    pictures = ROOT / "docs" / "pictures"
+    with app.running(load(), "nano", texts.NANO, server_name="127.0.0.1", share=False) as (url, _):
+        context = browser.new_context(viewport={"width": 900, "height": 1130})
+        context.set_default_timeout(PATIENCE_MS)
+        visitor = Visitor(context.new_page(), url)
+        for question, name in (("这是哪里的旗帜？", "brazil.png"), ("What is in this picture?", "penguin.png")):
+            assert "⚠️" not in visitor.ask(question, pictures / name)  # what nano knows is test_nano.py's business
+        visitor.press("Like")
+        visitor.page.get_by_label("Liked", exact=True).wait_for()
+        visitor.page.mouse.move(0, 0)
+        visitor.page.locator("#chat .bubble-wrap").evaluate("(chat) => chat.scrollTo(0, chat.scrollHeight)")
+        visitor.page.screenshot(path=os.environ.get("YI_VL_DEMO_PICTURE", tmp_path / "demo.png"), animations="disabled")
+        context.close()
