@@ -7,10 +7,13 @@ import json
 import tarfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from PIL import Image
+
+if TYPE_CHECKING:
+    from train.config import TrainConfig
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 180, 60), "blue": (40, 60, 220), "yellow": (230, 220, 40)}
 Members = dict[str, bytes]  # member name -> content, of one sample
@@ -83,6 +86,39 @@ def write_shard() -> Callable[[Path, Iterable[tuple[str, Members]]], Path]:
         return path
 
     return write
+
+
+@pytest.fixture
+def configure(
+    tmp_path: Path, write_shard: Callable[..., Path], toy_language_model: Path, toy_tower: str
+) -> Callable[..., TrainConfig]:
+    """A function (overrides) -> the settings of a toy run over captions and conversations written to tmp_path."""
+    from train.config import load_config
+
+    for number in range(2):
+        write_shard(tmp_path / f"captions/{number}.tar", [caption_sample(30 * number + i) for i in range(30)])
+        write_shard(tmp_path / f"chats/{number}.tar", [chat_sample(30 * number + i) for i in range(30)])
+    path = tmp_path / "toy.yaml"
+    path.write_text(f"""
+run_dir: {tmp_path}/run
+init_from: {{tower: {{name: {toy_tower}}}, language_model: {toy_language_model}}}
+image_size: 28
+global_batch: 8
+micro_batch: 4
+steps: 6
+precision: fp32
+max_tokens: 400
+lr: {{vision: 1e-3, projector: 1e-3, language: 1e-3}}
+data:
+  form: chat
+  workers: 0
+  shuffle_buffer: 16
+  sources:
+    - {{name: captions, shards: "{tmp_path}/captions/*.tar", form: caption}}
+    - {{name: chats, shards: "{tmp_path}/chats/*.tar", weight: 2.0}}
+log_every: 1
+""")
+    return lambda *overrides: load_config(path, overrides)
 
 
 def png(colour: str, size: tuple[int, int] = (32, 24)) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -44,11 +45,9 @@ def chat_json(*values: str) -> bytes:
     return json.dumps({"conversations": turns}).encode()
 
 
-def loader(
-    processor: YiVLProcessor, data: DataConfig, state: dict[str, Any] | None = None, **layout: int
-) -> StepLoader:
+def loader(processor: YiVLProcessor, data: DataConfig, *states: dict[str, Any], **layout: int) -> StepLoader:
     places = {"rank": 0, "world_size": 1, "samples_per_step": 6, "micro_batch": 4} | layout
-    return StepLoader(processor, data, 400, 0, **places, state=state)
+    return StepLoader(processor, data, 400, 0, **places, states=states if states else None)
 
 
 def test_a_caption_is_supervised_after_its_image(processor: YiVLProcessor) -> None:
@@ -164,8 +163,34 @@ def test_a_loader_goes_on_where_it_stood(
     first = loader(processor, data)
     assert names(first, num_done) == whole[:num_done]
     assert names(loader(processor, data, first.state_dict()), 5) == whole[num_done:]
-    with pytest.raises(ValueError, match="data cursor is for"):
-        loader(processor, data, first.state_dict(), world_size=2)
+    write_shard(tmp_path / "3.tar", [chat_sample(i) for i in range(20)])
+    with pytest.raises(ValueError, match=r"data cursor is for .*3 shards.* this run has .*4 shards"):
+        loader(processor, data, first.state_dict())
+
+
+def test_other_ranks_and_workers_go_on(processor: YiVLProcessor, tmp_path: Path, write_shard: Writer) -> None:
+    for number in range(4):
+        write_shard(tmp_path / f"{number}.tar", [caption_sample(12 * number + i) for i in range(12)])
+    data = data_config(f"{tmp_path}/*.tar", "caption", workers=2, shuffle_buffer=5)
+    first = [loader(processor, data, rank=rank, world_size=2) for rank in range(2)]
+    seen = [name for stream in first for _, batch in zip(range(2), stream) for name in batch.names]
+    states = torch_save_and_load([stream.state_dict() for stream in first])
+    one = loader(processor, data_config(f"{tmp_path}/*.tar", "caption", shuffle_buffer=5), *states)
+    assert (
+        one.note is not None
+        and "2 ranks x 2 workers, this run has 1 x 1" in one.note
+        and "at most 4 samples" in one.note
+    )
+    seen += [name for _, batch in zip(range(5), one) for name in batch.names]  # 24 + 30, and 4 of 48 come again
+    assert len(seen) == 54 and len(set(seen[:52])) == 48
+    assert one.counts()["seen"] == 54
+
+
+def torch_save_and_load(state: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
 
 
 def test_ranks_and_workers_share_an_epoch(processor: YiVLProcessor, tmp_path: Path, write_shard: Writer) -> None:

@@ -1,12 +1,14 @@
 """Checkpoints: complete, atomic, found without being named.
 
 `run_dir/step-00001000/` is a model directory that `from_pretrained` takes, with `config.yaml` and `training_state.pt`
-beside the weights; `run_dir/final/` is the finished model. A directory gets its name when all of it is on the disk.
+beside the weights, and the sums of all files as `sha256sum -c SHA256SUMS` reads them; `run_dir/final/` is the finished
+model. A directory gets its name when all of it is on the disk, and is gone on from only when its sums are right.
 Called by loop.py; calls yi_vl's model and processor.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import random
 import shutil
@@ -21,7 +23,9 @@ from yi_vl.model import YiVLForConditionalGeneration
 from yi_vl.processor import YiVLProcessor
 
 STATE_FILE = "training_state.pt"
+SUMS_FILE = "SHA256SUMS"
 FINAL = "final"
+_DAMAGED = "damaged-"  # before the name of a checkpoint that must not be gone on from
 
 
 def save_checkpoint(
@@ -45,31 +49,43 @@ def save_checkpoint(
         (temporary / "config.yaml").write_text(config_yaml, encoding="utf-8")
         if state is not None:
             torch.save(state, temporary / STATE_FILE)
+            _write_sums(temporary)
         for path in (*temporary.rglob("*"), temporary):
             _flush(path)
         shutil.rmtree(directory, ignore_errors=True)
         temporary.rename(directory)
         _flush(directory.parent)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+    except (OSError, RuntimeError, SafetensorError) as error:  # each library reports a full disk as it likes
         shutil.rmtree(temporary, ignore_errors=True)
         raise ValueError(
             f"The checkpoint {directory} cannot be written: {error}; earlier ones are untouched."
         ) from error
 
 
-def load_state(directory: Path) -> dict[str, Any]:
-    """What `save_checkpoint` was given as `state`.
+def newest_good(run_dir: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that is whole (None: there is none at all), and a line about each damaged one after it.
+
+    A damaged one is renamed, so that no later save has to mind it.
 
     Raises:
-        ValueError: it is missing or damaged.
+        ValueError: there are checkpoints, and all are damaged.
     """
-    path = directory / STATE_FILE
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged pickle raises whatever it comes to
-        raise ValueError(
-            f"{path} cannot be read ({type(error).__name__}); delete {directory} to continue from the one before."
-        ) from error
+    damaged: list[tuple[Path, str]] = []
+    for path in reversed(checkpoints(run_dir)):
+        reason = _damage(path)
+        if reason is None:
+            return path, [_set_aside(*found) + f"; going on from {path} instead." for found in damaged]
+        damaged.append((path, reason))
+    if damaged:
+        reasons = "; ".join(f"{path.name}: {reason}" for path, reason in damaged)
+        raise ValueError(f"No checkpoint in {run_dir} is whole ({reasons}); delete them, or take another run_dir.")
+    return None, []
+
+
+def load_state(directory: Path) -> dict[str, Any]:
+    """What `save_checkpoint` was given as `state`, of a checkpoint that is whole."""
+    state: dict[str, Any] = torch.load(directory / STATE_FILE, map_location="cpu", weights_only=True)
+    return state
 
 
 def load_model(directory: str | Path) -> tuple[YiVLForConditionalGeneration, YiVLProcessor]:
@@ -107,8 +123,8 @@ def load_processor(path: Path) -> YiVLProcessor:
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
-    """The complete checkpoints that a run can go on from, oldest first."""
-    return sorted(path for path in run_dir.glob("step-*") if (path / STATE_FILE).is_file())
+    """The checkpoints that a run can go on from, oldest first."""
+    return sorted(run_dir.glob("step-*"))
 
 
 def checkpoint_path(run_dir: Path, step: int) -> Path:
@@ -139,6 +155,40 @@ def set_rng_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if state["cuda"]:
         torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def _set_aside(path: Path, reason: str) -> str:
+    aside = path.with_name(_DAMAGED + path.name)
+    shutil.rmtree(aside, ignore_errors=True)
+    path.rename(aside)
+    return f"{path} is damaged ({reason}) and now called {aside.name}"
+
+
+def _write_sums(directory: Path) -> None:
+    paths = sorted(path for path in directory.rglob("*") if path.is_file())
+    lines = [f"{_sum(path)}  {path.relative_to(directory).as_posix()}\n" for path in paths]
+    (directory / SUMS_FILE).write_text("".join(lines), encoding="utf-8")
+
+
+def _damage(directory: Path) -> str | None:
+    """What is wrong with a checkpoint; None when each file is as it was written."""
+    try:
+        lines = (directory / SUMS_FILE).read_text(encoding="utf-8").splitlines()
+        for line in lines:
+            expected, _, name = line.partition("  ")
+            if _sum(directory / name) != expected:
+                return f"{name} is not as it was written"
+    except (OSError, UnicodeDecodeError) as error:
+        return " ".join(str(error).split())
+    return None if lines else f"{SUMS_FILE} is empty"
+
+
+def _sum(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _flush(path: Path) -> None:

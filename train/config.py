@@ -108,6 +108,19 @@ class CheckpointConfig:
 
 
 @dataclass
+class BadStepsConfig:
+    """Steps that would spoil the weights are left out: no update, counted as `steps_skipped` in metrics.jsonl.
+
+    max_norm_ratio: a gradient norm that is not finite is bad, and so is one this many times the median of the last 100
+        (null: never).
+    stop_after: the run stops after so many bad steps in a row.
+    """
+
+    max_norm_ratio: float | None = 100.0
+    stop_after: int = 10
+
+
+@dataclass
 class TrainConfig:
     """A training run. Exactly one of `steps` and `epochs`; `epochs` needs `samples`, the length of one epoch."""
 
@@ -131,7 +144,9 @@ class TrainConfig:
     compile: bool = False  # the language model's layers; about a minute at the start, then 15% less time on a CPU
     data: DataConfig = MISSING
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    bad_steps: BadStepsConfig = field(default_factory=BadStepsConfig)
     log_every: int = 10
+    log_samples: bool = False  # the names of each step's samples, in run_dir/samples-RANK.jsonl
     trackers: list[str] = field(default_factory=list)
 
 
@@ -254,6 +269,12 @@ def _check(config: TrainConfig, where: str) -> None:
         config.checkpoint.every_steps > 0 and config.checkpoint.keep_last > 0,
         "checkpoint.every_steps and checkpoint.keep_last must be positive.",
     )
+    bad = config.bad_steps
+    require(
+        bad.max_norm_ratio is None or bad.max_norm_ratio > 1,
+        f"bad_steps.max_norm_ratio is {bad.max_norm_ratio}; expected more than 1, or null.",
+    )
+    require(bad.stop_after > 0, f"bad_steps.stop_after is {bad.stop_after}; it must be positive.")
     trains = config.trainable
     require(trains.vision or trains.projector or trains.language, "trainable: nothing is; set a component to true.")
     _check_data(config.data, require)

@@ -2,12 +2,14 @@
 
 B samples of a micro-batch, S tokens, N images, H, W pixels. A worker makes whole steps: it encodes the samples of its
 rank's part of a global batch, sorts them by length and cuts them into micro-batches, so that little is padded and yet
-the step's gradient is that of the unsorted batch. Called by loop.py and preview.py; calls stream.py and yi_vl.
+the step's gradient is that of the unsorted batch. Called by loop.py and preview.py; calls stream.py, reshare.py, yi_vl.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,7 +23,8 @@ from yi_vl.chat import Encoded, Segment, from_llava, render, render_caption
 from yi_vl.processor import YiVLProcessor
 
 from .config import DataConfig, SourceConfig
-from .stream import Mixture, RawSample
+from .reshare import reshare
+from .stream import Mixture, RawSample, expand_shards
 
 IGNORE = -100
 _IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
@@ -195,27 +198,51 @@ class StepLoader:
 
     Args:
         samples_per_step: this rank's part of the global batch.
-        state: of an earlier `state_dict`, to go on behind it.
+        states: the earlier `state_dict` of every rank, to go on behind them.
+
+    Attributes:
+        note: what going on with another number of streams means, for people; or None.
+
+    Raises:
+        ValueError: the states are of other data.
     """
 
     def __init__(
         self, processor: YiVLProcessor, data: DataConfig, max_tokens: int, seed: int, rank: int, world_size: int,
-        samples_per_step: int, micro_batch: int, state: dict[str, Any] | None = None,
+        samples_per_step: int, micro_batch: int, states: Sequence[dict[str, Any]] | None = None,
     ) -> None:  # fmt: skip
-        self._layout = {"workers": max(1, data.workers), "world_size": world_size, "sources": _layout(data.sources)}
-        if state is not None and state["layout"] != self._layout:
-            raise ValueError(
-                f"The checkpoint's data cursor is for {state['layout']}, this run has {self._layout}; continue with "
-                "the same data, workers and ranks, or start anew (resume=false, or another run_dir)."
-            )
-        self._states: dict[int, Any] = dict(state["streams"]) if state else {}
-        self._first = state["first"] if state else 0
+        num_workers = max(1, data.workers)
+        self._layout = {"workers": num_workers, "world_size": world_size, "sources": _layout(data.sources)}
+        self.note: str | None = None
+        self._states: dict[int, Any] = {}
+        self._first = 0
+        if states is not None:
+            before = states[0]["layout"]
+            if before["sources"] != self._layout["sources"]:
+                raise ValueError(
+                    f"The checkpoint's data cursor is for {before['sources']}, this run has {self._layout['sources']} "
+                    "(name, shards, weight, max_samples, what the shards are); continue with the same data, or start "
+                    "anew (resume=false, or another run_dir)."
+                )
+            if before == self._layout:
+                self._states, self._first = dict(states[rank]["streams"]), states[rank]["first"]
+            else:
+                old = [state["streams"].get(worker) for state in states for worker in range(before["workers"])]
+                new, num_again = reshare(old, world_size * num_workers, data, seed)
+                self._states = dict(enumerate(new[rank * num_workers : (rank + 1) * num_workers]))
+                self.note = (
+                    f"The checkpoint is of {before['world_size']} ranks x {before['workers']} workers, this run has "
+                    f"{world_size} x {num_workers}: what is left of the epoch is shared out anew; at most {num_again} "
+                    f"samples come again, which lay in shuffle buffers of {data.shuffle_buffer}, and none is left out."
+                )
         pad_id = processor.tokenizer.pad_token_id
         dataset = StepStream(
             SampleEncoder(processor, data, max_tokens), data, seed, rank, world_size, samples_per_step, micro_batch,
             pad_id if pad_id is not None else 0, dict(self._states), self._first,
         )  # fmt: skip
-        self._loader = DataLoader(dataset, batch_size=None, num_workers=data.workers)
+        self._loader = DataLoader(
+            dataset, batch_size=None, num_workers=data.workers, worker_init_fn=_leave_process_group
+        )
 
     def __iter__(self) -> Iterator[StepBatch]:
         """
@@ -236,6 +263,11 @@ class StepLoader:
     def counts(self) -> Counter[str]:
         """Samples seen, broken and too long up to the batch that was given out last."""
         return sum((Counter(state["counts"]) for state in self._states.values()), Counter())
+
+
+def _leave_process_group(_worker: int) -> None:
+    """Ctrl-C and what else is sent to a whole group must not end a worker: the step under way still needs it."""
+    os.setpgrp()
 
 
 def collate(samples: Sequence[Sample], pad_id: int) -> MicroBatch:
@@ -332,5 +364,13 @@ def _conversations(text: str) -> list[dict[str, str]]:
     return conversations
 
 
-def _layout(sources: Sequence[SourceConfig]) -> list[tuple[str, str, float, int | None]]:
-    return [(source.name, source.shards, source.weight, source.max_samples) for source in sources]
+def _layout(sources: Sequence[SourceConfig]) -> list[tuple[str, str, float, int | None, str]]:
+    """What a place in the data depends on."""
+    return [
+        (source.name, source.shards, source.weight, source.max_samples, _fingerprint(expand_shards(source)))
+        for source in sources
+    ]
+
+
+def _fingerprint(shards: Sequence[str]) -> str:
+    return f"{len(shards)} shards, {zlib.crc32(chr(10).join(shards).encode()):08x}"

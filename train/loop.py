@@ -1,12 +1,14 @@
 """The training loop: one for every stage of a recipe; the settings say what differs.
 
-Called by `python -m train`; calls data.py, objective.py, optim.py, checkpoint.py, report.py and accelerate.
+Called by `python -m train`; calls data.py, objective.py, optim.py, guard.py, signals.py, checkpoint.py, report.py and
+accelerate.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -16,7 +18,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from rich.console import Console
 from torch import Tensor
 
@@ -24,10 +26,12 @@ from . import checkpoint
 from .config import TrainConfig, num_steps, to_yaml
 from .cpu import keep_memory, use_short_attention_
 from .data import MicroBatch, StepBatch, StepLoader, num_supervised
+from .guard import GradientGuard
 from .initial import initial_model
 from .objective import Objective
 from .optim import build_optimiser, learning_rates, set_learning_rates_, set_trainable_
 from .report import Reporter, component_table, draw_loss_curve
+from .signals import StopSignals
 from .stream import expand_shards
 
 logger = logging.getLogger(__name__)
@@ -40,6 +44,7 @@ def train(config: TrainConfig) -> Path:
 
     Raises:
         ValueError: something the user can put right: data, weights, settings or disk.
+        SystemExit: SIGTERM or Ctrl-C came, and a checkpoint was saved; the code is 128 and the signal's number.
     """
     run_dir, console = Path(config.run_dir), Console(stderr=True)
     final = run_dir / checkpoint.FINAL
@@ -51,7 +56,9 @@ def train(config: TrainConfig) -> Path:
     for source in config.data.sources:
         expand_shards(source)
     trainer = Trainer(config, console)
-    trainer.run()
+    if stopped_by := trainer.run():
+        trainer.accelerator.end_training()
+        raise SystemExit(128 + stopped_by)
     trainer.save(final, with_state=False)
     if trainer.accelerator.is_main_process:
         draw_loss_curve(run_dir)
@@ -68,20 +75,22 @@ class Trainer:
         self.console = console
         self.num_steps = num_steps(config)
         self.accelerator = _accelerator(config)
+        self.guard = GradientGuard(config.bad_steps)
+        self.log = _Window(config, self.accelerator)
         set_seed(config.seed)  # the same fresh weights on every rank
 
-        found = checkpoint.checkpoints(self.run_dir) if config.resume else []
-        state = checkpoint.load_state(found[-1]) if found else None
+        found = self._newest_checkpoint() if config.resume else None
+        state = checkpoint.load_state(found) if found is not None else None
         self.done_steps: int = state["step"] if state is not None else 0
-        self.model, self.processor = checkpoint.load_model(found[-1]) if found else initial_model(config)
+        self.model, self.processor = checkpoint.load_model(found) if found is not None else initial_model(config)
         set_trainable_(self.model, config)
         if self.accelerator.device.type == "cpu":
             keep_memory()
             use_short_attention_(self.model)
         if self.accelerator.is_main_process:
             console.print(component_table(self.model, config))
-            if found:
-                console.print(f"Going on from {found[-1]}, step {self.done_steps} of {self.num_steps}.", markup=False)
+        if found is not None:
+            self._say(f"Going on from {found}, step {self.done_steps} of {self.num_steps}.")
 
         optimiser = build_optimiser(self.model, config)
         if state is not None:
@@ -95,32 +104,61 @@ class Trainer:
         self.loader = self._build_loader(state)
         self._restore(state)
 
-    def run(self) -> None:
-        """Train what is left of the run."""
-        every = self.config.checkpoint.every_steps
+    def run(self) -> int:
+        """Train what is left of the run. Returns 0, or the signal that stopped it, once a checkpoint is saved."""
         if self.accelerator.is_main_process:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             self.accelerator.init_trackers("yi_vl", config={"config": to_yaml(self.config)})
-        log = _Window(self.config, self.accelerator)
-        with Reporter(
-            self.run_dir, self.num_steps, self.done_steps, self.accelerator.is_main_process, self.console
-        ) as reporter:
-            for batch in self._steps():
-                reporter.note(batch.reports)
-                set_learning_rates_(self.optimiser, self.done_steps, self.num_steps, self.config.warmup_ratio)
-                per_source, grad_norm = self.step(batch)
-                self.done_steps += 1
-                log.add(batch, per_source)
-                is_last = self.done_steps == self.num_steps
-                metrics = None
-                if self.done_steps % self.config.log_every == 0 or is_last:
-                    metrics = log.metrics(
-                        self.done_steps, grad_norm, learning_rates(self.optimiser), self.loader.counts()
-                    )
-                    self.accelerator.log(_flat(metrics), step=self.done_steps)
-                reporter.step(self.done_steps, metrics)
-                if self.done_steps % every == 0 and not is_last:
-                    self.save(checkpoint.checkpoint_path(self.run_dir, self.done_steps), with_state=True)
+        rank = self.accelerator.process_index
+        try:
+            with (
+                StopSignals() as signals,
+                Reporter(self.run_dir, self.num_steps, self.done_steps, rank, self.console) as reporter,
+            ):
+                for batch in self._steps():
+                    self._train_on(batch, reporter)
+                    stopped_by = self._largest(signals.received)
+                    is_last = self.done_steps == self.num_steps
+                    is_due = self.done_steps % self.config.checkpoint.every_steps == 0 and not self.guard.num_in_a_row
+                    if not is_last and (is_due or stopped_by):
+                        self.save(checkpoint.checkpoint_path(self.run_dir, self.done_steps), with_state=True)
+                    if not is_last and stopped_by:
+                        name = signal.Signals(stopped_by).name
+                        self._say(f"{name} at step {self.done_steps}: {self._last_good()}")
+                        return stopped_by
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise ValueError(
+                f"A data worker died: {str(error).splitlines()[0]} If memory ran out, lower data.workers or "
+                f"data.shuffle_buffer. {self._last_good()}"
+            ) from error
+        return 0
+
+    def _train_on(self, batch: StepBatch, reporter: Reporter) -> None:
+        """One step, and what is told of it."""
+        reporter.note(batch.reports)
+        set_learning_rates_(self.optimiser, self.done_steps, self.num_steps, self.config.warmup_ratio)
+        per_source, norm = self.step(batch)
+        self.done_steps += 1
+        if self.config.log_samples:
+            reporter.samples(self.done_steps, batch.names)
+        if self.guard.num_in_a_row:
+            reporter.note([f"step {self.done_steps} left out: the norm of its gradient is {norm:g}"])
+        else:
+            self.log.add(batch, per_source, norm)
+        metrics = None
+        if (self.done_steps % self.config.log_every == 0 or self.done_steps == self.num_steps) and self.log.num_steps:
+            counts, skipped = self.loader.counts(), self.guard.num_skipped
+            metrics = self.log.metrics(self.done_steps, learning_rates(self.optimiser), counts, skipped)
+            self.accelerator.log(_flat(metrics), step=self.done_steps)
+        reporter.step(self.done_steps, metrics)
+        if self.guard.has_had_enough:
+            raise ValueError(
+                f"{self.guard.num_in_a_row} steps in a row had no gradient to learn from; the norm of the last is "
+                f"{norm:g}, bad_steps.max_norm_ratio {self.config.bad_steps.max_norm_ratio}. Lower the learning rate, "
+                f"or look at what these steps are made of (log_samples=true). {self._last_good()}"
+            )
 
     def step(self, batch: StepBatch) -> tuple[Tensor, float]:
         """One optimiser step; returns (num_sources, 2) summed losses and supervised tokens per source, and the norm.
@@ -140,30 +178,89 @@ class Trainer:
             per_source += losses
         clip = self.config.clip_norm
         norm = accelerator.clip_grad_norm_(self.objective.parameters(), clip if clip is not None else math.inf)
-        self.optimiser.step()
+        self._update(float(norm))
+        return per_source, float(norm)
+
+    def _update(self, norm: float) -> None:
+        """Change the weights, unless the gradient would spoil them."""
+        scaler = self.accelerator.scaler
+        is_overflow = scaler is not None and not math.isfinite(norm) and scaler.get_scale() > 1
+        if is_overflow or self.guard.accepts(norm):
+            self.optimiser.step()  # an overflow of fp16 is the scaler's to leave out, and to scale down for
+        elif scaler is not None:
+            scaler.update()
         self.optimiser.zero_grad()
-        return per_source, float(norm) if norm is not None else math.nan
 
     def save(self, directory: Path, with_state: bool) -> None:
-        """Save a checkpoint; all ranks take part, the first one writes."""
+        """Save a checkpoint; all ranks take part, the first one writes.
+
+        Raises:
+            ValueError: on every rank, when the disk does not take it.
+        """
         accelerator = self.accelerator
-        ranks = gather_object([{"rng": checkpoint.rng_state(), "data": self.loader.state_dict()}])
+        mine = {"rng": checkpoint.rng_state(), "data": self.loader.state_dict(), "log": self.log.state_dict()}
+        ranks = gather_object([mine])
+        error = ""
         if accelerator.is_main_process:
             state = {"step": self.done_steps, "optimiser": self.optimiser.state_dict(), "ranks": ranks}
+            state["guard"] = self.guard.state_dict()
             if accelerator.scaler is not None:
                 state["scaler"] = accelerator.scaler.state_dict()
             yaml = to_yaml(self.config)
-            checkpoint.save_checkpoint(directory, self.model, self.processor, yaml, state if with_state else None)
-            checkpoint.delete_old(self.run_dir, self.config.checkpoint.keep_last)
-        accelerator.wait_for_everyone()
+            try:
+                checkpoint.save_checkpoint(directory, self.model, self.processor, yaml, state if with_state else None)
+                checkpoint.delete_old(self.run_dir, self.config.checkpoint.keep_last)
+            except ValueError as found:
+                error = str(found)
+        self._raise_together(error)
 
     def _steps(self) -> Iterator[StepBatch]:
-        if self.done_steps >= self.num_steps:
-            return
-        for batch in self.loader:
+        """This rank's batches; what ends the data of one rank ends all, with the same words."""
+        batches = iter(self.loader)
+        while self.done_steps < self.num_steps:
+            error, batch = "", None
+            try:
+                batch = next(batches)
+            except ValueError as found:
+                error = str(found)
+            self._raise_together(error)
+            assert batch is not None
             yield batch
-            if self.done_steps >= self.num_steps:
-                return
+
+    def _raise_together(self, error: str) -> None:
+        """Raise on every rank what one of them has to say, so that none waits for another; all wait here."""
+        if self._largest(bool(error)):
+            raise ValueError(next(found for found in gather_object([error]) if found))
+
+    def _largest(self, number: int) -> int:
+        """The largest of all ranks' numbers."""
+        return int(self.accelerator.gather(torch.tensor([number], device=self.accelerator.device)).max())
+
+    def _newest_checkpoint(self) -> Path | None:
+        """What to go on from, chosen by the first rank for all."""
+        found: list[Any] = [None, []]
+        error = ""
+        if self.accelerator.is_main_process:
+            try:
+                found = list(checkpoint.newest_good(self.run_dir))
+            except ValueError as none_good:
+                error = str(none_good)
+        self._raise_together(error)
+        path, lines = broadcast_object_list(found)
+        for line in lines:
+            self._say(line)
+        return path
+
+    def _last_good(self) -> str:
+        """Where the run can go on, for people."""
+        found = checkpoint.checkpoints(self.run_dir)
+        if not found:
+            return "No checkpoint was saved yet; started again, the run begins anew."
+        return f"The last good checkpoint is {found[-1]}; started again, the run goes on from it."
+
+    def _say(self, line: str) -> None:
+        if self.accelerator.is_main_process:
+            self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def _inputs(self, micro: MicroBatch) -> dict[str, Any]:
         device = self.accelerator.device
@@ -184,21 +281,24 @@ class Trainer:
         if config.global_batch % world_size:
             raise ValueError(f"global_batch {config.global_batch} does not divide by {world_size} ranks.")
         rank = self.accelerator.process_index
-        data_state = None
-        if state is not None:
-            if len(state["ranks"]) != world_size:
-                raise ValueError(f"The checkpoint is of {len(state['ranks'])} ranks, this run has {world_size}.")
-            data_state = state["ranks"][rank]["data"]
-        return StepLoader(
+        loader = StepLoader(
             self.processor, config.data, config.max_tokens, config.seed, rank, world_size,
-            config.global_batch // world_size, config.micro_batch, data_state,
+            config.global_batch // world_size, config.micro_batch,
+            [rank_state["data"] for rank_state in state["ranks"]] if state is not None else None,
         )  # fmt: skip
+        if loader.note is not None:
+            self._say(loader.note)
+        return loader
 
     def _restore(self, state: dict[str, Any] | None) -> None:
+        set_seed(self.config.seed + self.done_steps, device_specific=True)
         if state is None:
-            set_seed(self.config.seed, device_specific=True)
             return
-        checkpoint.set_rng_state(state["ranks"][self.accelerator.process_index]["rng"])
+        self.guard.load_state_dict(state["guard"])
+        if len(state["ranks"]) == self.accelerator.num_processes:
+            mine = state["ranks"][self.accelerator.process_index]
+            checkpoint.set_rng_state(mine["rng"])
+            self.log.load_state_dict(mine["log"])
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
 
@@ -214,15 +314,25 @@ class _Window:
 
     def _clear(self) -> None:
         self._per_source = torch.zeros(len(self._names), 2)
-        self._num_steps, self._num_tokens = 0, 0
+        self._grad_norm: float | None = None
+        self.num_steps, self._num_timed_steps, self._num_tokens = 0, 0, 0
         self._since = time.perf_counter()
 
-    def add(self, batch: StepBatch, per_source: Tensor) -> None:
+    def add(self, batch: StepBatch, per_source: Tensor, grad_norm: float) -> None:
         self._per_source = self._per_source.to(per_source.device) + per_source
+        self._grad_norm = grad_norm if math.isfinite(grad_norm) else None
         self._num_tokens += sum(int(micro.attention_mask.sum()) for micro in batch.micros)
-        self._num_steps += 1
+        self.num_steps += 1
+        self._num_timed_steps += 1
 
-    def metrics(self, step: int, grad_norm: float, lr: dict[str, float], counts: dict[str, int]) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
+        """What a run that goes on needs to log the loss of all steps since the last line."""
+        return {"per_source": self._per_source.cpu(), "num_steps": self.num_steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._per_source, self.num_steps = state["per_source"], state["num_steps"]
+
+    def metrics(self, step: int, lr: dict[str, float], counts: dict[str, int], steps_skipped: int) -> dict[str, Any]:
         """A log line, over all ranks. The window starts anew."""
         numbers = [self._num_tokens, counts["seen"], counts["broken"], counts["too_long"]]
         device = self._per_source.device
@@ -234,12 +344,13 @@ class _Window:
             "loss": sum(loss for loss, _ in per_source) / sum(count for _, count in per_source),
             "loss_per_source": {name: loss / count for name, (loss, count) in zip(self._names, per_source) if count},
             "lr": lr,
-            "grad_norm": grad_norm,
-            "samples_per_second": self._num_steps * self._samples_per_step / seconds,
+            "grad_norm": self._grad_norm,
+            "samples_per_second": self._num_timed_steps * self._samples_per_step / seconds,
             "tokens_per_second": tokens / seconds,
             "samples_seen": seen,
             "samples_broken": broken,
             "samples_too_long": too_long,
+            "steps_skipped": steps_skipped,
         }
         self._clear()
         return metrics
@@ -265,5 +376,8 @@ def _accelerator(config: TrainConfig) -> Accelerator:
 def _flat(metrics: dict[str, Any], prefix: str = "") -> dict[str, float]:
     flat: dict[str, float] = {}
     for key, value in metrics.items():
-        flat |= _flat(value, f"{prefix}{key}/") if isinstance(value, dict) else {prefix + key: value}
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}/")
+        elif value is not None:
+            flat[prefix + key] = value
     return flat

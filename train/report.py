@@ -1,4 +1,4 @@
-"""What people see of a run: the start-up table, the progress bar, metrics.jsonl and the loss curve.
+"""What people see of a run: the start-up table, the progress bar, metrics.jsonl, samples-RANK.jsonl and the loss curve.
 
 Called by loop.py.
 """
@@ -6,6 +6,7 @@ Called by loop.py.
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from .config import TrainConfig
 from .optim import components
 
 METRICS_FILE = "metrics.jsonl"
+SAMPLES_FILE = "samples-{}.jsonl"  # of a rank
 
 
 def component_table(model: YiVLForConditionalGeneration, config: TrainConfig) -> Table:
@@ -43,12 +45,13 @@ class Reporter:
     """Progress and metrics of one run; silent on all ranks but the first.
 
     Args:
-        done_steps: steps that an interrupted run has behind it; what it logged later is dropped from metrics.jsonl.
+        done_steps: steps that an interrupted run has behind it; what it logged later is dropped.
     """
 
-    def __init__(self, run_dir: Path, num_steps: int, done_steps: int, is_main: bool, console: Console) -> None:
+    def __init__(self, run_dir: Path, num_steps: int, done_steps: int, rank: int, console: Console) -> None:
         self._path = run_dir / METRICS_FILE
-        self._is_main = is_main
+        self._samples_path = run_dir / SAMPLES_FILE.format(rank)
+        is_main = self._is_main = rank == 0
         self._console = console
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -63,8 +66,9 @@ class Reporter:
         self._task = self._bar.add_task("training", total=num_steps, completed=done_steps, numbers="")
         self._num_steps = num_steps
         self._started, self._done_at_start = time.monotonic(), done_steps
-        if is_main:
-            self._drop_after(done_steps)
+        if is_main:  # other ranks write after their first exchange with this one
+            for path in (self._path, *run_dir.glob(SAMPLES_FILE.format("*"))):
+                _drop_after(path, done_steps)
 
     def __enter__(self) -> Reporter:
         self._bar.start()
@@ -102,15 +106,23 @@ class Reporter:
             for line in lines:
                 self._console.print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
-    def _drop_after(self, step: int) -> None:
-        if not self._path.exists():
-            return
-        kept = [row for row in read_metrics(self._path) if row["step"] <= step]
-        self._path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+    def samples(self, step: int, names: Sequence[str]) -> None:
+        """Write down what this rank's part of a step was made of."""
+        with self._samples_path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, "samples": names}, ensure_ascii=False) + "\n")
+
+
+def _drop_after(path: Path, step: int) -> None:
+    if not path.exists():
+        return
+    kept = [row for row in read_metrics(path) if row["step"] <= step]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; a last line cut off by a kill is left out."""
+    """The rows of a metrics.jsonl or samples-RANK.jsonl; a last line cut off by a kill is left out."""
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:

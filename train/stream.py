@@ -10,7 +10,8 @@ import glob
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from itertools import islice
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 from webdataset.shardlists import expand_urls
@@ -21,13 +22,20 @@ from .config import SourceConfig
 RawSample = dict[str, Any]  # __url__, __key__, and member name -> bytes; or __error__, a shard that cannot be read
 
 
-@dataclass(frozen=True)
-class Share:
-    """What one stream reads of a shard: the samples whose index is `part` modulo `parts`."""
+class Share(NamedTuple):
+    """What one stream reads of a shard: its samples number `start`, `start + step`, `start + 2 step`, ..."""
 
-    url: str
-    part: int
-    parts: int
+    shard: int  # index into the source's shards
+    start: int = 0
+    step: int = 1
+
+    def part(self, index: int, num_parts: int) -> Share:
+        """One of several equal parts."""
+        return Share(self.shard, self.start + self.step * index, self.step * num_parts)
+
+    def behind(self, num_read: int) -> Share:
+        """What is left of it."""
+        return Share(self.shard, self.start + self.step * num_read, self.step)
 
 
 @dataclass(frozen=True)
@@ -38,6 +46,43 @@ class Cursor:
     share: int = 0
     offset: int = 0
     taken: int = 0
+
+
+@dataclass(frozen=True)
+class Rest:
+    """An epoch that other streams have begun: what is left for this one. See reshare.py."""
+
+    epoch: int
+    shares: list[Share]
+    quota: int | None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"epoch": self.epoch, "shares": [list(share) for share in self.shares], "quota": self.quota}
+
+
+@dataclass(frozen=True)
+class Epochs:
+    """What one stream reads of a source in each epoch, a pure function of this."""
+
+    seed: tuple[int, int]
+    num_shards: int
+    max_samples: int | None
+    stream: int
+    num_streams: int
+    rest: Rest | None = None
+
+    def shares(self, epoch: int) -> list[Share]:
+        """In the order in which they are read."""
+        if self.rest is not None and epoch == self.rest.epoch:
+            return self.rest.shares
+        order = np.random.default_rng((*self.seed, epoch)).permutation(self.num_shards).tolist()
+        return share_out([Share(shard) for shard in order], self.stream, self.num_streams)
+
+    def quota(self, epoch: int) -> int | None:
+        """Samples after which the epoch ends; None when all are read."""
+        if self.rest is not None and epoch == self.rest.epoch:
+            return self.rest.quota
+        return share_of(self.max_samples, self.stream, self.num_streams)
 
 
 def expand_shards(source: SourceConfig) -> list[str]:
@@ -62,18 +107,27 @@ def expand_shards(source: SourceConfig) -> list[str]:
     return shards
 
 
-def share_out(shards: Sequence[str], stream: int, num_streams: int) -> list[Share]:
-    """A stream's shares of an epoch: whole shards, and a part of one of those that do not divide evenly.
+def share_out(pieces: Sequence[Share], stream: int, num_streams: int) -> list[Share]:
+    """A stream's shares of some pieces: whole ones, and a part of one of those that do not divide evenly.
 
     Over all streams each sample belongs to exactly one share.
     """
-    num_left = len(shards) % num_streams
-    num_whole = len(shards) - num_left
-    shares = [Share(url, 0, 1) for url in shards[stream:num_whole:num_streams]]
+    num_left = len(pieces) % num_streams
+    num_whole = len(pieces) - num_left
+    shares = list(pieces[stream:num_whole:num_streams])
     if num_left:
         readers = range(stream % num_left, num_streams, num_left)
-        shares.append(Share(shards[num_whole + stream % num_left], stream // num_left, len(readers)))
+        shares.append(pieces[num_whole + stream % num_left].part(stream // num_left, len(readers)))
     return shares
+
+
+@overload
+def share_of(number: int, stream: int, num_streams: int) -> int: ...
+@overload
+def share_of(number: int | None, stream: int, num_streams: int) -> int | None: ...
+def share_of(number: int | None, stream: int, num_streams: int) -> int | None:
+    """A stream's part of a number of things; all parts add up to it."""
+    return None if number is None else len(range(stream, number, num_streams))
 
 
 def read_shard(url: str) -> Iterator[RawSample]:
@@ -111,16 +165,14 @@ class SourceStream:
     ) -> None:
         self.name = name
         self._shards = list(shards)
-        self._seed = (seed, index)
-        self._stream, self._num_streams = stream, num_streams
+        self._epochs = Epochs((seed, index), len(shards), max_samples, stream, num_streams)
         self._window_size = window
-        self._quota = None if max_samples is None else len(range(stream, max_samples, num_streams))
         self._start = Cursor()  # where the present window begins ...
         self._position = 0  # ... and how many of its samples are out
         self._next = Cursor()  # where the next window begins
         self._window: list[RawSample] | None = None
         self._reader: Iterator[RawSample] | None = None
-        self.is_empty = self._quota == 0
+        self.is_empty = self._epochs.quota(0) == 0
 
     @property
     def epoch(self) -> int:
@@ -139,11 +191,25 @@ class SourceStream:
         self._position += 1
         return sample
 
-    def state_dict(self) -> dict[str, int]:
-        return asdict(self._start) | {"position": self._position}
+    @property
+    def epochs(self) -> Epochs:
+        """What this stream reads."""
+        return self._epochs
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self._next = Cursor(**{key: value for key, value in state.items() if key != "position"})
+    def state_dict(self) -> dict[str, Any]:
+        rest = self._epochs.rest
+        return {
+            "start": asdict(self._start),
+            "next": asdict(self._next),
+            "position": self._position,
+            "window": len(self._window) if self._window is not None else 0,
+            "is_empty": self.is_empty,
+            "rest": rest.state_dict() if rest is not None and self._start.epoch <= rest.epoch else None,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._epochs = replace(self._epochs, rest=rest_of(state))
+        self._next = Cursor(**state["start"])
         self._reader = None
         self._fill()
         self._position = state["position"]
@@ -154,11 +220,9 @@ class SourceStream:
         self._position = 0
         empty_epochs = 0
         while not window and not self.is_empty:
-            shares = self._shares(self._next.epoch)
             start = self._next
-            while (
-                len(window) < self._window_size and self._next.share < len(shares) and self._next.taken != self._quota
-            ):
+            shares, quota = self._epochs.shares(start.epoch), self._epochs.quota(start.epoch)
+            while len(window) < self._window_size and self._next.share < len(shares) and self._next.taken != quota:
                 if self._reader is None:
                     self._reader = self._read(shares[self._next.share], self._next.offset)
                 sample = next(self._reader, None)
@@ -174,19 +238,20 @@ class SourceStream:
                 self._reader = None
                 self._next = Cursor(epoch=self._next.epoch + 1)
         self._start = start if window else self._next
-        order = np.random.default_rng((*self._seed, self._stream, start.epoch, start.taken)).permutation(len(window))
+        seed = (*self._epochs.seed, self._epochs.stream, start.epoch, start.taken)
+        order = np.random.default_rng(seed).permutation(len(window))
         self._window = [window[i] for i in order]
 
-    def _shares(self, epoch: int) -> list[Share]:
-        order = np.random.default_rng((*self._seed, epoch)).permutation(len(self._shards))
-        return share_out([self._shards[i] for i in order], self._stream, self._num_streams)
+    def _read(self, share: Share, offset: int) -> Iterator[RawSample]:
+        left = share.behind(offset)
+        return islice(read_shard(self._shards[left.shard]), left.start, None, left.step)
 
-    @staticmethod
-    def _read(share: Share, offset: int) -> Iterator[RawSample]:
-        mine = (sample for i, sample in enumerate(read_shard(share.url)) if i % share.parts == share.part)
-        for _ in range(offset):
-            next(mine, None)
-        return mine
+
+def rest_of(state: dict[str, Any]) -> Rest | None:
+    """The `rest` of a stream's state as it was before it was saved."""
+    if state["rest"] is None:
+        return None
+    return Rest(state["rest"]["epoch"], [Share(*share) for share in state["rest"]["shares"]], state["rest"]["quota"])
 
 
 class Mixture:
