@@ -60,6 +60,7 @@ def wait_for(path: Path, pattern: str, process: BaseProcess) -> None:
 
 def _main(settings: str, said_path: Path, variables: dict[str, str]) -> None:
     import torch
+    from accelerate import DistributedType, PartialState
 
     from train.__main__ import main
 
@@ -68,5 +69,8 @@ def _main(settings: str, said_path: Path, variables: dict[str, str]) -> None:
     os.dup2(file, 2)
     os.environ.update(variables)
     torch.set_num_threads(1)
+    if "ACCELERATE_USE_FSDP" in variables:  # which accelerate ignores on ranks without an accelerator
+        PartialState(cpu=True)
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     sys.argv = ["train", settings]
     exit_on_user_error(main)

@@ -95,11 +95,23 @@ def test_images_keep_their_order(processor: YiVLProcessor) -> None:
         ("chat", {"png": png("red")}, "no .json, only .png"),
         ("caption", {"png": png("red"), "txt": b" \n"}, ".txt is empty"),
         ("caption", {"png": png("red"), "txt": b"\xff\xfe"}, "utf-8"),
+        ("caption", {"png": png("red"), "txt": b"x" * 100_000}, "tokens, max_tokens is 400"),
+        ("chat", {"json": chat_json("y " * 50_000, "z")}, "tokens, max_tokens is 400"),
+        ("chat", {"json": b"[" * 100_000}, "nested too deeply"),
+        ("chat", {"json": chat_json("half of a pair: \ud800", "z")}, "surrogates not allowed"),
+        ("chat", {"json": b'{"conversations": [{"from": 5, "value": null}]}'}, "needs `from`"),
+        ("chat", {"png": png("red"), "json": chat_json("<image><image>\nWhat?", "Red.")}, "2 <image> .* 1 pictures"),
     ],
 )
 def test_what_is_broken_says_why(processor: YiVLProcessor, form: str, members: dict[str, bytes], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         encoder(processor, form).encode(raw(**members), 0)
+
+
+@pytest.mark.parametrize("text", ["a\0b", "".join(map(chr, range(1, 32))) + "x", "\u202e\ufeff\U0001f600"])
+def test_odd_characters_are_text(processor: YiVLProcessor, text: str) -> None:
+    encoded = encoder(processor).encode(raw(json=chat_json(text, "x")), 0).encoded
+    assert text.strip() in processor.tokenizer.decode(encoded.input_ids)
 
 
 def test_an_over_long_sample_is_never_cut(processor: YiVLProcessor) -> None:
@@ -135,6 +147,24 @@ def test_broken_samples_are_counted_and_named(processor: YiVLProcessor, tmp_path
     reports = [line for _, batch in zip(range(3), stream) for line in batch.reports]
     assert stream.counts()["broken"] == 1 and stream.counts()["seen"] == 19
     assert len(reports) == 1 and "a.tar q00007: skipped" in reports[0] and "not a picture" in reports[0]
+
+
+def test_shards_that_cannot_be_read_are_counted_and_named(
+    processor: YiVLProcessor, tmp_path: Path, write_shard: Writer
+) -> None:
+    good = write_shard(tmp_path / "good.tar", [caption_sample(i) for i in range(30)]).read_bytes()
+    (tmp_path / "cut.tar").write_bytes(good[: len(good) // 2 + 700])
+    (tmp_path / "empty.tar").write_bytes(b"")
+    (tmp_path / "text.tar").write_text("this is no tar")
+    (tmp_path / "random.tar").write_bytes(bytes(i * 7919 % 251 for i in range(20_000)))
+    stream = loader(processor, data_config(f"{tmp_path}/*.tar", "caption", max_broken_fraction=0.2, shuffle_buffer=1))
+    reports = " ".join(line for _, batch in zip(range(12), stream) for line in batch.reports)
+    for name in ("cut", "empty", "text", "random"):
+        assert f"{name}.tar" in reports, f"{name}.tar is not named"
+    (tmp_path / "good.tar").unlink()
+    (tmp_path / "cut.tar").unlink()
+    with pytest.raises(ValueError, match=r"hold no sample|are broken, more than"):
+        next(iter(loader(processor, data_config(f"{tmp_path}/*.tar", "caption"))))
 
 
 def test_too_many_broken_samples_stop_the_run(processor: YiVLProcessor, tmp_path: Path, write_shard: Writer) -> None:

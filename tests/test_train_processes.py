@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
 from conftest import chat_sample
 from processes import finish, said, start, wait_for
 from rich.console import Console
@@ -82,28 +86,33 @@ def two_ranks(configure_saved: Configure, tmp_path: Path, write_shard: Callable[
     )
 
 
-def one_process_losses(config: TrainConfig) -> list[float]:
-    """The losses of one process that is given what both ranks have."""
+def one_process(config: TrainConfig) -> list[float]:
+    """Losses and gradient norms of one process that is given what both ranks have."""
     run = Trainer(config, Console(quiet=True))
     loaders = [
         iter(StepLoader(run.processor, config.data, config.max_tokens, config.seed, rank, 2, 4, config.micro_batch))
         for rank in range(2)
     ]
-    losses = []
+    numbers = []
     for step in range(config.steps or 0):
         set_learning_rates_(run.optimiser, step, run.num_steps, config.warmup_ratio)
         one, other = (next(loader) for loader in loaders)
-        per_source, _ = run.step(StepBatch([*one.micros, *other.micros], [], 0, {}, []))
+        per_source, norm = run.step(StepBatch([*one.micros, *other.micros], [], 0, {}, []))
         loss, count = per_source.sum(0).tolist()
-        losses.append(loss / count)
-    return losses
+        numbers += [loss / count, norm]
+    return numbers
+
+
+def logged(config: TrainConfig) -> list[float]:
+    """The same of a run."""
+    return [row[key] for row in rows(config) for key in ("loss", "grad_norm")]
 
 
 def test_two_ranks_learn_as_one_and_survive(two_ranks: Configure, tmp_path: Path) -> None:
     whole = two_ranks("uneven", f"run_dir={tmp_path}/whole")
     assert finish(start(whole, 2)) == [0, 0], said(whole, 1).read_text()
-    expected = one_process_losses(two_ranks("uneven", f"run_dir={tmp_path}/one"))
-    assert [row["loss"] for row in rows(whole)] == pytest.approx(expected, rel=1e-5)
+    expected = one_process(two_ranks("uneven", f"run_dir={tmp_path}/one"))
+    assert logged(whole) == pytest.approx(expected, rel=1e-4)
 
     config = two_ranks("uneven")
     ranks = start(config, 2)
@@ -123,8 +132,8 @@ def test_a_rank_without_a_picture_learns_with_the_other(two_ranks: Configure, tm
         {name.split()[0] for row in rows(config, f"samples-{rank}.jsonl") for name in row["samples"]} for rank in (0, 1)
     ]
     assert sorted(map(len, shards)) == [1, 1] and shards[0] != shards[1]
-    expected = one_process_losses(two_ranks("halves", f"run_dir={tmp_path}/one", *settings))
-    assert [row["loss"] for row in rows(config)] == pytest.approx(expected, rel=1e-5)
+    expected = one_process(two_ranks("halves", f"run_dir={tmp_path}/one", *settings))
+    assert logged(config) == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_signal_to_one_rank_stops_all_and_one_process_goes_on(two_ranks: Configure) -> None:
@@ -149,3 +158,52 @@ def test_a_rank_without_samples_stops_all_with_one_line(two_ranks: Configure, tm
     assert finish(start(config, 2)) == [2, 2]
     lines = [said(config, rank).read_text().splitlines()[-1] for rank in range(2)]
     assert lines[0] == lines[1] and lines[0].startswith("error: ") and "hold no sample for this worker" in lines[0]
+
+
+def launched(name: str) -> dict[str, str]:
+    """What `accelerate launch` tells its ranks with a config of ours."""
+    path = Path(__file__).parents[1] / f"train/configs/accelerate/{name}.yaml"
+    arguments = launch_command_parser().parse_args(["--config_file", str(path), "-m", "train", "x.yaml"])
+    environment = prepare_multi_gpu_env(_validate_launch_command(arguments)[0])
+    return {key: value for key, value in environment.items() if key.startswith(("ACCELERATE", "FSDP"))}
+
+
+def test_the_configs_for_many_gpus_are_accelerates() -> None:
+    assert "ACCELERATE_USE_FSDP" not in launched("ddp")
+    fsdp = launched("fsdp")
+    assert fsdp["FSDP_VERSION"] == "2" and fsdp["FSDP_AUTO_WRAP_POLICY"] == "TRANSFORMER_BASED_WRAP"
+
+
+@pytest.mark.parametrize(("learns", "precision", "rel"), [("all", "fp32", 1e-4), ("language", "bf16", 2e-2)])
+def test_spread_weights_learn_the_same(
+    two_ranks: Configure, tmp_path: Path, learns: str, precision: str, rel: float
+) -> None:
+    """FSDP over two ranks, one of which has no picture, and one process that goes on with what they saved."""
+    settings = ["data.workers=1", "steps=4", "checkpoint={every_steps: 2, keep_last: 2}", "lr.projector=3e-3"]
+    settings += [f"precision={precision}"]
+    settings += ["trainable={vision: false, projector: false}"] if learns == "language" else []
+    config = two_ranks("halves", *settings)
+    assert finish(start(config, 2, **launched("fsdp"))) == [0, 0], said(config, 1).read_text()
+    (line,) = (line for line in said(config).read_text().splitlines() if line.startswith("2 ranks"))
+    here, whole = (int(word.replace(",", "")) for word in re.findall(r"[\d,]{4,}", line))
+    assert whole / 2 <= here < 0.6 * whole
+    one = two_ranks("halves", f"run_dir={tmp_path}/one", *settings, "precision=fp32")
+    expected = one_process(one)
+    assert logged(config) == pytest.approx(expected, rel=rel)
+    if learns == "all":
+        (state,) = (checkpoint.load_state(path) for path in checkpoint.checkpoints(Path(config.run_dir)))
+        run = Trainer(config, Console(quiet=True))  # of which the last checkpoint is step 2
+        assert run.done_steps == 2 and state["optimiser"]["state"].keys() == run_names(run)
+        for name, parameter in run.objective.named_parameters():
+            for key in ("exp_avg", "exp_avg_sq"):
+                if parameter.requires_grad:
+                    assert torch.equal(run.optimiser.state[parameter][key], state["optimiser"]["state"][name][key])
+        before = logged(config)
+        shutil.rmtree(Path(config.run_dir) / "final")
+        assert finish(start(config, 2, **launched("fsdp"))) == [0, 0], said(config, 1).read_text()
+        assert logged(config) == before, "going on, each rank has its part of the optimiser's state"
+        assert {group["name"]: group["peak_lr"] for group in run.optimiser.param_groups}["projector"] == 3e-3
+
+
+def run_names(run: Trainer) -> set[str]:
+    return {name for name, parameter in run.objective.named_parameters() if parameter.requires_grad}

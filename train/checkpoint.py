@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 
 from yi_vl.model import YiVLForConditionalGeneration
 from yi_vl.processor import YiVLProcessor
@@ -29,12 +30,13 @@ _DAMAGED = "damaged-"  # before the name of a checkpoint that must not be gone o
 
 
 def save_checkpoint(
-    directory: Path, model: YiVLForConditionalGeneration, processor: YiVLProcessor, config_yaml: str,
-    state: dict[str, Any] | None,
+    directory: Path, model: YiVLForConditionalGeneration, weights: dict[str, Tensor], processor: YiVLProcessor,
+    config_yaml: str, state: dict[str, Any] | None,
 ) -> None:  # fmt: skip
     """Write a checkpoint under a temporary name, flush it to the disk, then give it its name.
 
     Args:
+        weights: of the model, whole; its own may be spread over ranks.
         state: what continuing needs besides the weights; None for a finished model.
 
     Raises:
@@ -44,7 +46,7 @@ def save_checkpoint(
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        model.save_pretrained(temporary)
+        model.save_pretrained(temporary, state_dict=weights)
         processor.save_pretrained(temporary)
         (temporary / "config.yaml").write_text(config_yaml, encoding="utf-8")
         if state is not None:
@@ -82,9 +84,9 @@ def newest_good(run_dir: Path) -> tuple[Path | None, list[str]]:
     return None, []
 
 
-def load_state(directory: Path) -> dict[str, Any]:
-    """What `save_checkpoint` was given as `state`, of a checkpoint that is whole."""
-    state: dict[str, Any] = torch.load(directory / STATE_FILE, map_location="cpu", weights_only=True)
+def load_state(directory: Path, lazily: bool = False) -> dict[str, Any]:
+    """What `save_checkpoint` was given as `state`, of a checkpoint that is whole; lazily: tensors stay on the disk."""
+    state: dict[str, Any] = torch.load(directory / STATE_FILE, map_location="cpu", weights_only=True, mmap=lazily)
     return state
 
 

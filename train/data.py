@@ -108,6 +108,8 @@ def read_sample(raw: RawSample, form: str) -> tuple[list[Segment], list[bytes]]:
         segments = _caption(raw, len(pictures))
     else:
         segments = render(from_llava(_conversations(_text(raw, "json"))))
+    for segment in segments:
+        segment.text.encode()  # half a surrogate pair, which JSON can spell, is no text
     num_slots = sum(segment.is_image for segment in segments)
     if num_slots != len(pictures):
         raise ValueError(f"{num_slots} <image> in the text but {len(pictures)} pictures beside it")
@@ -328,7 +330,7 @@ def _text(raw: RawSample, suffix: str) -> str:
     if suffix not in raw:
         members = ", ".join("." + name for name in raw if not name.startswith("__"))
         raise ValueError(f"it has no .{suffix}, only {members or 'nothing'}")
-    text = raw[suffix].decode("utf-8").strip()
+    text = raw[suffix].decode("utf-8-sig").strip()
     if not text:
         raise ValueError(f"its .{suffix} is empty")
     return text
@@ -357,7 +359,10 @@ def _words(content: str | list[dict[str, str]]) -> str:
 
 
 def _conversations(text: str) -> list[dict[str, str]]:
-    content = json.loads(text)
+    try:
+        content = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("its .json is nested too deeply") from error
     conversations = content.get("conversations") if isinstance(content, dict) else content
     if not isinstance(conversations, list):
         raise ValueError("its .json has no list of `conversations`")

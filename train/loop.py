@@ -6,7 +6,6 @@ accelerate.
 
 from __future__ import annotations
 
-import logging
 import math
 import signal
 import time
@@ -16,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedType
-from accelerate.tracking import get_available_trackers
+from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from rich.console import Console
 from torch import Tensor
@@ -30,13 +28,10 @@ from .guard import GradientGuard
 from .initial import initial_model
 from .objective import Objective
 from .optim import build_optimiser, learning_rates, set_learning_rates_, set_trainable_
+from .parallel import build_accelerator, gather_optimiser, gather_weights, is_sharded, load_optimiser_, ranks_line
 from .report import Reporter, component_table, draw_loss_curve
 from .signals import StopSignals
 from .stream import expand_shards
-
-logger = logging.getLogger(__name__)
-
-_ACCELERATE_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
 def train(config: TrainConfig) -> Path:
@@ -74,30 +69,30 @@ class Trainer:
         self.run_dir = Path(config.run_dir)
         self.console = console
         self.num_steps = num_steps(config)
-        self.accelerator = _accelerator(config)
+        self.accelerator = build_accelerator(config)
         self.guard = GradientGuard(config.bad_steps)
         self.log = _Window(config, self.accelerator)
         set_seed(config.seed)  # the same fresh weights on every rank
 
         found = self._newest_checkpoint() if config.resume else None
-        state = checkpoint.load_state(found) if found is not None else None
+        is_main = self.accelerator.is_main_process
+        state = checkpoint.load_state(found, lazily=not is_main) if found is not None else None
         self.done_steps: int = state["step"] if state is not None else 0
         self.model, self.processor = checkpoint.load_model(found) if found is not None else initial_model(config)
         set_trainable_(self.model, config)
         if self.accelerator.device.type == "cpu":
             keep_memory()
             use_short_attention_(self.model)
-        if self.accelerator.is_main_process:
+        if is_main:
             console.print(component_table(self.model, config))
         if found is not None:
             self._say(f"Going on from {found}, step {self.done_steps} of {self.num_steps}.")
 
-        optimiser = build_optimiser(self.model, config)
-        if state is not None:
-            optimiser.load_state_dict(state["optimiser"])
         self.objective, self.optimiser = self.accelerator.prepare(
-            Objective(self.model, len(config.data.sources)), optimiser
+            Objective(self.model, len(config.data.sources)), build_optimiser(self.model, config)
         )
+        if self.accelerator.num_processes > 1:
+            self._say(ranks_line(self.accelerator, self.objective))
         if config.compile:
             for layer in self.model.model.language_model.layers:  # one by one: all share one compilation
                 layer.compile(dynamic=True)
@@ -171,8 +166,8 @@ class Trainer:
         scale = accelerator.num_processes / total  # data parallelism averages gradients over ranks
         per_source = torch.zeros(len(self.config.data.sources), 2, device=accelerator.device)
         for index, micro in enumerate(batch.micros):
-            is_last = index == len(batch.micros) - 1
-            with nullcontext() if is_last else accelerator.no_sync(self.objective):
+            exchanges = is_sharded(accelerator) or index == len(batch.micros) - 1  # else whole gradients would pile up
+            with nullcontext() if exchanges else accelerator.no_sync(self.objective):
                 loss, losses = self.objective(**self._inputs(micro))
                 accelerator.backward(loss * scale)
             per_source += losses
@@ -199,16 +194,17 @@ class Trainer:
         """
         accelerator = self.accelerator
         mine = {"rng": checkpoint.rng_state(), "data": self.loader.state_dict(), "log": self.log.state_dict()}
-        ranks = gather_object([mine])
-        error = ""
-        if accelerator.is_main_process:
-            state = {"step": self.done_steps, "optimiser": self.optimiser.state_dict(), "ranks": ranks}
-            state["guard"] = self.guard.state_dict()
+        state: dict[str, Any] | None = None
+        if with_state:
+            state = {"step": self.done_steps, "guard": self.guard.state_dict(), "ranks": gather_object([mine])}
+            state["optimiser"] = gather_optimiser(self.objective, self.optimiser)
             if accelerator.scaler is not None:
                 state["scaler"] = accelerator.scaler.state_dict()
-            yaml = to_yaml(self.config)
+        weights = gather_weights(accelerator, self.objective)
+        error = ""
+        if accelerator.is_main_process:
             try:
-                checkpoint.save_checkpoint(directory, self.model, self.processor, yaml, state if with_state else None)
+                checkpoint.save_checkpoint(directory, self.model, weights, self.processor, to_yaml(self.config), state)
                 checkpoint.delete_old(self.run_dir, self.config.checkpoint.keep_last)
             except ValueError as found:
                 error = str(found)
@@ -294,6 +290,7 @@ class Trainer:
         set_seed(self.config.seed + self.done_steps, device_specific=True)
         if state is None:
             return
+        load_optimiser_(self.accelerator, self.objective, self.optimiser, state["optimiser"])
         self.guard.load_state_dict(state["guard"])
         if len(state["ranks"]) == self.accelerator.num_processes:
             mine = state["ranks"][self.accelerator.process_index]
@@ -354,23 +351,6 @@ class _Window:
         }
         self._clear()
         return metrics
-
-
-def _accelerator(config: TrainConfig) -> Accelerator:
-    available = [str(tracker) for tracker in get_available_trackers()]
-    if missing := [name for name in config.trackers if name not in available]:  # accelerate would leave it out
-        raise ValueError(f"trackers: {missing[0]!r} is not installed; there are {', '.join(available) or 'none'}.")
-    accelerator = Accelerator(
-        mixed_precision=_ACCELERATE_PRECISION[config.precision],
-        log_with=config.trackers if config.trackers else None,
-        project_dir=config.run_dir,
-    )
-    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
-        raise ValueError(
-            f"accelerate is set up for {accelerator.distributed_type.value}; this trainer knows one process and plain "
-            "data parallelism (accelerate launch --multi_gpu)."
-        )
-    return accelerator
 
 
 def _flat(metrics: dict[str, Any], prefix: str = "") -> dict[str, float]:

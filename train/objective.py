@@ -25,6 +25,8 @@ class Objective(nn.Module):
         super().__init__()
         self.model = model
         self._num_sources = num_sources
+        present = {type(module).__name__ for module in model.modules()}
+        self._no_split_modules = [name for name in model._no_split_modules if name in present]  # what FSDP spreads by
         self._packs = model.model.language_model.config._attn_implementation == PACKED
 
     def forward(

@@ -16,12 +16,12 @@ Called by predict.py, convert/ and the trainer; calls config.py, vision.py, proj
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import AutoModel, AutoModelForImageTextToText, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -119,7 +119,7 @@ class YiVLModel(YiVLPreTrainedModel):
             if input_ids is None:
                 raise ValueError("Images need input_ids: their places are the image tokens.")
             inputs_embeds = self.insert_images(inputs_embeds, input_ids, image_features)
-        elif self.training and any(parameter.requires_grad for parameter in self._vision_parameters()):
+        elif self.training and self._ranks_meet_in_vision():
             inputs_embeds = inputs_embeds + self._touch_vision(inputs_embeds)
 
         outputs = self.language_model(
@@ -137,18 +137,20 @@ class YiVLModel(YiVLPreTrainedModel):
             image_hidden_states=image_features,
         )
 
-    def _vision_parameters(self) -> Iterator[nn.Parameter]:
-        return chain(self.vision_tower.parameters(), self.multi_modal_projector.parameters())
+    def _ranks_meet_in_vision(self) -> bool:
+        """Whether tower and projector exchange gradients, or, spread over ranks (FSDP), their weights."""
+        parameters = chain(self.vision_tower.parameters(), self.multi_modal_projector.parameters())
+        return any(parameter.requires_grad or isinstance(parameter, DTensor) for parameter in parameters)
 
     def _touch_vision(self, like: Tensor) -> Tensor:
         """A zero that depends on every vision parameter.
 
-        A rank whose batch has no image must still take part in the gradient exchange of tower and projector, or
+        A rank whose batch has no image must still take part in what ranks exchange of tower and projector, or
         distributed training waits for it for ever.
         """
         size_px = self.config.vision_config.image_size
         blank = like.new_zeros(1, 3, size_px, size_px)
-        return self.encode_images(blank).sum().to(like.dtype) * 0.0
+        return (self.encode_images(blank) * 0.0).sum().to(like.dtype)  # zero first: a sum may overflow
 
 
 class YiVLForConditionalGeneration(YiVLPreTrainedModel, GenerationMixin):
