@@ -63,9 +63,8 @@ def _left(epochs: Sequence[Epochs], states: Sequence[dict[str, Any]]) -> tuple[R
         cursor = Cursor(**state["next" if is_through else "start"])
         num_again += 0 if is_through else state["position"]
         for epoch in range(cursor.epoch, last + 1):
-            begun, *untouched = own.shares(epoch)[cursor.share :] or [None]
-            shares += [begun.behind(cursor.offset)] if begun is not None else []
-            shares += untouched
+            left = own.shares(epoch)[cursor.share :]
+            shares += [share.behind(cursor.offset) for share in left[:1]] + left[1:]
             full = own.quota(epoch)
             quota = None if full is None or quota is None else quota + full - cursor.taken
             cursor = Cursor(epoch + 1)
