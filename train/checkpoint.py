@@ -1,8 +1,9 @@
 """Checkpoints: complete, atomic, found without being named.
 
-`run_dir/step-00001000/` is a model directory that `from_pretrained` takes, with `config.yaml` and `training_state.pt`
-beside the weights, and the sums of all files as `sha256sum -c SHA256SUMS` reads them; `run_dir/final/` is the finished
-model. A directory gets its name when all of it is on the disk, and is gone on from only when its sums are right.
+`run_dir/step-00001000/` is a model directory that `from_pretrained` takes, or PEFT's for adapters, with `config.yaml`
+and `training_state.pt` beside the weights, and the sums of all files as `sha256sum -c SHA256SUMS` reads them;
+`run_dir/final/` is the finished model. A directory gets its name when all of it is on the disk, and is gone on from
+only when its sums are right.
 Called by loop.py; calls yi_vl's model and processor.
 """
 
@@ -13,7 +14,7 @@ import os
 import random
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,6 +24,9 @@ from torch import Tensor
 from yi_vl.model import YiVLForConditionalGeneration
 from yi_vl.processor import YiVLProcessor
 
+if TYPE_CHECKING:
+    from .adapters import Adapters
+
 STATE_FILE = "training_state.pt"
 SUMS_FILE = "SHA256SUMS"
 FINAL = "final"
@@ -30,12 +34,13 @@ _DAMAGED = "damaged-"  # before the name of a checkpoint that must not be gone o
 
 
 def save_checkpoint(
-    directory: Path, model: YiVLForConditionalGeneration, weights: dict[str, Tensor], processor: YiVLProcessor,
-    config_yaml: str, state: dict[str, Any] | None,
+    directory: Path, model: YiVLForConditionalGeneration | Adapters, weights: dict[str, Tensor],
+    processor: YiVLProcessor, config_yaml: str, state: dict[str, Any] | None,
 ) -> None:  # fmt: skip
     """Write a checkpoint under a temporary name, flush it to the disk, then give it its name.
 
     Args:
+        model: to be saved whole, or its adapters alone.
         weights: of the model, whole; its own may be spread over ranks.
         state: what continuing needs besides the weights; None for a finished model.
 

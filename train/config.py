@@ -17,6 +17,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 FORMS = ("caption", "chat")
+LORA = "lora"
 PRECISIONS = ("fp32", "bf16", "fp16")
 
 
@@ -39,11 +40,26 @@ class InitConfig:
 
 @dataclass
 class TrainableConfig:
-    """Which components learn. Frozen ones keep their weights and their batch statistics to the last bit."""
+    """Which components learn. Frozen ones keep their weights and their batch statistics to the last bit.
+
+    language: `lora` freezes it and adds adapters that learn instead; see `lora`.
+    """
 
     vision: bool = True
     projector: bool = True
-    language: bool = True
+    language: bool | str = True
+
+
+@dataclass
+class LoraConfig:
+    """Low-rank adapters (arXiv 2106.09685) on every linear layer of the language model's blocks, its head excepted.
+
+    A layer's output gains alpha / rank x B A x: A (rank, inputs), B (outputs, rank). dropout: of x, on that path.
+    """
+
+    rank: int = 128
+    alpha: float = 256
+    dropout: float = 0.05
 
 
 @dataclass
@@ -121,6 +137,21 @@ class BadStepsConfig:
 
 
 @dataclass
+class AnswersConfig:
+    """Held-out samples that the model is asked about every so many steps, for people to look at.
+
+    shards: as a source's, but not among those that are trained on; the first `count` samples are asked.
+    form: null takes data.form; a caption is asked for as it is learned, after the picture alone.
+    """
+
+    shards: str = MISSING
+    form: str | None = None
+    every_steps: int = 500
+    count: int = 4
+    max_new_tokens: int = 64
+
+
+@dataclass
 class TrainConfig:
     """A training run. Exactly one of `steps` and `epochs`; `epochs` needs `samples`, the length of one epoch."""
 
@@ -130,6 +161,7 @@ class TrainConfig:
     init_from: InitConfig = MISSING
     image_size: int = 448
     trainable: TrainableConfig = field(default_factory=TrainableConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)  # for trainable.language: lora
     lr: LearningRateConfig = field(default_factory=LearningRateConfig)
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
     warmup_ratio: float = 0.03  # of the steps, linear from 0; then cosine to 0
@@ -144,6 +176,7 @@ class TrainConfig:
     compile: bool = False  # the language model's layers; about a minute at the start, then 15% less time on a CPU
     data: DataConfig = MISSING
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    answers: AnswersConfig | None = None
     bad_steps: BadStepsConfig = field(default_factory=BadStepsConfig)
     log_every: int = 10
     log_samples: bool = False  # the names of each step's samples, in run_dir/samples-RANK.jsonl
@@ -276,7 +309,24 @@ def _check(config: TrainConfig, where: str) -> None:
     )
     require(bad.stop_after > 0, f"bad_steps.stop_after is {bad.stop_after}; it must be positive.")
     trains = config.trainable
-    require(trains.vision or trains.projector or trains.language, "trainable: nothing is; set a component to true.")
+    require(
+        trains.language in (True, False, LORA),
+        f"trainable.language is {trains.language!r}; expected true, false or {LORA}.",
+    )
+    require(
+        bool(trains.vision or trains.projector or trains.language), "trainable: nothing is; set a component to true."
+    )
+    if trains.language == LORA:
+        require(init.checkpoint is not None, "trainable.language: lora adapts a checkpoint; name it in init_from.")
+        require(config.lora.rank > 0, f"lora.rank is {config.lora.rank}; it must be positive.")
+        require(config.lora.alpha > 0, f"lora.alpha is {config.lora.alpha}; it must be positive.")
+        require(0 <= config.lora.dropout < 1, f"lora.dropout is {config.lora.dropout}; expected 0 to 1.")
+    if config.answers is not None:
+        for key in ("every_steps", "count", "max_new_tokens"):
+            value = getattr(config.answers, key)
+            require(value > 0, f"answers.{key} is {value}; it must be positive.")
+        form = config.answers.form
+        require(form in (None, *FORMS), f"answers.form is {form!r}; expected one of {', '.join(FORMS)}.")
     _check_data(config.data, require)
 
 

@@ -3,8 +3,9 @@
 S tokens of a row, K of them supervised, V vocabulary, Q width of the language model's queries.
 
 The arithmetic is that of a GPU with fused attention, which keeps no scores. A tower from timm is reckoned as
-open_clip's own of its dimensions; a convolutional stem's maps and products are left out.
-Called by plan.py; calls yi_vl and optim.py.
+open_clip's own of its dimensions; a convolutional stem's maps and products are left out, and so are the small products
+of LoRA's adapters and what they keep for themselves.
+Called by plan.py; calls yi_vl, adapters.py and optim.py.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from transformers import PreTrainedModel
 from yi_vl.config import YiVLConfig
 from yi_vl.model import YiVLForConditionalGeneration
 
+from .adapters import add_adapters_, wants_adapters
 from .config import TrainableConfig, TrainConfig
 from .optim import components, set_trainable_
 
@@ -104,6 +106,8 @@ def count_parameters(model_config: YiVLConfig, config: TrainConfig) -> Parameter
     """Counted on a model without weights, frozen as the trainer freezes it."""
     with torch.device("meta"):
         model = YiVLForConditionalGeneration(model_config)
+    if wants_adapters(config):
+        add_adapters_(model, config)
     set_trainable_(model, config)
     tower, head = model.model.vision_tower, model.lm_head.weight
     not_cast = {id(p) for module in tower.visual.never_run(tower.config.feature_layer) for p in module.parameters()}
@@ -175,7 +179,7 @@ def activation_bytes(
     layer = row.tokens * language_layer_bytes(model, trains, elements)
     kept = row.tokens * width * elements.stream if is_checkpointed else layer
     kept *= text.num_hidden_layers
-    kept += row.tokens * _rms_norm_bytes(width, elements, trains.language)
+    kept += row.tokens * _rms_norm_bytes(width, elements, trains.language is True)
     block = 0
     if trains.vision:
         block = (num_patches + 1) * tower_block_bytes(model, elements)
@@ -196,14 +200,14 @@ def language_layer_bytes(model: YiVLConfig, trains: TrainableConfig, elements: E
     behind it. The inputs of q, k, v and of gate, up: under autocast each product makes its own copy.
     """
     text, low = model.text_config, elements.product
-    width, learns = text.hidden_size, trains.language
+    width, learns = text.hidden_size, bool(trains.language)
     head = getattr(text, "head_dim", None) or width // text.num_attention_heads
     heads, kv_heads = text.num_attention_heads, text.num_key_value_heads
     attention = low * 2 * head * (heads + kv_heads) + 4 * heads
     feed_forward = low * text.intermediate_size * (4 if learns else 3)
     num_copies = 5 if elements.stream > low else 2
     inputs = low * width * num_copies if learns else 0
-    return 2 * _rms_norm_bytes(width, elements, learns) + attention + feed_forward + inputs
+    return 2 * _rms_norm_bytes(width, elements, trains.language is True) + attention + feed_forward + inputs
 
 
 def tower_block_bytes(model: YiVLConfig, elements: Elements) -> int:
@@ -248,7 +252,7 @@ def step_flops(model: YiVLConfig, trains: TrainableConfig, row: Row, is_checkpoi
     layer = 2 * width * (2 * q_width + 2 * kv_width + 3 * text.intermediate_size) * row.tokens
     layers, scores = text.num_hidden_layers * layer, text.num_hidden_layers * 4 * row.tokens**2 * q_width
     logits = 2 * width * text.vocab_size * row.supervised
-    flops = (layers + logits) * (3 if trains.language else 2) + 3 * scores
+    flops = (layers + logits) * (3 if trains.language is True else 2) + 3 * scores
 
     tokens = patches + 1
     block = 2 * vision.hidden_size * (4 * vision.hidden_size + 2 * vision.intermediate_size) * tokens

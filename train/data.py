@@ -243,7 +243,11 @@ class StepLoader:
             pad_id if pad_id is not None else 0, dict(self._states), self._first,
         )  # fmt: skip
         self._loader = DataLoader(
-            dataset, batch_size=None, num_workers=data.workers, worker_init_fn=_leave_process_group
+            dataset,
+            batch_size=None,
+            num_workers=data.workers,
+            worker_init_fn=_leave_process_group,
+            generator=torch.Generator(),  # else it draws from the one that dropout draws from, and a resume differs
         )
 
     def __iter__(self) -> Iterator[StepBatch]:

@@ -1,7 +1,7 @@
 """The training loop: one for every stage of a recipe; the settings say what differs.
 
-Called by `python -m train`; calls data.py, objective.py, optim.py, guard.py, signals.py, checkpoint.py, report.py and
-accelerate.
+Called by `python -m train`; calls data.py, objective.py, optim.py, adapters.py, answers.py, guard.py, signals.py,
+checkpoint.py, report.py and accelerate.
 """
 
 from __future__ import annotations
@@ -21,13 +21,15 @@ from rich.console import Console
 from torch import Tensor
 
 from . import checkpoint
+from .adapters import add_adapters_, wants_adapters
+from .answers import HeldOut
 from .config import TrainConfig, num_steps, to_yaml
 from .cpu import keep_memory, use_short_attention_
 from .data import MicroBatch, StepBatch, StepLoader, num_supervised
 from .guard import GradientGuard
 from .initial import initial_model
 from .objective import Objective
-from .optim import build_optimiser, learning_rates, set_learning_rates_, set_trainable_
+from .optim import build_optimiser, gradient_norms, learning_rates, set_learning_rates_, set_trainable_
 from .parallel import build_accelerator, gather_optimiser, gather_weights, is_sharded, load_optimiser_, ranks_line
 from .report import Reporter, component_table, draw_loss_curve
 from .signals import StopSignals
@@ -78,7 +80,9 @@ class Trainer:
         is_main = self.accelerator.is_main_process
         state = checkpoint.load_state(found, lazily=not is_main) if found is not None else None
         self.done_steps: int = state["step"] if state is not None else 0
-        self.model, self.processor = checkpoint.load_model(found) if found is not None else initial_model(config)
+        is_whole = found is not None and not wants_adapters(config)
+        self.model, self.processor = checkpoint.load_model(found) if is_whole else initial_model(config)
+        self.saved = add_adapters_(self.model, config, found) if wants_adapters(config) else self.model
         set_trainable_(self.model, config)
         if self.accelerator.device.type == "cpu":
             keep_memory()
@@ -96,6 +100,7 @@ class Trainer:
         if config.compile:
             for layer in self.model.model.language_model.layers:  # one by one: all share one compilation
                 layer.compile(dynamic=True)
+        self.held_out = self._held_out()
         self.loader = self._build_loader(state)
         self._restore(state)
 
@@ -114,6 +119,8 @@ class Trainer:
                     self._train_on(batch, reporter)
                     stopped_by = self._largest(signals.received)
                     is_last = self.done_steps == self.num_steps
+                    if self.held_out is not None and (is_last or self.done_steps % self.held_out.every_steps == 0):
+                        self._show_answers(self.held_out)
                     is_due = self.done_steps % self.config.checkpoint.every_steps == 0 and not self.guard.num_in_a_row
                     if not is_last and (is_due or stopped_by):
                         self.save(checkpoint.checkpoint_path(self.run_dir, self.done_steps), with_state=True)
@@ -143,7 +150,7 @@ class Trainer:
         else:
             self.log.add(batch, per_source, norm)
         metrics = None
-        if (self.done_steps % self.config.log_every == 0 or self.done_steps == self.num_steps) and self.log.num_steps:
+        if self._is_logged(self.done_steps) and self.log.num_steps:
             counts, skipped = self.loader.counts(), self.guard.num_skipped
             metrics = self.log.metrics(self.done_steps, learning_rates(self.optimiser), counts, skipped)
             self.accelerator.log(_flat(metrics), step=self.done_steps)
@@ -173,8 +180,15 @@ class Trainer:
             per_source += losses
         clip = self.config.clip_norm
         norm = accelerator.clip_grad_norm_(self.objective.parameters(), clip if clip is not None else math.inf)
+        if self._is_logged(self.done_steps + 1):
+            clipped_to = 1.0 if clip is None else min(1.0, clip / (float(norm) + 1e-6))
+            norms = gradient_norms(self.optimiser)
+            self.log.component_norms = {name: found / clipped_to for name, found in norms.items()}
         self._update(float(norm))
         return per_source, float(norm)
+
+    def _is_logged(self, step: int) -> bool:
+        return step % self.config.log_every == 0 or step == self.num_steps
 
     def _update(self, norm: float) -> None:
         """Change the weights, unless the gradient would spoil them."""
@@ -185,6 +199,30 @@ class Trainer:
         elif scaler is not None:
             scaler.update()
         self.optimiser.zero_grad()
+
+    def _held_out(self) -> HeldOut | None:
+        """What the first rank is to ask the model as it learns."""
+        if self.config.answers is None:
+            return None
+        if is_sharded(self.accelerator):
+            raise ValueError(
+                "answers: a model that is spread over ranks cannot be asked; leave `answers` out with FSDP."
+            )
+        held_out = HeldOut(self.config.answers, self.config.data, self.processor, self.run_dir)
+        return held_out if self.accelerator.is_main_process else None
+
+    def _show_answers(self, held_out: HeldOut) -> None:
+        language = self.model.model.language_model
+        attention = language.config._attn_implementation
+        self.model.eval()
+        language.set_attn_implementation("sdpa")  # a CPU's packed one takes whole micro-batches only
+        with self.accelerator.autocast():
+            answers = held_out.ask(self.model, self.processor)
+        language.set_attn_implementation(attention)
+        set_trainable_(self.model, self.config)  # and in training mode again
+        held_out.record(self.done_steps, answers)
+        for tracker in self.accelerator.trackers:
+            held_out.track(tracker, self.done_steps, answers)
 
     def save(self, directory: Path, with_state: bool) -> None:
         """Save a checkpoint; all ranks take part, the first one writes.
@@ -204,7 +242,7 @@ class Trainer:
         error = ""
         if accelerator.is_main_process:
             try:
-                checkpoint.save_checkpoint(directory, self.model, weights, self.processor, to_yaml(self.config), state)
+                checkpoint.save_checkpoint(directory, self.saved, weights, self.processor, to_yaml(self.config), state)
                 checkpoint.delete_old(self.run_dir, self.config.checkpoint.keep_last)
             except ValueError as found:
                 error = str(found)
@@ -312,6 +350,7 @@ class _Window:
     def _clear(self) -> None:
         self._per_source = torch.zeros(len(self._names), 2)
         self._grad_norm: float | None = None
+        self.component_norms: dict[str, float] = {}  # before clipping, of the step that is logged
         self.num_steps, self._num_timed_steps, self._num_tokens = 0, 0, 0
         self._since = time.perf_counter()
 
@@ -342,6 +381,7 @@ class _Window:
             "loss_per_source": {name: loss / count for name, (loss, count) in zip(self._names, per_source) if count},
             "lr": lr,
             "grad_norm": self._grad_norm,
+            "grad_norm_per_component": self.component_norms,
             "samples_per_second": self._num_timed_steps * self._samples_per_step / seconds,
             "tokens_per_second": tokens / seconds,
             "samples_seen": seen,

@@ -1,6 +1,6 @@
 """What learns, and how fast: components, AdamW groups named after them, and the learning-rate schedule.
 
-Called by loop.py; calls nothing of the project but the settings.
+Called by loop.py, report.py and costs.py; calls nothing of the project but the settings.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from yi_vl.model import YiVLForConditionalGeneration
 
@@ -22,10 +23,16 @@ def components(model: YiVLForConditionalGeneration) -> dict[str, list[nn.Module]
     """The modules that each component of the settings means."""
     inner = model.model
     return {
-        "vision": [inner.vision_tower],
-        "projector": [inner.multi_modal_projector],
+        "vision": [_learning(inner.vision_tower)],
+        "projector": [_learning(inner.multi_modal_projector)],
         "language": [inner.language_model, model.lm_head],
     }
+
+
+def _learning(module: nn.Module) -> nn.Module:
+    """The module itself, or the copy of it that learns beside adapters; see adapters.py."""
+    copies = getattr(module, "modules_to_save", None)
+    return module if copies is None else copies["default"]
 
 
 def set_trainable_(model: YiVLForConditionalGeneration, config: TrainConfig) -> None:
@@ -34,11 +41,19 @@ def set_trainable_(model: YiVLForConditionalGeneration, config: TrainConfig) -> 
     for name, modules in components(model).items():
         learns = getattr(config.trainable, name)
         for module in modules:
-            module.requires_grad_(learns)
-            module.train(learns)
+            module.requires_grad_(learns is True)
+            module.train(bool(learns))
+    for name, parameter in model.named_parameters():
+        if is_adapter(name):
+            parameter.requires_grad_(True)
     tower = model.model.vision_tower
     for never_run in tower.visual.never_run(tower.config.feature_layer):
         never_run.requires_grad_(False)  # stored only; with a gradient asked for, distributed training waits for it
+
+
+def is_adapter(parameter_name: str) -> bool:
+    """Whether a parameter is one that PEFT's LoRA has added."""
+    return ".lora_A." in parameter_name or ".lora_B." in parameter_name
 
 
 def parameter_groups(model: YiVLForConditionalGeneration, config: TrainConfig) -> list[dict[str, Any]]:
@@ -66,6 +81,17 @@ def build_optimiser(model: YiVLForConditionalGeneration, config: TrainConfig) ->
     return torch.optim.AdamW(
         parameter_groups(model, config), lr=0.0, betas=(first, second), eps=config.optimiser.eps, fused=True
     )
+
+
+def gradient_norms(optimiser: torch.optim.Optimizer) -> dict[str, float]:
+    """The gradients' Euclidean norm of each component that learns, as they are now; all ranks take part."""
+    squares: dict[str, float] = {}
+    for group in optimiser.param_groups:
+        name = group["name"].removesuffix(", no decay")
+        norm = torch.nn.utils.get_total_norm([p.grad for p in group["params"] if p.grad is not None])
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        squares[name] = squares.get(name, 0.0) + float(norm) ** 2
+    return {name: math.sqrt(square) for name, square in squares.items()}
 
 
 def set_learning_rates_(optimiser: torch.optim.Optimizer, step: int, num_steps: int, warmup_ratio: float) -> None:

@@ -1,0 +1,88 @@
+"""Training with adapters, and what people look at while it runs: held-out answers, norms of gradients."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+import yi_vl
+from train.answers import HeldOut, read_answers
+from train.config import AnswersConfig, TrainConfig
+from train.loop import Trainer, train
+from train.report import read_metrics
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def losses(config: TrainConfig) -> list[float]:
+    return [row["loss"] for row in read_metrics(Path(config.run_dir) / "metrics.jsonl")]
+
+
+def test_lora_learns_saves_little_resumes_exactly_and_loads_merged(
+    configure: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    base = train(configure(f"run_dir={tmp_path}/base", "steps=1"))
+
+    def lora(name: str, *overrides: str) -> TrainConfig:
+        return configure(
+            f"run_dir={tmp_path}/{name}", f"init_from={{checkpoint: {base}, tower: null, language_model: null}}",
+            "trainable={vision: false, projector: true, language: lora}", "lora={rank: 4, alpha: 8, dropout: 0.1}",
+            "lr.language=1e-2", "steps=12", "checkpoint.every_steps=6", *overrides,
+        )  # fmt: skip
+
+    final = train(lora("whole"))
+    curve = losses(lora("whole"))
+    assert sum(curve[-3:]) < sum(curve[:3]), curve
+    weights_file = final / "adapter_model.safetensors"
+    assert not (final / "model.safetensors").exists()
+    assert weights_file.stat().st_size < (base / "model.safetensors").stat().st_size / 2
+
+    shutil.copytree(tmp_path / "whole", tmp_path / "again", ignore=shutil.ignore_patterns("final"))
+    assert train(lora("again")) == tmp_path / "again/final"
+    assert losses(lora("again")) == curve
+    assert (tmp_path / "again/final/adapter_model.safetensors").read_bytes() == weights_file.read_bytes()
+
+    before, merged = (yi_vl.load(path, dtype=torch.float32, device="cpu").model.state_dict() for path in (base, final))
+    moved = {name for name in before if not torch.equal(before[name], merged[name])}
+    assert all("multi_modal_projector" in name or "_proj.weight" in name for name in moved)
+    assert any("down_proj" in name for name in moved) and any("multi_modal_projector" in name for name in moved)
+
+
+@pytest.mark.parametrize("form", ["caption", "chat"])
+def test_held_out_answers_are_shown_and_change_nothing(
+    configure: Callable[..., TrainConfig], tmp_path: Path, form: str
+) -> None:
+    shards = tmp_path / ("captions/0.tar" if form == "caption" else "chats/0.tar")
+    answers = f"{{shards: {shards}, form: {form}, every_steps: 2, count: 3, max_new_tokens: 4}}"
+    plain, shown = configure(f"run_dir={tmp_path}/plain"), configure(f"run_dir={tmp_path}/shown", f"answers={answers}")
+    train(plain)
+    train(shown)
+    assert losses(shown) == losses(plain)
+    rows = read_answers(tmp_path / "shown/answers.jsonl")
+    assert [row["step"] for row in rows] == [2, 4, 6] and all(len(row["answers"]) == 3 for row in rows)
+    page = (tmp_path / "shown/answers.html").read_text()
+    assert page.count("<article>") == 3 and page.count("<img") >= 3
+    assert ("a red picture" if form == "caption" else "What colour is it?") in page
+
+    held_out = HeldOut(
+        AnswersConfig(str(shards), form), shown.data, Trainer(shown, Console(quiet=True)).processor, tmp_path
+    )
+    question = held_out.questions[0]
+    assert question.wanted == ("a red picture" if form == "caption" else "red")
+    assert not any(segment.is_supervised for segment in question.prompt) and len(question.pictures) == 1
+
+
+def test_gradient_norms_of_components_make_up_the_whole(configure: Callable[..., TrainConfig]) -> None:
+    train(configure("steps=2", "clip_norm=0.01"))
+    for row in read_metrics(Path(configure().run_dir) / "metrics.jsonl"):
+        norms = row["grad_norm_per_component"]
+        assert set(norms) == {"vision", "projector", "language"}
+        assert sum(norm**2 for norm in norms.values()) == pytest.approx(row["grad_norm"] ** 2, rel=1e-3)

@@ -1,0 +1,60 @@
+"""LoRA: adapters in a frozen language model, saved as PEFT saves them, a small file beside the model they adapt.
+
+Whatever else learns is copied and saved with them, whole (PEFT's `modules_to_save`). Called by loop.py and costs.py;
+calls PEFT. `yi_vl.load` and `yi-vl convert` merge what is saved here.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils import load_peft_weights, set_peft_model_state_dict
+from torch import Tensor
+
+from yi_vl.model import YiVLForConditionalGeneration
+
+from .config import LORA, TrainConfig
+
+_LINEARS = r"model\.language_model\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj"
+_MODULES = {"vision": "vision_tower", "projector": "multi_modal_projector"}
+
+
+def wants_adapters(config: TrainConfig) -> bool:
+    """Whether the language model learns by adapters."""
+    return config.trainable.language == LORA
+
+
+class Adapters:
+    """What an adapted model saves: its adapters and what else learns, nothing of what is frozen."""
+
+    def __init__(self, model: PeftModel) -> None:
+        self._model = model
+
+    def save_pretrained(self, directory: Path, state_dict: dict[str, Tensor]) -> None:
+        """PEFT's files; `state_dict` holds the weights of the model that was adapted, by its own names."""
+        named = {f"base_model.model.{name}": tensor for name, tensor in state_dict.items()}
+        self._model.save_pretrained(str(directory), state_dict=named, save_embedding_layers=False)
+
+
+def add_adapters_(model: YiVLForConditionalGeneration, config: TrainConfig, directory: Path | None = None) -> Adapters:
+    """Put adapters into `model`, and copies of what else learns.
+
+    Args:
+        directory: of adapters to go on with; new ones change nothing at first, B being 0.
+    """
+    lora = LoraConfig(
+        r=config.lora.rank,
+        lora_alpha=config.lora.alpha,  # type: ignore[arg-type]  # scales by alpha / r, a whole number or not
+        lora_dropout=config.lora.dropout,
+        target_modules=_LINEARS,
+        modules_to_save=[module for name, module in _MODULES.items() if getattr(config.trainable, name)],
+        task_type="CAUSAL_LM",
+    )
+    adapted = get_peft_model(model, lora)
+    assert isinstance(adapted, PeftModel)
+    if config.init_from.checkpoint is not None:
+        lora.base_model_name_or_path = str(Path(config.init_from.checkpoint).absolute())
+    if directory is not None:
+        set_peft_model_state_dict(adapted, load_peft_weights(str(directory), device="cpu"))
+    return Adapters(adapted)
