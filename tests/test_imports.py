@@ -16,11 +16,11 @@ ROOT = Path(__file__).parents[1]
 LAYERS = (
     {"config"},
     {"vision", "projector", "image", "chat"},
-    {"model", "processor", "reuse"},
+    {"model", "processor", "reuse", "quantize"},
     {"decode"},
     {"convert"},
     {"loading", "sizes"},
-    {"predict", "parts", "quantize"},
+    {"predict", "parts"},
     {"server"},
     {"cli"},
     {"__main__"},

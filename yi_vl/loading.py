@@ -1,11 +1,12 @@
 """From a folder or a hub id to a model and its processor, or one line that says why not.
 
 Layouts are told apart by what config.json holds, never by a name. Called by predict.py and cli.py; calls config.py,
-model.py, processor.py and, for the official layout and llava-hf's, convert/.
+model.py, processor.py, quantize.py and convert/.
 """
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from .config import YiVLConfig
 from .convert import Checkpoint, TowerFrom, base_of, holds_adapters, merge, open_checkpoint, read_configuration
 from .model import YiVLForConditionalGeneration
 from .processor import YiVLProcessor
+from .quantize import METHOD, Scheme, make_config
 
 _BUNDLED = Path(__file__).parent / "nano"
 _HUB_FILES = ("*.json", "*.model", "*.jinja", "vit/*/*.json")
@@ -30,6 +32,7 @@ def load_model(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     tower_from: TowerFrom = "vit",
+    quantize: Scheme | None = None,
 ) -> tuple[YiVLForConditionalGeneration, YiVLProcessor]:
     """A model in evaluation mode, and its processor.
 
@@ -40,12 +43,28 @@ def load_model(
         dtype: of the weights. By default bfloat16, but float32 for a small model on a CPU.
         tower_from: which of its two copies of the vision tower an official release gets, that in `vit/` or that among
             the shards.
+        quantize: "int8" or "int4" for the language model's linear layers; what was saved quantised is loaded so.
 
     Raises:
-        ValueError: there is no such model, it is another kind of model, it is incomplete, or its parts do not fit.
+        ValueError: there is no such model, it is another kind of model, it is incomplete, its parts do not fit, or
+            it cannot be quantised so on this device.
     """
-    checkpoint = open_model(path, tower_from)
+    folder = fetch(find(path), with_weights=True)
     device = device or _default_device()
+    method = _quantization_method(folder)
+    if method and quantize is not None:
+        raise ValueError(f"{folder} is quantised already ({method}); leave quantize={quantize!r} out.")
+    if method and method != METHOD:
+        return _load_as_quantized(folder, device, dtype)
+    checkpoint = open_model(folder, tower_from)
+    how = make_config(quantize, checkpoint.config.text_config, device) if quantize is not None else None
+    if method and str(device) not in ("cpu", "auto"):
+        raise ValueError(
+            f"{folder} was quantised for CPUs, and {device} is none. Load it with device='cpu', or load the original "
+            "with quantize=... there."
+        )
+    if method and dtype is None:
+        dtype = getattr(torch, str(checkpoint.config.dtype).removeprefix("torch."))  # its scales'
     if dtype is None:
         num_parameters = sum(tensor.shape.numel() for tensor in checkpoint.tensors.values())
         is_small_on_cpu = str(device) == "cpu" and num_parameters < _SMALL_PARAMETERS
@@ -56,7 +75,12 @@ def load_model(
     }
     try:
         model = YiVLForConditionalGeneration.from_pretrained(
-            None, config=checkpoint.config, state_dict=tensors, dtype=dtype, device_map=device
+            None,
+            config=checkpoint.config,
+            state_dict=tensors,
+            dtype=dtype,
+            device_map=device,
+            quantization_config=how,
         )
         model.generation_config = checkpoint.generation_config
         processor = checkpoint.make_processor()
@@ -79,6 +103,8 @@ def open_model(path: str | os.PathLike | None, tower_from: TowerFrom = "vit") ->
         base = fetch(find(name), with_weights=True)
         if holds_adapters(base):
             raise ValueError("those are adapters themselves; merge them first (yi-vl convert).")
+        if _quantization_method(base):
+            raise ValueError("that is quantised; adapters are merged into the original.")
         return merge(open_checkpoint(base, tower_from), folder)
     except ValueError as error:
         raise ValueError(f"{folder} holds adapters of {name}: {error}") from error
@@ -146,6 +172,28 @@ def check_fit(config: YiVLConfig, processor: YiVLProcessor) -> None:
         raise ValueError(
             f"The tokenizer has {len(processor.tokenizer)} tokens, the model only {config.text_config.vocab_size}."
         )
+
+
+def _quantization_method(folder: Path) -> str | None:
+    """What a saved model was quantised by; None when it was not. An unreadable config.json is another's to report."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return str(config["quantization_config"]["quant_method"])
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError):
+        return None
+
+
+def _load_as_quantized(
+    folder: Path, device: str | torch.device, dtype: torch.dtype | None
+) -> tuple[YiVLForConditionalGeneration, YiVLProcessor]:
+    """A model of ours that another library quantised: transformers knows how to read it."""
+    read_configuration(folder)  # says what is wrong with the folder
+    try:
+        model = YiVLForConditionalGeneration.from_pretrained(folder, dtype=dtype or "auto", device_map=device)
+        processor = YiVLProcessor.from_pretrained(folder)
+    except (ImportError, OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder}: the quantised model cannot be loaded: {_one_line(error)}") from error
+    return model.eval(), processor
 
 
 def _default_device() -> str:

@@ -25,6 +25,7 @@ from .image import ImageSource
 from .loading import check_fit, load_model
 from .model import YiVLForConditionalGeneration
 from .processor import YiVLProcessor
+from .quantize import Scheme
 from .reuse import Keys, LeastRecentlyUsed, PrefixCache, copy, num_common
 
 Images = ImageSource | Sequence[ImageSource] | None
@@ -40,9 +41,10 @@ def load(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     tower_from: TowerFrom = "vit",
+    quantize: Scheme | None = None,
 ) -> YiVL:
     """A model that is ready to answer; the arguments and errors are those of `loading.load_model`."""
-    return YiVL(*load_model(path, device, dtype, tower_from))
+    return YiVL(*load_model(path, device, dtype, tower_from, quantize))
 
 
 class TooLongError(ValueError):

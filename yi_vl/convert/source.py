@@ -21,6 +21,7 @@ from ..config import OpenClipVisionConfig, YiVLConfig
 from ..image import YiVLImageProcessor
 from ..model import YiVLForConditionalGeneration
 from ..processor import YiVLProcessor, prepare_tokenizer
+from ..quantize import PackedConfig, replace_linears_
 from .files import Entry, WeightFiles, num_bytes
 from .names import EMBEDDING, HEAD, LLAVA_HF, OFFICIAL, OFFICIAL_VIT, TOWER, Layout, Slot, to_ours
 
@@ -226,6 +227,8 @@ def _assemble(
     """Every tensor that the model wants, of the right shape, and nothing else."""
     with torch.device("meta"):
         model = YiVLForConditionalGeneration(config)
+        if quantization := getattr(config, "quantization_config", None):
+            replace_linears_(model, PackedConfig(**dict(quantization)))
     wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
     if only_tower:
         wanted = {name: shape for name, shape in wanted.items() if name.startswith(TOWER)}
