@@ -1,6 +1,6 @@
 """`python -m eval speed WHAT`: ratios, each measured side by side in one run on this machine.
 
-Called by __main__.py; calls speed_engine.py, speed_runner.py and random_models.py.
+Called by __main__.py; calls speed_engine.py, speed_quantize.py, speed_runner.py and random_models.py.
 """
 
 from __future__ import annotations
@@ -92,6 +92,32 @@ def prefill(
     from .speed_engine import compare_prefill
 
     show(compare_prefill(make(preset), tokens) | {"model": preset}, as_json)
+
+
+@app.command()
+def quantize(
+    preset: Annotated[Preset, typer.Option(help="Whose size; all but nano have random weights.")] = "1b",
+    prompt_tokens: Annotated[int, typer.Option(min=1)] = 512,
+    new_tokens: Annotated[int, typer.Option(min=2)] = 32,
+    as_json: AsJson = False,
+) -> None:
+    """int8 and int4 beside bf16: tokens per second, reading a prompt, memory, and how far predictions move."""
+    from .speed_quantize import checkpoint_of, compare_quantize
+
+    with checkpoint_of(preset) as folder:
+        show(compare_quantize(folder, prompt_tokens, new_tokens) | {"model": preset}, as_json)
+
+
+@app.command()
+def load(
+    preset: Annotated[Preset, typer.Option(help="Whose size; all but nano have random weights.")] = "1b",
+    as_json: AsJson = False,
+) -> None:
+    """Loading a checkpoint in bf16, int8 and int4: seconds, and the most memory held at once."""
+    from .speed_quantize import checkpoint_of, compare_load
+
+    with checkpoint_of(preset) as folder:
+        show(compare_load(folder) | {"model": preset}, as_json)
 
 
 def show(measured: dict[str, Any], as_json: bool) -> None:

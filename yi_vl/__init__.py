@@ -26,7 +26,8 @@ _HOMES = {
 }
 __all__ = list(_HOMES)
 
-_REGISTERING = ("yi_vl.config", "yi_vl.model", "yi_vl.processor", "yi_vl.quantize")  # importing them registers what they define
+# importing them registers what they define
+_REGISTERING = ("yi_vl.config", "yi_vl.model", "yi_vl.processor", "yi_vl.quantize")
 
 _NEEDED_WHOLE = ("yi_vl.config", "yi_vl.vision", "yi_vl.image")  # by those
 

@@ -38,6 +38,10 @@ app = typer.Typer(
 ModelOption = Annotated[
     str | None, typer.Option("--model", "-m", help="A model folder or hub id; the bundled nano by default.")
 ]
+QuantizeOption = Annotated[
+    Literal["int8", "int4"] | None,
+    typer.Option(help="Hold the language model's linear layers in so few bits: smaller, faster, a little less exact."),
+]
 SystemOption = Annotated[str | None, typer.Option(help="Text before the conversation; Yi-VL's own by default.")]
 LengthOption = Annotated[int, typer.Option(help="The answer's greatest length, in tokens.")]
 TemperatureOption = Annotated[float, typer.Option(help="0 always takes the likeliest word; higher is more varied.")]
@@ -58,6 +62,7 @@ def main() -> None:
 def ask(
     words: Annotated[list[str], typer.Argument(metavar="[IMAGE]... QUESTION", help="Pictures, then the question.")],
     model: ModelOption = None,
+    quantize: QuantizeOption = None,
     system: SystemOption = None,
     max_new_tokens: LengthOption = 512,
     temperature: TemperatureOption = 0.0,
@@ -68,7 +73,7 @@ def ask(
     *images, question = words
     if os.path.isfile(question):
         raise ValueError(f'the last argument is the question, but {question} is a file. Add: "What is this?"')
-    pieces = _load(model).stream(
+    pieces = _load(model, quantize).stream(
         images,
         question,
         system=system,
@@ -84,6 +89,7 @@ def ask(
 def chat(
     images: Annotated[list[str] | None, typer.Argument(help="Pictures for the first question.")] = None,
     model: ModelOption = None,
+    quantize: QuantizeOption = None,
     system: SystemOption = None,
     max_new_tokens: LengthOption = 512,
     temperature: TemperatureOption = 0.0,
@@ -91,7 +97,7 @@ def chat(
     seed: SeedOption = None,
 ) -> None:
     """Talk about pictures; the model remembers the conversation."""
-    yi_vl = _load(model)
+    yi_vl = _load(model, quantize)
     prepare = yi_vl.processor.image_processor.prepare
     pictures = [prepare(image) for image in images or ()]
     options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
@@ -118,6 +124,7 @@ def chat(
 @app.command()
 def serve(
     model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="A model folder or hub id; else nano.")] = None,
+    quantize: QuantizeOption = None,
     host: Annotated[
         str, typer.Option(help="The address to listen at; 0.0.0.0 is all of this machine's.")
     ] = "127.0.0.1",
@@ -145,7 +152,7 @@ def serve(
         name = "nano" if model is None else Path(model).resolve().name if os.path.isdir(model) else model
     limits = Limits(num_waiting=max_waiting, max_tokens=max_tokens)
     application = create_app(
-        _load(model), name, api_key=api_key, allow_remote_images=allow_remote_images, limits=limits
+        _load(model, quantize), name, api_key=api_key, allow_remote_images=allow_remote_images, limits=limits
     )
     uvicorn.run(application, host=host, port=port, timeout_graceful_shutdown=_SHUTDOWN_SECONDS)
 
@@ -186,10 +193,11 @@ def convert_command(
     verify: Annotated[
         bool, typer.Option("--verify", help="Say how far the two copies of the tower are apart.")
     ] = False,
+    quantize: QuantizeOption = None,
 ) -> None:
     """Write a model in another layout, shard by shard; DST appears when it is complete.
 
-    With --verify DST may be left out.
+    With --verify DST may be left out. With --quantize it is written in our layout, for CPUs.
     """
     _silence()
     from rich.console import Console
@@ -202,11 +210,18 @@ def convert_command(
         raise ValueError("say where to write to: yi-vl convert SRC DST --to " + to)
     if target is not None and os.path.exists(target):
         raise ValueError(f"{target} exists already; choose another name, or remove it.")
+    if quantize is not None and to != "yi-vl":
+        raise ValueError(f"--quantize writes our layout, and {to!r} has no place for quantised weights.")
     checkpoint = open_model(source, tower_from)
     if verify:
         difference, where = largest_difference(checkpoint)
         print(f"The two copies of the vision tower differ by {difference:g} at most (in {where}).")
-    if target is not None:
+    if target is not None and quantize is not None:
+        from .predict import load
+
+        load(source, device="cpu", tower_from=tower_from, quantize=quantize).save(target)
+        print(f"{target} is written.")
+    elif target is not None:
         columns = ("{task.description}", BarColumn(), DownloadColumn(), TimeRemainingColumn())
         with Progress(*columns, console=Console(stderr=True)) as progress:
             task = progress.add_task(f"{checkpoint.kind} to {to}")
@@ -266,11 +281,11 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-def _load(model: str | None) -> YiVL:
+def _load(model: str | None, quantize: Literal["int8", "int4"] | None) -> YiVL:
     _silence()
     from .predict import load
 
-    return load(model)
+    return load(model, quantize=quantize)
 
 
 def _silence() -> None:

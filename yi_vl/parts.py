@@ -44,6 +44,9 @@ def from_parts(
         vision_tower.resize_grid_(image_size)
     try:
         text_config = AutoConfig.from_pretrained(language_model)
+        if getattr(text_config, "quantization_config", None):
+            method = dict(text_config.quantization_config).get("quant_method")
+            raise ValueError(f"its weights are quantised ({method}), and are to be trained. Give the original.")
         tokenizer = prepare_tokenizer(language_model)
         language = AutoModelForCausalLM.from_pretrained(language_model, dtype=torch.float32)
     except (OSError, ValueError) as error:

@@ -10,6 +10,8 @@ import hashlib
 import os
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -67,6 +69,22 @@ class YiVL:
         self._forbidden = (tokens >= len(processor.tokenizer)) | (tokens == model.config.image_token_id)  # (V,)
         self._stop_ids = _stop_ids(model, processor.tokenizer)
         self.forget()
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Write model and processor to a new folder that `load` takes; a quantised model stays so.
+
+        Raises:
+            ValueError: the folder exists.
+        """
+        target = Path(folder).absolute()
+        if target.exists():
+            raise ValueError(f"{folder} exists already; choose another name, or remove it.")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as partial:
+            whole = Path(partial) / target.name  # appears in its place when it is complete
+            self.model.save_pretrained(whole)
+            self.processor.save_pretrained(whole)
+            os.replace(whole, target)
 
     def predict(
         self,

@@ -90,7 +90,7 @@ class Checkpoint:
     @property
     def dtype(self) -> torch.dtype:
         """Of the language model, as stored; the tower may be stored in another."""
-        return self.tensors[HEAD if HEAD in self.tensors else EMBEDDING].dtype
+        return self.tensors[EMBEDDING].dtype
 
 
 def kind_of(config: Any) -> Kind | None:

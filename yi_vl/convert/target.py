@@ -67,6 +67,10 @@ def convert(
     Raises:
         ValueError: the folder exists, there is no room, or the layout cannot hold the model.
     """
+    if to != "yi-vl" and getattr(source.config, "quantization_config", None):
+        raise ValueError(
+            f"{source.folder} is quantised, and the layout {to!r} has no place for that. Give the original."
+        )
     if target.exists():
         raise ValueError(f"{target} exists already; choose another name, or remove it.")
     files, write_rest = _PLANS[to](source, shard_bytes)

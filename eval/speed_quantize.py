@@ -1,0 +1,118 @@
+"""What int8 and int4 give and cost beside bfloat16: `python -m eval speed quantize | load`.
+
+All three are read from the same checkpoint, one after the other. Called by speed.py; calls speed_engine.py,
+random_models.py, full_size.py and yi_vl.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import yi_vl
+from yi_vl import YiVL
+from yi_vl.loading import find
+from yi_vl.quantize import SCHEMES, Scheme
+
+from .full_size import peak_bytes
+from .random_models import Preset, make
+from .speed_engine import _engine_rate, _first_token, _text_of
+
+_WAYS: dict[str, Scheme | None] = {"bf16": None, **{scheme: scheme for scheme in SCHEMES}}
+
+
+@contextmanager
+def checkpoint_of(preset: Preset) -> Iterator[Path]:
+    """A folder with a preset's weights in bfloat16; those of random ones are gone afterwards."""
+    if preset == "nano":
+        yield Path(find(None))
+        return
+    with TemporaryDirectory() as folder:
+        make(preset, device="cpu").save(Path(folder) / "model")
+        yield Path(folder) / "model"
+
+
+def compare_quantize(folder: Path, prompt_tokens: int, new_tokens: int) -> dict[str, Any]:
+    """Speed and size of the language model, and how far its predictions move: the KL divergence from bfloat16's.
+
+    Raises:
+        ValueError: a scheme cannot work on this machine.
+    """
+    ways: dict[str, dict[str, float]] = {}
+    exact: Tensor | None = None
+    for name, scheme in _WAYS.items():
+        model = yi_vl.load(folder, dtype=torch.bfloat16, quantize=scheme)
+        conversation = _text_of(model, prompt_tokens)
+        found = _log_probabilities(model, conversation)
+        exact = found if exact is None else exact
+        _engine_rate(model, [conversation], 3)
+        ways[name] = {
+            "tokens_per_second": max(_engine_rate(model, [conversation], new_tokens) for _ in range(3)),
+            "prefill_seconds": min(_first_token(model, conversation) for _ in range(3)),
+            "language_model_gb": _language_bytes(model) / 1e9,
+            "kl": float((exact.exp() * (exact - found)).sum(-1).mean()),
+        }
+        del model
+    base = ways["bf16"]
+    for way in ways.values():
+        way["times_as_fast"] = way["tokens_per_second"] / base["tokens_per_second"]
+        way["times_as_slow_to_read"] = way["prefill_seconds"] / base["prefill_seconds"]
+        way["of_the_memory"] = way["language_model_gb"] / base["language_model_gb"]
+    return {"what": f"{new_tokens} new tokens after {prompt_tokens}", "ways": ways}
+
+
+def compare_load(folder: Path) -> dict[str, Any]:
+    """Seconds and the process's peak memory of loading, each in a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    ways = {}
+    for name, scheme in _WAYS.items():
+        receiving, sending = context.Pipe(duplex=False)
+        process = context.Process(target=measure_load, args=(folder, scheme, sending))
+        process.start()
+        sending.close()
+        try:
+            found = receiving.recv()
+        except EOFError:
+            found = "the process was killed; was there enough memory?"
+        process.join()
+        if isinstance(found, str):
+            raise ValueError(f"{folder}, {name}: {found}")
+        ways[name] = found
+    for way in ways.values():
+        way["of_bf16s_peak"] = way["peak_gb"] / ways["bf16"]["peak_gb"]
+    return {"what": "loading, and the peak memory that it adds to Python and its libraries", "ways": ways}
+
+
+def measure_load(folder: Path, scheme: Scheme | None, results: Any) -> None:
+    """Send what loading takes of this process, or why it cannot be done."""
+    try:
+        before = peak_bytes()
+        started = time.perf_counter()
+        model = yi_vl.load(folder, dtype=torch.bfloat16, quantize=scheme)
+        seconds = time.perf_counter() - started
+        weights = sum(tensor.nbytes for tensor in (*model.model.parameters(), *model.model.buffers()))
+        results.send({"seconds": seconds, "weights_gb": weights / 1e9, "peak_gb": (peak_bytes() - before) / 1e9})
+    except ValueError as error:
+        results.send(str(error))
+
+
+def _log_probabilities(model: YiVL, conversation: list[dict[str, Any]]) -> Tensor:
+    """Of the next token at every place of a prompt, (S, V)."""
+    prompts = model.prepare([conversation])
+    with torch.inference_mode():
+        logits = model.model(input_ids=prompts.input_ids, attention_mask=prompts.attention_mask).logits[0]
+    return logits.float().log_softmax(-1)
+
+
+def _language_bytes(model: YiVL) -> int:
+    """Of its embedding table, layers and head."""
+    parts = (model.model.model.language_model, model.model.lm_head)
+    return sum(tensor.nbytes for part in parts for tensor in (*part.parameters(), *part.buffers()))

@@ -1,0 +1,216 @@
+"""int8 and int4: near the original, saved and loaded again, nothing else touched, never the whole model in memory."""
+
+from __future__ import annotations
+
+import json
+import sys
+import weakref
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from test_cli import Run, run  # noqa: F401  a fixture
+from tiny import OFFICIAL, tiny_yi_vl
+from torch import nn
+
+import yi_vl
+from yi_vl import loading, quantize
+from yi_vl.convert import convert, open_checkpoint
+from yi_vl.parts import from_parts
+from yi_vl.quantize import SCHEMES, Int4Linear, Int8Linear, PackedConfig, packed_layers
+
+PENGUIN = Path(__file__).parents[1] / "docs/pictures/penguin.png"
+QUESTION = "What is in this picture?"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model, 32 wide, in bfloat16."""
+    path = tmp_path_factory.mktemp("original") / "model"
+    made = tiny_yi_vl()
+    made.model.to(torch.bfloat16)
+    made.save(path)
+    return path
+
+
+def logits_of(model: yi_vl.YiVL, image: Path = OFFICIAL / "wide.png") -> torch.Tensor:
+    content = [{"type": "image", "image": image}, {"type": "text", "text": QUESTION}]
+    prompts = model.prepare([[{"role": "user", "content": content}]])
+    pixels = model.processor.image_processor([image])["pixel_values"].to(model.model.dtype)
+    with torch.inference_mode():
+        outputs = model.model(input_ids=prompts.input_ids, attention_mask=prompts.attention_mask, pixel_values=pixels)
+    return outputs.logits[0].float()
+
+
+@pytest.mark.parametrize(("scheme", "bound"), [("int8", 0.002), ("int4", 0.15)])
+def test_nano_moves_little(scheme: str, bound: float) -> None:
+    exact = logits_of(yi_vl.load(device="cpu"), PENGUIN).log_softmax(-1)
+    model = yi_vl.load(device="cpu", quantize=scheme)  # type: ignore[arg-type]
+    found = logits_of(model, PENGUIN).log_softmax(-1)
+    divergence = (exact.exp() * (exact - found)).sum(-1).mean()
+    assert 0 < divergence < bound
+    assert "penguin" in model.predict(PENGUIN, QUESTION)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_all_linears_of_the_language_model_and_nothing_else(folder: Path, scheme: str) -> None:
+    original = yi_vl.load(folder, device="cpu").model
+    model = yi_vl.load(folder, device="cpu", quantize=scheme).model  # type: ignore[arg-type]
+    linears = {name for name, module in original.named_modules() if isinstance(module, nn.Linear)}
+    expected = {name for name in linears if name.startswith("model.language_model.")} | {"lm_head"}
+    assert {name for name, _ in packed_layers(model)} == expected
+    state = model.state_dict()
+    for name, tensor in original.state_dict().items():
+        if name.rpartition(".")[0] not in expected:
+            assert torch.equal(state[name], tensor), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_saved_and_loaded_again(folder: Path, tmp_path: Path, scheme: str, dtype: torch.dtype) -> None:
+    model = yi_vl.load(folder, device="cpu", dtype=dtype, quantize=scheme)  # type: ignore[arg-type]
+    model.save(tmp_path / "saved")
+    assert not list((tmp_path / "saved").glob("*.bin"))
+    again = yi_vl.load(tmp_path / "saved", device="cpu")
+    assert again.model.dtype == dtype
+    assert torch.equal(logits_of(again), logits_of(model))
+    from transformers import AutoModelForImageTextToText
+
+    native = AutoModelForImageTextToText.from_pretrained(tmp_path / "saved", dtype=dtype).eval()
+    assert torch.equal(logits_of(yi_vl.YiVL(native, model.processor)), logits_of(model))
+    for options in ({"quantize": "int8"}, {"quantize": scheme}):
+        with pytest.raises(ValueError, match="is quantised already"):
+            yi_vl.load(tmp_path / "saved", **options)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="quantised for CPUs"):
+        yi_vl.load(tmp_path / "saved", device="cuda")
+    with pytest.raises(ValueError, match="exists already"):
+        model.save(tmp_path / "saved")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [Int8Linear, Int4Linear])
+@pytest.mark.parametrize("shape", [(48, 96), (200, 128)])
+def test_few_rows_and_many_are_the_same_product(kind: Any, dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(shape[1], shape[0], dtype=dtype)
+    layer = kind(linear, PackedConfig(bits=4, group_size=32))
+    for name, tensor in layer.quantized(linear.weight.detach()).items():
+        setattr(layer, name, tensor)
+    if kind is Int4Linear:
+        stored = layer.state_dict()
+        layer.pack_()
+        assert all(torch.equal(tensor, stored[name]) for name, tensor in layer.state_dict().items())
+        layer.load_state_dict(stored)
+        assert all(torch.equal(tensor, stored[name]) for name, tensor in layer.state_dict().items())
+    x = torch.randn(2, 50, shape[1], dtype=dtype)
+    with torch.inference_mode():
+        many, exact = layer(x), linear(x)
+        few = torch.stack([layer(row[None]) for row in x.flatten(0, 1)]).view_as(many)
+    tolerance = 1e-5 if dtype == torch.float32 else 0.02
+    torch.testing.assert_close(few, many, rtol=tolerance, atol=tolerance)
+    allowed = 0.01 if kind is Int8Linear else 0.12
+    assert (many - exact).norm() < allowed * exact.norm()
+
+
+def test_the_original_is_never_whole_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At most two matrices: one that is quantised, and the one before it or after it."""
+    alive: dict[int, int] = {}
+    peak = 0
+    convert_ = quantize._Quantize.convert
+
+    def counted(self: Any, input_dict: dict[str, Any], **options: Any) -> Any:
+        nonlocal peak
+        (weight,) = input_dict.values()
+        weight = weight[0] if isinstance(weight, list) else weight
+        alive[id(weight)] = weight.nbytes
+        weakref.finalize(weight, alive.pop, id(weight))
+        peak = max(peak, sum(alive.values()))
+        return convert_(self, input_dict, **options)
+
+    monkeypatch.setattr(quantize._Quantize, "convert", counted)
+    model = yi_vl.load(device="cpu", dtype=torch.bfloat16, quantize="int8").model  # nano
+    sizes = sorted(2 * layer.in_features * layer.out_features for _, layer in packed_layers(model))
+    assert sizes[-1] <= peak <= sum(sizes[-2:]) < sum(sizes) / 4
+    assert not alive
+
+
+def test_impossible_wishes_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(said: str, **options: Any) -> None:
+        with pytest.raises(ValueError, match=said):
+            yi_vl.load(folder, **options)
+
+    refuse("quantize is 'int3'; there are 'int8' and 'int4'", quantize="int3")
+    refuse("works on CPUs and NVIDIA GPUs, not on 'mps'", device="mps", quantize="int8")
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    refuse(r"torchao.quantization is missing.*yi_vl\[quantize\]", device="cuda", quantize="int4")
+    monkeypatch.setattr(quantize, "_GROUP_SIZES", (64,))
+    refuse("groups of 64, and this model's layers are 32, 64 wide", device="cpu", quantize="int4")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    quantize._packed_rows.cache_clear()
+    refuse("AVX2 or AVX512", device="cpu", quantize="int4")
+    quantize._packed_rows.cache_clear()
+
+
+def test_a_gpu_would_get_torchao(monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path) -> None:
+    """Its configuration, as far as it runs without a GPU: int8 works everywhere, if slowly."""
+    pytest.importorskip("torchao")
+    assert quantize.make_config("int4", None, "cuda:0").to_dict()["quant_method"] == "torchao"
+    how = quantize.make_config("int8", None, "cuda")
+    monkeypatch.setattr(loading, "make_config", lambda *_: how)
+    model = yi_vl.load(folder, device="cpu", dtype=torch.bfloat16, quantize="int8")
+    quantised = {name for name, p in model.model.named_parameters() if type(p).__name__ == "Int8Tensor"}
+    assert quantised == {
+        f"{name}.weight"
+        for name, module in model.model.named_modules()
+        if isinstance(module, nn.Linear) and name.startswith(("model.language_model.", "lm_head"))
+    }
+    model.save(tmp_path / "saved")
+    again = yi_vl.load(tmp_path / "saved", device="cpu")
+    assert torch.equal(logits_of(again), logits_of(model))
+
+
+def test_layouts_without_a_place_for_it(folder: Path, tmp_path: Path) -> None:
+    yi_vl.load(folder, device="cpu", quantize="int8").save(tmp_path / "saved")
+    checkpoint = open_checkpoint(tmp_path / "saved")
+    for layout in ("official", "llava-hf"):
+        with pytest.raises(ValueError, match="is quantised, and the layout"):
+            convert(checkpoint, tmp_path / "other", layout)  # type: ignore[arg-type]
+    convert(checkpoint, tmp_path / "copy", "yi-vl")
+    assert torch.equal(logits_of(yi_vl.load(tmp_path / "copy")), logits_of(yi_vl.load(tmp_path / "saved")))
+
+
+def test_a_quantised_language_model_is_not_trained(toy_language_model: Path, toy_tower: str, tmp_path: Path) -> None:
+    for file in toy_language_model.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text()) | {
+        "quantization_config": {"quant_method": "gptq", "bits": 4}
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"quantised \(gptq\)"):
+        from_parts(toy_tower, None, str(tmp_path), 28)
+
+
+def test_the_command_line(run: Run, folder: Path, tmp_path: Path) -> None:  # noqa: F811
+    saved = str(tmp_path / "saved")
+    assert run("convert", str(folder), saved, "--quantize", "int4") == (0, f"{saved} is written.\n", "")
+    code, answer, _ = run("ask", "Hi", "--model", saved, "--max-new-tokens", "3")
+    assert code == 0
+    assert run("ask", "Hi", "--model", str(folder), "--quantize", "int4", "--max-new-tokens", "3")[1] == answer
+    code, _, error = run("ask", "Hi", "--model", saved, "--quantize", "int8")
+    assert code == 2 and "is quantised already" in error
+    code, _, error = run("convert", str(folder), saved + "-2", "--quantize", "int4", "--to", "official")
+    assert code == 2 and "has no place for quantised weights" in error
+
+
+def test_measuring(folder: Path) -> None:
+    from eval.speed_quantize import compare_quantize, measure_load
+
+    ways = compare_quantize(folder, prompt_tokens=20, new_tokens=3)["ways"]
+    assert list(ways) == ["bf16", "int8", "int4"]
+    assert ways["int8"]["of_the_memory"] < 1 and ways["bf16"]["kl"] == 0 < ways["int8"]["kl"] < ways["int4"]["kl"]
+    found: list[Any] = []
+    measure_load(folder, "int8", SimpleNamespace(send=found.append))
+    measure_load(folder, "int3", SimpleNamespace(send=found.append))  # type: ignore[arg-type]
+    assert found[0]["weights_gb"] > 0 and "int3" in found[1]
