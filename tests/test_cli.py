@@ -201,7 +201,7 @@ def test_ctrl_c_stops_an_answer_and_ctrl_d_the_chat(run: Run, yi_vl: YiVL, monke
         return SimpleNamespace(logits=torch.eye(960)[None, None, dog if steps < 5 else 2])
 
     monkeypatch.setattr(yi_vl.model, "forward", forward)
-    monkeypatch.setattr(cli, "_load", lambda _: yi_vl)
+    monkeypatch.setattr(cli, "_load", lambda *_: yi_vl)
     code, out, _ = run("chat", typed=iter([KeyboardInterrupt(), "Hi", "And?"]))  # type: ignore[list-item]
     assert code == 0
     assert out.splitlines() == [cli._CHAT_HELP, "", "Ctrl-D or /exit leaves.", "dog dog [stopped]", "dog", ""]

@@ -169,6 +169,8 @@ def test_a_gpu_would_get_torchao(monkeypatch: pytest.MonkeyPatch, folder: Path, 
     model.save(tmp_path / "saved")
     again = yi_vl.load(tmp_path / "saved", device="cpu")
     assert torch.equal(logits_of(again), logits_of(model))
+    with pytest.raises(ValueError, match="quantised by torchao"):
+        open_checkpoint(tmp_path / "saved")
 
 
 def test_layouts_without_a_place_for_it(folder: Path, tmp_path: Path) -> None:
@@ -179,6 +181,17 @@ def test_layouts_without_a_place_for_it(folder: Path, tmp_path: Path) -> None:
             convert(checkpoint, tmp_path / "other", layout)  # type: ignore[arg-type]
     convert(checkpoint, tmp_path / "copy", "yi-vl")
     assert torch.equal(logits_of(yi_vl.load(tmp_path / "copy")), logits_of(yi_vl.load(tmp_path / "saved")))
+
+
+def test_adapters_are_not_merged_into_it(folder: Path, tmp_path: Path) -> None:
+    yi_vl.load(folder, device="cpu", quantize="int8").save(tmp_path / "saved")
+    (tmp_path / "adapters").mkdir()
+    content = json.dumps(
+        {"base_model_name_or_path": str(tmp_path / "saved"), "peft_type": "LORA", "r": 2, "lora_alpha": 4}
+    )
+    (tmp_path / "adapters" / "adapter_config.json").write_text(content)
+    with pytest.raises(ValueError, match="that is quantised; adapters are merged into the original"):
+        yi_vl.load(tmp_path / "adapters")
 
 
 def test_a_quantised_language_model_is_not_trained(toy_language_model: Path, toy_tower: str, tmp_path: Path) -> None:

@@ -780,7 +780,7 @@ def run_serve(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[FastAPI
 
 
 def test_the_command_serves(yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(cli, "_load", lambda _: yi_vl)
+    monkeypatch.setattr(cli, "_load", lambda *_: yi_vl)
     monkeypatch.setenv("YI_VL_API_KEY", "sesame")
     app, options = run_serve(monkeypatch, str(tmp_path), "--max-tokens", "5", "--port", "8765")
     assert (options["host"], options["port"]) == ("127.0.0.1", 8765)

@@ -290,9 +290,11 @@ def _load(model: str | None, quantize: Literal["int8", "int4"] | None) -> YiVL:
 
 def _silence() -> None:
     """What transformers logs is for programmers; here a problem is an error and anything else is noise."""
+    import logging as standard_logging
     import warnings
 
     warnings.simplefilter("ignore", FutureWarning)
+    standard_logging.getLogger("torch.utils._pytree").setLevel(standard_logging.ERROR)  # what torchao makes torch say
     from transformers.utils import logging
 
     logging.set_verbosity_error()
