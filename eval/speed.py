@@ -6,11 +6,12 @@ Called by __main__.py; calls speed_engine.py, speed_quantize.py, speed_runner.py
 from __future__ import annotations
 
 import json
-import platform
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+
+from yi_vl.machine import machine
 
 app = typer.Typer(help="Measure speed, side by side in one run.", no_args_is_help=True)
 Preset = Literal["nano", "1b", "6b"]
@@ -134,13 +135,3 @@ def show(measured: dict[str, Any], as_json: bool) -> None:
     rest = {key: value for key, value in measured.items() if key not in ("what", "machine", "ways")}
     for name, value in rest.items():
         typer.echo(f"\n{name.replace('_', ' ')}: " + (f"{value:.2f}" if isinstance(value, float) else str(value)))
-
-
-def machine() -> str:
-    """The processor and what torch makes of it."""
-    import torch
-
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else (named or [platform.processor()])[0]
-    return f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}"

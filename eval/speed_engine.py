@@ -6,15 +6,14 @@ Called by speed.py; calls yi_vl.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.functional import linear
 
 from yi_vl import YiVL
 from yi_vl.decode import Answer, Sampling
+from yi_vl.machine import matrix_rate, read_bandwidth
 
 Conversation = list[dict[str, Any]]
 
@@ -97,31 +96,6 @@ def compare_prefill(model: YiVL, num_tokens: int) -> dict[str, Any]:
         "yi_vl": {"tflops": flops / seconds / 1e12, "of_the_limit": flops / seconds / rate},
     }
     return {"what": f"{num_tokens} tokens in {seconds:.2f} s", "ways": ways}
-
-
-def read_bandwidth(device: Any) -> float:
-    """Bytes per second at which a product with one vector reads a large bf16 matrix: the best of several."""
-    weight = torch.ones(8192, 32768, dtype=torch.bfloat16, device=device)
-    vector = torch.ones(1, 32768, dtype=torch.bfloat16, device=device)
-    return weight.nbytes / _best_seconds(lambda: linear(vector, weight), device)
-
-
-def matrix_rate(rows: int, inner: int, columns: int, dtype: Any, device: Any) -> float:
-    """Floating-point operations per second of one product: the best of several."""
-    left, right = (torch.ones(*shape, dtype=dtype, device=device) for shape in ((rows, inner), (columns, inner)))
-    return 2 * rows * inner * columns / _best_seconds(lambda: linear(left, right), device)
-
-
-def _best_seconds(work: Callable[[], Any], device: Any, times: int = 8) -> float:
-    def once() -> float:
-        started = time.perf_counter()
-        work()
-        if torch.device(device).type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - started
-
-    with torch.inference_mode():
-        return min(once() for _ in range(times))
 
 
 def _text_of(model: YiVL, num_tokens: int, begin: str = "") -> Conversation:

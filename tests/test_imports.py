@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 
 # Inside yi_vl a module imports only modules of earlier lines. `config <- vision, ... <- model, ...` in DESIGN.md.
 LAYERS = (
-    {"config"},
+    {"config", "machine"},
     {"vision", "projector", "image", "chat"},
     {"model", "processor", "reuse", "quantize"},
     {"decode"},

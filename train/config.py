@@ -106,6 +106,7 @@ class DataConfig:
     workers: loading processes per rank; 0 loads in the training process.
     shuffle_buffer: samples per worker that are permuted together, shared by the sources in proportion to their weights.
     max_broken_fraction: the run stops when more than this part of a worker's samples cannot be used.
+    fast_pixels: decode large JPEGs scaled and resize with torch, see pixels.py; false makes inference's pixels exactly.
     """
 
     form: str = "caption"
@@ -113,6 +114,7 @@ class DataConfig:
     workers: int = 2
     shuffle_buffer: int = 1000
     max_broken_fraction: float = 0.01
+    fast_pixels: bool = True
 
 
 @dataclass

@@ -2,7 +2,8 @@
 
 B samples of a micro-batch, S tokens, N images, H, W pixels. A worker makes whole steps: it encodes the samples of its
 rank's part of a global batch, sorts them by length and cuts them into micro-batches, so that little is padded and yet
-the step's gradient is that of the unsorted batch. Called by loop.py and preview.py; calls stream.py, reshare.py, yi_vl.
+the step's gradient is that of the unsorted batch. Called by loop.py, preview.py and the speed_*.py; calls stream.py,
+reshare.py, pixels.py and yi_vl.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from yi_vl.chat import Encoded, Segment, from_llava, render, render_caption
 from yi_vl.processor import YiVLProcessor
 
 from .config import DataConfig, SourceConfig
+from .pixels import square
 from .reshare import reshare
 from .stream import Mixture, RawSample, expand_shards
 
@@ -78,6 +80,7 @@ class SampleEncoder:
         self._processor = processor
         self._forms = [source.form if source.form is not None else data.form for source in data.sources]
         self._max_tokens = max_tokens
+        self._is_fast = data.fast_pixels
 
     def encode(self, raw: RawSample, source: int) -> Sample:
         """
@@ -91,7 +94,11 @@ class SampleEncoder:
             raise TooLong(f"{len(encoded.input_ids)} tokens, max_tokens is {self._max_tokens}")
         if not any(encoded.loss_mask[1:]):
             raise ValueError("no answer to learn from")
-        images = [self._processor.image_processor.square(picture) for picture in pictures]
+        image_processor = self._processor.image_processor
+        if self._is_fast:
+            images = [square(picture, image_processor.size_px) for picture in pictures]
+        else:
+            images = [image_processor.square(picture) for picture in pictures]
         return Sample(sample_name(raw), source, segments, encoded, images)
 
 

@@ -176,7 +176,7 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
             image = image.convert("RGBA")
             white = Image.new("RGBA", image.size, "white")
             return Image.alpha_composite(white, image).convert("RGB")
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")  # even of RGB that would be a copy
     except (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, ZeroDivisionError) as error:
         # Pillow's decoders and its EXIF reader raise all of these on damaged files.
         raise ValueError(f"{name} is damaged and cannot be decoded: {error}.") from error

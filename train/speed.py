@@ -1,0 +1,104 @@
+"""`python -m train.speed WHAT`: what the trainer gains, each measured beside the plain way in one run.
+
+Called from the command line; calls speed_data.py, speed_step.py and rich.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from yi_vl.machine import machine
+
+from .config import exit_on_user_error
+
+app = typer.Typer(add_completion=False, help="Measure speed, side by side in one run.", no_args_is_help=True)
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Out = Annotated[Path | None, typer.Option(help="Where the shards are kept for the next time; else they are deleted.")]
+
+
+@app.command()
+def data(
+    out: Out = None,
+    num_samples: Annotated[int, typer.Option("--samples", min=16, help="How many each way reads.")] = 192,
+    as_json: AsJson = False,
+) -> None:
+    """Pictures and samples per second of one core, from shards of megapixel photographs."""
+    from . import speed_data
+
+    rows: list[dict[str, Any]] = []
+    with _folder(out) as folder:
+        for kind in ("jpg", "png"):
+            shard = speed_data.make_shards(folder, kind, min(num_samples, 128))  # type: ignore[arg-type]
+            for size_px in (224, 448):
+                ways = speed_data.compare(shard, size_px, num_samples)
+                mean, root = speed_data.drift(shard, size_px)
+                slow, fast = (way["samples_per_second"] for way in ways.values())
+                rows.append(
+                    {"pictures": kind, "size_px": size_px, "ways": ways, "ratio": fast / slow}
+                    | {"drift_mean": mean, "drift_rms": root}
+                )
+    if as_json:
+        typer.echo(json.dumps({"machine": machine(), "rows": rows}, indent=1))
+        return
+    table = _table("of one core", "images/s", "samples/s", "ratio", "drift, mean", "rms")
+    for row in rows:
+        for index, (name, rates) in enumerate(row["ways"].items()):
+            last = [f"{row['ratio']:.2f}", f"{row['drift_mean']:.2f}", f"{row['drift_rms']:.2f}"] if index else [""] * 3
+            numbers = [f"{rate:,.1f}" for rate in rates.values()]
+            table.add_row(f"{row['pictures']} to {row['size_px']} px, {name}", *numbers, *last)
+    console = Console()
+    console.print(machine(), highlight=False)
+    console.print(table)
+    console.print("Drift: how far the pixels are from those of inference, of 255.", highlight=False)
+
+
+@app.command()
+def memory(
+    out: Out = None,
+    num_samples: Annotated[int, typer.Option("--samples", min=100)] = 1_000_000,
+    as_json: AsJson = False,
+) -> None:
+    """Resident memory while a long stream is read."""
+    from . import speed_data
+
+    rows = []
+    with _folder(out) as folder:
+        for done, megabytes in speed_data.resident_memory(folder, num_samples):
+            rows.append({"samples": done, "resident_mb": megabytes})
+            if not as_json:
+                typer.echo(f"{done:>12,} samples  {megabytes:8.1f} MB")
+    growth = rows[-1]["resident_mb"] - rows[0]["resident_mb"]
+    if as_json:
+        typer.echo(json.dumps({"rows": rows, "growth_mb": growth}, indent=1))
+        return
+    typer.echo(f"{growth:+.1f} MB from the first row to the last")
+
+
+@contextmanager
+def _folder(out: Path | None) -> Iterator[Path]:
+    if out is not None:
+        yield out
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
+def _table(*headings: str) -> Table:
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for index, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if index else "left", no_wrap=True)
+    return table
+
+
+if __name__ == "__main__":
+    exit_on_user_error(app)

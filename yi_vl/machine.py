@@ -1,0 +1,56 @@
+"""What a machine can do at most: the limits that measured speeds are put beside.
+
+Called by the speed commands of eval/ and train/; calls torch.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+
+def machine() -> str:
+    """The processor and what torch makes of it."""
+    import torch
+
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else (named or [platform.processor()])[0]
+    return f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def read_bandwidth(device: torch.device | str) -> float:
+    """Bytes per second at which a product with one vector reads a large bf16 matrix: the best of several."""
+    import torch
+
+    weight = torch.ones(8192, 32768, dtype=torch.bfloat16, device=device)
+    vector = torch.ones(1, 32768, dtype=torch.bfloat16, device=device)
+    return weight.nbytes / _best_seconds(lambda: torch.nn.functional.linear(vector, weight), device)
+
+
+def matrix_rate(rows: int, inner: int, columns: int, dtype: torch.dtype, device: torch.device | str) -> float:
+    """Floating-point operations per second of one product: the best of several."""
+    import torch
+
+    left, right = (torch.ones(*shape, dtype=dtype, device=device) for shape in ((rows, inner), (columns, inner)))
+    return 2 * rows * inner * columns / _best_seconds(lambda: torch.nn.functional.linear(left, right), device)
+
+
+def _best_seconds(work: Callable[[], Any], device: torch.device | str, times: int = 8) -> float:
+    import torch
+
+    def once() -> float:
+        started = time.perf_counter()
+        work()
+        if torch.device(device).type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - started
+
+    with torch.inference_mode():
+        return min(once() for _ in range(times))
