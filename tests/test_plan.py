@@ -37,7 +37,7 @@ from train.costs import (
     strategies,
     tower_block_bytes,
 )
-from train.objective import Objective
+from train.objective import Objective, checkpoint_activations_
 from train.optim import build_optimiser, set_trainable_
 from train.plan import USABLE, Hardware, Plan, app, make_plan, verdict
 from yi_vl.config import OpenClipVisionConfig, YiVLConfig, preset
@@ -67,8 +67,7 @@ def objective(trains: TrainableConfig, dtype: torch.dtype = torch.float32, is_ch
     model = YiVLForConditionalGeneration(MODEL)
     set_trainable_(model, TrainConfig(trainable=trains))
     if is_checkpointed:
-        model.model.language_model.train()  # transformers checkpoints nothing in eval mode, in which frozen parts are
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations_(model)
     return Objective(model.to(dtype), num_sources=1)
 
 
@@ -221,6 +220,7 @@ def test_the_stages_of_a_release_are_summed_beside_the_published_hours(run: Run)
     assert len(hours) == 3 and abs(sum(hours) - int(together.replace(",", ""))) <= 1
     assert float(high) == pytest.approx(int(checkpointed.replace(",", "")) / 128 / 24, abs=0.05)
     assert float(low) == pytest.approx(sum(hours) / 128 / 24, abs=0.05)
+    assert said.count("activation_checkpointing: true, so the rows `checkpointed` hold") == 3
     assert rows(said, "published,")[0][-2:] == ["30,720", "10.0"]
     assert [row[-1] for row in rows(said, "DDP")] == ["no"] * 3, "34 B parameters in fp32 are 140 GB"
     assert len(rows(said, "FSDP")) == len(rows(said, "ZeRO-3")) == 3 and len(rows(said, "checkpointed")) == 9

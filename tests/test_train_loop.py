@@ -136,6 +136,32 @@ def test_the_objective_is_the_models_own_loss(configure: Callable[..., TrainConf
             torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-5, msg=name)
 
 
+@pytest.mark.parametrize("frozen", ["none", "language", "vision"])
+def test_checkpointing_changes_nothing_but_what_is_kept(configure: Callable[..., TrainConfig], frozen: str) -> None:
+    """The same loss and gradients, packed; and far fewer bytes between forward and backward pass."""
+    overrides = [] if frozen == "none" else [f"trainable.{frozen}=false"]
+    kept, results = [], []
+    for is_checkpointed in (False, True):
+        run = trainer(configure(f"activation_checkpointing={is_checkpointed}", *overrides))
+        inputs = run._inputs(next(iter(run.loader)).micros[-1])
+        sizes: dict[int, int] = {}
+
+        def keep(tensor: torch.Tensor, sizes: dict[int, int] = sizes) -> torch.Tensor:
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss, _ = run.objective(**inputs)
+        weights_too = {p.untyped_storage().data_ptr() for p in run.model.parameters()}
+        kept.append(sum(size for place, size in sizes.items() if place not in weights_too))
+        results.append((loss, gradients_of(run.model, loss)))
+    assert kept[1] < 0.6 * kept[0]
+    assert torch.equal(results[0][0], results[1][0])
+    assert results[0][1].keys() == results[1][1].keys()
+    for name, gradient in results[0][1].items():
+        torch.testing.assert_close(results[1][1][name], gradient, rtol=0, atol=1e-6, msg=name)
+
+
 def gradients_of(model: YiVLForConditionalGeneration, loss: torch.Tensor) -> dict[str, torch.Tensor]:
     model.zero_grad()
     loss.backward()

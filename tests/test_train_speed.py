@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny import tiny_model, tiny_processor
 
 from train.config import DataConfig, SourceConfig
 from train.data import SampleEncoder
 from train.pixels import square
 from train.speed_data import drift, make_shards, ours, plain, processor_for, resident_memory
+from train.speed_step import Form, compare, make_work
 from yi_vl.image import YiVLImageProcessor
 
 
@@ -108,3 +110,17 @@ def test_resident_memory_is_told_at_each_tenth(tmp_path: Path) -> None:
     rows = list(resident_memory(tmp_path, 1600))
     assert [done for done, _ in rows] == [160 * tenth for tenth in range(1, 11)]
     assert all(megabytes > 50 for _, megabytes in rows)
+
+
+@pytest.mark.parametrize("form", ["caption", "chat"])
+def test_both_ways_train_alike(form: Form, tmp_path: Path) -> None:
+    """On a model without batch norm, its micro-batches sorted: the same losses, step by step."""
+    checkpoint = tmp_path / "tiny"
+    tiny_model(max_position_embeddings=4096).save_pretrained(checkpoint)
+    tiny_processor().save_pretrained(checkpoint)
+    work = make_work(tmp_path, checkpoint, form, (8, 4), 3, "fp32", compiles=False)
+    assert len({row.tokens for row in work.rows}) > 3 and len(work.rows) == 16
+    measured = compare(work)
+    first, second = measured["losses"].values()
+    assert second == pytest.approx(first, abs=1e-4) and len(first) == 3
+    assert set(measured["ways"]) == {"plain loop", "train"}

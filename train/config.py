@@ -175,6 +175,7 @@ class TrainConfig:
     samples: int | None = None
     max_tokens: int = 2048  # longer samples are skipped and counted, never cut
     precision: str = "bf16"
+    activation_checkpointing: bool = False  # keep layers' inputs only and run layers again backward; see train.plan
     compile: bool = False  # the language model's layers; about a minute at the start, then 15% less time on a CPU
     data: DataConfig = MISSING
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -61,8 +61,9 @@ def parameter_groups(model: YiVLForConditionalGeneration, config: TrainConfig) -
     groups: list[dict[str, Any]] = []
     seen: set[int] = set()  # tied tables are one parameter
     for name, modules in components(model).items():
-        learning = [p for module in modules for p in module.parameters() if p.requires_grad and id(p) not in seen]
-        seen.update(id(parameter) for parameter in learning)
+        own = {id(p): p for module in modules for p in module.parameters() if p.requires_grad}
+        learning = [parameter for identity, parameter in own.items() if identity not in seen]
+        seen.update(own)
         peak_lr = getattr(config.lr, name)
         for suffix, decay, members in (
             ("", config.optimiser.weight_decay, [p for p in learning if p.ndim > 1]),

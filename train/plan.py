@@ -143,11 +143,13 @@ def describe(made: Plan, hardware: Hardware) -> list[str]:
         f"{sum(parameters.trained.values()) / 1e6:,.1f} M of {sum(parameters.total.values()) / 1e6:,.1f} M parameters"
     )
     steps, batch, rows = num_steps(config), config.global_batch, made.rows_per_gpu(hardware)
+    which = "the rows `checkpointed`" if config.activation_checkpointing else "the rows named by a strategy"
     return [
         f"\n{made.path}",
         f"  trains {trained}: {share}",
         f"  {steps:,} steps of {batch:,} samples, {rows} at once on a GPU; {made.row.tokens:,} tokens a sample, "
         f"{made.model.vision_config.num_patches:,} of them its image's",
+        f"  activation_checkpointing: {str(config.activation_checkpointing).lower()}, so {which} hold",
     ]
 
 

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -22,6 +22,7 @@ from yi_vl.machine import machine
 from .config import exit_on_user_error
 
 app = typer.Typer(add_completion=False, help="Measure speed, side by side in one run.", no_args_is_help=True)
+_STEPS = {"nano": 20, "300m": 4}
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Out = Annotated[Path | None, typer.Option(help="Where the shards are kept for the next time; else they are deleted.")]
 
@@ -60,6 +61,55 @@ def data(
     console.print(machine(), highlight=False)
     console.print(table)
     console.print("Drift: how far the pixels are from those of inference, of 255.", highlight=False)
+
+
+@app.command()
+def step(
+    size: Annotated[
+        Literal["nano", "300m"], typer.Option(help="The bundled model, or one of random weights.")
+    ] = "nano",
+    form: Annotated[
+        Literal["caption", "chat"], typer.Option(help="caption: tower and projector learn; chat: everything.")
+    ] = "chat",
+    num_steps: Annotated[
+        int | None, typer.Option("--steps", min=2, help="Of each way; the first is not timed.")
+    ] = None,
+    precision: Annotated[
+        Literal["bf16", "fp32"], typer.Option(help="In fp32 the losses agree but for rounding.")
+    ] = "bf16",
+    compiles: Annotated[bool, typer.Option("--compile", help="As `compile: true` in a config.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Samples, tokens and useful operations per second of training steps."""
+    from transformers.utils import logging
+
+    from . import speed_step
+
+    logging.disable_progress_bar()
+    with _folder(None) as folder:
+        steps = num_steps if num_steps is not None else _STEPS[size]
+        checkpoint = speed_step.make_checkpoint(folder, size)
+        batches = speed_step.BATCHES[size]
+        work = speed_step.make_work(folder, checkpoint, form, batches, steps, precision, compiles)
+        measured = speed_step.compare(work)
+    if as_json:
+        typer.echo(
+            json.dumps({"machine": machine(), "size": size, "form": form, "precision": precision} | measured, indent=1)
+        )
+        return
+    table = _table(f"{size}, {form}, {precision}", "samples/s", "tokens/s", "TFLOP/s", "of matrix products")
+    table.add_row("matrix products", "", "", f"{measured['matrix_tflops']:.2f}", "100%")
+    for name, way in measured["ways"].items():
+        numbers = [f"{way['samples_per_second']:,.2f}", f"{way['tokens_per_second']:,.0f}", f"{way['tflops']:.2f}"]
+        table.add_row(name, *numbers, f"{way['utilisation']:.0%}")
+    console = Console()
+    console.print(f"{machine()}; {measured['mean_tokens']:.0f} tokens a sample", highlight=False)
+    console.print(table)
+    console.print(
+        f"ratio {measured['ratio']:.2f}; the losses of {steps} steps, from {measured['losses']['train'][0]:.3f} to "
+        f"{measured['losses']['train'][-1]:.3f}, differ by {measured['largest_loss_difference']:.1e} at most",
+        highlight=False,
+    )
 
 
 @app.command()
