@@ -37,7 +37,7 @@ def square(content: bytes, size_px: int) -> Tensor:
         ValueError: it is not a picture, or damaged, or too large.
     """
     try:
-        opened = Image.open(io.BytesIO(content))
+        opened: Image.Image = Image.open(io.BytesIO(content))
     except (OSError, ValueError, Image.DecompressionBombError):
         opened = load_image(content)  # which says what is wrong with it
     width, height = opened.size

@@ -53,7 +53,7 @@ _WORDS = (
     "is",
     "it",
 )
-_TYPICAL_WORDS = {"caption": 12, "chat": 60}  # of a caption, of an answer: the middle of a skewed distribution
+_TYPICAL_WORDS = {"caption": 12, "chat": 35}  # of a caption, of an answer: the middle of a skewed distribution
 _MOST_WORDS = 200
 _RATE_ROWS = 2048
 # Samples of a step, and at once. One micro-batch in nano's step: the batch norm of its stem tells which samples are in
@@ -67,6 +67,7 @@ Step = Callable[[Sequence[Sample]], float]  # the mean loss of a supervised toke
 class Work:
     """What both ways train on."""
 
+    checkpoint: Path
     config: TrainConfig
     steps: list[list[Sample]]
 
@@ -125,7 +126,7 @@ def make_work(
     processor: YiVLProcessor = YiVLProcessor.from_pretrained(checkpoint)
     rng = np.random.default_rng(0)
     samples = [_sample(processor, form, rng, config.max_tokens) for _ in range(num_steps * global_batch)]
-    return Work(config, [samples[cut : cut + global_batch] for cut in range(0, len(samples), global_batch)])
+    return Work(checkpoint, config, [samples[cut : cut + global_batch] for cut in range(0, len(samples), global_batch)])
 
 
 def compare(work: Work) -> dict[str, Any]:
@@ -135,7 +136,7 @@ def compare(work: Work) -> dict[str, Any]:
     """
     ways: dict[str, dict[str, float]] = {}
     losses: dict[str, list[float]] = {}
-    model_config = YiVLConfig.from_pretrained(work.config.init_from.checkpoint)
+    model_config = YiVLConfig.from_pretrained(work.checkpoint)
     text = model_config.text_config
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}[work.config.precision]
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -143,7 +144,7 @@ def compare(work: Work) -> dict[str, Any]:
     flops = sum(step_flops(model_config, work.config.trainable, row, False) for row in work.rows)
     num_timed = len(work.steps) - 1
     for name, prepare in WAYS.items():
-        step = prepare(work.config)
+        step = prepare(work)
         losses[name], seconds = [], []
         for samples in work.steps:
             started = time.perf_counter()
@@ -169,11 +170,12 @@ def compare(work: Work) -> dict[str, Any]:
     }
 
 
-def plain(config: TrainConfig) -> Step:
+def plain(work: Work) -> Step:
     """As transformers' Trainer trains: padding, all logits, the model's own loss."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = YiVLForConditionalGeneration.from_pretrained(config.init_from.checkpoint, dtype=torch.float32).to(device)
-    processor = YiVLProcessor.from_pretrained(config.init_from.checkpoint)
+    config, device = work.config, torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model: Any = YiVLForConditionalGeneration.from_pretrained(work.checkpoint, dtype=torch.float32)
+    model.to(device)
+    processor: YiVLProcessor = YiVLProcessor.from_pretrained(work.checkpoint)
     set_trainable_(model, config)
     optimiser = build_optimiser(model, config)
     schedule = iter(range(config.steps or 0))
@@ -204,8 +206,9 @@ def plain(config: TrainConfig) -> Step:
     return step
 
 
-def ours(config: TrainConfig) -> Step:
+def ours(work: Work) -> Step:
     """The trainer's own step."""
+    config = work.config
     trainer = Trainer(config, Console(quiet=True))
 
     def step(samples: Sequence[Sample]) -> float:
@@ -220,7 +223,7 @@ def ours(config: TrainConfig) -> Step:
     return step
 
 
-WAYS: dict[str, Callable[[TrainConfig], Step]] = {"plain loop": plain, "train": ours}
+WAYS: dict[str, Callable[[Work], Step]] = {"plain loop": plain, "train": ours}
 
 
 def _cut(samples: Sequence[Sample], micro_batch: int) -> list[MicroBatch]:
@@ -252,10 +255,13 @@ def _sample(processor: YiVLProcessor, form: Form, rng: np.random.Generator, max_
 
 
 def _three_hundred_million() -> YiVLConfig:
-    """A ViT-B in the real recipe's patches and picture size, 1024 tokens, and a Llama with Yi's vocabulary."""
-    vision = OpenClipVisionConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
+    """A ViT-B of 256 patches of a 448 px picture, and a Llama of 200 M with Yi's vocabulary."""
+    vision = OpenClipVisionConfig(
+        patch_size=28, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12
+    )
     text = LlamaConfig(
-        vocab_size=64064, hidden_size=1024, intermediate_size=2816, num_hidden_layers=8, num_attention_heads=16,
+        vocab_size=64064, hidden_size=1024, intermediate_size=2816, num_hidden_layers=12, num_attention_heads=16,
         num_key_value_heads=4, max_position_embeddings=4096, rms_norm_eps=1e-5, pad_token_id=0,
+        tie_word_embeddings=True,
     )  # fmt: skip
-    return YiVLConfig(vision_config=vision, text_config=text)
+    return YiVLConfig(vision_config=vision, text_config=text, tie_word_embeddings=True)
