@@ -37,7 +37,7 @@ from train.costs import (
     strategies,
     tower_block_bytes,
 )
-from train.objective import Objective, checkpoint_activations_
+from train.objective import Objective
 from train.optim import build_optimiser, set_trainable_
 from train.plan import USABLE, Hardware, Plan, app, make_plan, verdict
 from yi_vl.config import OpenClipVisionConfig, YiVLConfig, preset
@@ -65,9 +65,9 @@ COMBINATIONS = [TrainableConfig(*trains) for trains in product([True, False], re
 
 def objective(trains: TrainableConfig, dtype: torch.dtype = torch.float32, is_checkpointed: bool = False) -> Objective:
     model = YiVLForConditionalGeneration(MODEL)
-    set_trainable_(model, TrainConfig(trainable=trains))
+    set_trainable_(model, TrainConfig(trainable=trains, activation_checkpointing=is_checkpointed))
     if is_checkpointed:
-        checkpoint_activations_(model)
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     return Objective(model.to(dtype), num_sources=1)
 
 

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from tiny import tiny_config
 
 from train.config import TrainConfig, load_config
 from train.data import num_supervised
 from train.loop import Trainer, train
 from train.objective import Objective
-from train.optim import components, schedule, set_learning_rates_
+from train.optim import components, parameter_groups, schedule, set_learning_rates_
 from train.report import read_metrics
 from yi_vl.model import YiVLForConditionalGeneration
 
@@ -74,6 +75,15 @@ def test_frozen_parts_stay_to_the_last_bit(configure: Callable[..., TrainConfig]
         ids = {id(parameter) for module in modules for parameter in module.parameters()}
         names = {name for name, parameter in run.model.named_parameters() if id(parameter) in ids}
         assert bool(moved & names) == (component != frozen)
+
+
+def test_a_tied_table_learns_once() -> None:
+    config = tiny_config()
+    config.tie_word_embeddings = config.text_config.tie_word_embeddings = True
+    model = YiVLForConditionalGeneration(config)
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    learning = [id(parameter) for group in parameter_groups(model, TrainConfig()) for parameter in group["params"]]
+    assert len(learning) == len(set(learning)) == len(list(model.parameters()))
 
 
 def test_batch_statistics_of_a_frozen_tower_stay(configure: Callable[..., TrainConfig]) -> None:

@@ -22,7 +22,7 @@ from yi_vl.model import YiVLForConditionalGeneration
 
 from .adapters import add_adapters_, wants_adapters
 from .config import TrainableConfig, TrainConfig
-from .optim import components, set_trainable_
+from .optim import own_parameters, set_trainable_
 
 
 @dataclass(frozen=True)
@@ -116,10 +116,7 @@ def count_parameters(model_config: YiVLConfig, config: TrainConfig) -> Parameter
 
     total, trained = {}, {}
     cast_trained = cast_frozen = 0
-    seen: set[int] = set()
-    for name, modules in components(model).items():
-        own = [p for module in modules for p in module.parameters() if id(p) not in seen]
-        seen.update(map(id, own))
+    for name, own in own_parameters(model).items():
         total[name] = _count(own)
         matrices = [parameter for parameter in own if parameter.ndim == 2 and id(parameter) not in not_cast]
         cast_trained += _count(parameter for parameter in matrices if parameter.requires_grad)

@@ -28,7 +28,7 @@ from .cpu import keep_memory, use_short_attention_
 from .data import MicroBatch, StepBatch, StepLoader, num_supervised
 from .guard import GradientGuard
 from .initial import initial_model
-from .objective import Objective, checkpoint_activations_
+from .objective import Objective
 from .optim import build_optimiser, gradient_norms, learning_rates, set_learning_rates_, set_trainable_
 from .parallel import build_accelerator, gather_optimiser, gather_weights, is_sharded, load_optimiser_, ranks_line
 from .report import Reporter, component_table, draw_loss_curve
@@ -85,7 +85,7 @@ class Trainer:
         self.saved = add_adapters_(self.model, config, found) if wants_adapters(config) else self.model
         set_trainable_(self.model, config)
         if config.activation_checkpointing:
-            checkpoint_activations_(self.model)
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
         if self.accelerator.device.type == "cpu":
             keep_memory()
             use_short_attention_(self.model)

@@ -18,16 +18,6 @@ from .data import IGNORE
 _WANTED_TOKENS = 64  # K is rounded up to a multiple of this on a CPU; see cpu.py
 
 
-def checkpoint_activations_(model: YiVLForConditionalGeneration) -> None:
-    """Keep the inputs of blocks and layers only, and run each again in the backward pass.
-
-    The language model is put in training mode, frozen or not: in eval mode transformers checkpoints nothing. Its layers
-    are the same in both, as Llama has no dropout.
-    """
-    model.model.language_model.train()
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-
-
 class Objective(nn.Module):
     """A model and its loss as one module, so that whatever wraps modules for many devices wraps both."""
 

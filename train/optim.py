@@ -35,14 +35,29 @@ def _learning(module: nn.Module) -> nn.Module:
     return module if copies is None else copies["default"]
 
 
+def own_parameters(model: YiVLForConditionalGeneration) -> dict[str, list[nn.Parameter]]:
+    """Each component's parameters, each parameter once: tied tables are one, and the first component's."""
+    own: dict[str, list[nn.Parameter]] = {}
+    seen: set[int] = set()
+    for name, modules in components(model).items():
+        by_identity = {id(p): p for module in modules for p in module.parameters() if id(p) not in seen}
+        seen.update(by_identity)
+        own[name] = list(by_identity.values())
+    return own
+
+
 def set_trainable_(model: YiVLForConditionalGeneration, config: TrainConfig) -> None:
-    """Freeze what does not learn. Frozen modules are put in eval mode too: batch statistics are weights as well."""
+    """Freeze what does not learn. Frozen modules are put in eval mode too: batch statistics are weights as well.
+
+    But for a frozen language model whose activations are checkpointed: in eval mode transformers checkpoints nothing.
+    Its layers are the same in both modes, as Llama has no dropout.
+    """
     model.train()
     for name, modules in components(model).items():
         learns = getattr(config.trainable, name)
         for module in modules:
             module.requires_grad_(learns is True)
-            module.train(bool(learns))
+            module.train(bool(learns) or (name == "language" and config.activation_checkpointing))
     for name, parameter in model.named_parameters():
         if is_adapter(name):
             parameter.requires_grad_(True)
@@ -59,11 +74,8 @@ def is_adapter(parameter_name: str) -> bool:
 def parameter_groups(model: YiVLForConditionalGeneration, config: TrainConfig) -> list[dict[str, Any]]:
     """AdamW groups `<component>` and `<component>, no decay`, each with its peak learning rate `peak_lr`."""
     groups: list[dict[str, Any]] = []
-    seen: set[int] = set()  # tied tables are one parameter
-    for name, modules in components(model).items():
-        own = {id(p): p for module in modules for p in module.parameters() if p.requires_grad}
-        learning = [parameter for identity, parameter in own.items() if identity not in seen]
-        seen.update(own)
+    for name, own in own_parameters(model).items():
+        learning = [parameter for parameter in own if parameter.requires_grad]
         peak_lr = getattr(config.lr, name)
         for suffix, decay, members in (
             ("", config.optimiser.weight_decay, [p for p in learning if p.ndim > 1]),

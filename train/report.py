@@ -20,7 +20,7 @@ from rich.table import Table
 from yi_vl.model import YiVLForConditionalGeneration
 
 from .config import TrainConfig
-from .optim import components
+from .optim import own_parameters
 
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples-{}.jsonl"  # of a rank
@@ -31,10 +31,7 @@ def component_table(model: YiVLForConditionalGeneration, config: TrainConfig) ->
     table = Table(title=f"{config.run_dir}: what trains")
     for heading in ("component", "parameters", "trainable", "learning rate"):
         table.add_column(heading, justify="left" if heading == "component" else "right")
-    seen: set[int] = set()
-    for name, modules in components(model).items():
-        own = [p for module in modules for p in module.parameters() if id(p) not in seen]
-        seen.update(id(parameter) for parameter in own)
+    for name, own in own_parameters(model).items():
         learning = sum(parameter.numel() for parameter in own if parameter.requires_grad)
         rate = f"{getattr(config.lr, name):g}" if learning else "frozen"
         table.add_row(name, f"{sum(parameter.numel() for parameter in own):,}", f"{learning:,}", rate)

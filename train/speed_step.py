@@ -107,6 +107,7 @@ def make_work(
         batches: samples of a step, and at once.
     """
     global_batch, micro_batch = batches
+    (folder / "none.tar").touch()  # the trainer wants a shard, which is not read: the steps are given to it
     model_config = YiVLConfig.from_pretrained(checkpoint)
     config = TrainConfig(
         run_dir=str(folder / "run"),
@@ -121,7 +122,7 @@ def make_work(
         max_tokens=model_config.text_config.max_position_embeddings,
         precision=precision,
         compile=compiles,
-        data=DataConfig(form, [SourceConfig("made here", "none.tar")], workers=0),
+        data=DataConfig(form, [SourceConfig("made here", str(folder / "none.tar"))], workers=0),
     )
     processor: YiVLProcessor = YiVLProcessor.from_pretrained(checkpoint)
     rng = np.random.default_rng(0)
