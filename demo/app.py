@@ -27,7 +27,7 @@ _MAX_WAITING = 32  # questions in the queue
 
 _HERE = Path(__file__).parent
 _PICTURES = _HERE.parent / "docs" / "pictures"
-_EXAMPLES = {"penguin.png": "What is in this picture?", "scene.png": "左边是什么？", "brazil.png": "这是哪里的旗帜？"}
+_EXAMPLES = {"penguin.png": "What is in this picture?", "scene.png": "有几个东西？", "brazil.png": "这是哪里的旗帜？"}
 _THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]).set(  # no font is fetched
     block_info_text_color="*neutral_600", input_placeholder_color="*neutral_500"
 )

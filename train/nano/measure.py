@@ -97,7 +97,7 @@ def scores(records: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 def table(measured: dict[str, dict[str, dict[str, Any]]]) -> str:
     """Markdown: a row per skill, for every model a column of "English / Chinese" percentages."""
-    skills = list(next(iter(measured.values())))
+    skills = sorted(next(iter(measured.values())), key=lambda skill: skill == "all")  # the sum last
     lines = [
         "| skill (questions) | " + " | ".join(measured) + " |",
         "|---|" + "---|" * len(measured),
