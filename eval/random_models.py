@@ -21,6 +21,7 @@ from yi_vl.processor import prepare_tokenizer
 
 Preset = Literal["nano", "1b", "6b"]
 _TOKENIZER = Path("tests/official_tiny/checkpoint")
+_NUM_DRAWN = (1 << 20) - 3  # no multiple of a row's length, lest all rows be alike
 
 
 def make(name: Preset, dtype: torch.dtype = torch.bfloat16, device: str | None = None) -> YiVL:
@@ -43,7 +44,7 @@ def make(name: Preset, dtype: torch.dtype = torch.bfloat16, device: str | None =
     model = model.to(dtype).to_empty(device=device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.normal_(std=0.02) if parameter.ndim > 1 else parameter.fill_(1.0)
+            _repeat(parameter) if parameter.ndim > 1 else parameter.fill_(1.0)
         for module in model.modules():  # computed, not random
             if isinstance(module, LlamaRotaryEmbedding):
                 module.inv_freq.copy_(LlamaRotaryEmbedding(config.text_config).inv_freq)
@@ -52,6 +53,13 @@ def make(name: Preset, dtype: torch.dtype = torch.bfloat16, device: str | None =
         YiVLImageProcessor(config.vision_config.image_size), tokenizer, config.vision_config.patch_size
     )
     return YiVL(model, processor)
+
+
+def _repeat(parameter: torch.Tensor) -> None:
+    """Fill with the same few random numbers over and over: drawing billions takes minutes."""
+    drawn = torch.empty(_NUM_DRAWN, dtype=parameter.dtype, device=parameter.device).normal_(std=0.02)
+    for part in parameter.view(-1).split(_NUM_DRAWN):
+        part.copy_(drawn[: len(part)])
 
 
 def _one_billion() -> YiVLConfig:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 
 import pytest
 import torch
 from tiny import IMAGE_TOKEN_ID, OFFICIAL, tiny_yi_vl
 
 from yi_vl.chat import STOP_STRING
-from yi_vl.decode import Answer, Chooser, Prompts, Sampling, decode
+from yi_vl.decode import Answer, Chooser, Prompts, Rows, Sampling
 from yi_vl.predict import YiVL
 from yi_vl.reuse import num_common
 
@@ -144,9 +144,10 @@ def test_forbidden_tokens_are_never_chosen() -> None:
     logits = torch.zeros(2, VOCABULARY)
     logits[:, [3, 5]] = 50.0
     logits[:, 8] = 9.0
-    assert Chooser(Sampling(), 2, forbidden)(logits).tolist() == [8, 8]
-    choose = Chooser(Sampling(temperature=2.0), 2, forbidden)
-    assert not {3, 5} & {token for _ in range(50) for token in choose(logits).tolist()}
+    assert Chooser(Sampling(), forbidden)(logits, [None, None]).tolist() == [8, 8]
+    choose = Chooser(Sampling(temperature=2.0), forbidden)
+    draws = [choose.new_draws(), choose.new_draws()]
+    assert not {3, 5} & {token for _ in range(50) for token in choose(logits, draws).tolist()}
 
 
 def test_temperature_and_top_p_shape_the_draws() -> None:
@@ -154,8 +155,9 @@ def test_temperature_and_top_p_shape_the_draws() -> None:
     logits[0, :3] = torch.tensor([2.0, 1.0, 0.0])
 
     def share_of_first(**options: float) -> float:
-        choose = Chooser(Sampling(seed=0, **options), 1, NO_TOKENS_FORBIDDEN)  # type: ignore[arg-type]
-        return sum(choose(logits).item() == 0 for _ in range(300)) / 300
+        choose = Chooser(Sampling(seed=0, **options), NO_TOKENS_FORBIDDEN)  # type: ignore[arg-type]
+        draws = [choose.new_draws()]
+        return sum(choose(logits, draws).item() == 0 for _ in range(300)) / 300
 
     assert share_of_first(temperature=1.0) == pytest.approx(0.665, abs=0.08)
     assert share_of_first(temperature=0.5) == pytest.approx(0.867, abs=0.08)
@@ -168,8 +170,9 @@ def test_a_seed_repeats_its_draws_in_every_row_and_leaves_the_global_generator_a
     before = torch.get_rng_state()
 
     def draws(seed: int | None, num_rows: int) -> torch.Tensor:
-        choose = Chooser(Sampling(temperature=1.0, seed=seed), num_rows, NO_TOKENS_FORBIDDEN)
-        return torch.stack([choose(step.expand(num_rows, -1)) for step in logits])  # (steps, rows)
+        choose = Chooser(Sampling(temperature=1.0, seed=seed), NO_TOKENS_FORBIDDEN)
+        generators = [choose.new_draws() for _ in range(num_rows)]
+        return torch.stack([choose(step.expand(num_rows, -1), generators) for step in logits])  # (steps, rows)
 
     alone = draws(1, 1)
     assert torch.equal(draws(1, 3), alone.expand(-1, 3))
@@ -198,38 +201,35 @@ def pixel_values(yi_vl: YiVL, prompts: Prompts) -> torch.Tensor:
     return yi_vl.processor.image_processor.normalise(prompts.squares)
 
 
-def begin(yi_vl: YiVL, prompts: Prompts, choose: Chooser) -> Generator[list[int], None, None]:
+def begin(yi_vl: YiVL, prompts: Prompts) -> Rows:
     yi_vl.forget()
-    cache, embeddings = yi_vl.begin(prompts)
-    return decode(yi_vl.model, prompts, embeddings, cache, choose)
+    return Rows(yi_vl.model, prompts, *yi_vl.begin(prompts))
+
+
+def go_on(rows: Rows, num_steps: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Greedily: the tokens (B, steps), and the logits that each was chosen by (steps, B, V)."""
+    tokens, logits = [], []
+    for _ in range(num_steps):
+        logits.append(rows.logits)
+        tokens.append(rows.logits.argmax(-1))
+        rows.advance(tokens[-1])
+    return torch.stack(tokens, dim=1), torch.stack(logits)
 
 
 def test_cached_steps_equal_uncached_ones(yi_vl: YiVL) -> None:
     prompts = two_rows(yi_vl)
-    seen: list[torch.Tensor] = []
-
-    def choose(logits: torch.Tensor) -> torch.Tensor:
-        seen.append(logits)
-        return logits.argmax(-1)
-
-    steps = begin(yi_vl, prompts, choose)  # type: ignore[arg-type]
-    chosen = torch.tensor([next(steps) for _ in range(8)]).T  # (B, steps)
-    steps.close()
+    chosen, seen = go_on(begin(yi_vl, prompts), 8)
     with torch.inference_mode():
         for row, num_tokens in enumerate(prompts.num_tokens):
             ids = torch.cat([prompts.input_ids[row, -num_tokens:], chosen[row]])
             pixels = pixel_values(yi_vl, prompts) if row == 0 else None
             logits = yi_vl.model(input_ids=ids[None], pixel_values=pixels).logits[0]
-            torch.testing.assert_close(
-                torch.stack([s[row] for s in seen]), logits[num_tokens - 1 : -1], atol=1e-4, rtol=0
-            )
+            torch.testing.assert_close(seen[:, row], logits[num_tokens - 1 : -1], atol=1e-4, rtol=0)
 
 
 def test_decoding_equals_transformers_generate(yi_vl: YiVL) -> None:
     prompts = two_rows(yi_vl)
-    steps = begin(yi_vl, prompts, Chooser(Sampling(), 2, NO_TOKENS_FORBIDDEN))
-    ours = torch.tensor([next(steps) for _ in range(8)]).T
-    steps.close()
+    ours, _ = go_on(begin(yi_vl, prompts), 8)
     theirs = yi_vl.model.generate(
         input_ids=prompts.input_ids,
         attention_mask=prompts.attention_mask,
@@ -239,6 +239,26 @@ def test_decoding_equals_transformers_generate(yi_vl: YiVL) -> None:
         eos_token_id=-1,  # none
     )
     assert torch.equal(ours, theirs[:, -8:])
+
+
+def test_rows_that_leave_and_join_change_nothing_for_those_that_stay(yi_vl: YiVL) -> None:
+    prompts = two_rows(yi_vl)
+    alone = [yi_vl.prepare([[{"role": "user", "content": text}]]) for text in ("Hi", "Tell me about a dog.")]
+    expected, logits = go_on(begin(yi_vl, alone[0]), 12)
+    expected_new, logits_new = go_on(begin(yi_vl, alone[1]), 6)
+
+    rows = begin(yi_vl, prompts)  # a picture's row, and "Hi"
+    tokens, seen = go_on(rows, 4)
+    rows.keep([1])  # the longer row leaves, and its places with it
+    assert rows.cache.get_seq_length() == prompts.num_tokens[1] + 4
+    more, seen_alone = go_on(rows, 2)
+    rows.join(begin(yi_vl, alone[1]))
+    both, seen_both = go_on(rows, 6)
+    assert torch.equal(torch.cat([tokens[1], more[0], both[0]]), expected[0])
+    assert torch.equal(both[1], expected_new[0])
+    found = torch.cat([seen[:, 1], seen_alone[:, 0], seen_both[:, 0]])
+    torch.testing.assert_close(found, logits[:, 0], atol=1e-4, rtol=0)
+    torch.testing.assert_close(seen_both[:, 1], logits_new[:, 0], atol=1e-4, rtol=0)
 
 
 def test_what_rows_share_is_read_once_and_a_step_computes_one_position(
@@ -257,10 +277,7 @@ def test_what_rows_share_is_read_once_and_a_step_computes_one_position(
 
     monkeypatch.setattr(yi_vl.model, "forward", watch)
     prompts = two_rows(yi_vl)
-    steps = begin(yi_vl, prompts, Chooser(Sampling(), 2, NO_TOKENS_FORBIDDEN))
-    for _ in range(3):
-        next(steps)
-    steps.close()
+    go_on(begin(yi_vl, prompts), 2)
     shared, length, num_tokens = num_common(prompts.keys), prompts.input_ids.shape[1], prompts.num_tokens[1]
     assert 100 < shared < num_tokens
     assert calls == [(1, shared, 1), (2, length - shared, 1), (2, 1, 1), (2, 1, 1)]

@@ -7,14 +7,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import accelerate
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from tiny import IMAGE_TOKEN_ID, NUM_PATCHES, OFFICIAL, tiny_model, tiny_processor, tiny_yi_vl
-from transformers import DynamicCache
+from transformers.cache_utils import Cache
 
-from yi_vl.decode import decode
+from yi_vl.decode import Chooser, Rows
 from yi_vl.predict import YiVL
 from yi_vl.reuse import LeastRecentlyUsed
 
@@ -34,7 +35,7 @@ def yi_vl() -> YiVL:
     return tiny_yi_vl()
 
 
-def grow(past_key_values: DynamicCache, **inputs: Any) -> int:
+def grow(past_key_values: Cache, **inputs: Any) -> int:
     """What a forward pass does to the cache; returns the number of rows."""
     read = inputs["input_ids"] if "input_ids" in inputs else inputs["inputs_embeds"]
     nothing = torch.zeros(read.shape[0], 1, read.shape[1], 1)
@@ -45,19 +46,29 @@ def grow(past_key_values: DynamicCache, **inputs: Any) -> int:
 
 @pytest.fixture
 def script(yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch) -> Iterator[Script]:
-    """Makes the model say given tokens, row by row; returns the list that collects each step's number of rows."""
+    """Makes the model say given tokens, row by row; returns the list that collects each step's number of rows.
+
+    A row of several tokens, or of the end token, leaves when they are said; another says its one token on and on.
+    """
 
     def install(rows: Sequence[Sequence[int]]) -> list[int]:
         calls: list[int] = []
+        going = [list(row) for row in rows]
+        is_endless = [len(row) == 1 and row[0] != 2 for row in rows]
         yi_vl.forget()
 
         def forward(**inputs: Any) -> SimpleNamespace:
             num_rows = grow(**inputs)
             logits = torch.zeros(num_rows, 1, 960)
-            if num_rows < len(rows):  # what all rows begin with
+            if num_rows < len(rows) and not calls:  # what all rows begin with
                 return SimpleNamespace(logits=logits)
-            for index, row in enumerate(rows):
-                logits[index, 0, row[min(len(calls), len(row) - 1)]] = 1.0
+            left = [row for row in going if row]
+            assert num_rows == len(left), "a row that has ended goes on, or one is missing"
+            for index, row in enumerate(left):
+                logits[index, 0, row[0]] = 1.0
+            for row, goes_on in zip(going, is_endless, strict=True):
+                if not goes_on:
+                    del row[:1]
             calls.append(num_rows)
             assert len(calls) < 600, "nobody stops the work"
             return SimpleNamespace(logits=logits)
@@ -74,11 +85,31 @@ def ids_of(yi_vl: YiVL, text: str) -> list[int]:
     return yi_vl.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
+@pytest.mark.parametrize(
+    "stop", [(), ("cat", "li", "three", "B", "wp", "test\N{REPLACEMENT CHARACTER}")]
+)  # some end early
 @pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": 3, "top_p": 0.9}])
-def test_a_batch_equals_its_single_requests(yi_vl: YiVL, options: dict[str, Any]) -> None:
-    alone = [yi_vl.predict(*request, max_new_tokens=12, **options) for request in REQUESTS]
-    assert yi_vl.predict_batch(REQUESTS, max_new_tokens=12, **options) == alone
-    assert yi_vl.predict_batch(REQUESTS, max_new_tokens=12, batch_size=2, **options) == alone
+def test_a_batch_equals_its_single_requests(yi_vl: YiVL, options: dict[str, Any], stop: tuple[str, ...]) -> None:
+    options = {"max_new_tokens": 12, "stop": stop, **options}
+    alone = [cold(yi_vl).predict(*request, **options) for request in REQUESTS]
+    assert len({len(answer) for answer in alone}) > 1
+    assert yi_vl.predict_batch(REQUESTS, **options) == alone
+    for batch_size in (2, 3):
+        assert cold(yi_vl).predict_batch(REQUESTS, batch_size=batch_size, **options) == alone
+
+
+def test_the_next_request_takes_the_place_of_the_one_that_ended(yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch) -> None:
+    fresh, sizes = cold(yi_vl), []
+    choose = Chooser.__call__
+
+    def watch(chooser: Chooser, logits: torch.Tensor, draws: Any) -> torch.Tensor:
+        sizes.append(len(logits))
+        return choose(chooser, logits, draws)
+
+    monkeypatch.setattr(Chooser, "__call__", watch)
+    answers = fresh.predict_batch(REQUESTS, batch_size=2, max_new_tokens=12, stop=("cat", "li", "three", "B"))
+    assert len({len(answer) for answer in answers}) > 2
+    assert sizes == sorted(sizes, reverse=True) and sizes.count(2) > sizes.count(1)  # one place is free at the end only
 
 
 def test_an_answer_depends_on_its_picture(yi_vl: YiVL) -> None:
@@ -172,18 +203,13 @@ def test_what_is_remembered_changes_no_answer(yi_vl: YiVL, change: str) -> None:
     conversation = [*chat.messages, {"role": "user", "content": "What else?"}]
 
     def logits(model: YiVL) -> torch.Tensor:
-        seen: list[torch.Tensor] = []
-
-        def choose(found: torch.Tensor) -> torch.Tensor:
-            seen.append(found)
-            return found.argmax(-1)
-
         prompts = model.prepare([conversation])
         cache, embeddings = model.begin(prompts)
         assert (cache.get_seq_length() > 0) == (model is warm)
-        steps = decode(model.model, prompts, embeddings, cache, choose)  # type: ignore[arg-type]
+        rows, seen = Rows(model.model, prompts, cache, embeddings), []
         for _ in range(5):
-            next(steps)
+            seen.append(rows.logits)
+            rows.advance(rows.logits.argmax(-1))
         return torch.cat(seen)
 
     torch.testing.assert_close(logits(warm), logits(cold(yi_vl)), atol=1e-4, rtol=0)
@@ -197,6 +223,9 @@ def test_what_is_remembered_is_bounded(yi_vl: YiVL) -> None:
     for question in ("What?", "Where?", "Why?", "How?", "Who?"):
         fresh.chat(system=question * 9).ask(question, [TALL], max_new_tokens=4)
         assert 0 < fresh._prefixes.num_bytes <= 2.5 * one
+        parts = [part for known in fresh._prefixes._known for layer in known.layers for part in layer]
+        held = {part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in parts}
+        assert sum(held.values()) == fresh._prefixes.num_bytes  # no room to grow is kept, and nothing larger kept alive
     fresh.forget()
     assert fresh._prefixes.num_bytes == 0
 
@@ -223,11 +252,15 @@ def test_seeds_repeat_an_answer(yi_vl: YiVL) -> None:
 
 
 def test_rows_end_by_themselves(yi_vl: YiVL, script: Script) -> None:
-    texts = [" A dog.\n### Human: more", " two cats and a dog\n###"]
+    texts = [" A dog.\n###", " two cats and a dog\n###"]
     calls = script([ids_of(yi_vl, text) for text in texts] + [[2]])
     answers = yi_vl.predict_batch([(None, "a"), (None, "b"), (None, "c")])
     assert answers == ["A dog.", "two cats and a dog", ""]
-    assert len(calls) == len(ids_of(yi_vl, texts[1])) and set(calls) == {3}
+    lengths = [*(len(ids_of(yi_vl, text)) for text in texts), 1]
+    assert lengths[1] > lengths[0] > 2
+    assert calls == [
+        sum(length > step for length in lengths) for step in range(lengths[1])
+    ]  # who has ended costs nothing
 
 
 def test_the_longest_answer_is_cut_to_what_the_context_holds(yi_vl: YiVL, script: Script) -> None:
@@ -412,3 +445,22 @@ def test_model_and_processor_must_fit() -> None:
     model.config.image_token_id = 901
     with pytest.raises(ValueError, match="image token's id is 901 in one, 900 in the other"):
         YiVL(model, tiny_processor())
+
+
+@pytest.mark.parametrize("where", ["cpu", "disk"])
+def test_weights_that_are_elsewhere_until_they_are_needed_change_no_answer(
+    yi_vl: YiVL, where: str, tmp_path: Path
+) -> None:
+    model, here = tiny_model(), torch.device("cpu")
+    if where == "cpu":
+        accelerate.cpu_offload(model, here, preload_module_classes=["MultiheadAttention"])
+    else:
+        accelerate.disk_offload(model, str(tmp_path), here, preload_module_classes=["MultiheadAttention"])
+    assert {parameter.device.type for parameter in model.model.language_model.layers.parameters()} == {"meta"}
+    offloaded = YiVL(model, yi_vl.processor)
+    assert offloaded.predict_batch(REQUESTS, batch_size=2, max_new_tokens=8) == [
+        yi_vl.predict(*request, max_new_tokens=8) for request in REQUESTS
+    ]
+    chat, other = offloaded.chat(), yi_vl.chat()
+    for question, image in (("What?", WIDE), ("And now?", None)):
+        assert chat.ask(question, image, max_new_tokens=6) == other.ask(question, image, max_new_tokens=6)

@@ -1,22 +1,24 @@
 """Answers, token by token: the ONE decode loop, how a token is chosen, and how tokens become text safe to show.
 
-B rows (conversations answered at once), S prompt tokens, V vocabulary, N images, D language width.
-Called by predict.py; calls chat.py, reuse.py, the model's forward, and transformers' cache and samplers.
+B rows (conversations answered at once), S prompt tokens, T tokens so far, V vocabulary, N images, D language width.
+Called by predict.py; calls chat.py, cache.py, the model's forward, and transformers' samplers.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
 from transformers.generation import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
+from .cache import gather
 from .chat import STOP_STRING, hold_back
 from .reuse import Keys
 
@@ -83,7 +85,7 @@ class Prompts:
 
 
 @torch.inference_mode()
-def read_beginning(model: PreTrainedModel, prompts: Prompts, embeddings: Tensor, cache: DynamicCache, end: int) -> None:
+def read_beginning(model: PreTrainedModel, prompts: Prompts, embeddings: Tensor, cache: Cache, end: int) -> None:
     """Read what all rows begin with, up to place `end`, once; `cache` has one row and may know a part of it already.
 
     `embeddings`: (B, S, D), images in their places.
@@ -100,73 +102,147 @@ def read_beginning(model: PreTrainedModel, prompts: Prompts, embeddings: Tensor,
         )
 
 
-@torch.inference_mode()
-def decode(
-    model: PreTrainedModel, prompts: Prompts, embeddings: Tensor, cache: DynamicCache, choose: Chooser
-) -> Generator[list[int], None, None]:
-    """Every row's next token, step after step and without end: whoever reads them closes the generator.
+class Rows:
+    """Conversations that are being answered at once: what the model has read, and the logits of what comes next.
 
-    A step's work is done when its tokens are asked for, so none is done after the last.
+    Rows may end and new ones join; those shorter than the longest are padded, and padding shifts no row.
 
     Args:
-        embeddings: (B, S, D), images in their places; what `cache` knows is not looked at.
         cache: B rows; knows equally many tokens of every row's beginning, perhaps none. It grows with every step.
+        embeddings: (B, S, D), images in their places; what `cache` knows is not looked at.
     """
-    num_rows, num_known = len(embeddings), cache.get_seq_length()
-    places = prompts.places
-    is_read = (places == 0) | (places > num_known)  # (B, S): padding stays in front of what is new
-    inputs: dict[str, Tensor] = {"inputs_embeds": embeddings[is_read].view(num_rows, -1, embeddings.shape[-1])}
-    position_ids = (places[is_read].view(num_rows, -1) - 1).clamp(min=0)  # padding shifts no row
-    mask = prompts.attention_mask[is_read].view(num_rows, -1)
-    mask = torch.cat([mask.new_ones(num_rows, num_known), mask], dim=1)
-    is_padded = not mask.all()  # without padding the causal mask is enough, and attention faster
-    while True:
-        outputs = model(
+
+    @torch.inference_mode()
+    def __init__(self, model: PreTrainedModel, prompts: Prompts, cache: Cache, embeddings: Tensor) -> None:
+        self.cache = cache
+        self.logits: Tensor
+        self._model = model
+        num_rows, num_known = len(embeddings), cache.get_seq_length()
+        places = prompts.places
+        is_read = (places == 0) | (places > num_known)  # (B, S): padding stays in front of what is new
+        places = places[is_read].view(num_rows, -1)
+        known = places.new_ones(num_rows, num_known, dtype=torch.bool)
+        self._is_token = torch.cat([known, places > 0], dim=1)  # (B, T)
+        inputs = embeddings[is_read].view(num_rows, -1, embeddings.shape[-1])
+        self._read((places - 1).clamp(min=0), inputs_embeds=inputs)
+
+    def __len__(self) -> int:
+        return len(self._is_token)
+
+    @torch.inference_mode()
+    def advance(self, tokens: Tensor) -> None:
+        """One step: read every row's newest token, (B,)."""
+        positions = self._is_token.sum(1, keepdim=True)  # (B, 1)
+        self._is_token = F.pad(self._is_token, (0, 1), value=True)
+        self._read(positions, input_ids=tokens.unsqueeze(1).to(positions.device))
+
+    @torch.inference_mode()
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with some of the rows only; the others cost nothing any more."""
+        self.cache, self._is_token = gather([(self.cache, self._is_token, rows)])
+        self.logits = self.logits[rows]
+
+    @torch.inference_mode()
+    def join(self, new: Rows) -> None:
+        """Go on with the rows of both."""
+        parts = [(rows.cache, rows._is_token, range(len(rows))) for rows in (self, new)]
+        self.cache, self._is_token = gather(parts)
+        self.logits = torch.cat([self.logits, new.logits])
+
+    def _read(self, positions: Tensor, **inputs: Tensor) -> None:
+        outputs = self._model(
             **inputs,
-            attention_mask=mask if is_padded else None,
-            position_ids=position_ids,
-            past_key_values=cache,
+            attention_mask=None if self._is_token.all() else self._is_token,  # without one attention is faster
+            position_ids=positions,
+            past_key_values=self.cache,
             logits_to_keep=1,
         )
-        tokens = choose(outputs.logits[:, -1])  # (B, V) -> (B,)
-        yield tokens.tolist()
-        inputs = {"input_ids": tokens.unsqueeze(1).to(mask.device)}  # (B, 1)
-        mask = F.pad(mask, (0, 1), value=1)  # (B, known + new + steps)
-        position_ids = position_ids[:, -1:] + 1  # (B, 1)
+        self.logits = outputs.logits[:, -1]  # (B, V)
+
+
+Newcomers = tuple[Rows, "list[Answer]"]  # what they were asked is read, their answers are empty
+
+
+def decode(
+    read_next: Callable[[int], Newcomers | None], num_places: int, choose: Chooser
+) -> Generator[dict[int, str], None, None]:
+    """Answer one conversation after another, several at once: whoever ends leaves, and the next takes the free place.
+
+    Yields, after every step, the new text (often none) of every answer that grew, by its number in the order of
+    coming. A step's work is done when its texts are asked for, so none is done after the last.
+
+    Args:
+        read_next: given how many places are free, reads that many conversations or fewer; None when there are no more.
+        num_places: how many are answered at once.
+    """
+    rows: Rows | None = None
+    seats: list[_Seat] = []
+    num_come = 0
+    while True:
+        if len(seats) < num_places and (newcomers := read_next(num_places - len(seats))):
+            new, answers = newcomers
+            if rows is None or not seats:
+                rows = new
+            else:
+                rows.join(new)
+            seats += [_Seat(num_come + index, answer, choose.new_draws()) for index, answer in enumerate(answers)]
+            num_come += len(answers)
+        if rows is None or not seats:
+            return
+        tokens = choose(rows.logits, [seat.draws for seat in seats])  # (B, V) -> (B,)
+        yield {seat.number: seat.answer.add(token) for seat, token in zip(seats, tokens.tolist(), strict=True)}
+        going = [place for place, seat in enumerate(seats) if not seat.answer.finish_reason]
+        if going and len(going) < len(seats):
+            rows.keep(going)
+        seats = [seats[place] for place in going]
+        if seats:
+            rows.advance(tokens[going])
+
+
+@dataclass(frozen=True)
+class _Seat:
+    number: int
+    answer: Answer
+    draws: torch.Generator | None
 
 
 class Chooser:
-    """Takes each row's next token from its logits, (B, V) -> (B,).
+    """Takes each row's next token from its logits.
 
     Args:
         forbidden: (V,) true for tokens that no answer may hold: the image token, and rows that only pad the table.
     """
 
-    def __init__(self, sampling: Sampling, num_rows: int, forbidden: Tensor) -> None:
+    def __init__(self, sampling: Sampling, forbidden: Tensor) -> None:
         self._forbidden = forbidden
-        self._generators: list[torch.Generator] = []
-        if sampling.temperature == 0:
-            return
-        self._warpers = LogitsProcessorList([TemperatureLogitsWarper(float(sampling.temperature))])
-        if sampling.top_p < 1:
-            self._warpers.append(TopPLogitsWarper(sampling.top_p))
-        for _ in range(num_rows):  # a generator per row: neighbours change nothing, the global one is left alone
-            generator = torch.Generator()  # on the CPU, for the same draws on every device
-            if sampling.seed is None:
-                generator.seed()
-            else:
-                generator.manual_seed(sampling.seed)
-            self._generators.append(generator)
+        self._is_greedy = sampling.temperature == 0
+        self._seed = sampling.seed
+        if not self._is_greedy:
+            self._warpers = LogitsProcessorList([TemperatureLogitsWarper(float(sampling.temperature))])
+            if sampling.top_p < 1:
+                self._warpers.append(TopPLogitsWarper(sampling.top_p))
 
-    def __call__(self, logits: Tensor) -> Tensor:
+    def new_draws(self) -> torch.Generator | None:
+        """A row's own source of chance: neighbours change nothing, and the global one is left alone."""
+        if self._is_greedy:
+            return None
+        generator = torch.Generator()  # on the CPU, for the same draws on every device
+        if self._seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed(self._seed)
+        return generator
+
+    def __call__(self, logits: Tensor, draws: Iterable[torch.Generator | None]) -> Tensor:
+        """(B, V) -> (B,), with every row's own draws."""
         logits = logits.float().masked_fill(self._forbidden, -math.inf)
-        if not self._generators:
+        if self._is_greedy:
             return logits.argmax(-1)
         logits = logits - logits.amax(-1, keepdim=True)  # lest a tiny temperature overflow
         warped = self._warpers(None, logits)  # type: ignore[arg-type]  # none of them looks at the ids
         probabilities = warped.softmax(-1).cpu()
-        draws = [torch.multinomial(row, 1, generator=g) for row, g in zip(probabilities, self._generators, strict=True)]
-        return torch.cat(draws)
+        drawn = [torch.multinomial(row, 1, generator=one) for row, one in zip(probabilities, draws, strict=True)]
+        return torch.cat(drawn)
 
 
 class Answer:
@@ -188,7 +264,7 @@ class Answer:
         stop_strings: Sequence[str] = (STOP_STRING,),
     ) -> None:
         self.finish_reason: str | None = None
-        self.num_tokens = 0
+        self.tokens: list[int] = []
         self._tokenizer = tokenizer
         self._max_tokens = max_tokens
         self._stop_ids = stop_ids
@@ -198,11 +274,16 @@ class Answer:
         self._pending = ""  # text that is not shown yet
         self._has_begun = False  # false while there has only been white space
 
+    @property
+    def num_tokens(self) -> int:
+        """So far, the one that ended it included."""
+        return len(self.tokens)
+
     def add(self, token: int) -> str:
         """Text that became certain with this token, often none. A finished answer takes no more."""
         if self.finish_reason:
             return ""
-        self.num_tokens += 1
+        self.tokens.append(token)
         if token in self._stop_ids:
             return self._finish("stop")
         self._pending += self._read(token)

@@ -1,7 +1,8 @@
 """The Python API: `load()` gives a `YiVL`, which answers questions about pictures.
 
 B conversations answered at once, S prompt tokens, V vocabulary, N images of P patches, D language width.
-Called by server/, cli.py, the demo and the evaluation; calls processor.py, model.py, decode.py and reuse.py.
+Called by server/, cli.py, the demo and the evaluation; calls processor.py, model.py, linear.py, decode.py, cache.py and
+reuse.py.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import hashlib
 import os
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,17 +20,19 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import DynamicCache
+from transformers.cache_utils import Cache
 
+from .cache import gather
 from .chat import Encoded
 from .convert import TowerFrom
-from .decode import Answer, Chooser, Prompts, Sampling, decode, read_beginning
+from .decode import Answer, Chooser, Newcomers, Prompts, Rows, Sampling, decode, read_beginning
 from .image import ImageSource
+from .linear import use_vectors_
 from .loading import check_fit, load_model
 from .model import YiVLForConditionalGeneration
 from .processor import YiVLProcessor
 from .quantize import Scheme
-from .reuse import Keys, LeastRecentlyUsed, PrefixCache, copy, num_common
+from .reuse import Keys, LeastRecentlyUsed, PrefixCache, num_common
 
 Images = ImageSource | Sequence[ImageSource] | None
 Message = dict[str, Any]
@@ -65,6 +69,8 @@ class YiVL:
         self.model = model
         self.processor = processor
         check_fit(model.config, processor)
+        use_vectors_(model.model.language_model)
+        use_vectors_(model.lm_head)
         tokens = torch.arange(model.config.text_config.vocab_size)
         self._forbidden = (tokens >= len(processor.tokenizer)) | (tokens == model.config.image_token_id)  # (V,)
         self._stop_ids = _stop_ids(model, processor.tokenizer)
@@ -123,22 +129,36 @@ class YiVL:
         batch_size: int = 8,
         **options: Any,
     ) -> list[str]:
-        """The answers to many `(images, question)`, in their order, `batch_size` at once."""
+        """The answers to many `(images, question)`, in their order, `batch_size` at once; see `answer_batch`."""
         conversations = [_conversation(images, question, system) for images, question in requests]
         return self.answer_batch(conversations, batch_size=batch_size, **options)
 
     def answer_batch(
         self, conversations: Sequence[Sequence[Message]], *, batch_size: int = 8, **options: Any
     ) -> list[str]:
-        """The answers to many whole conversations, in their order, `batch_size` at once; see `answer`."""
+        """The answers to many whole conversations, in their order; see `answer`.
+
+        `batch_size` of them are answered at once: where one has ended, the next begins.
+        """
         sampling = Sampling(**options)
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it must be at least 1.")
-        texts: list[str] = []
-        for start in range(0, len(conversations), batch_size):
-            prompts = self.prepare(conversations[start : start + batch_size])
-            steps = list(self.generate(prompts, self.begin_answers(prompts, sampling), sampling))
-            texts += ["".join(pieces) for pieces in zip(*steps, strict=True)]
+        waiting = iter(conversations)
+
+        def read_next(num_free: int) -> Newcomers | None:
+            group = list(islice(waiting, num_free))
+            if not group:
+                return None
+            prompts = self.prepare(group)
+            rows = self._read(prompts)
+            if len(group) == 1:
+                self._prefixes.put(prompts.keys[0], rows.cache)
+            return rows, self.begin_answers(prompts, sampling)
+
+        texts = [""] * len(conversations)
+        for pieces in decode(read_next, batch_size, self._chooser(sampling)):
+            for number, piece in pieces.items():
+                texts[number] += piece
         return texts
 
     def chat(self, system: str | None = None) -> Conversation:
@@ -181,7 +201,7 @@ class YiVL:
         pad_id = self.processor.tokenizer.pad_token_id or 0
         input_ids = pad_sequence(rows, batch_first=True, padding_value=pad_id, padding_side="left")
         mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
-        device, keys = self.model.device, self._keys(encoded, squares)
+        device, keys = self._device, self._keys(encoded, squares)
         stacked = torch.stack(list(squares)) if squares else None
         return Prompts(input_ids.to(device), mask.to(device), stacked, keys)
 
@@ -193,20 +213,22 @@ class YiVL:
 
     def generate(self, prompts: Prompts, answers: list[Answer], sampling: Sampling) -> Generator[list[str], None, None]:
         """Every row's new text (often none), step after step until the last answer has ended."""
-        choose = Chooser(sampling, len(answers), self._forbidden.to(self.model.device))
-        cache, embeddings = self.begin(prompts)
-        said: list[list[int]] = []
-        with closing(decode(self.model, prompts, embeddings, cache, choose)) as steps:
+        newcomers: list[Newcomers] = []
+
+        def read_once(_: int) -> Newcomers | None:
+            if newcomers:
+                return None
+            newcomers.append((self._read(prompts), answers))
+            return newcomers[0]
+
+        with closing(decode(read_once, len(answers), self._chooser(sampling))) as steps:
             try:
-                for tokens in steps:
-                    said.append(tokens)
-                    yield [answer.add(token) for answer, token in zip(answers, tokens, strict=True)]
-                    if all(answer.finish_reason for answer in answers):
-                        break
+                for pieces in steps:
+                    yield [pieces.get(number, "") for number in range(len(answers))]
             except GeneratorExit:  # stopped between two steps: what was read holds; after an error it may not
-                self._remember(prompts, said, cache)
+                self._remember(prompts, *newcomers[0])
                 raise
-            self._remember(prompts, said, cache)
+            self._remember(prompts, *newcomers[0])
 
     def forget(self) -> None:
         """Let go of everything that is kept for requests to come: conversations and pictures read lately."""
@@ -214,31 +236,45 @@ class YiVL:
         self._features: LeastRecentlyUsed[Tensor] = LeastRecentlyUsed(_MAX_FEATURE_BYTES)  # picture's key -> (P, D)
 
     @torch.inference_mode()
-    def begin(self, prompts: Prompts) -> tuple[DynamicCache, Tensor]:
+    def begin(self, prompts: Prompts) -> tuple[Cache, Tensor]:
         """What is known of the prompts' beginning, for every row, and all prompts' embeddings (B, S, D).
 
         What several rows begin with is read here, once, and remembered.
         """
         num_rows = len(prompts.keys)
         num_shared = num_common(prompts.keys)
-        cache = self._prefixes.find(prompts.keys[0][:num_shared], self.model.config.text_config)
+        cache = self._prefixes.find(prompts.keys[0][:num_shared])
         embeddings = self._embed(prompts, cache.get_seq_length())
         if num_rows > 1 and num_shared:
             read_beginning(self.model, prompts, embeddings, cache, num_shared)
             self._prefixes.put(prompts.keys[0][:num_shared], cache)
-            cache = copy(cache, num_rows)
+            is_token = torch.ones(1, num_shared, dtype=torch.bool)
+            cache, _ = gather([(cache, is_token, [0] * num_rows)])
         return cache, embeddings
 
-    def _remember(self, prompts: Prompts, said: list[list[int]], cache: DynamicCache) -> None:
+    @property
+    def _device(self) -> torch.device:
+        """Where inputs go and logits come from. Weights that are offloaded are nowhere until they are needed, and
+        accelerate then brings inputs to them."""
+        device = self.model.device
+        return torch.device("cpu") if device.type == "meta" else device
+
+    def _read(self, prompts: Prompts) -> Rows:
+        return Rows(self.model, prompts, *self.begin(prompts))
+
+    def _chooser(self, sampling: Sampling) -> Chooser:
+        return Chooser(sampling, self._forbidden.to(self._device))
+
+    def _remember(self, prompts: Prompts, rows: Rows, answers: list[Answer]) -> None:
         """Keep a single conversation, with its answer as far as that was read again."""
-        num_read = cache.get_seq_length()
-        if len(prompts.keys) == 1 and said:
-            keys = np.concatenate([prompts.keys[0], [row[0] for row in said]])
-            self._prefixes.put(keys[:num_read], cache)
+        if len(answers) == 1:
+            keys = np.concatenate([prompts.keys[0], np.array(answers[0].tokens, dtype=np.int64)])
+            self._prefixes.put(keys[: rows.cache.get_seq_length()], rows.cache)
 
     def _embed(self, prompts: Prompts, num_known: int) -> Tensor:
         """(B, S, D); pictures that lie before place `num_known` are not needed and left out."""
-        embeddings = self.model.get_input_embeddings()(prompts.input_ids)  # (B, S, D)
+        embed = self.model.get_input_embeddings()
+        embeddings = embed(prompts.input_ids).to(prompts.input_ids.device)  # (B, S, D)
         if prompts.squares is None:
             return embeddings
         is_image = prompts.input_ids == self.model.config.image_token_id  # (B, S)
@@ -255,7 +291,7 @@ class YiVL:
         new = [key for key in dict.fromkeys(wanted) if key not in features]
         if new:
             pixels = self.processor.image_processor.normalise(squares[[keys.index(key) for key in new]])
-            encoded_pictures = self.model.model.encode_images(pixels.to(self.model.device, self.model.dtype))
+            encoded_pictures = self.model.model.encode_images(pixels.to(self._device, self.model.dtype))
             for key, encoded in zip(new, encoded_pictures, strict=True):
                 features[key] = encoded
                 self._features.put(key, encoded.clone(), encoded.nbytes)

@@ -1,4 +1,4 @@
-"""What was computed lately and may be needed again, within a limit of bytes. Called by predict.py.
+"""What was computed lately and may be needed again, within a limit of bytes. Called by predict.py; calls cache.py.
 
 T tokens, H key-value heads, E head width.
 """
@@ -14,8 +14,9 @@ from typing import Generic, TypeVar
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedConfig
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import Cache
+
+from .cache import layers_of, new_cache
 
 Keys = npt.NDArray[np.int64]  # (T,): what decides a token's keys and values: its id, or picture and patch
 
@@ -72,7 +73,8 @@ class _Known:
 class PrefixCache:
     """Keys and values of conversations read lately, so that what begins alike is read once. Safe between threads.
 
-    What is kept is never written to: a cache that grows makes new tensors, so conversations may share a beginning.
+    What goes in and what comes out are copies, without the room that a growing cache has: nobody writes to what is
+    kept, and its size is what it takes.
 
     Args:
         max_bytes: of all keys and values together; what was used longest ago goes first.
@@ -88,9 +90,9 @@ class PrefixCache:
         """Of all that is kept."""
         return sum(known.num_bytes for known in self._known)
 
-    def find(self, keys: Keys, config: PreTrainedConfig) -> DynamicCache:
+    def find(self, keys: Keys) -> Cache:
         """A cache of one row with the longest known beginning of `keys`; it may be empty."""
-        cache = DynamicCache(config=config)
+        cache = new_cache()
         with self._lock:
             length, best = max(
                 ((_num_common(known.keys, keys), index) for index, known in enumerate(self._known)), default=(0, 0)
@@ -103,40 +105,26 @@ class PrefixCache:
             cache.update(layer_keys[:, :, :length], layer_values[:, :, :length], index)
         return cache
 
-    def put(self, keys: Keys, cache: DynamicCache) -> None:
+    def put(self, keys: Keys, cache: Cache) -> None:
         """Keep a row's cache; `keys` are those of the tokens that it holds."""
         assert cache.get_seq_length() == len(keys), f"{cache.get_seq_length()} tokens cached, {len(keys)} keys"
-        new = _Known(keys, _layers(cache))
-        if new.num_bytes > self.max_bytes:
+        layers = layers_of(cache)
+        if sum(part.nbytes for layer in layers for part in layer) > self.max_bytes:
             return
         with self._lock:
             if any(_num_common(known.keys, keys) == len(keys) for known in self._known):
                 return
             self._known = [known for known in self._known if _num_common(known.keys, keys) < len(known.keys)]
-            self._known.append(new)
+            self._known.append(
+                _Known(keys, [(layer_keys.clone(), layer_values.clone()) for layer_keys, layer_values in layers])
+            )
             while self.num_bytes > self.max_bytes:
                 self._known.pop(0)
-
-
-def copy(cache: DynamicCache, num_rows: int) -> DynamicCache:
-    """A cache of `num_rows` rows, each what the one row of `cache` is."""
-    repeated = DynamicCache()
-    for index, (keys, values) in enumerate(_layers(cache)):
-        repeated.update(keys.expand(num_rows, -1, -1, -1), values.expand(num_rows, -1, -1, -1), index)
-    return repeated
 
 
 def num_common(rows: list[Keys]) -> int:
     """How many keys all rows begin with, less one where that is a whole row: its last token is to be read anew."""
     return min([_num_common(rows[0], row) for row in rows[1:]] + [len(row) - 1 for row in rows])
-
-
-def _layers(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
-    found = []
-    for layer in cache.layers:
-        assert isinstance(layer, DynamicLayer) and layer.keys is not None and layer.values is not None
-        found.append((layer.keys, layer.values))
-    return found
 
 
 def _num_common(first: Keys, second: Keys) -> int:

@@ -1,0 +1,104 @@
+"""The cache that grows in place, rows that leave and join, and products with one vector."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import tiny_model
+from torch import nn
+from transformers import DynamicCache
+
+from yi_vl import cache as cache_module
+from yi_vl.cache import RoomyLayer, gather, layers_of, new_cache
+from yi_vl.linear import VectorLinear, use_matrices_, use_vectors_
+
+
+def states(num_rows: int, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values, (B, H, T, E)."""
+    return torch.randn(num_rows, 2, num_tokens, 8), torch.randn(num_rows, 2, num_tokens, 8)
+
+
+def test_it_holds_what_transformers_cache_holds_however_far_it_grows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache_module, "_ROOM_TOKENS", 3)
+    ours, theirs = RoomyLayer(), DynamicCache()
+    for num_tokens in (5, 1, 1, 1, 1, 4, 1, 2):
+        given = states(2, num_tokens)
+        expected = theirs.update(*given, 0)
+        for part, expected_part in zip(ours.update(*given), expected, strict=True):
+            assert torch.equal(part, expected_part)
+    assert ours.get_seq_length() == 16
+
+
+def test_a_step_copies_nothing_that_is_known() -> None:
+    layer = RoomyLayer()
+    first, _ = layer.update(*states(1, 10))
+    for _ in range(100):
+        keys, _ = layer.update(*states(1, 1))
+        assert keys.data_ptr() == first.data_ptr()
+
+
+@pytest.mark.parametrize("change", ["crop", "select", "reorder"])
+def test_keys_given_out_stay_as_they_are(change: str) -> None:
+    """What transformers does to a cache is followed by copying, not by writing over what others may still read."""
+    layer, given = RoomyLayer(), states(2, 6)
+    keys, values = layer.update(*given)
+    rows = torch.tensor([1, 0])
+    {
+        "crop": lambda: layer.crop(-2),
+        "select": lambda: layer.batch_select_indices(rows),
+        "reorder": lambda: layer.reorder_cache(rows),  # type: ignore[arg-type]
+    }[change]()
+    new = states(2, 1)
+    found, _ = layer.update(*new)
+    before = given[0][:, :, :4] if change == "crop" else given[0][rows]
+    assert torch.equal(found, torch.cat([before, new[0]], dim=2))
+    assert torch.equal(keys, given[0]) and torch.equal(values, given[1])
+
+
+def test_gathered_rows_are_padded_in_front_and_only_as_far_as_the_longest_is_long() -> None:
+    first, second = new_cache(), new_cache()
+    keys, values = states(2, 5)
+    more_keys, more_values = states(1, 3)
+    for index in range(2):
+        first.update(keys, values, index)
+        second.update(more_keys, more_values, index)
+    has_gap = torch.tensor([[True, True, False, False, True], [True] * 5])
+    gathered, is_token = gather([(first, has_gap, [0]), (second, torch.ones(1, 3, dtype=torch.bool), [0, 0])])
+    assert is_token.tolist() == [[True] * 3] * 3
+    for layer_keys, layer_values in layers_of(gathered):
+        assert torch.equal(layer_keys[0], keys[0][:, has_gap[0]]) and torch.equal(layer_values[1], more_values[0])
+    gathered, is_token = gather([(first, has_gap, [1]), (second, torch.ones(1, 3, dtype=torch.bool), [0])])
+    assert is_token.tolist() == [[True] * 5, [False] * 2 + [True] * 3]
+    padding = layers_of(gathered)[1][0][1, :, :2]
+    assert torch.equal(padding, torch.zeros_like(padding))
+
+
+def test_one_vector_gives_the_same_product() -> None:
+    torch.manual_seed(0)
+    layers = nn.ModuleList([nn.Linear(64, 48, bias=False), nn.Linear(64, 48)]).to(torch.bfloat16)
+    vector, matrix = torch.randn(1, 1, 64, dtype=torch.bfloat16), torch.randn(2, 3, 64, dtype=torch.bfloat16)
+    expected = [layer(given) for layer in layers for given in (vector, matrix)]
+    use_vectors_(layers)
+    assert all(type(layer) is VectorLinear and isinstance(layer, nn.Linear) for layer in layers)
+    for found, wanted in zip([layer(given) for layer in layers for given in (vector, matrix)], expected, strict=True):
+        torch.testing.assert_close(found, wanted, atol=0.01, rtol=0.01)
+    use_matrices_(layers)
+    assert all(type(layer) is nn.Linear for layer in layers)
+
+
+def test_the_product_with_a_vector_is_used_for_a_step_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model().to(torch.bfloat16)
+    use_vectors_(model)
+    num_products, plain = 0, torch.mv
+
+    def count(weight: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
+        nonlocal num_products
+        num_products += 1
+        return plain(weight, vector)
+
+    monkeypatch.setattr(torch, "mv", count)
+    with torch.inference_mode():
+        model(input_ids=torch.tensor([[5, 6]]))
+        assert num_products == 0
+        model(input_ids=torch.tensor([[5]]))
+    assert num_products == 2 * 7 + 1
