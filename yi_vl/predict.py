@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
@@ -188,7 +189,9 @@ class YiVL:
         encoded = [self.processor.encode_messages(messages) for messages in conversations]
         self._check_lengths(encoded)  # before pictures are read
         pictures = [picture for messages in conversations for picture in _pictures(messages)]
-        return self.prompts(encoded, [self.processor.image_processor.square(picture) for picture in pictures])
+        with ThreadPoolExecutor() as threads:  # Pillow decodes and resizes without holding the interpreter's lock
+            squares = list(threads.map(self.processor.image_processor.square, pictures))
+        return self.prompts(encoded, squares)
 
     def prompts(self, encoded: Sequence[Encoded], squares: Sequence[Tensor]) -> Prompts:
         """Rows of tokens with their pictures, (H, W, 3) uint8 each, as the model reads them.
