@@ -12,6 +12,8 @@ from typing import Annotated
 
 import typer
 
+from yi_vl.machine import use_large_pages
+
 from .texts import ANY_YI_VL, LANGUAGES, NANO
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -90,6 +92,7 @@ def _is_loopback(host: str) -> bool:
 
 def main() -> None:
     """Run the command; what a user can cause is said in one line."""
+    use_large_pages()
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
     try:
         app(prog_name="python -m demo")

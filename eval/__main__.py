@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from yi_vl.machine import use_large_pages
+
 from .speed import app as speed
 
 if TYPE_CHECKING:
@@ -279,6 +281,7 @@ def _refuse_repeated(answered: list[Answered], source: Path) -> None:
 
 def main() -> None:
     """Run a command; what a user can cause is said in one line."""
+    use_large_pages()
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
     try:
         app(prog_name="python -m eval")

@@ -1,6 +1,8 @@
-"""The cache that grows in place, rows that leave and join, and products with one vector."""
+"""The cache that grows in place, rows that leave and join, products with one vector, and large pages."""
 
 from __future__ import annotations
+
+import os
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from transformers import DynamicCache
 from yi_vl import cache as cache_module
 from yi_vl.cache import RoomyLayer, gather, layers_of, new_cache
 from yi_vl.linear import VectorLinear, use_matrices_, use_vectors_
+from yi_vl.machine import use_large_pages
 
 
 def states(num_rows: int, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -102,3 +105,15 @@ def test_the_product_with_a_vector_is_used_for_a_step_in_bf16(monkeypatch: pytes
         assert num_products == 0
         model(input_ids=torch.tensor([[5]]))
     assert num_products == 2 * 7 + 1
+
+
+@pytest.mark.parametrize("chosen", [None, "0"])
+def test_large_pages_are_asked_for_unless_the_user_has_chosen(
+    chosen: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "")
+    monkeypatch.delenv("THP_MEM_ALLOC_ENABLE")
+    if chosen is not None:
+        monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", chosen)
+    use_large_pages()
+    assert os.environ["THP_MEM_ALLOC_ENABLE"] == (chosen or "1")

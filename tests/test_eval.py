@@ -554,4 +554,4 @@ def test_speed_is_measured_over_the_same_answers(small_mmmu: str, tiny_folder: P
     chat = compare_chat(model, ROOT / "docs" / "pictures" / "penguin.png", 3, 4)
     assert all(list(way) == ["turn_1_ms", "turn_2_ms", "turn_3_ms"] for way in chat["ways"].values())
     prefill = compare_prefill(model, 100)
-    assert prefill["ways"]["yi_vl"]["of_the_limit"] > 0 and prefill["what"].startswith("100 tokens")
+    assert prefill["ways"]["yi_vl"]["of_the_limit"] > 0 and abs(int(prefill["what"].split()[0]) - 100) < 10

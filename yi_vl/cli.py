@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from .machine import use_large_pages
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -51,6 +53,7 @@ SeedOption = Annotated[int | None, typer.Option(help="Makes an answer with a tem
 
 def main() -> None:
     """The entry point: what a user can cause is one line on stderr and exit code 2."""
+    use_large_pages()
     try:
         app(prog_name="yi-vl")
     except ValueError as error:
