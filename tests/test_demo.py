@@ -692,7 +692,7 @@ def test_nano_answers_out_of_the_box(browser: Any, tmp_path: Path) -> None:
         context = browser.new_context(viewport={"width": 900, "height": 1130})
         context.set_default_timeout(PATIENCE_MS)
         visitor = Visitor(context.new_page(), url)
-        for question, name in (("这是哪里的旗帜？", "brazil.png"), ("What is in this picture?", "penguin.png")):
+        for question, name in (("What is in this picture?", "penguin.png"), ("这是哪里的旗帜？", "brazil.png")):
             assert "⚠️" not in visitor.ask(question, pictures / name)  # what nano knows is test_nano.py's business
         visitor.press("Like")
         visitor.page.get_by_label("Liked", exact=True).wait_for()
