@@ -93,7 +93,7 @@ def write_json(path: Path, content: Any) -> Path:
 def stream(folder: Path, processor: YiVLProcessor, form: str) -> list[Sample]:
     """All samples of a folder, as the trainer takes them."""
     source = SourceConfig(name="made", shards=f"{folder}/*.tar")
-    encoder = SampleEncoder(processor, DataConfig(form=form, sources=[source]), max_tokens=2000)
+    encoder = SampleEncoder(processor, DataConfig(form=form, sources=[source], fast_pixels=False), max_tokens=2000)
     return [encoder.encode(raw, 0) for shard in expand_shards(source) for raw in read_shard(shard)]
 
 
