@@ -1,6 +1,6 @@
 """How fast the engine is: chats, single answers, batches and prompts, each beside what it is to be measured against.
 
-Called by speed.py; calls yi_vl.
+Called by speed.py and speed_quantize.py; calls yi_vl.
 """
 
 from __future__ import annotations
@@ -52,17 +52,17 @@ def compare_chat(model: YiVL, image: Path, turns: int, new_tokens: int) -> dict[
 
 def compare_decode(model: YiVL, prompt_tokens: int, new_tokens: int) -> dict[str, Any]:
     """The limit: every weight of the language model and its head is read once for each token."""
-    conversation = _text_of(model, prompt_tokens)
+    conversation = text_of(model, prompt_tokens)
     head = model.model.lm_head.weight
     layers = [p for name, p in model.model.model.language_model.named_parameters() if "embed_tokens" not in name]
     num_bytes = sum(parameter.nbytes for parameter in (*layers, head))
-    _engine_rate(model, [conversation], 3)
+    engine_rate(model, [conversation], 3)
     _generate_rate(model, conversation, 3)
     rounds = [  # in turns, as another process may slow any of them
         (
             read_bandwidth(head.device),
             _generate_rate(model, conversation, new_tokens),
-            _engine_rate(model, [conversation], new_tokens),
+            engine_rate(model, [conversation], new_tokens),
         )
         for _ in range(3)
     ]
@@ -82,9 +82,9 @@ def compare_decode(model: YiVL, prompt_tokens: int, new_tokens: int) -> dict[str
 
 def compare_batch(model: YiVL, num_rows: int, prompt_tokens: int, new_tokens: int) -> dict[str, Any]:
     """The same answers, one alone and several at once."""
-    conversations = [_text_of(model, prompt_tokens, str(row)) for row in range(num_rows)]
-    _engine_rate(model, conversations, 3)
-    rounds = [[_engine_rate(model, some, new_tokens) for some in (conversations[:1], conversations)] for _ in range(3)]
+    conversations = [text_of(model, prompt_tokens, str(row)) for row in range(num_rows)]
+    engine_rate(model, conversations, 3)
+    rounds = [[engine_rate(model, some, new_tokens) for some in (conversations[:1], conversations)] for _ in range(3)]
     one, many = (max(rates) for rates in zip(*rounds, strict=True))
     ways = {"one": {"tokens_per_second": one}, f"{num_rows} at once": {"tokens_per_second": many}}
     return {"what": f"{new_tokens} new tokens each", "ways": ways, "ratio": many / one}
@@ -93,14 +93,14 @@ def compare_batch(model: YiVL, num_rows: int, prompt_tokens: int, new_tokens: in
 def compare_prefill(model: YiVL, num_tokens: int) -> dict[str, Any]:
     """Products of the layers' matrices and of attention count; softmax, norms and the one row of logits do not."""
     text = model.model.config.text_config
-    conversation = _text_of(model, min(num_tokens, text.max_position_embeddings - 16))
+    conversation = text_of(model, min(num_tokens, text.max_position_embeddings - 16))
     (num_tokens,) = model.prepare([conversation]).num_tokens
     layers = model.model.model.language_model.layers
     per_token = sum(p.numel() for p in layers.parameters() if p.ndim > 1)
     flops = 2 * per_token * num_tokens + 2 * num_tokens**2 * text.hidden_size * text.num_hidden_layers  # causal: half
     shape = num_tokens, text.hidden_size, text.intermediate_size
     rounds = [
-        (matrix_rate(*shape, model.model.dtype, model.model.device), _first_token(model, conversation))
+        (matrix_rate(*shape, model.model.dtype, model.model.device), first_token_seconds(model, conversation))
         for _ in range(3)
     ]
     rate, seconds = max(rate for rate, _ in rounds), min(seconds for _, seconds in rounds)
@@ -111,7 +111,7 @@ def compare_prefill(model: YiVL, num_tokens: int) -> dict[str, Any]:
     return {"what": f"{num_tokens} tokens in {seconds:.2f} s", "ways": ways}
 
 
-def _text_of(model: YiVL, num_tokens: int, begin: str = "") -> Conversation:
+def text_of(model: YiVL, num_tokens: int, begin: str = "") -> Conversation:
     """A conversation without a picture whose prompt takes about so many tokens."""
 
     def messages(words: int) -> Conversation:
@@ -121,7 +121,8 @@ def _text_of(model: YiVL, num_tokens: int, begin: str = "") -> Conversation:
     return messages(max(1, 1 + round((num_tokens - few) * 10 / (many - few))))
 
 
-def _first_token(model: YiVL, conversation: Conversation) -> float:
+def first_token_seconds(model: YiVL, conversation: Conversation) -> float:
+    """From a conversation whose tokens are ready, and of which nothing is known, to its answer's first token."""
     model.forget()
     prompts, sampling = model.prepare([conversation]), Sampling(max_new_tokens=2)
     started = time.perf_counter()
@@ -129,7 +130,7 @@ def _first_token(model: YiVL, conversation: Conversation) -> float:
     return time.perf_counter() - started
 
 
-def _engine_rate(model: YiVL, conversations: list[Conversation], new_tokens: int) -> float:
+def engine_rate(model: YiVL, conversations: list[Conversation], new_tokens: int) -> float:
     """Tokens per second after the first, with answers that nothing ends."""
     model.forget()
     prompts, sampling = model.prepare(conversations), Sampling(max_new_tokens=new_tokens)

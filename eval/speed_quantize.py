@@ -24,7 +24,7 @@ from yi_vl.quantize import SCHEMES, Scheme
 
 from .full_size import peak_bytes
 from .random_models import Preset, make
-from .speed_engine import _engine_rate, _first_token, _text_of
+from .speed_engine import engine_rate, first_token_seconds, text_of
 
 _WAYS: dict[str, Scheme | None] = {"bf16": None, **{scheme: scheme for scheme in SCHEMES}}
 
@@ -50,13 +50,13 @@ def compare_quantize(folder: Path, prompt_tokens: int, new_tokens: int) -> dict[
     exact: Tensor | None = None
     for name, scheme in _WAYS.items():
         model = yi_vl.load(folder, dtype=torch.bfloat16, quantize=scheme)
-        conversation = _text_of(model, prompt_tokens)
+        conversation = text_of(model, prompt_tokens)
         found = _log_probabilities(model, conversation)
         exact = found if exact is None else exact
-        _engine_rate(model, [conversation], 3)
+        engine_rate(model, [conversation], 3)
         ways[name] = {
-            "tokens_per_second": max(_engine_rate(model, [conversation], new_tokens) for _ in range(3)),
-            "prefill_seconds": min(_first_token(model, conversation) for _ in range(3)),
+            "tokens_per_second": max(engine_rate(model, [conversation], new_tokens) for _ in range(3)),
+            "prefill_seconds": min(first_token_seconds(model, conversation) for _ in range(3)),
             "language_model_gb": _language_bytes(model) / 1e9,
             "kl": float((exact.exp() * (exact - found)).sum(-1).mean()),
         }

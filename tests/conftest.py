@@ -93,7 +93,11 @@ def configure(
     tmp_path: Path, write_shard: Callable[..., Path], toy_language_model: Path, toy_tower: str
 ) -> Callable[..., TrainConfig]:
     """A function (overrides) -> the settings of a toy run over captions and conversations written to tmp_path."""
+    import torch
+
     from train.config import load_config
+
+    torch.set_num_threads(1)  # at this size more threads only wait for each other
 
     for number in range(2):
         write_shard(tmp_path / f"captions/{number}.tar", [caption_sample(30 * number + i) for i in range(30)])

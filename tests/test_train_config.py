@@ -34,6 +34,8 @@ NANO = ROOT / "train/configs/nano/align-224.yaml"
         ("data.form=poem", "form of source .* is 'poem'"),
         ("epochs=2", "exactly one of steps and epochs"),
         ("init_from.language_model=x", "init_from needs either"),
+        ("trainable.language=some", "trainable.language is .some.; expected true, false or lora"),
+        ("answers={shards: x.tar, count: 0}", "answers.count is 0"),
         ("trainable={vision: false, projector: false}", "trainable: nothing is"),
         ("micro_batch=0", "micro_batch is 0"),
         ("nothing", "not of the form key.sub=value"),
@@ -61,6 +63,14 @@ def test_the_command_exits_with_one_line() -> None:
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 2
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1 and "workrs" in result.stderr
+
+
+def test_adapters_need_a_checkpoint_and_a_rank() -> None:
+    assert load_config(NANO, ["trainable.language=lora"]).trainable.language == "lora"
+    with pytest.raises(ValueError, match=r"lora\.rank is 0"):
+        load_config(NANO, ["trainable.language=lora", "lora.rank=0"])
+    with pytest.raises(ValueError, match="lora adapts a checkpoint"):
+        load_config(ROOT / "train/configs/6b/align-224.yaml", ["trainable.language=lora"])
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")

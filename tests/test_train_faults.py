@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
-from rich.console import Console
+from toy_runs import losses, trainer
 
 from train import checkpoint
 from train.config import BadStepsConfig, TrainConfig
@@ -24,19 +24,6 @@ from yi_vl.model import YiVLForConditionalGeneration
 
 Configure = Callable[..., TrainConfig]
 EVERY_STEP = "checkpoint={every_steps: 1, keep_last: 3}"
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
-def trainer(config: TrainConfig) -> Trainer:
-    return Trainer(config, Console(quiet=True))
-
-
-def losses(config: TrainConfig) -> list[float]:
-    return [row["loss"] for row in read_metrics(Path(config.run_dir) / "metrics.jsonl")]
 
 
 def stop_after(run: Trainer, num_steps: int) -> None:
@@ -151,23 +138,23 @@ def test_a_signal_saves_and_leaves(
 
 
 class Poisoned(torch.nn.Module):
-    """An objective whose loss is not a number in some steps."""
+    """An objective whose loss is multiplied by something in some steps."""
 
-    def __init__(self, run: Trainer, steps: set[int]) -> None:
+    def __init__(self, run: Trainer, steps: set[int], poison: float = torch.nan) -> None:
         super().__init__()
-        self.run, self.steps, self.inside = [run], steps, run.objective
+        self.run, self.steps, self.poison, self.inside = [run], steps, poison, run.objective
 
     def forward(self, **inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         loss, per_source = self.inside(**inputs)
-        return (
-            (loss * torch.nan, per_source * torch.nan) if self.run[0].done_steps in self.steps else (loss, per_source)
-        )
+        factor = self.poison if self.run[0].done_steps in self.steps else 1.0
+        return loss * factor, per_source * factor
 
 
-def test_a_step_that_is_no_number_changes_nothing_and_is_counted(configure: Configure) -> None:
+@pytest.mark.parametrize("poison", [torch.nan, 1e25], ids=["no number", "an infinite norm"])
+def test_a_step_without_a_finite_gradient_changes_nothing_and_is_counted(configure: Configure, poison: float) -> None:
     config = configure("bad_steps.stop_after=2")
     run = trainer(config)
-    run.objective = Poisoned(run, {2, 4})
+    run.objective = Poisoned(run, {2, 4}, poison)
     real_step, changed = run.step, []
 
     def step(batch: Any) -> Any:

@@ -9,29 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 from tiny import tiny_config
+from toy_runs import losses, trainer
 
 from train.config import TrainConfig, load_config
 from train.data import num_supervised
-from train.loop import Trainer, train
+from train.loop import train
 from train.objective import Objective
 from train.optim import components, parameter_groups, schedule, set_learning_rates_
-from train.report import read_metrics
 from yi_vl.model import YiVLForConditionalGeneration
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
-def trainer(config: TrainConfig) -> Trainer:
-    return Trainer(config, Console(quiet=True))
-
-
-def losses(config: TrainConfig) -> list[float]:
-    return [row["loss"] for row in read_metrics(Path(config.run_dir) / "metrics.jsonl")]
 
 
 def weights(model: YiVLForConditionalGeneration) -> dict[str, torch.Tensor]:

@@ -8,22 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
+from toy_runs import losses, trainer
 
 import yi_vl
 from train.answers import HeldOut, read_answers
 from train.config import AnswersConfig, TrainConfig
-from train.loop import Trainer, train
+from train.loop import train
 from train.report import read_metrics
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
-def losses(config: TrainConfig) -> list[float]:
-    return [row["loss"] for row in read_metrics(Path(config.run_dir) / "metrics.jsonl")]
 
 
 def test_lora_learns_saves_little_resumes_exactly_and_loads_merged(
@@ -72,12 +63,27 @@ def test_held_out_answers_are_shown_and_change_nothing(
     assert page.count("<article>") == 3 and page.count("<img") >= 3
     assert ("a red picture" if form == "caption" else "What colour is it?") in page
 
-    held_out = HeldOut(
-        AnswersConfig(str(shards), form), shown.data, Trainer(shown, Console(quiet=True)).processor, tmp_path
-    )
+    held_out = HeldOut(AnswersConfig(str(shards), form), shown.data, trainer(shown).processor, tmp_path)
     question = held_out.questions[0]
     assert question.wanted == ("a red picture" if form == "caption" else "red")
     assert not any(segment.is_supervised for segment in question.prompt) and len(question.pictures) == 1
+
+
+def test_held_out_answers_and_pictures_reach_tensorboard(configure: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    answers = f"answers={{shards: {tmp_path}/chats/0.tar, every_steps: 2, count: 2, max_new_tokens: 4}}"
+    train(configure("steps=2", "trackers=[tensorboard]", answers))
+    (events,) = (tmp_path / "run/yi_vl").glob("events.out.tfevents.*")
+    logged = EventAccumulator(str(events)).Reload()
+    tags = logged.Tags()
+    assert {"answers/0", "answers/1"} <= set(tags["images"])
+    (event,) = logged.Tensors("answers/0/text_summary")
+    (text,) = event.tensor_proto.string_val
+    assert b"What colour is it?" in text and b"wanted: red" in text
+    assert {"loss", "loss_per_source/chats", "lr/vision", "grad_norm_per_component/language", "samples_broken"} <= set(
+        tags["scalars"]
+    )
 
 
 def test_gradient_norms_of_components_make_up_the_whole(configure: Callable[..., TrainConfig]) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from yi_vl.chat import STOP_STRING, Segment, to_text
 from yi_vl.decode import Sampling
+from yi_vl.linear import use_matrices_
 from yi_vl.model import YiVLForConditionalGeneration
 from yi_vl.predict import YiVL
 from yi_vl.processor import YiVLProcessor
@@ -80,6 +81,7 @@ class HeldOut:
             prompts = engine.prompts([processor.encode(question.prompt)], question.pictures)
             answers = engine.begin_answers(prompts, self._sampling)
             texts.append("".join(piece for (piece,) in engine.generate(prompts, answers, self._sampling)))
+        use_matrices_(model)  # what the engine makes of its linear layers is for answers only
         return texts
 
     def record(self, step: int, answers: list[str]) -> None:

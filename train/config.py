@@ -321,16 +321,24 @@ def _check(config: TrainConfig, where: str) -> None:
     )
     if trains.language == LORA:
         require(init.checkpoint is not None, "trainable.language: lora adapts a checkpoint; name it in init_from.")
-        require(config.lora.rank > 0, f"lora.rank is {config.lora.rank}; it must be positive.")
-        require(config.lora.alpha > 0, f"lora.alpha is {config.lora.alpha}; it must be positive.")
-        require(0 <= config.lora.dropout < 1, f"lora.dropout is {config.lora.dropout}; expected 0 to 1.")
+        _check_lora(config.lora, require)
     if config.answers is not None:
-        for key in ("every_steps", "count", "max_new_tokens"):
-            value = getattr(config.answers, key)
-            require(value > 0, f"answers.{key} is {value}; it must be positive.")
-        form = config.answers.form
-        require(form in (None, *FORMS), f"answers.form is {form!r}; expected one of {', '.join(FORMS)}.")
+        _check_answers(config.answers, require)
     _check_data(config.data, require)
+
+
+def _check_lora(lora: LoraConfig, require: Any) -> None:
+    require(lora.rank > 0, f"lora.rank is {lora.rank}; it must be positive.")
+    require(lora.alpha > 0, f"lora.alpha is {lora.alpha}; it must be positive.")
+    require(0 <= lora.dropout < 1, f"lora.dropout is {lora.dropout}; expected 0 to 1.")
+
+
+def _check_answers(answers: AnswersConfig, require: Any) -> None:
+    for key in ("every_steps", "count", "max_new_tokens"):
+        value = getattr(answers, key)
+        require(value > 0, f"answers.{key} is {value}; it must be positive.")
+    form = answers.form
+    require(form in (None, *FORMS), f"answers.form is {form!r}; expected one of {', '.join(FORMS)}.")
 
 
 def _check_data(data: DataConfig, require: Any) -> None:

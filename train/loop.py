@@ -182,7 +182,7 @@ class Trainer:
             per_source += losses
         clip = self.config.clip_norm
         norm = accelerator.clip_grad_norm_(self.objective.parameters(), clip if clip is not None else math.inf)
-        if self._is_logged(self.done_steps + 1):
+        if self._is_logged(self.done_steps + 1) and math.isfinite(norm):
             clipped_to = 1.0 if clip is None else min(1.0, clip / (float(norm) + 1e-6))
             norms = gradient_norms(self.optimiser)
             self.log.component_norms = {name: found / clipped_to for name, found in norms.items()}
