@@ -80,8 +80,10 @@ class Trainer:
         is_main = self.accelerator.is_main_process
         state = checkpoint.load_state(found, lazily=not is_main) if found is not None else None
         self.done_steps: int = state["step"] if state is not None else 0
-        is_whole = found is not None and not wants_adapters(config)
-        self.model, self.processor = checkpoint.load_model(found) if is_whole else initial_model(config)
+        if found is None or wants_adapters(config):
+            self.model, self.processor = initial_model(config)
+        else:
+            self.model, self.processor = checkpoint.load_model(found)
         self.saved = add_adapters_(self.model, config, found) if wants_adapters(config) else self.model
         set_trainable_(self.model, config)
         if config.activation_checkpointing:
