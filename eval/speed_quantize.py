@@ -1,7 +1,7 @@
 """What int8 and int4 give and cost beside bfloat16: `python -m eval speed quantize | load`.
 
-All three are read from the same checkpoint, one after the other. Called by speed.py; calls speed_engine.py,
-random_models.py, full_size.py and yi_vl.
+All three are read from the same checkpoint; two of them are in memory at a time. Called by speed.py; calls
+speed_engine.py, random_models.py, full_size.py and yi_vl.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from .full_size import peak_bytes
 from .random_models import Preset, make
 from .speed_engine import engine_rate, first_token_seconds, text_of
 
+_NUM_ROUNDS = 5
 _WAYS: dict[str, Scheme | None] = {"bf16": None, **{scheme: scheme for scheme in SCHEMES}}
 
 
@@ -46,27 +47,43 @@ def compare_quantize(folder: Path, prompt_tokens: int, new_tokens: int) -> dict[
     Raises:
         ValueError: a scheme cannot work on this machine.
     """
-    ways: dict[str, dict[str, float]] = {}
-    exact: Tensor | None = None
-    for name, scheme in _WAYS.items():
+    original = yi_vl.load(folder, dtype=torch.bfloat16)
+    conversation = text_of(original, prompt_tokens)
+    exact = _log_probabilities(original, conversation)
+    engine_rate(original, [conversation], 3)
+    ways: dict[str, dict[str, float]] = {"bf16": {}}
+    for scheme in SCHEMES:
         model = yi_vl.load(folder, dtype=torch.bfloat16, quantize=scheme)
-        conversation = text_of(model, prompt_tokens)
         found = _log_probabilities(model, conversation)
-        exact = found if exact is None else exact
         engine_rate(model, [conversation], 3)
-        ways[name] = {
-            "tokens_per_second": max(engine_rate(model, [conversation], new_tokens) for _ in range(3)),
-            "prefill_seconds": min(first_token_seconds(model, conversation) for _ in range(3)),
-            "language_model_gb": _language_bytes(model) / 1e9,
-            "kl": float((exact.exp() * (exact - found)).sum(-1).mean()),
-        }
+        rounds = [  # in turns, as another process may slow any of them
+            [
+                (engine_rate(m, [conversation], new_tokens), first_token_seconds(m, conversation))
+                for m in (original, model)
+            ]
+            for _ in range(_NUM_ROUNDS)
+        ]
+        theirs, ours = (
+            {
+                "tokens_per_second": max(rate for rate, _ in measured),
+                "prefill_seconds": min(seconds for _, seconds in measured),
+                "language_model_gb": _language_bytes(m) / 1e9,
+            }
+            for m, measured in zip((original, model), zip(*rounds, strict=True), strict=True)
+        )
+        ways["bf16"] = ways["bf16"] or theirs | {"kl": 0.0, **_times(theirs, theirs)}
+        ways[scheme] = ours | {"kl": float((exact.exp() * (exact - found)).sum(-1).mean()), **_times(ours, theirs)}
         del model
-    base = ways["bf16"]
-    for way in ways.values():
-        way["times_as_fast"] = way["tokens_per_second"] / base["tokens_per_second"]
-        way["times_as_slow_to_read"] = way["prefill_seconds"] / base["prefill_seconds"]
-        way["of_the_memory"] = way["language_model_gb"] / base["language_model_gb"]
     return {"what": f"{new_tokens} new tokens after {prompt_tokens}", "ways": ways}
+
+
+def _times(ours: dict[str, float], theirs: dict[str, float]) -> dict[str, float]:
+    """Each beside bfloat16 as it was in the same minutes."""
+    return {
+        "times_as_fast": ours["tokens_per_second"] / theirs["tokens_per_second"],
+        "times_as_slow_to_read": ours["prefill_seconds"] / theirs["prefill_seconds"],
+        "of_the_memory": ours["language_model_gb"] / theirs["language_model_gb"],
+    }
 
 
 def compare_load(folder: Path) -> dict[str, Any]:
