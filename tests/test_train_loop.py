@@ -12,11 +12,13 @@ import torch
 from tiny import tiny_config
 from toy_runs import losses, trainer
 
+from train import objective
 from train.config import TrainConfig, load_config
 from train.data import num_supervised
 from train.loop import train
 from train.objective import Objective
 from train.optim import components, parameter_groups, schedule, set_learning_rates_
+from train.packing import Packing
 from yi_vl.model import YiVLForConditionalGeneration
 
 
@@ -105,8 +107,13 @@ def test_accumulation_is_one_big_batch(configure: Callable[..., TrainConfig]) ->
             torch.testing.assert_close(gradient, steps[0][2][name], rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_the_objective_is_the_models_own_loss(configure: Callable[..., TrainConfig]) -> None:
-    """Packed, its prefix run once, as on a CPU, or padded, as elsewhere: the same, gradients too."""
+def test_the_objective_is_the_models_own_loss(
+    configure: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Packed with its prefix run once, as on a CPU, packed with flash-attn, and padded: the same, gradients too.
+
+    In flash-attn's place the mask that transformers makes of the same positions.
+    """
     run = trainer(configure("data.sources.0.weight=0.001"))
     micro = next(iter(run.loader)).micros[-1]
     inputs = run._inputs(micro)
@@ -122,11 +129,14 @@ def test_the_objective_is_the_models_own_loss(configure: Callable[..., TrainConf
         num_items_in_batch=torch.tensor(1),
     ).loss
     expected = gradients_of(usual, own)
-    for model, prefix in ((run.model, micro.prefix), (run.model, 0), (usual, 0)):
-        loss, per_source = Objective(model, 2)(**inputs | {"prefix": prefix})
+    on_cpu, padded = Objective(run.model, 2), Objective(usual, 2)
+    monkeypatch.setitem(objective._PACKINGS, "eager", Packing)
+    ways = [(on_cpu, micro.prefix), (on_cpu, 0), (padded, 0), (Objective(usual, 2), micro.prefix)]
+    for way, prefix in ways:
+        loss, per_source = way(**inputs | {"prefix": prefix})
         torch.testing.assert_close(loss, own)
         torch.testing.assert_close(per_source.sum(0), torch.stack([own, torch.tensor(num_supervised(micro.labels))]))
-        gradients = gradients_of(model, loss)
+        gradients = gradients_of(way.model, loss)
         assert gradients.keys() <= expected.keys()  # the trainer asks for none where none comes
         for name, gradient in gradients.items():
             torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-5, msg=name)

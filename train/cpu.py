@@ -9,8 +9,8 @@ oneDNN writes a kernel for every shape of matrix product that it meets, and no t
 are rounded up to few different ones. Without that, a step of nano's language model takes half as long again.
 
 B rows, p prefix tokens, R tokens of a group of rows, M of its longest (rounded up), H query heads, K key heads,
-L queries, S keys, d head width, Dv tower width. Called by loop.py and objective.py; transformers' Llama and open_clip's
-tower then call what is here.
+L queries, S keys, d head width, Dv tower width. Called by loop.py and objective.py; calls packing.py; transformers'
+Llama and open_clip's tower then call what is here.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from transformers import AttentionInterface
 
 from yi_vl.model import YiVLForConditionalGeneration
 from yi_vl.vision import SelfAttention
+
+from .packing import Packing
 
 PACKED = "yi_vl_packed"
 _GROUP_ROWS = 8  # rows come sorted by length
@@ -70,33 +72,30 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Packing:
-    """Where each token of a padded micro-batch lies in the one sequence."""
+class GroupedPacking(Packing):
+    """A packing whose rows attend in groups, after the prefix that they share."""
 
     prefix: int
-    tokens: Tensor  # (T - num_pads,) indices into (B*S,)
-    num_pads: int  # tokens at the end that nothing looks at
-    positions: Tensor  # (1, T)
     groups: list[Group]
 
     @classmethod
-    def of(cls, attention_mask: Tensor, prefix: int) -> Packing:
-        """That of rows padded on the right, (B, S), whose first `prefix` tokens are the same."""
+    def of(cls, attention_mask: Tensor, prefix: int) -> GroupedPacking:
+        """That of rows padded on the right, (B, S), whose first `prefix` tokens are the same and run once."""
         rows, columns = attention_mask[:, prefix:].nonzero().unbind(1)  # (R,) each
         shared = torch.arange(prefix, device=rows.device)
         positions = torch.cat([shared, columns + prefix])
         num_pads = round_up(len(positions), _ALL_TOKENS) - len(positions)
         return cls(
-            prefix=prefix,
             tokens=torch.cat([shared, rows * attention_mask.shape[1] + columns + prefix]),
-            num_pads=num_pads,
             positions=F.pad(positions, (0, num_pads)).unsqueeze(0),
+            num_pads=num_pads,
+            prefix=prefix,
             groups=[Group.of(lengths) for lengths in (attention_mask.sum(1) - prefix).split(_GROUP_ROWS)],
         )
 
-    def take(self, padded: Tensor, pad: int) -> Tensor:
-        """(B, S) -> (1, T), with `pad` for the tokens that nothing looks at"""
-        return F.pad(padded.reshape(-1)[self.tokens], (0, self.num_pads), value=pad).unsqueeze(0)
+    def inputs(self, input_ids: Tensor) -> dict[str, Any]:
+        """And `packed_attention`'s."""
+        return super().inputs(input_ids) | {"packing": self}
 
 
 def round_up(number: int, multiple: int) -> int:
@@ -145,7 +144,7 @@ def packed_attention(
     value: Tensor,
     attention_mask: None,
     scaling: float,
-    packing: Packing,
+    packing: GroupedPacking,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """(1, H, T, d), (1, K, T, d), (1, K, T, d) -> (1, T, H, d); a row attends to the prefix and to itself, causally."""

@@ -30,6 +30,7 @@ from .guard import GradientGuard
 from .initial import initial_model
 from .objective import Objective
 from .optim import build_optimiser, gradient_norms, learning_rates, set_learning_rates_, set_trainable_
+from .packing import use_varlen_attention_
 from .parallel import build_accelerator, gather_optimiser, gather_weights, is_sharded, load_optimiser_, ranks_line
 from .report import Reporter, component_table, draw_loss_curve
 from .signals import StopSignals
@@ -91,6 +92,8 @@ class Trainer:
         if self.accelerator.device.type == "cpu":
             keep_memory()
             use_short_attention_(self.model)
+        else:
+            use_varlen_attention_(self.model.model.language_model, config.precision)
         if is_main:
             console.print(component_table(self.model, config))
         if found is not None:
@@ -219,7 +222,7 @@ class Trainer:
         language = self.model.model.language_model
         attention = language.config._attn_implementation
         self.model.eval()
-        language.set_attn_implementation("sdpa")  # a CPU's packed one takes whole micro-batches only
+        language.set_attn_implementation("sdpa")  # the packed ones take whole micro-batches only
         with self.accelerator.autocast():
             answers = held_out.ask(self.model, self.processor)
         language.set_attn_implementation(attention)

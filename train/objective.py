@@ -1,10 +1,12 @@
 """The loss of a micro-batch: cross entropy summed over its supervised tokens.
 
 B samples, S tokens, T tokens when packed, N images, D language width, K supervised tokens, V vocabulary.
-Called by loop.py; calls cpu.py and yi_vl's model.
+Called by loop.py; calls packing.py, cpu.py and yi_vl's model.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +14,12 @@ from torch.nn import functional as F
 
 from yi_vl.model import YiVLForConditionalGeneration
 
-from .cpu import PACKED, Packing, round_up
+from .cpu import PACKED, GroupedPacking, round_up
 from .data import IGNORE
+from .packing import VARLEN, Packing
 
-_WANTED_TOKENS = 64  # K is rounded up to a multiple of this on a CPU; see cpu.py
+_CPU_TOKENS = 64  # K is rounded up to a multiple of this on a CPU; see cpu.py
+_PACKINGS = {PACKED: GroupedPacking, VARLEN: Packing}  # by how the language model attends; else rows stay padded
 
 
 class Objective(nn.Module):
@@ -27,7 +31,9 @@ class Objective(nn.Module):
         self._num_sources = num_sources
         present = {type(module).__name__ for module in model.modules()}
         self._no_split_modules = [name for name in model._no_split_modules if name in present]  # what FSDP spreads by
-        self._packs = model.model.language_model.config._attn_implementation == PACKED
+        attention = model.model.language_model.config._attn_implementation
+        self._packing = _PACKINGS.get(attention)
+        self._multiple = _CPU_TOKENS if attention == PACKED else 1
 
     def forward(
         self,
@@ -41,19 +47,18 @@ class Objective(nn.Module):
         """The summed loss, and detached (num_sources, 2): each source's summed loss and supervised tokens.
 
         Rows are padded on the right, so causal attention alone keeps padding out and no mask is needed. Packed, there
-        is no padding, and the `prefix` that all rows share runs once: it depends on nothing that differs between them.
+        is no padding; on a CPU the `prefix` that all rows share runs once, as nothing in it differs between them.
         """
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE)  # (B, S): what each token is to predict
         rows = sources.unsqueeze(1).expand_as(targets)
-        if self._packs:
-            packing = Packing.of(attention_mask, prefix)
-            inputs = {"input_ids": packing.take(input_ids, 0), "position_ids": packing.positions, "packing": packing}
+        inputs: dict[str, Any] = {"input_ids": input_ids}
+        if self._packing is not None:
+            packing = self._packing.of(attention_mask, prefix)
+            inputs = packing.inputs(input_ids)
             targets, rows = packing.take(targets, IGNORE), packing.take(rows, 0)  # (1, T)
-        else:
-            inputs = {"input_ids": input_ids}
         hidden = self.model.model(pixel_values=pixel_values, use_cache=False, **inputs).last_hidden_state  # (1, T, D)
         wanted = (targets != IGNORE).flatten().nonzero().squeeze(1)  # (K,)
-        num_pads = round_up(len(wanted), _WANTED_TOKENS) - len(wanted) if self._packs else 0
+        num_pads = round_up(len(wanted), self._multiple) - len(wanted)
         hidden = hidden.flatten(0, 1).index_select(0, F.pad(wanted, (0, num_pads)))  # (K, D)
         logits = self.model.lm_head(hidden)[: len(wanted)]  # (K, V)
         losses = F.cross_entropy(logits.float(), targets.flatten()[wanted], reduction="none")  # (K,)
