@@ -19,7 +19,10 @@ from .data import IGNORE
 from .packing import VARLEN, Packing
 
 _CPU_TOKENS = 64  # K is rounded up to a multiple of this on a CPU; see cpu.py
-_PACKINGS = {PACKED: GroupedPacking, VARLEN: Packing}  # by how the language model attends; else rows stay padded
+_PACKINGS: dict[str, type[Packing]] = {
+    PACKED: GroupedPacking,
+    VARLEN: Packing,
+}  # by how the language model attends; else rows stay padded
 
 
 class Objective(nn.Module):

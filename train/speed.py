@@ -30,7 +30,7 @@ Out = Annotated[Path | None, typer.Option(help="Where the shards are kept for th
 @app.command()
 def data(
     out: Out = None,
-    num_samples: Annotated[int, typer.Option("--samples", min=16, help="How many each way reads.")] = 192,
+    num_samples: Annotated[int, typer.Option("--samples", min=16, help="How many each way reads.")] = 64,
     as_json: AsJson = False,
 ) -> None:
     """Pictures and samples per second of one core, from shards of megapixel photographs."""

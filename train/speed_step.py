@@ -58,7 +58,7 @@ _MOST_WORDS = 200
 _RATE_ROWS = 2048
 # Samples of a step, and at once. One micro-batch in nano's step: the batch norm of its stem tells which samples are in
 # one, and the trainer sorts them.
-BATCHES: dict[Size, tuple[int, int]] = {"nano": (16, 16), "300m": (8, 2)}
+BATCHES: dict[Size, tuple[int, int]] = {"nano": (16, 16), "300m": (8, 8)}
 
 Step = Callable[[Sequence[Sample]], float]  # the mean loss of a supervised token, before the step
 
