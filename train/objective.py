@@ -19,10 +19,8 @@ from .data import IGNORE
 from .packing import VARLEN, Packing
 
 _CPU_TOKENS = 64  # K is rounded up to a multiple of this on a CPU; see cpu.py
-_PACKINGS: dict[str, type[Packing]] = {
-    PACKED: GroupedPacking,
-    VARLEN: Packing,
-}  # by how the language model attends; else rows stay padded
+# By how the language model attends; with any other attention rows stay padded.
+_PACKINGS: dict[str, type[Packing]] = {PACKED: GroupedPacking, VARLEN: Packing}
 
 
 class Objective(nn.Module):
