@@ -38,7 +38,7 @@ from train.costs import (
     tower_block_bytes,
 )
 from train.objective import Objective
-from train.optim import build_optimiser, set_trainable_
+from train.optim import build_optimiser, keep_frozen_low_, set_trainable_
 from train.plan import USABLE, Hardware, Plan, app, make_plan, verdict
 from yi_vl.config import OpenClipVisionConfig, YiVLConfig, preset
 from yi_vl.model import YiVLForConditionalGeneration
@@ -64,7 +64,7 @@ COMBINATIONS = [TrainableConfig(*trains) for trains in product([True, False], re
 
 
 def objective(trains: TrainableConfig, dtype: torch.dtype = torch.float32, is_checkpointed: bool = False) -> Objective:
-    model = YiVLForConditionalGeneration(MODEL)
+    model = YiVLForConditionalGeneration(MODEL).to(torch.bfloat16).float()  # as released weights are
     set_trainable_(model, TrainConfig(trainable=trains, activation_checkpointing=is_checkpointed))
     if is_checkpointed:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -118,11 +118,23 @@ def test_ddp_holds_gradients_twice(tmp_path: Path) -> None:
     assert buckets == pytest.approx(num_bytes, rel=0.01) and gradients == pytest.approx(num_bytes, rel=0.01)
 
 
+@pytest.mark.parametrize("trains", COMBINATIONS, ids=str)
+def test_frozen_matrices_take_two_bytes(trains: TrainableConfig) -> None:
+    step = objective(trains)
+    keep_frozen_low_(step.model, "bf16")
+    counted = count_parameters(MODEL, TrainConfig(trainable=trains, precision="bf16"))
+    for strategy in strategies("bf16")[:2]:
+        memory = step_memory(MODEL, counted, trains, strategy, 1, NUM_ROWS, ROW, is_checkpointed=True)
+        gathered = counted.outside_units + 2 * counted.largest_unit if strategy.is_sharded else counted.cast_trained
+        assert memory.weights - 2 * gathered == sum(parameter.nbytes for parameter in step.parameters())
+
+
 @pytest.mark.parametrize("trains", [ALL, TOWER_AND_PROJECTOR, TrainableConfig(vision=False)], ids=str)
 @pytest.mark.parametrize("is_autocast", [True, False])
 def test_activations_are_what_a_forward_pass_leaves(trains: TrainableConfig, is_autocast: bool) -> None:
     """Within 1%: fp32 weights under autocast, whose copies are kept as well, and bf16 weights."""
     step, inputs = objective(trains, torch.float32 if is_autocast else torch.bfloat16), batch()
+    keep_frozen_low_(step.model, "bf16")
 
     def forward() -> Any:
         with torch.autocast("cpu", torch.bfloat16) if is_autocast else nullcontext():
@@ -263,7 +275,7 @@ def test_hours_follow_from_operations(chat_6b: Plan) -> None:
     [
         (("none.yaml",), "none.yaml: there is no such config file"),
         (("gpus=3",), "name at least one config file"),
-        (("train/configs/nano/signs.yaml",), "runs/nano/start is not there yet"),
+        (("train/configs/nano/signs.yaml", "init_from.checkpoint=no/such", "--gpus", "1"), "no/such is not there yet"),
         (("train/configs/6b/chat-448.yaml", "--gpus", "100"), "global_batch 256 does not divide by 100 GPUs"),
         (("train/configs/6b/chat-448.yaml", "--model", "7b"), "7b"),
         (("train/configs/6b/chat-448.yaml", "max_tokens=1100"), "exceed max_tokens 1100"),

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tiny import tiny_config
+from torch import nn
 from toy_runs import losses, trainer
 
-from train import objective
+from train import loop, objective
 from train.config import TrainConfig, load_config
 from train.data import num_supervised
 from train.loop import train
@@ -140,6 +142,40 @@ def test_the_objective_is_the_models_own_loss(
         assert gradients.keys() <= expected.keys()  # the trainer asks for none where none comes
         for name, gradient in gradients.items():
             torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("language", ["false", "lora"])
+def test_frozen_matrices_take_half_the_memory_and_nothing_changes(
+    configure: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, language: str
+) -> None:
+    """A model as it is released, in bf16; one matrix is finer than that, and stays as it is."""
+    released = trainer(configure("precision=bf16"))
+    released.model.to(torch.bfloat16).float()
+    released.model.model.language_model.layers[0].mlp.down_proj.weight.data += 1e-4
+    released.save(tmp_path / "released", with_state=False)
+    start_from = f"init_from={{checkpoint: {tmp_path}/released, tower: null, language_model: null}}"
+    settings = (start_from, f"trainable.language={language}", "precision=bf16")
+
+    whole, runs = [], []
+    for keeps_low in (False, True):
+        with monkeypatch.context() as patch:
+            if not keeps_low:
+                patch.setattr(loop, "keep_frozen_low_", lambda *_: None)
+            runs.append(trainer(configure(*settings, f"run_dir={tmp_path}/{keeps_low}")))
+        torch.manual_seed(0)
+        whole.append(list(map(runs[-1].step, islice(runs[-1].loader, 3))))
+    for (losses_high, norm_high), (losses_low, norm_low) in zip(*whole, strict=True):
+        assert torch.equal(losses_high, losses_low) and norm_high == norm_low
+    high, low = (dict(run.model.named_parameters()) for run in runs)
+    assert all(torch.equal(low[name].float(), parameter) for name, parameter in high.items())
+    narrow = {name for name, parameter in low.items() if parameter.dtype == torch.bfloat16}
+    frozen = {
+        f"{name}.weight"
+        for name, module in runs[0].model.named_modules()
+        if isinstance(module, nn.Linear) and not module.weight.requires_grad
+    }
+    (fine,) = (name for name in frozen if "layers.0.mlp.down_proj" in name)
+    assert narrow == frozen - {fine} and any("lm_head" in name for name in narrow)
 
 
 @pytest.mark.parametrize("frozen", ["none", "language", "vision"])

@@ -30,9 +30,10 @@ Configure = Callable[..., TrainConfig]
 
 @pytest.fixture
 def configure_saved(configure: Configure, tmp_path: Path) -> Configure:
-    """As `configure`, from a saved model: other processes do not know the toy tower."""
+    """As `configure`, from a saved model, as released ones in bf16: other processes do not know the toy tower."""
     torch.set_num_threads(1)
     run = Trainer(configure(), Console(quiet=True))
+    run.model.to(torch.bfloat16).float()
     run.save(tmp_path / "start", with_state=False)
     start_from = f"init_from={{checkpoint: {tmp_path}/start, tower: null, language_model: null}}"
     return lambda *overrides: configure(start_from, "log_samples=true", *overrides)

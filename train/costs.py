@@ -33,6 +33,7 @@ class Parameters:
     trained: dict[str, int]
     cast_trained: int  # in matrices of which autocast keeps a copy for the backward pass
     cast_frozen: int  # likewise, for the gradient that is passed on
+    kept_low: int  # in frozen matrices that are held in the product's dtype, and need no copy
     largest_unit: int  # of the layers that FSDP and ZeRO-3 gather one by one
     largest_trained_unit: int
     outside_units: int  # tables, head, projector: gathered throughout
@@ -103,7 +104,10 @@ def strategies(precision: str) -> tuple[Strategy, ...]:
 
 
 def count_parameters(model_config: YiVLConfig, config: TrainConfig) -> Parameters:
-    """Counted on a model without weights, frozen as the trainer freezes it."""
+    """Counted on a model without weights, frozen as the trainer freezes it.
+
+    Frozen matrices are taken to hold nothing finer than bf16, as the released ones do: see `keep_frozen_low_`.
+    """
     with torch.device("meta"):
         model = YiVLForConditionalGeneration(model_config)
     if wants_adapters(config):
@@ -114,12 +118,18 @@ def count_parameters(model_config: YiVLConfig, config: TrainConfig) -> Parameter
     not_cast |= {id(p) for name, p in model.named_parameters() if name.endswith(("embed_tokens.weight", "_embedding"))}
     not_cast -= {id(head)}  # a tied table
 
+    linears = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
+    linears -= {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     total, trained = {}, {}
-    cast_trained = cast_frozen = 0
+    cast_trained = cast_frozen = kept_low = 0
     for name, own in own_parameters(model).items():
         total[name] = _count(own)
         matrices = [parameter for parameter in own if parameter.ndim == 2 and id(parameter) not in not_cast]
         cast_trained += _count(parameter for parameter in matrices if parameter.requires_grad)
+        if config.precision == "bf16":
+            low = [parameter for parameter in own if id(parameter) in linears and not parameter.requires_grad]
+            kept_low += _count(low)
+            matrices = [parameter for parameter in matrices if all(parameter is not other for other in low)]
         if any(trained.values()):  # something before it learns, by the gradient that this passes on
             cast_frozen += _count(parameter for parameter in matrices if not parameter.requires_grad)
         trained[name] = _count(parameter for parameter in own if parameter.requires_grad)
@@ -129,7 +139,7 @@ def count_parameters(model_config: YiVLConfig, config: TrainConfig) -> Parameter
     sizes = [_count(unit) for unit in units]
     sizes_trained = [size for size, unit in zip(sizes, units) if unit[0].requires_grad]
     return Parameters(
-        total, trained, cast_trained, cast_frozen, max(sizes), max(sizes_trained, default=0),
+        total, trained, cast_trained, cast_frozen, kept_low, max(sizes), max(sizes_trained, default=0),
         outside_units=sum(total.values()) - sum(sizes),
     )  # fmt: skip
 
@@ -140,15 +150,16 @@ def step_memory(
 ) -> Memory:  # fmt: skip
     """What a GPU holds in a step.
 
-    Besides its share of the weights: under DDP autocast's copies of the matrices, kept for the backward pass (a frozen
-    one only as long as its layer runs when activations are checkpointed, a trained one until the forward pass ends);
-    when sharded, the gathered weights of two layers, the next being fetched, and of what lies outside layers, and
-    likewise two layers' gradients.
+    Besides its share of the weights: under DDP autocast's copies of matrices in fp32, kept for the backward pass (a
+    frozen one only as long as its layer runs when activations are checkpointed, a trained one until the forward pass
+    ends); when sharded, the gathered weights of two layers, the next being fetched, and of what lies outside layers,
+    and likewise two layers' gradients.
     """
     total, trained = sum(parameters.total.values()), sum(parameters.trained.values())
     low = strategy.elements.product
     share = num_gpus if strategy.is_sharded else 1
     weights, gradients = strategy.weight * total / share, strategy.gradient * trained / share
+    weights -= (strategy.weight - low) * parameters.kept_low / share
     if strategy.is_sharded:
         weights += low * (parameters.outside_units + 2 * parameters.largest_unit)
         gradients += low * 2 * parameters.largest_trained_unit

@@ -29,7 +29,14 @@ from .data import MicroBatch, StepBatch, StepLoader, num_supervised
 from .guard import GradientGuard
 from .initial import initial_model
 from .objective import Objective
-from .optim import build_optimiser, gradient_norms, learning_rates, set_learning_rates_, set_trainable_
+from .optim import (
+    build_optimiser,
+    gradient_norms,
+    keep_frozen_low_,
+    learning_rates,
+    set_learning_rates_,
+    set_trainable_,
+)
 from .packing import use_varlen_attention_
 from .parallel import build_accelerator, gather_optimiser, gather_weights, is_sharded, load_optimiser_, ranks_line
 from .report import Reporter, component_table, draw_loss_curve
@@ -87,6 +94,7 @@ class Trainer:
             self.model, self.processor = checkpoint.load_model(found)
         self.saved = add_adapters_(self.model, config, found) if wants_adapters(config) else self.model
         set_trainable_(self.model, config)
+        keep_frozen_low_(self.model, config.precision)
         if config.activation_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         if self.accelerator.device.type == "cpu":

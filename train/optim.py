@@ -16,6 +16,7 @@ from yi_vl.model import YiVLForConditionalGeneration
 
 from .config import TrainConfig
 
+LOW_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # by precision: what products are computed in
 COMPONENTS = ("vision", "projector", "language")
 
 
@@ -64,6 +65,23 @@ def set_trainable_(model: YiVLForConditionalGeneration, config: TrainConfig) -> 
     tower = model.model.vision_tower
     for never_run in tower.visual.never_run(tower.config.feature_layer):
         never_run.requires_grad_(False)  # stored only; with a gradient asked for, distributed training waits for it
+
+
+def keep_frozen_low_(model: YiVLForConditionalGeneration, precision: str) -> None:
+    """Keep the matrices of frozen linear layers in the dtype that autocast multiplies them in, at half the memory.
+
+    Only those whose values it holds exactly, as it does those of a model that was released in it: so nothing of a step
+    changes, nor of what is saved. A table of embeddings stays in float32, for it makes the residual stream.
+    """
+    dtype = LOW_DTYPES.get(precision)
+    if dtype is None:
+        return
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and not module.weight.requires_grad and id(module.weight) not in tables:
+            low = module.weight.to(dtype)
+            if torch.equal(low.to(module.weight.dtype), module.weight):
+                module.weight.data = low
 
 
 def is_adapter(parameter_name: str) -> bool:

@@ -1,7 +1,7 @@
 """One process or many: what accelerate is asked for, and whole weights and optimiser states where they are spread.
 
 Checkpoints hold everything whole and by name, so that a run may go on with other ranks, or spread in another way.
-Called by loop.py; calls accelerate and torch's distributed checkpoints.
+Called by loop.py; calls optim.py, accelerate and torch's distributed checkpoints.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
 from .config import TrainConfig
+from .optim import LOW_DTYPES
 
 _ACCELERATE_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _KNOWN = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, DistributedType.FSDP)
 
 
@@ -47,7 +47,7 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
     if is_sharded(accelerator):
         # accelerate's own would round the loss, and the sum of all ranks' gradients, to 16 bits
         accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
-            param_dtype=_DTYPES.get(config.precision), reduce_dtype=torch.float32
+            param_dtype=LOW_DTYPES.get(config.precision), reduce_dtype=torch.float32
         )
     return accelerator
 

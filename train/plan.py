@@ -199,7 +199,8 @@ def assumptions(plans: Sequence[Plan], hardware: Hardware, caption_tokens: int, 
     """What the numbers rest on."""
     lines = [
         f"Assumed: one image and {caption_tokens} tokens of text in a caption, {chat_tokens} in a chat; "
-        f"{hardware.utilisation:.0%} of {hardware.tflops:g} TFLOP/s; {1 - USABLE:.0%} of the memory kept free.",
+        f"{hardware.utilisation:.0%} of {hardware.tflops:g} TFLOP/s; {1 - USABLE:.0%} of the memory kept free; "
+        "what is frozen was released in bf16.",
         "`to N` fits as long as the longest row of a micro-batch has at most N tokens.",
     ]
     if (name := _released(plans)) is not None:

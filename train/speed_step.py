@@ -91,7 +91,7 @@ def make_checkpoint(folder: Path, size: Size) -> Path:
     processor.image_processor.size_px = config.vision_config.image_size
     config.image_token_id = processor.image_token_id
     torch.manual_seed(0)
-    YiVLForConditionalGeneration(config).save_pretrained(folder / size)
+    YiVLForConditionalGeneration(config).to(torch.bfloat16).save_pretrained(folder / size)  # as models are released
     processor.save_pretrained(folder / size)
     return folder / size
 
