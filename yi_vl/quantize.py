@@ -1,21 +1,23 @@
 """int8 and int4 for the language model's linear layers; tower, projector and embeddings stay as they are.
 
-On a CPU the layers here run torch's own packed kernels. torchao, the library to reach for, was measured first (0.18,
+On a CPU the layers here run kernels that come with torch. torchao, the library to reach for, was measured first (0.18,
 one 11008 x 4096 product on one core of a Xeon with AMX; how many times as fast as bfloat16):
 
-| rows | int8: torchao | torch's kernel | dequantised | int4: torch's kernel | dequantised | bitsandbytes nf4 |
-|-----:|--------------:|---------------:|------------:|---------------------:|------------:|-----------------:|
-|    1 |          0.15 |           1.89 |        0.39 |                 2.81 |        0.13 |             2.70 |
-|    8 |          0.19 |           0.87 |        0.45 |                 1.00 |        0.18 |             0.94 |
-|   64 |          0.24 |           0.16 |        0.53 |                 0.18 |        0.21 |             0.17 |
-| 1024 |          0.64 |           0.07 |        0.73 |                 0.08 |        0.68 |             0.08 |
+| rows | int8: torchao | FBGEMM | torch's kernel | dequantised | int4: torch's kernel | dequantised | bitsandbytes nf4 |
+|-----:|--------------:|-------:|---------------:|------------:|---------------------:|------------:|-----------------:|
+|    1 |          0.15 |   1.71 |           1.44 |        0.39 |                 2.81 |        0.13 |             2.70 |
+|    8 |          0.19 |   1.37 |           0.75 |        0.45 |                 1.00 |        0.18 |             0.94 |
+|   64 |          0.24 |   0.87 |           0.16 |        0.53 |                 0.18 |        0.21 |             0.17 |
+| 1024 |          0.64 |   0.45 |           0.07 |        0.73 |                 0.08 |        0.68 |             0.08 |
 
 torchao converts the whole int8 matrix for every token unless it is compiled, and has int4 for CPUs only as a prototype
-around the same kernel; bitsandbytes needs AVX512-BF16, and another kernel from the hub to read prompts. auto-round-lib
-is as fast for a token and faster for many rows, but rounds activations as well, and its packed form cannot be moved to
-another processor. oneDNN's product of int8 with int8 is up to 1.9 times as fast alone, but x has to become int8 first,
-and those ten small operations, each a miss in every cache after megabytes of weights, take back what it gains. So:
-torch's kernels for few rows; for many, the matrix is made again piece by piece.
+around the same kernel; bitsandbytes needs AVX512-BF16, and another kernel from the hub to read prompts. auto-round's
+packed form cannot be moved to another processor. oneDNN's product of int8 with int8 is as quick as FBGEMM's, but leaves
+the rounding of x to some ten small operations, each a miss in every cache after megabytes of weights.
+
+So int8 is FBGEMM's (on two cores, in a whole model, it says 1.6 words where torch's kernel says 1.1), which rounds x as
+it goes. It is the engine of torch's own quantised tensors, which torch means to drop: without it, or on a processor
+that it is not exact on, torch's kernel for few rows, and for many the matrix made again piece by piece, as in int4.
 
 On an NVIDIA GPU torchao is the library, through transformers' `TorchAoConfig`. Weights are quantised one tensor at a
 time as transformers loads them, so that the whole model is never in memory unquantised.
@@ -26,6 +28,7 @@ transformers, whose `from_pretrained` and `save_pretrained` call the rest.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from functools import cache
 from typing import Any, Literal
@@ -103,103 +106,161 @@ def _torchao_config(scheme: str) -> TorchAoConfig:
     return TorchAoConfig(how, modules_to_not_convert=_KEPT)
 
 
-class Int8Linear(nn.Module):
-    """y = x W^T with W = `weight` (N, K) int8 times `weight_scale` (N,), one for each row."""
+class PackedLinear(nn.Module):
+    """What both schemes share: `weight` and `weight_scale`, in memory as this processor's kernel wants them.
 
-    few_rows = 12  # up to so many, torch's kernel is the faster way
+    A state dict holds them as `quantized` makes them, the same on every processor.
+    """
 
-    def __init__(self, like: nn.Linear, config: PackedConfig) -> None:
+    weight_dtype: torch.dtype
+
+    def __init__(self, like: nn.Linear, weight_shape: tuple[int, ...], scale_shape: tuple[int, ...]) -> None:
         super().__init__()
-        self.in_features, self.out_features = like.in_features, like.out_features
-        self.bias = like.bias
-        device = like.weight.device
-        self.register_buffer("weight", torch.empty(like.weight.shape, dtype=torch.int8, device=device))
-        self.register_buffer("weight_scale", torch.empty(self.out_features, dtype=like.weight.dtype, device=device))
+        self.in_features, self.out_features, self.bias = like.in_features, like.out_features, like.bias
+        self.dtype, device = like.weight.dtype, like.weight.device
+        self.register_buffer("weight", torch.empty(weight_shape, dtype=self.weight_dtype, device=device))
+        self.register_buffer("weight_scale", torch.empty(scale_shape, dtype=self.dtype, device=device))
         self.weight: Tensor
         self.weight_scale: Tensor
+        self.is_packed = False
+
+    @property
+    def nbytes(self) -> int:
+        """Of what is kept in memory."""
+        return self.weight.nbytes + self.weight_scale.nbytes + (0 if self.bias is None else self.bias.nbytes)
 
     def quantized(self, weight: Tensor) -> dict[str, Tensor]:
-        """This layer's buffers for a matrix (N, K)."""
-        scale = (_largest(weight) / 127).clamp(min=torch.finfo(torch.float32).tiny).to(self.weight_scale.dtype)
-        rows = zip(weight.split(_CHUNK_ROWS), scale.float().split(_CHUNK_ROWS))
-        whole = [(w.float() / s[:, None]).round_().clamp_(-127, 127).to(torch.int8) for w, s in rows]
-        return {"weight": torch.cat(whole), "weight_scale": scale}
+        """This layer's buffers, not packed yet, for a matrix (N, K)."""
+        raise NotImplementedError
+
+    def pack_(self) -> None:
+        """Bring the weights into the form that this processor's kernel reads."""
+        if not self.is_packed:
+            self.weight, self.weight_scale = self._packed()
+            self.is_packed = True
+
+    def _packed(self) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+    def _unpacked(self) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+    def _product(self, rows: Tensor) -> Tensor:
+        """(M, K) -> (M, N)"""
+        raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, self.in_features)  # (M, K)
-        few = len(rows) <= self.few_rows
-        y = torch._weight_int8pack_mm(rows, self.weight, self.weight_scale) if few else self._many(rows)  # (M, N)
+        assert self.is_packed
+        y = self._product(x.reshape(-1, self.in_features))
         y = y if self.bias is None else y + self.bias
-        return y.view(*x.shape[:-1], self.out_features)
+        return y.reshape(*x.shape[:-1], self.out_features)
 
-    def _many(self, x: Tensor) -> Tensor:
-        y = x.new_empty(len(x), self.out_features)
-        for first in range(0, self.out_features, _CHUNK_ROWS):
-            last = first + _CHUNK_ROWS
-            y[:, first:last] = F.linear(x, self.weight[first:last].to(x.dtype))
-        return y * self.weight_scale
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.is_packed:
+            destination[f"{prefix}weight"], destination[f"{prefix}weight_scale"] = self._unpacked()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """What is loaded is packed anew."""
+        was_packed, self.is_packed = self.is_packed, False
+        if was_packed:
+            self.weight, self.weight_scale = self._unpacked()
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if was_packed:
+            self.pack_()
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
-class Int4Linear(nn.Module):
-    """y = x W^T with W = (q - 8) * scale + zero; q in 0..15, `weight_scale` (K/G, N, 2) holds scale and zero.
+class Int8Linear(PackedLinear):
+    """y = x W^T with W = `weight` (N, K) int8 times `weight_scale` (N,), one for each row.
 
-    In a state dict `weight` is (N, K/2) uint8: the low half of a byte is an even column, the high half the odd one
-    after it. In memory it is packed as torch's kernel for this processor wants it, and rows are filled up.
+    With FBGEMM the rows of x are rounded to 8 bits, too, each by its own largest number. Without it they are not.
     """
 
-    few_rows = 48  # up to so many, torch's kernel is the faster way
+    weight_dtype = torch.int8
+    few_rows = 12  # without FBGEMM: up to so many, torch's kernel is the faster way
 
     def __init__(self, like: nn.Linear, config: PackedConfig) -> None:
-        super().__init__()
-        assert config.group_size is not None
-        self.in_features, self.out_features = like.in_features, like.out_features
-        self.group_size = config.group_size
-        self.bias = like.bias
-        self.is_packed = False
-        num_groups, device = self.in_features // self.group_size, like.weight.device
-        shape = (self.out_features, self.in_features // 2)
-        self.register_buffer("weight", torch.empty(shape, dtype=torch.uint8, device=device))
-        self.register_buffer(
-            "weight_scale", torch.empty(num_groups, self.out_features, 2, dtype=like.weight.dtype, device=device)
-        )
-        self.weight: Tensor
-        self.weight_scale: Tensor
+        super().__init__(like, (like.out_features, like.in_features), (like.out_features,))
+        self._fbgemm: Any = None  # FBGEMM's form of `weight`, which is no tensor; `weight` is then empty
+
+    @property
+    def nbytes(self) -> int:
+        """Of what is kept in memory."""
+        return super().nbytes + (0 if self._fbgemm is None else self.in_features * self.out_features)
 
     def quantized(self, weight: Tensor) -> dict[str, Tensor]:
         """This layer's buffers, not packed yet, for a matrix (N, K)."""
+        scale = (_largest(weight) / 127).clamp(min=torch.finfo(torch.float32).tiny).to(self.dtype)
+        rows = zip(weight.split(_CHUNK_ROWS), scale.float().split(_CHUNK_ROWS))
+        whole = [(w.float() / s[:, None]).round_().clamp_(-127, 127).to(torch.int8) for w, s in rows]
+        return {"weight": torch.cat(whole), "weight_scale": scale}
+
+    def _packed(self) -> tuple[Tensor, Tensor]:
+        if not _has_fbgemm():
+            return self.weight, self.weight_scale
+        self._fbgemm = _fbgemm_pack(self.weight, self.weight_scale)
+        return self.weight.new_empty(0), self.weight_scale
+
+    def _unpacked(self) -> tuple[Tensor, Tensor]:
+        return self.weight if self._fbgemm is None else _fbgemm_unpack(self._fbgemm), self.weight_scale
+
+    def _product(self, rows: Tensor) -> Tensor:
+        if self._fbgemm is not None:
+            return _fbgemm_product(rows.float(), self._fbgemm).to(rows.dtype)
+        if len(rows) <= self.few_rows:
+            return torch._weight_int8pack_mm(rows, self.weight, self.weight_scale)
+        y = rows.new_empty(len(rows), self.out_features)
+        for first in range(0, self.out_features, _CHUNK_ROWS):
+            last = first + _CHUNK_ROWS
+            y[:, first:last] = F.linear(rows, self.weight[first:last].to(rows.dtype))
+        return y * self.weight_scale
+
+
+class Int4Linear(PackedLinear):
+    """y = x W^T with W = (q - 8) * scale + zero; q in 0..15, `weight_scale` (K/G, N, 2) holds scale and zero.
+
+    In a state dict `weight` is (N, K/2) uint8: the low half of a byte is an even column, the high half the odd one
+    after it. Packed for torch's kernel, rows are filled up.
+    """
+
+    weight_dtype = torch.uint8
+    few_rows = 48  # up to so many, torch's kernel is the faster way
+
+    def __init__(self, like: nn.Linear, config: PackedConfig) -> None:
+        assert config.group_size is not None
+        self.group_size = config.group_size
+        num_groups = like.in_features // self.group_size
+        super().__init__(like, (like.out_features, like.in_features // 2), (num_groups, like.out_features, 2))
+
+    def quantized(self, weight: Tensor) -> dict[str, Tensor]:
         scales, bytes_ = [], []
         for rows in weight.split(_CHUNK_ROWS):
             grouped = rows.float().view(len(rows), -1, self.group_size)  # (n, K/G, G)
             low, high = grouped.aminmax(dim=-1, keepdim=True)
-            scale = ((high - low) / 15).clamp_(min=1e-6).to(self.weight_scale.dtype)
+            scale = ((high - low) / 15).clamp_(min=1e-6).to(self.dtype)
             zero = (low + 8 * scale.float()).to(scale.dtype)
             q = ((grouped - zero.float()) / scale.float() + 8).round_().clamp_(0, 15).to(torch.uint8)
             scales.append(torch.cat((scale, zero), dim=-1))  # (n, K/G, 2)
             bytes_.append(_join(q.view(len(rows), -1)))  # (n, K/2)
         return {"weight": torch.cat(bytes_), "weight_scale": torch.cat(scales).transpose(0, 1).contiguous()}
 
-    def pack_(self) -> None:
-        """Bring the weights into the form that this processor's kernel reads."""
-        if self.is_packed:
-            return
+    def _packed(self) -> tuple[Tensor, Tensor]:
         missing = -self.out_features % _ROW_MULTIPLE
-        self.weight = torch.cat([_pack(_split(rows)) for rows in self.weight.split(_CHUNK_ROWS)])
-        self.weight_scale = F.pad(self.weight_scale, (0, 0, 0, missing)).contiguous()
-        self.is_packed = True
+        weight = torch.cat([_pack(_split(rows)) for rows in self.weight.split(_CHUNK_ROWS)])
+        return weight, F.pad(self.weight_scale, (0, 0, 0, missing)).contiguous()
 
-    def forward(self, x: Tensor) -> Tensor:
-        assert self.is_packed
-        rows = x.reshape(-1, self.in_features)  # (M, K)
-        if len(rows) <= self.few_rows:
-            y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.weight, self.group_size, self.weight_scale)
-        else:
-            y = self._many(rows)
-        y = y[:, : self.out_features]  # (M, N)
-        y = y if self.bias is None else y + self.bias
-        return y.reshape(*x.shape[:-1], self.out_features)
+    def _unpacked(self) -> tuple[Tensor, Tensor]:
+        weight = torch.cat([_join(_unpack(rows)) for rows in self.weight.split(_CHUNK_ROWS)])
+        return weight[: self.out_features], self.weight_scale[:, : self.out_features].contiguous()
+
+    def _product(self, rows: Tensor) -> Tensor:
+        if len(rows) > self.few_rows:
+            return self._many(rows)[:, : self.out_features]
+        y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.weight, self.group_size, self.weight_scale)
+        return y[:, : self.out_features]
 
     def _many(self, x: Tensor) -> Tensor:
         """Columns are made as they are packed: the low halves of some rows' bytes, then the high ones."""
@@ -218,28 +279,8 @@ class Int4Linear(nn.Module):
                 y[:, some, part] = (x @ w.view(self.in_features, -1)).view(len(x), -1, half)
         return y.view(len(x), -1)
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.is_packed:
-            chunks = [_join(_unpack(rows)) for rows in self.weight.split(_CHUNK_ROWS)]
-            destination[f"{prefix}weight"] = torch.cat(chunks)[: self.out_features]
-            destination[f"{prefix}weight_scale"] = self.weight_scale[:, : self.out_features].contiguous()
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """What is loaded is packed anew."""
-        was_packed, self.is_packed = self.is_packed, False
-        if was_packed:
-            self.weight = self.weight[: self.out_features]
-            self.weight_scale = self.weight_scale[:, : self.out_features].contiguous()
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        if was_packed:
-            self.pack_()
-
     def extra_repr(self) -> str:
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, group_size={self.group_size}, "
-            f"bias={self.bias is not None}"
-        )
+        return f"{super().extra_repr()}, group_size={self.group_size}"
 
 
 def replace_linears_(model: nn.Module, config: PackedConfig) -> None:
@@ -257,10 +298,10 @@ def replace_linears_(model: nn.Module, config: PackedConfig) -> None:
             model.set_submodule(name, kind(module, config))
 
 
-def packed_layers(model: nn.Module) -> Iterator[tuple[str, Int8Linear | Int4Linear]]:
+def packed_layers(model: nn.Module) -> Iterator[tuple[str, PackedLinear]]:
     """The quantised layers, by name."""
     for name, module in model.named_modules():
-        if isinstance(module, Int8Linear | Int4Linear):
+        if isinstance(module, PackedLinear):
             yield name, module
 
 
@@ -275,7 +316,7 @@ class PackedQuantizer(HfQuantizer):
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         module_name, _, name = param_name.rpartition(".")
-        return name == "weight" and isinstance(model.get_submodule(module_name), Int8Linear | Int4Linear)
+        return name == "weight" and isinstance(model.get_submodule(module_name), PackedLinear)
 
     def get_quantize_ops(self) -> ConversionOps:
         return _Quantize()
@@ -287,8 +328,7 @@ class PackedQuantizer(HfQuantizer):
                     f"{name} is on {layer.weight.device}, but was quantised for CPUs. Load it with device='cpu', or "
                     "give a GPU the original with quantize=..."
                 )
-            if isinstance(layer, Int4Linear):
-                layer.pack_()
+            layer.pack_()
         return model
 
     def is_serializable(self) -> bool:
@@ -308,6 +348,47 @@ class _Quantize(ConversionOps):
         layer: Any = model.get_submodule(layer_name)
         quantized = layer.quantized(weight[0] if isinstance(weight, list) else weight)
         return {f"{layer_name}.{name}": tensor for name, tensor in quantized.items()}
+
+
+def _fbgemm_pack(weight: Tensor, scale: Tensor) -> Any:
+    """FBGEMM's form of int8 (N, K) and its rows' scales."""
+    zeros = torch.zeros(len(weight), dtype=torch.int64)
+    before = torch.backends.quantized.engine
+    torch.backends.quantized.engine = "fbgemm"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch will drop these tensors some day; `_has_fbgemm` then says so
+            quantised = torch._make_per_channel_quantized_tensor(weight, scale.double(), zeros, 0)
+            return torch.ops.quantized.linear_prepack(quantised, None)
+    finally:
+        torch.backends.quantized.engine = before
+
+
+def _fbgemm_unpack(packed: Any) -> Tensor:
+    """(N, K) int8; slow."""
+    weight: Tensor = torch.ops.quantized.linear_unpack(packed)[0].int_repr()
+    return weight
+
+
+def _fbgemm_product(x: Tensor, packed: Any) -> Tensor:
+    """(M, K) -> (M, N), float32. FBGEMM rounds all of x by its largest number; so each row is divided by its own."""
+    if len(x) == 1:
+        y: Tensor = torch.ops.quantized.linear_dynamic(x, packed)
+        return y
+    largest = x.abs().amax(1, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny)
+    y = torch.ops.quantized.linear_dynamic(x / largest, packed)
+    return y.mul_(largest)
+
+
+@cache
+def _has_fbgemm() -> bool:
+    """Whether FBGEMM is here and its sums are exact: on a processor without VNNI they overflow."""
+    x, weight = torch.full((1, 256), 255.0), torch.full((64, 256), 127, dtype=torch.int8)
+    try:
+        y = _fbgemm_product(x, _fbgemm_pack(weight, torch.ones(64)))
+    except (AttributeError, RuntimeError):
+        return False
+    return torch.allclose(y, torch.full_like(y, 255 * 127 * 256))
 
 
 def _largest(weight: Tensor) -> Tensor:
