@@ -20,7 +20,7 @@ from torch import Tensor
 import yi_vl
 from yi_vl import YiVL
 from yi_vl.loading import find
-from yi_vl.quantize import SCHEMES, Scheme
+from yi_vl.quantize import SCHEMES, Scheme, num_bytes
 
 from .full_size import peak_bytes
 from .random_models import Preset, make
@@ -115,8 +115,9 @@ def measure_load(folder: Path, scheme: Scheme | None, results: Any) -> None:
         started = time.perf_counter()
         model = yi_vl.load(folder, dtype=torch.bfloat16, quantize=scheme)
         seconds = time.perf_counter() - started
-        weights = sum(tensor.nbytes for tensor in (*model.model.parameters(), *model.model.buffers()))
-        results.send({"seconds": seconds, "weights_gb": weights / 1e9, "peak_gb": (peak_bytes() - before) / 1e9})
+        results.send(
+            {"seconds": seconds, "weights_gb": num_bytes(model.model) / 1e9, "peak_gb": (peak_bytes() - before) / 1e9}
+        )
     except ValueError as error:
         results.send(str(error))
 
@@ -131,5 +132,4 @@ def _log_probabilities(model: YiVL, conversation: list[dict[str, Any]]) -> Tenso
 
 def _language_bytes(model: YiVL) -> int:
     """Of its embedding table, layers and head."""
-    parts = (model.model.model.language_model, model.model.lm_head)
-    return sum(tensor.nbytes for part in parts for tensor in (*part.parameters(), *part.buffers()))
+    return num_bytes(model.model.model.language_model) + num_bytes(model.model.lm_head)

@@ -305,6 +305,14 @@ def packed_layers(model: nn.Module) -> Iterator[tuple[str, PackedLinear]]:
             yield name, module
 
 
+def num_bytes(model: nn.Module) -> int:
+    """Of all weights, packed ones too, which are not all tensors."""
+    packed = {id(layer): layer for _, layer in packed_layers(model)}
+    own = [m for m in model.modules() if id(m) not in packed]
+    tensors = {id(t): t for m in own for t in (*m.parameters(recurse=False), *m.buffers(recurse=False))}  # tied: once
+    return sum(tensor.nbytes for tensor in tensors.values()) + sum(layer.nbytes for layer in packed.values())
+
+
 @register_quantizer(METHOD)
 class PackedQuantizer(HfQuantizer):
     """transformers' hooks: quantise each tensor as it arrives, and pack what is loaded."""
