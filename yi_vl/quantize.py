@@ -151,7 +151,7 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         assert self.is_packed
-        y = self._product(x.reshape(-1, self.in_features))
+        y = self._product(x.reshape(-1, self.in_features).contiguous())
         y = y if self.bias is None else y + self.bias
         return y.reshape(*x.shape[:-1], self.out_features)
 
