@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from yi_vl.cli import QuantizeOption
 from yi_vl.machine import use_large_pages
 
+from .options import Options, with_options
 from .speed import app as speed
 
 if TYPE_CHECKING:
-    from .models import ModelChoice, Settings
     from .question import Answered, Benchmark, Question
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -23,61 +24,24 @@ app.add_typer(speed, name="speed")
 
 Name = Literal["mmmu", "mmmu-pro", "cmmmu"]
 SplitName = Literal["dev", "val", "test"]
-Model = Annotated[
-    str,
-    typer.Option(
-        help='"nano", a folder or hub id of a Yi-VL or of any transformers image-text-to-text model, or the URL of an '
-        "OpenAI-compatible endpoint (its key is taken from OPENAI_API_KEY)."
-    ),
-]
 Data = Annotated[
     str,
     typer.Option(help="Hub id, or a folder of its parquet files (for CMMMU also of its JSON lines with their images)."),
 ]
 Out = Annotated[Path, typer.Option(help="Folder for predictions, results, tables, chart and page.")]
 SplitOption = Annotated[SplitName, typer.Option(help="Which questions.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Questions answered at once.")]
-NewTokens = Annotated[int, typer.Option(min=1, help="Greatest length of an answer, in tokens.")]
-Temperature = Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")]
-TopP = Annotated[float, typer.Option(help="Draw only from the likeliest tokens that make up this probability.")]
-Seed = Annotated[int | None, typer.Option(help="Makes draws repeatable.")]
-FirstImage = Annotated[
-    bool,
-    typer.Option(
-        "--official-first-image", help="Show only the first image, before the prompt, as the official LLaVA run does."
-    ),
-]
-EndpointModel = Annotated[str | None, typer.Option(help="The model to ask for at an endpoint; by default its first.")]
-Device = Annotated[str | None, typer.Option(help='"cpu", "cuda:0", "auto"; by default the GPU of this process.')]
-Limit = Annotated[int | None, typer.Option(min=1, help="Only so many questions, to try something out.")]
 
 
 def _add_command(name: Literal["mmmu", "cmmmu"], hub_id: str, title: str) -> None:
     """A command for a benchmark whose only choice is its split."""
 
     @app.command(name, help=f"Run a model over {title} and score it.")
+    @with_options
     def command(
-        model: Model = "nano",
-        data: Data = hub_id,
-        split: SplitOption = "val",
-        out: Out = Path("runs/eval") / name,
-        batch_size: BatchSize = 16,
-        max_new_tokens: NewTokens = 128,
-        temperature: Temperature = 0.0,
-        top_p: TopP = 1.0,
-        seed: Seed = None,
-        official_first_image: FirstImage = False,
-        endpoint_model: EndpointModel = None,
-        device: Device = None,
-        limit: Limit = None,
+        options: Options, data: Data = hub_id, split: SplitOption = "val", out: Out = Path("runs/eval") / name
     ) -> None:
-        from .models import ModelChoice, Settings
-
         benchmark = _benchmark(name)
-        questions = benchmark.load(data, split)[:limit]
-        settings = Settings(max_new_tokens, temperature, top_p, seed)
-        choice = ModelChoice(model, endpoint_model, device)
-        _run(benchmark, questions, split, choice, out, settings, batch_size, official_first_image)
+        _run(benchmark, benchmark.load(data, split), split, out, options)
 
 
 _add_command("mmmu", "MMMU/MMMU", "MMMU")
@@ -85,32 +49,20 @@ _add_command("cmmmu", "m-a-p/CMMMU", "CMMMU")
 
 
 @app.command("mmmu-pro")
+@with_options
 def mmmu_pro(
-    model: Model = "nano",
+    options: Options,
     data: Data = "MMMU/MMMU_Pro",
     variant: Annotated[
         Literal["standard (10 options)", "standard (4 options)", "vision"], typer.Option(help="Which of its three.")
     ] = "standard (10 options)",
     prompt: Annotated[Literal["direct", "cot"], typer.Option(help="Answer at once, or after thinking.")] = "direct",
     out: Out = Path("runs/eval/mmmu-pro"),
-    batch_size: BatchSize = 16,
-    max_new_tokens: NewTokens = 128,
-    temperature: Temperature = 0.0,
-    top_p: TopP = 1.0,
-    seed: Seed = None,
-    official_first_image: FirstImage = False,
-    endpoint_model: EndpointModel = None,
-    device: Device = None,
-    limit: Limit = None,
 ) -> None:
     """Run a model over MMMU-Pro and score it."""
     from . import mmmu_pro as benchmark
-    from .models import ModelChoice, Settings
 
-    questions = benchmark.load(data, "test", variant, prompt)[:limit]
-    settings = Settings(max_new_tokens, temperature, top_p, seed)
-    choice = ModelChoice(model, endpoint_model, device)
-    _run(benchmark, questions, "test", choice, out, settings, batch_size, official_first_image)
+    _run(benchmark, benchmark.load(data, "test", variant, prompt), "test", out, options)
 
 
 @app.command("score")
@@ -196,6 +148,7 @@ def full_size(
     ] = Path("tests/official_tiny/checkpoint"),
     image: Annotated[Path, typer.Option(help="What is asked about.")] = Path("docs/pictures/penguin.png"),
     new_tokens: Annotated[int, typer.Option(help="How many tokens to say.")] = 16,
+    quantize: QuantizeOption = None,
 ) -> None:
     """Load a checkpoint of the released shapes and layout and answer with it: seconds, peak memory, tokens a second."""
     from .full_size import make, measure
@@ -203,20 +156,11 @@ def full_size(
     if not folder.exists():
         typer.echo(f"Writing {folder}: random weights in the shapes and layout of Yi-VL-{size.upper()} ...", err=True)
         make(folder, size, tokenizer)
-    for name, value in measure(folder, image, new_tokens).items():
+    for name, value in measure(folder, image, new_tokens, quantize).items():
         typer.echo(f"{name:<34}{value}")
 
 
-def _run(
-    benchmark: Benchmark,
-    questions: list[Question],
-    split: SplitName,
-    choice: ModelChoice,
-    out: Path,
-    settings: Settings,
-    batch_size: int,
-    official_first_image: bool,
-) -> None:
+def _run(benchmark: Benchmark, questions: list[Question], split: SplitName, out: Path, options: Options) -> None:
     from accelerate import PartialState
 
     from .models import open_model
@@ -229,14 +173,16 @@ def _run(
     def is_right(question: Question, said: str) -> bool:
         return benchmark.judge_strictly(Answered(question, said)).is_right
 
+    questions = questions[: options.limit]
+    choice, settings = options.choice, options.settings
     records = run(
         questions,
         lambda: open_model(choice),
         choice.title,
         out,
         settings,
-        batch_size,
-        official_first_image,
+        options.batch_size,
+        options.official_first_image,
         is_right if questions[0].gold else None,
     )
     if not PartialState().is_main_process:
@@ -249,8 +195,14 @@ def _run(
             f"{len(errors)} questions could not be asked and count as not answered, {first} first: {reason}", err=True
         )
     scored = score(benchmark, answered)
-    config = {"model": choice.title, "settings": asdict(settings), "official_first_image": official_first_image}
-    config |= {"batch_size": batch_size, "errors": errors}
+    config = {
+        "model": choice.title,
+        "quantize": choice.quantize,
+        "settings": asdict(settings),
+        "official_first_image": options.official_first_image,
+        "batch_size": options.batch_size,
+        "errors": errors,
+    }
     write_results(benchmark, scored, out, config, split)
     write_page(scored, f"{benchmark.NAME} {split}: {choice.title}", out)
     if (out / "results.md").exists():

@@ -25,6 +25,7 @@ import yi_vl
 from yi_vl.config import preset
 from yi_vl.convert import Checkpoint, convert
 from yi_vl.decode import Sampling
+from yi_vl.quantize import Scheme
 
 _STD = 0.02
 _QUESTION = "What is in this picture?"
@@ -72,11 +73,15 @@ def _report(progress: Progress, task: TaskID, done: int, total: int) -> None:
     progress.update(task, completed=done, total=total)
 
 
-def measure(folder: Path, image: Path, new_tokens: int) -> dict[str, str]:
-    """Load and answer in a process of its own, whose peak memory is then that of the model."""
+def measure(folder: Path, image: Path, new_tokens: int, quantize: Scheme | None = None) -> dict[str, str]:
+    """Load and answer in a process of its own, whose peak memory is then that of the model.
+
+    Raises:
+        ValueError: the model cannot be loaded, or not so.
+    """
     context = multiprocessing.get_context("spawn")
     receiving, sending = context.Pipe(duplex=False)
-    process = context.Process(target=_measure, args=(folder, image, new_tokens, sending))
+    process = context.Process(target=_measure, args=(folder, image, new_tokens, quantize, sending))
     process.start()
     sending.close()
     try:
@@ -89,13 +94,13 @@ def measure(folder: Path, image: Path, new_tokens: int) -> dict[str, str]:
     return found
 
 
-def _measure(folder: Path, image: Path, new_tokens: int, results: Any) -> None:
+def _measure(folder: Path, image: Path, new_tokens: int, quantize: Scheme | None, results: Any) -> None:
     try:
         before = peak_bytes()
         started = time.perf_counter()
-        model = yi_vl.load(folder, dtype=torch.bfloat16)
+        model = yi_vl.load(folder, dtype=torch.bfloat16, quantize=quantize)
         loaded = time.perf_counter()
-        num_bytes = sum(parameter.nbytes for parameter in model.model.parameters())
+        num_bytes = sum(tensor.nbytes for tensor in (*model.model.parameters(), *model.model.buffers()))
         peak_of_loading = peak_bytes()
         messages = [
             {"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": _QUESTION}]}
@@ -108,7 +113,7 @@ def _measure(folder: Path, image: Path, new_tokens: int, results: Any) -> None:
         seconds_per_token = (times[-1] - times[1]) / max(1, len(times) - 2)
         results.send(
             {
-                "weights": f"{num_bytes / 1e9:.2f} GB in bf16",
+                "weights": f"{num_bytes / 1e9:.2f} GB in {quantize or 'bf16'}",
                 "loading": f"{loaded - started:.1f} s",
                 "peak memory, loading": _of(peak_of_loading, num_bytes),
                 "peak memory, answering": _of(peak_bytes(), num_bytes),

@@ -12,9 +12,12 @@ import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from PIL import Image
+
+if TYPE_CHECKING:
+    from yi_vl.quantize import Scheme
 
 Content = list[dict[str, Any]]  # the parts of one user message; an image part holds a `question.Picture`
 
@@ -39,17 +42,20 @@ class Reply:
 
 @dataclass(frozen=True)
 class ModelChoice:
-    """Which model is under test: "nano", a folder or hub id, or an endpoint's URL and its model."""
+    """Which model is under test: "nano", a folder or hub id, or an endpoint's URL and its model; a Yi-VL quantised
+    or as it is."""
 
     source: str
     endpoint_model: str | None = None
     device: str | None = None
+    quantize: Scheme | None = None
 
     @property
     def title(self) -> str:
         """What results call it; what stands behind "?" or before "@" in a URL is left out, it may be a secret."""
         source = re.sub(r"\?.*$|(?<=//)[^/@]*@", "", self.source)
-        return f"{self.endpoint_model} at {source}" if self.endpoint_model else source
+        named = f"{self.endpoint_model} at {source}" if self.endpoint_model else source
+        return f"{named}, {self.quantize}" if self.quantize else named
 
 
 class Answerer(Protocol):
@@ -63,24 +69,33 @@ def open_model(choice: ModelChoice) -> Answerer:
     """An endpoint for a URL; a Yi-VL where the files are one, else whatever transformers makes of them.
 
     Raises:
-        ValueError: it cannot be loaded.
+        ValueError: it cannot be loaded, or not so.
     """
     if choice.source.startswith(("http://", "https://")):
+        _refuse_quantize(choice, "an endpoint, which answers as it is")
         return Endpoint(choice.source, choice.endpoint_model)
     if choice.endpoint_model is not None:
         raise ValueError(f"--endpoint-model {choice.endpoint_model} is for a URL, but the model is {choice.source}.")
-    if choice.source != "nano" and _model_type(choice.source) not in ("yi_vl", None):
+    if choice.source != "nano" and (kind := _model_type(choice.source)) not in ("yi_vl", None):
+        _refuse_quantize(choice, f"{choice.source}, a {kind}")
         return TransformersModel(choice.source, choice.device)
-    return YiVLModel(choice.source, choice.device)
+    return YiVLModel(choice.source, choice.device, choice.quantize)
+
+
+def _refuse_quantize(choice: ModelChoice, found: str) -> None:
+    if choice.quantize is not None:
+        raise ValueError(
+            f"--quantize {choice.quantize} is for a Yi-VL that is loaded here, but the model is {found}. Leave it out."
+        )
 
 
 class YiVLModel:
     """A Yi-VL through its own engine; "nano" is the bundled one."""
 
-    def __init__(self, name: str, device: str | None = None) -> None:
+    def __init__(self, name: str, device: str | None = None, quantize: Scheme | None = None) -> None:
         import yi_vl
 
-        self.yi_vl = yi_vl.load(None if name == "nano" else name, device=device)
+        self.yi_vl = yi_vl.load(None if name == "nano" else name, device=device, quantize=quantize)
 
     def answer(self, requests: Sequence[Content], settings: Settings) -> list[Reply]:
         conversations = [[{"role": "user", "content": read_pictures(content)}] for content in requests]

@@ -11,16 +11,19 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from yi_vl.cli import QuantizeOption
 from yi_vl.machine import machine
 
 app = typer.Typer(help="Measure speed, side by side in one run.", no_args_is_help=True)
-Preset = Literal["nano", "1b", "6b"]
+PresetOption = Annotated[
+    Literal["nano", "1b", "6b"], typer.Option(help="Whose size; all but nano have random weights.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
 @app.command()
 def chat(
-    preset: Annotated[Preset, typer.Option(help="Whose size; all but nano have random weights.")] = "1b",
+    preset: PresetOption = "1b",
     image: Annotated[Path, typer.Option(help="What the chat is about.")] = Path("docs/pictures/scene.png"),
     turns: Annotated[int, typer.Option(min=2)] = 5,
     new_tokens: Annotated[int, typer.Option(min=1, help="Length of every answer.")] = 32,
@@ -40,22 +43,24 @@ def runner_(
     num_questions: Annotated[int, typer.Option(min=1, help="So many of them, spread evenly.")] = 96,
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 32,
+    quantize: QuantizeOption = None,
     as_json: AsJson = False,
 ) -> None:
     """The evaluation's questions per second against a plain loop of transformers' `generate`, one by one."""
     from . import mmmu
+    from .models import ModelChoice
     from .speed_runner import compare_runner
 
     if not Path(data).is_dir() and "/" in data and Path(data).parts[0] == "data":
         raise ValueError(f"{data} is not here. `python -m train.nano data` makes it, or name another with --data.")
     found = mmmu.load(data, "val")
     questions = [found[index * len(found) // num_questions] for index in range(min(num_questions, len(found)))]
-    show(compare_runner(model, questions, batch_size, max_new_tokens), as_json)
+    show(compare_runner(ModelChoice(model, quantize=quantize), questions, batch_size, max_new_tokens), as_json)
 
 
 @app.command()
 def decode(
-    preset: Annotated[Preset, typer.Option(help="Whose size; all but nano have random weights.")] = "1b",
+    preset: PresetOption = "1b",
     prompt_tokens: Annotated[int, typer.Option(min=1)] = 64,
     new_tokens: Annotated[int, typer.Option(min=2)] = 32,
     as_json: AsJson = False,
@@ -69,7 +74,7 @@ def decode(
 
 @app.command()
 def batch(
-    preset: Annotated[Preset, typer.Option(help="Whose size; all but nano have random weights.")] = "1b",
+    preset: PresetOption = "1b",
     rows: Annotated[int, typer.Option(min=2)] = 8,
     prompt_tokens: Annotated[int, typer.Option(min=1)] = 64,
     new_tokens: Annotated[int, typer.Option(min=2)] = 32,
@@ -84,7 +89,7 @@ def batch(
 
 @app.command()
 def prefill(
-    preset: Annotated[Preset, typer.Option(help="Whose size; all but nano have random weights.")] = "1b",
+    preset: PresetOption = "1b",
     tokens: Annotated[int, typer.Option(min=1)] = 1100,
     as_json: AsJson = False,
 ) -> None:
@@ -97,7 +102,7 @@ def prefill(
 
 @app.command()
 def quantize(
-    preset: Annotated[Preset, typer.Option(help="Whose size; all but nano have random weights.")] = "1b",
+    preset: PresetOption = "1b",
     prompt_tokens: Annotated[int, typer.Option(min=1)] = 512,
     new_tokens: Annotated[int, typer.Option(min=2)] = 32,
     as_json: AsJson = False,
@@ -111,7 +116,7 @@ def quantize(
 
 @app.command()
 def load(
-    preset: Annotated[Preset, typer.Option(help="Whose size; all but nano have random weights.")] = "1b",
+    preset: PresetOption = "1b",
     as_json: AsJson = False,
 ) -> None:
     """Loading a checkpoint in bf16, int8 and int4: seconds, and the most memory held at once."""

@@ -11,16 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .models import Settings, YiVLModel, read_pictures
+from .models import ModelChoice, Settings, YiVLModel, read_pictures
 from .question import Question
 
 if TYPE_CHECKING:
     from yi_vl import YiVL
 
 
-def compare_runner(model: str, questions: Sequence[Question], batch_size: int, max_new_tokens: int) -> dict[str, Any]:
+def compare_runner(
+    choice: ModelChoice, questions: Sequence[Question], batch_size: int, max_new_tokens: int
+) -> dict[str, Any]:
     """Both ways over the same questions, greedily; the first batch of each is not counted."""
-    answerer = YiVLModel(model)
+    answerer = YiVLModel(choice.source, choice.device, choice.quantize)
     ordered = sorted(questions, key=lambda question: (len(question.pictures), len(question.prompt.encode())))
     settings = Settings(max_new_tokens)
 
@@ -47,7 +49,7 @@ def compare_runner(model: str, questions: Sequence[Question], batch_size: int, m
     first, second = said.values()
     same = sum(a == b for a, b in zip(first, second, strict=True))
     return {
-        "what": f"{len(ordered)} questions, at most {max_new_tokens} new tokens, {model}",
+        "what": f"{len(ordered)} questions, at most {max_new_tokens} new tokens, {choice.title}",
         "ways": results,
         "ratio": fast / slow,
         "same_answers": f"{same} of {len(ordered)}",

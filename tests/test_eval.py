@@ -22,8 +22,9 @@ from typer.testing import CliRunner
 
 from eval import cmmmu, mmmu, mmmu_pro, runner, scoring
 from eval.__main__ import app
-from eval.models import Content, Endpoint, ModelChoice, Reply, Settings, TransformersModel, YiVLModel
+from eval.models import Content, Endpoint, ModelChoice, Reply, Settings, TransformersModel, YiVLModel, open_model
 from eval.question import Answered, Question
+from yi_vl.quantize import packed_layers
 
 ROOT = Path(__file__).parents[1]
 REFERENCE = Path(os.environ.get("YI_VL_REFERENCE", ROOT.parent / "shared" / "reference"))
@@ -320,6 +321,45 @@ def test_predictions_do_not_depend_on_batches_or_processes(small_mmmu: str, tiny
     assert "| official | 7 | +0.0 | +0.0 to +0.0 | 0 | 0 | 1 |" in shown
 
 
+def test_a_quantised_run_says_so_and_continues_no_other(small_mmmu: str, tiny_folder: Path, tmp_path: Path) -> None:
+    command = ["mmmu", "--model", str(tiny_folder), "--data", small_mmmu, "--max-new-tokens", "6", "--device", "cpu"]
+    command += ["--out", str(tmp_path / "out")]
+    run_cli(*command, "--limit", "2")
+    with pytest.raises(ValueError, match=r"made otherwise: .* has model '.*tiny0', now it is '.*tiny0, int4'"):
+        run_cli(*command, "--quantize", "int4")
+    (tmp_path / "out" / "predictions.jsonl").unlink()
+    table = run_cli(*command, "--quantize", "int4")
+    with pytest.raises(ValueError, match="made otherwise"):
+        run_cli(*command)
+    with pytest.raises(ValueError, match="made otherwise"):
+        run_cli(*command, "--quantize", "int8")
+    name = f"{tiny_folder}, int4"
+    assert f"**{name}** (official rules)" in table
+    config = json.loads((tmp_path / "out" / "results.json").read_text())["config"]
+    assert (config["model"], config["quantize"]) == (name, "int4")
+    records = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
+    assert {record["model"] for record in records} == {name}
+    contents = [question.content() for question in mmmu.load(small_mmmu, "val")]
+    quantised = YiVLModel(str(tiny_folder), "cpu", "int4")
+    assert len(list(packed_layers(quantised.yi_vl.model))) == 15  # seven in each of two layers, and the head
+    replies = quantised.answer(contents, Settings(max_new_tokens=6))
+    assert [record["response"] for record in records] == [reply.text for reply in replies]
+    assert replies != YiVLModel(str(tiny_folder), "cpu").answer(contents, Settings(max_new_tokens=6))
+
+
+def test_models_that_cannot_be_quantised_are_refused(tiny_folder: Path, tmp_path: Path) -> None:
+    YiVLModel(str(tiny_folder), "cpu", "int8").yi_vl.save(tmp_path / "int8")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text('{"model_type": "blip-2"}')
+    for model, message in (
+        (str(tmp_path / "int8"), "is quantised already"),
+        (str(tmp_path / "other"), "for a Yi-VL that is loaded here, but the model is .*other, a blip-2. Leave it out"),
+        ("http://127.0.0.1:1/v1", "but the model is an endpoint"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            open_model(ModelChoice(model, quantize="int4"))
+
+
 def test_any_transformers_model_is_asked_through_its_own_template(small_mmmu: str, tiny_folder: Path) -> None:
     """Our own tiny model, once as a Yi-VL and once as whatever transformers makes of the folder."""
     contents = [question.content() for question in mmmu.load(small_mmmu, "val")]
@@ -548,7 +588,7 @@ def test_speed_is_measured_over_the_same_answers(small_mmmu: str, tiny_folder: P
     from eval.speed_engine import compare_chat, compare_prefill
     from eval.speed_runner import compare_runner
 
-    found = compare_runner(str(tiny_folder), mmmu.load(small_mmmu, "val"), 4, 6)
+    found = compare_runner(ModelChoice(str(tiny_folder)), mmmu.load(small_mmmu, "val"), 4, 6)
     assert found["same_answers"] == "7 of 7" and found["ratio"] > 0
     model = YiVLModel(str(tiny_folder)).yi_vl
     chat = compare_chat(model, ROOT / "docs" / "pictures" / "penguin.png", 3, 4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -30,6 +31,10 @@ def test_a_random_release_is_made_loaded_and_asked(tmp_path: Path, monkeypatch: 
     found = full_size.measure(folder, OFFICIAL / "wide.png", 2)
     assert {"weights", "loading", "peak memory, loading", "answer"} <= found.keys()
     assert all(any(name.startswith(what) for name in found) for what in ("prefill, ", "decoding, "))
+    sent: list[dict[str, str]] = []
+    for scheme in (None, "int8"):  # in this process
+        full_size._measure(folder, OFFICIAL / "wide.png", 2, scheme, SimpleNamespace(send=sent.append))
+    assert [measured["weights"] for measured in sent] == [found["weights"], "0.00 GB in int8"]
     (folder / "tokenizer.model").unlink()
     with pytest.raises(ValueError, match="tokenizer cannot be loaded"):
         full_size.measure(folder, OFFICIAL / "wide.png", 2)

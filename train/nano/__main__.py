@@ -9,7 +9,10 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
+from train.config import exit_on_user_error
+from yi_vl.cli import QuantizeOption
+
+app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 CONFIGS = Path("train/configs/nano")
 RUNS = Path("runs/nano")
@@ -63,16 +66,15 @@ def measure(
     ] = None,
     out: Annotated[Path, typer.Option(help="where answers, scores and the table go")] = RUNS / "measure",
     write: Annotated[bool, typer.Option(help="put the table into the READMEs and the model card as well")] = False,
+    quantize: QuantizeOption = None,
 ) -> None:
     """Answer the held-out questions with every stage's model and print the table."""
     from train.nano.measure import measure_all, write_table
 
-    named = (
-        dict(entry.split("=", 1) for entry in models)
-        if models
-        else {stage: str(RUNS / stage / "final") for stage in STAGES}
-    )
-    markdown = measure_all({name: Path(folder) for name, folder in named.items()}, DATA / "heldout", out)
+    if wrong := [entry for entry in models or () if "=" not in entry]:
+        raise ValueError(f"{wrong[0]!r} is not of the form name=folder.")
+    named = [entry.split("=", 1) for entry in models or ()] or [(stage, RUNS / stage / "final") for stage in STAGES]
+    markdown = measure_all({name: Path(folder) for name, folder in named}, DATA / "heldout", out, quantize)
     typer.echo(markdown)
     for document in DOCUMENTS if write else ():
         write_table(document, markdown)
@@ -91,4 +93,4 @@ def export(source: Path = RUNS / "chat-448" / "final", target: Path = PACKAGED) 
 
 
 if __name__ == "__main__":
-    app()
+    exit_on_user_error(app)

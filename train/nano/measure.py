@@ -18,6 +18,7 @@ from rich.progress import track
 
 from train.nano.sheet import write_sheet
 from yi_vl import YiVL, load
+from yi_vl.quantize import Scheme
 
 _BATCH = 64
 _SHEET_ROWS = 120  # of all answers, spread evenly, on the page to look at
@@ -38,7 +39,10 @@ class Question:
 
 def read_questions(folder: Path) -> list[Question]:
     """The rows of `folder/questions.jsonl`; their images are named relative to it."""
-    rows = [json.loads(line) for line in (folder / "questions.jsonl").read_text(encoding="utf-8").splitlines()]
+    path = folder / "questions.jsonl"
+    if not path.is_file():
+        raise ValueError(f"{path} is not here; `python -m train.nano data` makes it.")
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return [
         Question(
             id=row["id"],
@@ -109,13 +113,18 @@ def table(measured: dict[str, dict[str, dict[str, Any]]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def measure_all(checkpoints: dict[str, Path], heldout: Path, out_dir: Path) -> str:
-    """Measure several checkpoints; their answers and scores go to `out_dir`, the Markdown table is returned."""
+def measure_all(checkpoints: dict[str, Path], heldout: Path, out_dir: Path, quantize: Scheme | None = None) -> str:
+    """Measure several checkpoints; their answers and scores go to `out_dir`, the Markdown table is returned.
+
+    Args:
+        quantize: how they are loaded; it joins their names.
+    """
     questions = read_questions(heldout)
     out_dir.mkdir(parents=True, exist_ok=True)
     measured: dict[str, dict[str, dict[str, Any]]] = {}
     for name, path in checkpoints.items():
-        records = measure(load(path), questions)
+        records = measure(load(path, quantize=quantize), questions)
+        name = f"{name}-{quantize}" if quantize else name
         measured[name] = scores(records)
         lines = [json.dumps(record, ensure_ascii=False) for record in records]
         (out_dir / f"answers-{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
