@@ -117,8 +117,8 @@ def _read_found(out_dir: Path, blank: dict[str, dict[str, Any]]) -> dict[str, di
             for key in _IDENTITY:
                 if record.get(key) != wanted[key]:
                     raise ValueError(
-                        f"{path} was made otherwise: {record['id']} has {key} {str(record.get(key))[:80]!r}, now it is "
-                        f"{str(wanted[key])[:80]!r}. Give another --out, or remove it."
+                        f"{path} was made otherwise: {record['id']} has {key} {str(record.get(key))[:200]!r}, now it is "
+                        f"{str(wanted[key])[:200]!r}. Give another --out, or remove it."
                     )
             found[record["id"]] = record
     return found

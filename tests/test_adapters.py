@@ -76,6 +76,14 @@ def test_adapters_are_converted_merged(adapted: PeftModel, folder: Path, tmp_pat
     torch.testing.assert_close(logits(whole), logits(adapted), rtol=1e-4, atol=1e-5)
 
 
+def test_info_names_what_they_adapt(base: Path, folder: Path) -> None:
+    shown, whole = (
+        CliRunner().invoke(app, ["info", str(path)], env={"COLUMNS": "300"}).stdout for path in (folder, base)
+    )
+    assert f"of {base}; merged into it" in shown and "adapters" not in whole.replace(str(base), "")
+    assert shown.partition("parameters")[2] == whole.partition("parameters")[2] != ""
+
+
 def _change(folder: Path, **changes: Any) -> None:
     path = folder / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))

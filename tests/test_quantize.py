@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import weakref
 from pathlib import Path
@@ -16,8 +17,9 @@ from tiny import OFFICIAL, tiny_yi_vl
 from torch import nn
 
 import yi_vl
-from yi_vl import loading, quantize
+from yi_vl import loading, quantize, sizes
 from yi_vl.convert import convert, open_checkpoint
+from yi_vl.convert.files import WeightFiles
 from yi_vl.parts import from_parts
 from yi_vl.quantize import SCHEMES, Int4Linear, Int8Linear, PackedConfig, packed_layers
 
@@ -155,8 +157,8 @@ def test_the_original_is_never_whole_in_memory(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(quantize._Quantize, "convert", counted)
     model = yi_vl.load(device="cpu", dtype=torch.bfloat16, quantize="int8").model  # nano
-    sizes = sorted(2 * layer.in_features * layer.out_features for _, layer in packed_layers(model))
-    assert sizes[-1] <= peak <= sum(sizes[-2:]) < sum(sizes) / 4
+    matrices = sorted(2 * layer.in_features * layer.out_features for _, layer in packed_layers(model))
+    assert matrices[-1] <= peak <= sum(matrices[-2:]) < sum(matrices) / 4
     assert not alive
 
 
@@ -195,6 +197,42 @@ def test_a_gpu_would_get_torchao(monkeypatch: pytest.MonkeyPatch, folder: Path, 
     assert torch.equal(logits_of(again), logits_of(model))
     with pytest.raises(ValueError, match="quantised by torchao"):
         open_checkpoint(tmp_path / "saved")
+    config = loading.read_config(str(tmp_path / "saved"))
+    assert sizes.scheme_of(config) == "Int8WeightOnlyConfig of torchao"
+    entries = WeightFiles.find(tmp_path / "saved").entries
+    found = sizes.measure_quantized(config, tmp_path / "saved")
+    assert found.num_tensors == len(entries)
+    stored = sum(math.prod(entry.shape) * entry.dtype.itemsize for entry in entries.values())
+    assert sum(found.memory_bytes.values()) == stored
+    assert found.memory_bytes["projector"] == 2 * found.num_parameters["projector"]  # bfloat16 as it was
+    assert sizes.tensor_shapes(config, tmp_path / "saved")["lm_head._weight_qdata"] == (960, 32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_sizes_are_those_of_the_loaded_model(run: Run, folder: Path, tmp_path: Path, scheme: str, dtype: Any) -> None:  # noqa: F811
+    saved = tmp_path / "saved"
+    yi_vl.load(folder, device="cpu", dtype=dtype, quantize=scheme).save(saved)  # type: ignore[arg-type]
+    config = loading.read_config(str(saved))
+    found = sizes.measure_quantized(config, saved)
+    model = yi_vl.load(saved, device="cpu").model
+    parts = {
+        "vision tower": [model.model.vision_tower],
+        "projector": [model.model.multi_modal_projector],
+        "language model": [model.model.language_model, model.lm_head],
+    }
+    assert found.memory_bytes == {
+        name: sum(t.nbytes for module in modules for t in (*module.parameters(), *module.buffers()))
+        for name, modules in parts.items()
+    }
+    assert found.num_parameters == sizes.measure(loading.read_config(str(folder))).num_parameters
+    stored = {name: entry.shape for name, entry in WeightFiles.find(saved).entries.items()}
+    assert sizes.tensor_shapes(config, saved) == stored and found.num_tensors == len(stored)
+    (saved / "model.safetensors").unlink()  # no weights are read
+    code, out, err = run("info", str(saved))
+    assert (code, err) == (0, "") and scheme in out and str(dtype).removeprefix("torch.") in out
+    assert f"{sum(found.memory_bytes.values()) / 1e6:,.1f}" in out and "official" not in out
+    assert "lm_head.weight_scale" in run("info", str(saved), "--tensors")[1]
 
 
 def test_layouts_without_a_place_for_it(folder: Path, tmp_path: Path) -> None:
@@ -214,8 +252,9 @@ def test_adapters_are_not_merged_into_it(folder: Path, tmp_path: Path) -> None:
         {"base_model_name_or_path": str(tmp_path / "saved"), "peft_type": "LORA", "r": 2, "lora_alpha": 4}
     )
     (tmp_path / "adapters" / "adapter_config.json").write_text(content)
-    with pytest.raises(ValueError, match="that is quantised; adapters are merged into the original"):
-        yi_vl.load(tmp_path / "adapters")
+    for read in (yi_vl.load, lambda path: loading.read_config(str(path))):
+        with pytest.raises(ValueError, match="that is quantised; adapters are merged into the original"):
+            read(tmp_path / "adapters")
 
 
 def test_a_quantised_language_model_is_not_trained(toy_language_model: Path, toy_tower: str, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from .config import YiVLConfig
     from .predict import Conversation, YiVL
+    from .sizes import QuantizedSizes
 
 _PRESETS = ("6b", "34b", "nano")
 _SHUTDOWN_SECONDS = 5  # how long answers may go on after Ctrl-C
@@ -170,17 +171,17 @@ def info(
     from rich.console import Console
 
     from .config import preset
-    from .loading import find, read_config
+    from .loading import fetch, find, read_config
+    from .sizes import tensor_shapes
 
-    config = preset(model) if model in _PRESETS else read_config(find(model))
+    folder = None if model in _PRESETS else fetch(find(model), with_weights=False)
+    config = preset(model) if folder is None else read_config(str(folder))
     if tensors:
-        from .sizes import tensor_shapes
-
-        for name, shape in tensor_shapes(config).items():
+        for name, shape in tensor_shapes(config, folder).items():
             print(f"{name:<72}{' x '.join(map(str, shape))}")
         return
     console = Console()
-    for table in (_config_table(model, config), *_size_tables(config)):
+    for table in (_config_table(model, config, folder), *_size_tables(config, folder)):
         console.print(table)
 
 
@@ -237,7 +238,10 @@ def convert_command(
         print(f"{target} is written.")
 
 
-def _config_table(name: str, config: YiVLConfig) -> Table:
+def _config_table(name: str, config: YiVLConfig, folder: Path | None) -> Table:
+    from .convert import base_of, holds_adapters
+    from .sizes import scheme_of
+
     vision, text = config.vision_config, config.text_config
     table = _table(name, "", "")
     stem = f", convolutional stem {vision.stem_widths}" if vision.stem_widths else ""
@@ -255,13 +259,21 @@ def _config_table(name: str, config: YiVLConfig) -> Table:
     )
     table.add_row("context", f"{text.max_position_embeddings:,} tokens, images and answer included")
     table.add_row("vocabulary", f"{text.vocab_size:,} rows; {config.image_token_id} is the image token")
+    if scheme := scheme_of(config):
+        dtype = str(config.dtype).removeprefix("torch.")
+        table.add_row("quantised", f"{scheme}, in the language model's linear layers; all else is {dtype}")
+    if folder is not None and holds_adapters(folder):
+        table.add_row("adapters", f"of {base_of(folder)}; merged into it when loaded, which changes none of the sizes")
     return table
 
 
-def _size_tables(config: YiVLConfig) -> Iterator[Table]:
+def _size_tables(config: YiVLConfig, folder: Path | None) -> Iterator[Table]:
     """Parameters and tensors, in our layout and the official one; then memory."""
-    from .sizes import measure
+    from .sizes import measure, measure_quantized, scheme_of
 
+    if scheme_of(config):
+        yield _quantized_table(measure_quantized(config, folder))
+        return
     sizes = measure(config)
     table = _table("parameters", "", "here", "official layout")
     for name, count in sizes.num_parameters.items():
@@ -273,6 +285,16 @@ def _size_tables(config: YiVLConfig) -> Iterator[Table]:
     for name, num_bytes in sizes.memory_bytes.items():
         table.add_row(name, f"{num_bytes / 1e6:,.0f}")
     yield table
+
+
+def _quantized_table(sizes: QuantizedSizes) -> Table:
+    table = _table("weights", "", "parameters", "MB in memory")
+    for name, count in sizes.num_parameters.items():
+        table.add_row(name, f"{count:,}", f"{sizes.memory_bytes[name] / 1e6:,.1f}")
+    total, total_bytes = sum(sizes.num_parameters.values()), sum(sizes.memory_bytes.values())
+    table.add_row("together", f"{total:,}", f"{total_bytes / 1e6:,.1f}")
+    table.add_row("tensors", f"{sizes.num_tensors:,}", "")
+    return table
 
 
 def _table(title: str, *columns: str) -> Table:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -98,16 +100,8 @@ def open_model(path: str | os.PathLike | None, tower_from: TowerFrom = "vit") ->
     folder = fetch(find(path), with_weights=True)
     if not holds_adapters(folder):
         return open_checkpoint(folder, tower_from)
-    name = base_of(folder)
-    try:
-        base = fetch(find(name), with_weights=True)
-        if holds_adapters(base):
-            raise ValueError("those are adapters themselves; merge them first (yi-vl convert).")
-        if _quantization_method(base):
-            raise ValueError("that is quantised; adapters are merged into the original.")
+    with _base(folder, with_weights=True) as base:
         return merge(open_checkpoint(base, tower_from), folder)
-    except ValueError as error:
-        raise ValueError(f"{folder} holds adapters of {name}: {error}") from error
 
 
 def find(path: str | os.PathLike | None) -> str:
@@ -131,15 +125,17 @@ def find(path: str | os.PathLike | None) -> str:
 
 
 def read_config(source: str) -> YiVLConfig:
-    """The configuration of a model folder or hub id; no weights are read or fetched.
+    """The configuration of a model folder or hub id, of adapters that of what they adapt; no weights are read or
+    fetched.
 
     Raises:
         ValueError: there is none, or it is of another kind of model.
     """
     folder = fetch(source, with_weights=False)
-    if holds_adapters(folder):
-        folder = fetch(find(base_of(folder)), with_weights=False)
-    return read_configuration(folder)
+    if not holds_adapters(folder):
+        return read_configuration(folder)
+    with _base(folder, with_weights=False) as base:
+        return read_configuration(base)
 
 
 def fetch(source: str, with_weights: bool) -> Path:
@@ -172,6 +168,21 @@ def check_fit(config: YiVLConfig, processor: YiVLProcessor) -> None:
         raise ValueError(
             f"The tokenizer has {len(processor.tokenizer)} tokens, the model only {config.text_config.vocab_size}."
         )
+
+
+@contextmanager
+def _base(folder: Path, with_weights: bool) -> Iterator[Path]:
+    """The folder of what the adapters in `folder` adapt; whatever is wrong with it is said of both."""
+    name = base_of(folder)
+    try:
+        base = fetch(find(name), with_weights)
+        if holds_adapters(base):
+            raise ValueError("those are adapters themselves; merge them first (yi-vl convert).")
+        if _quantization_method(base):
+            raise ValueError("that is quantised; adapters are merged into the original.")
+        yield base
+    except ValueError as error:
+        raise ValueError(f"{folder} holds adapters of {name}: {error}") from error
 
 
 def _quantization_method(folder: Path) -> str | None:

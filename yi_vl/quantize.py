@@ -66,6 +66,13 @@ class PackedConfig(QuantizationConfigMixin):
         self.group_size = group_size
 
 
+def packed_config(found: dict[str, Any] | None) -> PackedConfig | None:
+    """A config.json's `quantization_config`; None when there is none, or another library wrote it."""
+    if found is None or found.get("quant_method") != METHOD or not set(found) <= {"quant_method", "bits", "group_size"}:
+        return None
+    return PackedConfig(**found)
+
+
 def make_config(scheme: str, text_config: Any, device: str | torch.device) -> QuantizationConfigMixin:
     """How a model is to be quantised on a device, for `from_pretrained(quantization_config=...)`.
 

@@ -1,17 +1,23 @@
-"""How large a model is, from its configuration alone: parameters, tensors, memory.
+"""How large a model is, without reading a weight: parameters, tensors, memory.
 
-Called by cli.py; calls config.py and model.py.
+Called by cli.py; calls config.py, model.py, quantize.py and, for what another library quantised, convert/.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import AutoModelForImageTextToText
 
 from .config import YiVLConfig
+from .convert.files import Entry, WeightFiles, num_bytes
+from .convert.names import PROJECTOR, TOWER
 from .model import YiVLForConditionalGeneration
+from .quantize import Int4Linear, packed_config, packed_layers, replace_linears_
 
 
 @dataclass(frozen=True)
@@ -30,18 +36,33 @@ class Sizes:
     memory_bytes: dict[str, int]  # of the weights, by dtype; what is not quantised is bf16, scales are not counted
 
 
-def tensor_shapes(config: YiVLConfig) -> dict[str, tuple[int, ...]]:
-    """The name and shape of every stored tensor, in our layout; the model is built without weights."""
-    return {name: tuple(tensor.shape) for name, tensor in _without_weights(config).state_dict().items()}
+@dataclass(frozen=True)
+class QuantizedSizes:
+    """What `measure_quantized` finds."""
+
+    num_parameters: dict[str, int]  # by component, as many as before it was quantised
+    num_tensors: int  # stored, scales included
+    memory_bytes: dict[str, int]  # by component, scales included
+
+
+def tensor_shapes(config: YiVLConfig, folder: Path | None) -> dict[str, tuple[int, ...]]:
+    """The name and shape of every stored tensor, in our layout; the model is built without weights.
+
+    Args:
+        folder: of the model; needed only where another library quantised it, whose files then tell.
+
+    Raises:
+        ValueError: these are not there, or damaged.
+    """
+    if _is_foreign(config):
+        return {name: entry.shape for name, entry in _entries(folder).items()}
+    return {name: tuple(tensor.shape) for name, tensor in _as_stored(config).state_dict().items()}
 
 
 def measure(config: YiVLConfig) -> Sizes:
     """Build the model without weights and count."""
     model = _without_weights(config)
-    tower, projector = model.model.vision_tower, model.model.multi_modal_projector
-    language = nn.ModuleList([model.model.language_model, model.lm_head])
-    components = {"vision tower": tower, "projector": projector, "language model": language}
-    counts = {name: _num_parameters(module) for name, module in components.items()}
+    counts = {name: _num_parameters(module) for name, module in _components(model).items()}
     num_tensors = len(model.state_dict())
 
     official_counts = num_official_tensors = None
@@ -64,10 +85,87 @@ def measure(config: YiVLConfig) -> Sizes:
     return Sizes(counts, num_tensors, official_counts, num_official_tensors, memory_bytes)
 
 
+def measure_quantized(config: YiVLConfig, folder: Path | None) -> QuantizedSizes:
+    """The sizes, as it is loaded, of a model that was saved quantised.
+
+    Args:
+        folder: as for `tensor_shapes`, whose errors are these, too.
+    """
+    counts = {name: _num_parameters(module) for name, module in _components(_without_weights(config)).items()}
+    if _is_foreign(config):
+        entries = _entries(folder)
+        return QuantizedSizes(counts, len(entries), _stored_bytes(entries))
+    model = _as_stored(config)
+    num_tensors = len(model.state_dict())
+    for _, layer in packed_layers(model):
+        if isinstance(layer, Int4Linear):
+            layer.pack_()  # as when it is loaded: rows are filled up
+    return QuantizedSizes(counts, num_tensors, {name: _num_bytes(part) for name, part in _components(model).items()})
+
+
+def scheme_of(config: YiVLConfig) -> str | None:
+    """How a model was quantised, in words; None when it was not."""
+    match _quantization(config):
+        case None:
+            return None
+        case {"quant_method": "yi_vl", "bits": bits, "group_size": int(group_size)}:
+            return f"int{bits}, a scale and a zero for every {group_size} weights"
+        case {"quant_method": "yi_vl", "bits": bits}:
+            return f"int{bits}, a scale for every row"
+        case {"quant_method": method, "quant_type": {"default": {"_type": kind}}}:
+            return f"{kind} of {method}"
+        case other:
+            return f"by {other.get('quant_method')}"
+
+
 def _without_weights(config: YiVLConfig) -> YiVLForConditionalGeneration:
     with torch.device("meta"):
         return YiVLForConditionalGeneration(config)
 
 
+def _as_stored(config: YiVLConfig) -> YiVLForConditionalGeneration:
+    """Without weights, but in the dtype and with the layers that config.json names."""
+    with torch.device("meta"):
+        model: YiVLForConditionalGeneration = AutoModelForImageTextToText.from_config(config, dtype=config.dtype)
+        if packed := packed_config(_quantization(config)):
+            replace_linears_(model, packed)
+    return model
+
+
+def _is_foreign(config: YiVLConfig) -> bool:
+    """Whether another library quantised the model."""
+    return _quantization(config) is not None and packed_config(_quantization(config)) is None
+
+
+def _quantization(config: YiVLConfig) -> dict[str, Any] | None:
+    return getattr(config, "quantization_config", None)
+
+
+def _entries(folder: Path | None) -> dict[str, Entry]:
+    assert folder is not None, "a configuration that says so was read from a folder"
+    return WeightFiles.find(folder).entries
+
+
+def _stored_bytes(entries: dict[str, Entry]) -> dict[str, int]:
+    totals = {"vision tower": 0, "projector": 0, "language model": 0}
+    for name, entry in entries.items():
+        is_tower, is_projector = name.startswith(TOWER), name.startswith(PROJECTOR)
+        component = "vision tower" if is_tower else "projector" if is_projector else "language model"
+        totals[component] += num_bytes(entry.shape, entry.dtype)
+    return totals
+
+
+def _components(model: YiVLForConditionalGeneration) -> dict[str, nn.Module]:
+    return {
+        "vision tower": model.model.vision_tower,
+        "projector": model.model.multi_modal_projector,
+        "language model": nn.ModuleList([model.model.language_model, model.lm_head]),
+    }
+
+
 def _num_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _num_bytes(module: nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))

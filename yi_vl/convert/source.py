@@ -21,7 +21,7 @@ from ..config import OpenClipVisionConfig, YiVLConfig
 from ..image import YiVLImageProcessor
 from ..model import YiVLForConditionalGeneration
 from ..processor import YiVLProcessor, prepare_tokenizer
-from ..quantize import METHOD, PackedConfig, replace_linears_
+from ..quantize import packed_config, replace_linears_
 from .files import Entry, WeightFiles, num_bytes
 from .names import EMBEDDING, HEAD, LLAVA_HF, OFFICIAL, OFFICIAL_VIT, TOWER, Layout, Slot, to_ours
 
@@ -228,7 +228,13 @@ def _assemble(
     with torch.device("meta"):
         model = YiVLForConditionalGeneration(config)
         if quantization := getattr(config, "quantization_config", None):
-            replace_linears_(model, _packed_config(folder, dict(quantization)))
+            packed = packed_config(quantization)
+            if packed is None:
+                method = quantization.get("quant_method")
+                raise ValueError(
+                    f"{folder} was quantised by {method}, whose tensors are not read here. Give the original."
+                )
+            replace_linears_(model, packed)
     wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
     if only_tower:
         wanted = {name: shape for name, shape in wanted.items() if name.startswith(TOWER)}
@@ -261,13 +267,6 @@ def _assemble(
     if problems:
         raise ValueError(f"{folder}: the weights do not fit config.json. {'. '.join(problems)}.")
     return tensors
-
-
-def _packed_config(folder: Path, found: dict[str, Any]) -> PackedConfig:
-    method = found.get("quant_method")
-    if method != METHOD or not set(found) <= {"quant_method", "bits", "group_size"}:
-        raise ValueError(f"{folder} was quantised by {method}, whose tensors are not read here. Give the original.")
-    return PackedConfig(**found)
 
 
 def largest_difference(checkpoint: Checkpoint) -> tuple[float, str]:
