@@ -57,7 +57,8 @@ def demo(
         raise ValueError(f'{error}. Install what the demo needs: pip install -e ".[demo]"') from error
 
     name = Path(model).name if model else "nano"
-    words = dict.fromkeys(LANGUAGES, about) if about else ANY_YI_VL if model else NANO
+    of_model = ANY_YI_VL if model else NANO
+    words = dict.fromkeys(LANGUAGES, about) if about else of_model
     yi_vl = load(model)
     try:
         page = running(yi_vl, name, words, keep, server_name=host, server_port=port, share=share, auth=account)

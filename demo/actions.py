@@ -78,11 +78,11 @@ class Actions:
 
     def ask_again(self, history: list[Message], where: gr.RetryData) -> Update:
         """Another answer was asked for."""
-        return _shown(history[: where.index + 1])
+        return _shown(history[: _place(where) + 1])
 
     def ask_differently(self, history: list[Message], edit: gr.EditData) -> Update:
         """A question was edited."""
-        return _shown([*history[: edit.index], *chat.asked(edit.value)])
+        return _shown([*history[: _place(edit)], *chat.asked(edit.value)])
 
     def answer(
         self,
@@ -123,7 +123,7 @@ class Actions:
 
     def like(self, history: list[Message], conversation_id: str, mark: gr.LikeData, request: gr.Request) -> Update:
         """An answer was liked or disliked; from now on the conversation says so."""
-        history = chat.marked(history, mark.index, mark.liked)
+        history = chat.marked(history, _place(mark), mark.liked)
         self._keep(history, conversation_id, request)
         return _shown(history)
 
@@ -211,6 +211,12 @@ class Actions:
         """A browser may name any path; only the visitor's own uploads and the examples are opened."""
         if not self.visitors.may_read(request.cookies, path):
             raise ValueError(TEXTS[language]["foreign"])
+
+
+def _place(event: gr.RetryData | gr.EditData | gr.LikeData) -> int:
+    """Which message of the history; only of components in two dimensions it is a pair."""
+    assert isinstance(event.index, int)
+    return event.index
 
 
 def _shown(history: list[Message]) -> Update:

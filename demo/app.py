@@ -92,19 +92,21 @@ class Page:
     @property
     def example_paths(self) -> set[str]:
         """Where Gradio keeps the examples' pictures."""
-        return {file["path"] for example in self.chatbot.examples or () for file in example["files"]}
+        examples: list[Any] = self.chatbot.examples or []
+        return {file["path"] for example in examples for file in example["files"]}
 
     def speak(self, language: Language) -> dict[Block, dict[str, Any]]:
         """Everything that is written on the page, in another language."""
         texts = TEXTS[language]
-        updates = {
-            block: gr.update(**{name: texts[key] for name, key in keys.items()}) for block, keys in self._words.items()
-        }
-        return updates | {self.introduction: self.actions.introduce(language)}
+        updates = {}
+        for block, keys in self._words.items():
+            words: dict[str, Any] = {name: texts[key] for name, key in keys.items()}
+            updates[block] = gr.update(**words)
+        return updates | {self.introduction: gr.update(value=self.actions.introduce(language))}
 
     def _lay_out(self) -> None:
         max_tokens = self.actions.yi_vl.model.config.text_config.max_position_embeddings
-        bare = {"show_label": False, "container": False}
+        bare: dict[str, Any] = {"show_label": False, "container": False}
         self.conversation_id = gr.State(lambda: secrets.token_hex(8))
         self.document = gr.Textbox(visible=False)  # on its way to the visitor's disk
         self.refused = gr.Textbox(visible="hidden", elem_id="refused")  # files, by page.js
@@ -156,7 +158,7 @@ class Page:
 
     def _connect(self) -> None:
         actions, chatbot, typed, language = self.actions, self.chatbot, self.typed, self.language
-        quick = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+        quick: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
         self.blocks.load(actions.prefer, None, language, **quick)
         language.change(self.speak, language, [*self._words, self.introduction], js=_SET_LANGUAGE, **quick)
         answers = []
@@ -184,11 +186,11 @@ class Page:
         self.seen.expand(actions.show_pictures, [chatbot, language], self.pictures, **quick)
         self.refused.change(actions.refuse, [self.refused, chatbot, language], chatbot, **quick)
         self.photo.input(actions.add_photo, [self.photo, typed], [typed, self.photo], preprocess=False, **quick)
-        for button, action, suffix in (
+        for button, save, suffix in (
             (self.save_json, actions.save_json, "json"),
             (self.save_markdown, actions.save_markdown, "md"),
         ):
-            saved = button.click(action, [chatbot, language], self.document, **quick)
+            saved = button.click(save, [chatbot, language], self.document, **quick)
             saved.success(None, self.document, None, js=_SAVE.replace("SUFFIX", suffix))
 
     def _in_words(self, block: AnyBlock, **keys: str) -> AnyBlock:

@@ -8,13 +8,13 @@ from typing import Literal, get_args
 Language = Literal["en", "zh"]
 LANGUAGES: tuple[Language, ...] = get_args(Language)
 
-NANO = {
+NANO: dict[Language, str] = {
     "en": "It names common things, flags, digits and short English words in drawings, counts and compares a few of "
     "them, and tells left from right. It has never seen a photograph and knows nothing else.",
     "zh": "它能说出图画里的常见事物、旗帜、数字和简短的英文单词，能数数、比较、分左右。"
     "它从没见过照片，也不知道别的事情。",
 }
-ANY_YI_VL = {
+ANY_YI_VL: dict[Language, str] = {
     "en": "It describes pictures and answers questions about them, in English and Chinese. It can be wrong.",
     "zh": "它用中文或英文描述图片、回答关于图片的问题。它会犯错。",
 }
@@ -84,7 +84,7 @@ TEXTS: dict[Language, dict[str, str]] = {
 
 def preferred(accept_language: str) -> Language:
     """The language that a browser asks for first, of those that there are; English where it asks for neither."""
-    weighed = []
+    weighed: list[tuple[float, int, Language]] = []
     for entry in accept_language.lower().split(","):
         tag, _, quality = entry.strip().partition(";q=")
         weight = float(quality) if re.fullmatch(r"[01](\.\d*)?", quality) else 1.0

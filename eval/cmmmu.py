@@ -84,14 +84,15 @@ def _jsonl_rows(folder: Path, split: Split) -> list[Row]:
     rows = []
     for path in named or files:
         for values in read_jsonl(path):
-            row = Row(values, str(path))
+            pictures: dict[str, Picture] = {}
+            row = Row(values, str(path), pictures)
             missing = [name for name in ("id", "type", "question", "answer", "category") if name not in values]
             if missing:
                 raise row.error(f"it has no {', '.join(missing)}")
             for number, name in enumerate(values.get("img_list") or [], start=1):
                 if name not in images:
                     raise row.error(f"its image {name} is nowhere under {folder}")
-                row.images[f"image_{number}"] = Picture(name, partial(Path.read_bytes, images[name]))
+                pictures[f"image_{number}"] = Picture(name, partial(Path.read_bytes, images[name]))
             rows.append(row)
     return refuse_repeated(rows, str(folder))
 

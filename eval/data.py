@@ -24,7 +24,7 @@ class Row:
     def __init__(self, values: Mapping[str, Any], source: str, images: Mapping[str, Picture] | None = None) -> None:
         self.values = values
         self.source = source
-        self.images = images or {}  # column or file name -> picture
+        self.images = {} if images is None else images  # column or file name -> picture
 
     @property
     def id(self) -> str:

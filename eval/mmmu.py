@@ -15,7 +15,7 @@ from typing import Any
 from . import mmmu_rules, strict
 from .data import Row, pictures_of, read_json, read_jsonl, read_rows, split_at_markers
 from .mmmu_rules import Draw
-from .question import Answered, PublishedRow, Question, Split, Verdict
+from .question import Answered, Kind, PublishedRow, Question, Split, Verdict
 
 NAME = "mmmu"
 HUB_ID = "MMMU/MMMU"
@@ -78,7 +78,7 @@ def load(data: str, split: Split) -> list[Question]:
 
 def _question(row: Row) -> Question:
     options = dict(zip("ABCDEFGHIJ", row.literal_list("options")))
-    kind = "choice" if row.text("question_type") == "multiple-choice" else "open"
+    kind: Kind = "choice" if row.text("question_type") == "multiple-choice" else "open"
     if kind == "choice" and len(options) < 2:
         raise row.error(f"a multiple-choice question has {len(options)} options")
     pictures, index_of = pictures_of(row, [f"image_{number}" for number in range(1, 8)])
@@ -162,7 +162,7 @@ def read_answers(path: Path) -> list[Question]:
         if not isinstance(entry, dict) or not {"question_type", "ground_truth"} <= set(entry):
             raise ValueError(f"{path}: {key} has no question_type and ground_truth, as MMMU's answer_dict has.")
         gold = entry["ground_truth"]
-        kind = "choice" if entry["question_type"] == "multiple-choice" else "open"
+        kind: Kind = "choice" if entry["question_type"] == "multiple-choice" else "open"
         questions.append(Question(key, subject_of(key), kind, tuple(gold) if isinstance(gold, list) else gold))
     return questions
 

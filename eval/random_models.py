@@ -41,7 +41,8 @@ def make(name: Preset, dtype: torch.dtype = torch.bfloat16, device: str | None =
     config.image_token_id = tokenizer.convert_tokens_to_ids("<image_placeholder>")
     with torch.device("meta"):
         model = YiVLForConditionalGeneration(config)
-    model = model.to(dtype).to_empty(device=device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+    model.to(dtype)  # type: ignore[arg-type]  # wrapped by transformers as if it were no method
+    model.to_empty(device=device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             _repeat(parameter) if parameter.ndim > 1 else parameter.fill_(1.0)

@@ -115,10 +115,11 @@ def _read_found(out_dir: Path, blank: dict[str, dict[str, Any]]) -> dict[str, di
                     f"{path} answers {record.get('id')!r}, which is not asked now; give another --out or remove it."
                 )
             for key in _IDENTITY:
+                before, now = str(record.get(key))[:200], str(wanted[key])[:200]
                 if record.get(key) != wanted[key]:
                     raise ValueError(
-                        f"{path} was made otherwise: {record['id']} has {key} {str(record.get(key))[:200]!r}, now it is "
-                        f"{str(wanted[key])[:200]!r}. Give another --out, or remove it."
+                        f"{path} was made otherwise: {record['id']} has {key} {before!r}, now it is {now!r}. Give "
+                        "another --out, or remove it."
                     )
             found[record["id"]] = record
     return found

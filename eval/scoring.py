@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -66,16 +66,16 @@ def summarise(benchmark: Benchmark, scored: Sequence[Scored], rules: Rules) -> d
             name: _tally(benchmark, members, rules)
             | {
                 "subjects": {
-                    subject: _tally(benchmark, _of(members, lambda question, s=subject: question.subject == s), rules)
+                    subject: _tally(benchmark, _of_subjects(members, (subject,)), rules)
                     for subject in group
                     if subject in subjects
                 }
             }
             for name, group in groups.items()
-            if (members := _of(scored, lambda question, g=group: question.subject in g))
+            if (members := _of_subjects(scored, group))
         },
         "kinds": {
-            kind: _tally(benchmark, _of(scored, lambda question, k=kind: question.kind == k), rules)
+            kind: _tally(benchmark, [one for one in scored if one.answered.question.kind == kind], rules)
             for kind in dict.fromkeys(one.answered.question.kind for one in scored)
         },
     }
@@ -132,8 +132,8 @@ def _verdict(scored: Scored, rules: Rules) -> Verdict:
     return scored.official if rules == "official" else scored.strict
 
 
-def _of(scored: Sequence[Scored], wanted: Callable[[Question], bool]) -> list[Scored]:
-    return [one for one in scored if wanted(one.answered.question)]
+def _of_subjects(scored: Sequence[Scored], subjects: Sequence[str]) -> list[Scored]:
+    return [one for one in scored if one.answered.question.subject in subjects]
 
 
 def _tally(benchmark: Benchmark, scored: Sequence[Scored], rules: Rules) -> dict[str, Any]:

@@ -148,7 +148,7 @@ def _generate_rate(model: YiVL, conversation: Conversation, new_tokens: int) -> 
     watch = _Watch()
     use_matrices_(model.model)
     try:
-        model.model.generate(
+        model.model.generate(  # type: ignore[misc]  # transformers annotates `self` as a protocol that its own models do not fit
             input_ids=prompts.input_ids,
             attention_mask=prompts.attention_mask,
             max_new_tokens=new_tokens,

@@ -67,7 +67,7 @@ def _generate(yi_vl: YiVL, question: Question, max_new_tokens: int) -> str:
     pixels = yi_vl.processor.image_processor.normalise
     prompts = yi_vl.prepare([[{"role": "user", "content": read_pictures(question.content())}]])
     with torch.inference_mode():
-        tokens = yi_vl.model.generate(
+        tokens = yi_vl.model.generate(  # type: ignore[misc]  # transformers annotates `self` as a protocol that its own models do not fit
             input_ids=prompts.input_ids,
             attention_mask=prompts.attention_mask,
             pixel_values=None if prompts.squares is None else pixels(prompts.squares),

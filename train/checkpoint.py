@@ -104,11 +104,10 @@ def load_model(directory: str | Path) -> tuple[YiVLForConditionalGeneration, YiV
     path = Path(directory)
     processor = load_processor(path)
     try:
-        model, report = YiVLForConditionalGeneration.from_pretrained(
-            path, dtype=torch.float32, output_loading_info=True
-        )
+        loaded: Any = YiVLForConditionalGeneration.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
     except (OSError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{path} cannot be loaded: {str(error).splitlines()[0]}") from error
+    model, report = loaded  # a pair, which transformers' annotation of `from_pretrained` does not know of
     wrong = {kind: sorted(map(str, entries))[:3] for kind, entries in report.items() if entries}
     if wrong:
         raise ValueError(f"{path} does not fit its own config.json: {wrong}.")
@@ -146,10 +145,11 @@ def delete_old(run_dir: Path, keep_last: int) -> None:
 
 def rng_state() -> dict[str, Any]:
     """All random states of this process, in types that load with weights_only."""
-    kind, keys, *rest = np.random.get_state()  # type: ignore[misc]
+    state: Any = np.random.get_state()  # a tuple, when it is not asked for as a dict
+    kind, keys, *rest = state
     return {
         "python": random.getstate(),
-        "numpy": [kind, keys.tolist(), *rest],  # type: ignore[union-attr]
+        "numpy": [kind, keys.tolist(), *rest],
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }

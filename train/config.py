@@ -205,7 +205,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
         where = f"command line ({override})"
         if not equals:
             raise ValueError(f"command line: {override!r} is not of the form key.sub=value.")
-        value = _parse(lambda text=text: OmegaConf.create({"value": yaml.safe_load(text)})["value"], where)
+        value = _parse(lambda text=text: OmegaConf.create({"value": yaml.safe_load(text)})["value"], where)  # type: ignore[misc]
         with _named_errors(where):
             OmegaConf.update(merged, key, value, merge=True)
     try:

@@ -120,7 +120,8 @@ def count_parameters(model_config: YiVLConfig, config: TrainConfig) -> Parameter
 
     linears = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
     linears -= {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    total, trained = {}, {}
+    total: dict[str, int] = {}
+    trained: dict[str, int] = {}
     cast_trained = cast_frozen = kept_low = 0
     for name, own in own_parameters(model).items():
         total[name] = _count(own)

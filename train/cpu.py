@@ -152,7 +152,7 @@ def packed_attention(
     sizes = [packing.prefix, *(len(group.padded) for group in packing.groups), packing.num_pads]
     parts = [_to_tokens(heads.to(value.dtype)).split(sizes) for heads in (query, key, value)]  # (size, heads*d) each
     shared = [_to_heads(part[0], (1, packing.prefix), width) for part in parts]
-    outputs = [_to_tokens(_causal(*shared, scaling))] if packing.prefix else []
+    outputs = [_to_tokens(_causal(*shared, scaling))] if packing.prefix else []  # type: ignore[call-arg,arg-type]  # three of them
     for index, group in enumerate(packing.groups, start=1):
         queries, keys, values = (_to_heads(_Pad.apply(part[index], group), group.shape, width) for part in parts)
         if packing.prefix:

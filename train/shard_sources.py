@@ -30,7 +30,8 @@ _ROWS_AT_ONCE = 64
 class Chunk(Protocol):
     """The samples of one shard: `first` is the index of its first one in the whole source."""
 
-    first: int
+    @property
+    def first(self) -> int: ...
 
     def __len__(self) -> int: ...
 

@@ -91,7 +91,8 @@ def make_checkpoint(folder: Path, size: Size) -> Path:
     processor.image_processor.size_px = config.vision_config.image_size
     config.image_token_id = processor.image_token_id
     torch.manual_seed(0)
-    YiVLForConditionalGeneration(config).to(torch.bfloat16).save_pretrained(folder / size)  # as models are released
+    as_released = YiVLForConditionalGeneration(config).to(torch.bfloat16)  # type: ignore[arg-type]  # wrapped as if no method
+    as_released.save_pretrained(folder / size)
     processor.save_pretrained(folder / size)
     return folder / size
 

@@ -73,8 +73,9 @@ def measure(
 
     if wrong := [entry for entry in models or () if "=" not in entry]:
         raise ValueError(f"{wrong[0]!r} is not of the form name=folder.")
-    named = [entry.split("=", 1) for entry in models or ()] or [(stage, RUNS / stage / "final") for stage in STAGES]
-    markdown = measure_all({name: Path(folder) for name, folder in named}, DATA / "heldout", out, quantize)
+    given = dict(entry.split("=", 1) for entry in models or ())
+    named = given or {stage: str(RUNS / stage / "final") for stage in STAGES}
+    markdown = measure_all({name: Path(folder) for name, folder in named.items()}, DATA / "heldout", out, quantize)
     typer.echo(markdown)
     for document in DOCUMENTS if write else ():
         write_table(document, markdown)

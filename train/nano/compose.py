@@ -90,7 +90,7 @@ class Composer:
                 how = paint.Warp(rotation=rng.uniform(-limit, limit), stretch=rng.uniform(0.93, 1.07))
         else:
             base = self._drawing(rng, item.label, split)
-            if is_train and item.kind == "flag" and base.getextrema()[3][0] == 255:
+            if is_train and item.kind == "flag" and base.getchannel("A").getextrema()[0] == 255:
                 base = paint.flag_form(rng, base)
             if is_train and item.kind == "thing" and rng.random() < 0.5:  # every artist has a way of facing things
                 base = base.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -148,7 +148,8 @@ class Composer:
         num_items = int(rng.choice([1, 2, 3, 4, 5], p=[0.1, 0.25, 0.25, 0.2, 0.2]))
         items = scene_items(rng, num_items)
         canvas = _canvas(rng, size_px, split, [COLOURS[item.colour][1] for item in items if item.colour])
-        corners, sprites = [], []
+        corners: list[tuple[int, int]] = []
+        sprites: list[_Sprite] = []
         for x, y, side in place_items(rng, num_items):
             sprite = self._sprite(rng, items[len(sprites)], split, side * size_px)
             sprites.append(sprite)

@@ -71,8 +71,9 @@ class Eyes(nn.Module):
     def at_size(self, pixel_values: Tensor) -> Tensor:
         """`forward` for pictures of any size: the position grid is resized, as it will be between the stages."""
         grid = pixel_values.shape[-1] // self.tower.config.patch_size
-        positions = resize_position_grid(self.tower.visual.positional_embedding, grid)
-        features: Tensor = functional_call(self, {"tower.visual.positional_embedding": positions}, (pixel_values,))
+        name = "tower.visual.positional_embedding"
+        positions = resize_position_grid(self.get_parameter(name), grid)
+        features: Tensor = functional_call(self, {name: positions}, (pixel_values,))
         return features
 
 
@@ -99,7 +100,7 @@ def match(
     tower, projector = model.model.vision_tower, model.model.multi_modal_projector
     tower.load_state_dict(OpenClipTower.from_pretrained(tower_dir).state_dict())
     told = processor.tokenizer.convert_tokens_to_ids(list(SIGNS.values()))
-    embeddings = model.get_input_embeddings().weight.detach()[told].clone()  # (L, D)
+    embeddings = model.model.language_model.embed_tokens.weight.detach()[told].clone()  # (L, D)
     with torch.no_grad():  # at the scale of what it is to say
         projector.norm_2.weight.fill_(embeddings.std().item())
     eyes = Eyes(tower, projector).train()
@@ -133,7 +134,7 @@ def _train(eyes: Eyes, embeddings: Tensor, art: Art, recipe: TowerRecipe) -> Ite
         optimiser.zero_grad()
         running += (loss.item() - running) / min(step, 100)
         if step % 400 == 0 or step == recipe.num_steps:
-            shares = {kind: score_signs(eyes, embeddings, art, kind) for kind in KINDS}
+            shares: dict[str, float] = {kind: score_signs(eyes, embeddings, art, kind) for kind in KINDS}
             yield {"step": step, "loss": round(running, 4), "seconds": round(time.time() - started), **shares}
 
 

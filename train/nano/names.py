@@ -7,9 +7,10 @@ every colour of every shape. Things are keyed by their English name, flags by co
 import csv
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 Lang = Literal["en", "zh"]
+NamedKind = Literal["thing", "flag"]
 LANGS: tuple[Lang, Lang] = ("en", "zh")
 CLASSES_PATH = Path(__file__).with_name("classes.tsv")
 
@@ -18,7 +19,7 @@ CLASSES_PATH = Path(__file__).with_name("classes.tsv")
 class Named:
     """A class with its names. `article` is "a", "an", "the" or "" and stands before `en` inside a sentence."""
 
-    kind: Literal["thing", "flag"]
+    kind: NamedKind
     key: str
     en: str
     article: str
@@ -37,7 +38,7 @@ def read_classes(path: Path = CLASSES_PATH) -> list[Named]:
     with path.open(encoding="utf-8", newline="") as lines:
         return [
             Named(
-                kind=row["kind"],
+                kind=cast(NamedKind, row["kind"]),
                 key=row["key"],
                 en=row["english"],
                 article=row["article"],

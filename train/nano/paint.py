@@ -209,8 +209,8 @@ def flag_form(rng: np.random.Generator, sprite: Image.Image) -> Image.Image:
         sprite = _to_square(sprite, by_cropping=rng.random() < 0.6)
     if form == "round":
         margin = rng.uniform(0.0, 0.07) * sprite.width
-        box = (margin, margin, sprite.width - margin, sprite.height - margin)
-        sprite = sprite.crop(tuple(round(side) for side in box))
+        near, right, bottom = round(margin), round(sprite.width - margin), round(sprite.height - margin)
+        sprite = sprite.crop((near, near, right, bottom))
     mask = outline({"round": "circle", "rounded": "rounded"}.get(form, "square")).resize(sprite.size)
     rgb = sprite.convert("RGB")
     if rng.random() < 0.3:

@@ -108,7 +108,7 @@ class PointHead(nn.Module):
         """`forward` for pictures of any size: the position grid is resized, as it will be between the stages."""
         grid = pixel_values.shape[-1] // self.tower.config.patch_size
         name = "tower.visual.positional_embedding"
-        positions = resize_position_grid(self.tower.visual.positional_embedding, grid)
+        positions = resize_position_grid(self.get_parameter(name), grid)
         logits: Tensor = functional_call(self, {name: positions}, (pixel_values, points))
         return logits
 
