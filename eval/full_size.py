@@ -25,7 +25,7 @@ import yi_vl
 from yi_vl.config import preset
 from yi_vl.convert import Checkpoint, convert
 from yi_vl.decode import Sampling
-from yi_vl.quantize import Scheme
+from yi_vl.quantize import Scheme, num_bytes
 
 _STD = 0.02
 _QUESTION = "What is in this picture?"
@@ -100,7 +100,7 @@ def _measure(folder: Path, image: Path, new_tokens: int, quantize: Scheme | None
         started = time.perf_counter()
         model = yi_vl.load(folder, dtype=torch.bfloat16, quantize=quantize)
         loaded = time.perf_counter()
-        num_bytes = sum(tensor.nbytes for tensor in (*model.model.parameters(), *model.model.buffers()))
+        weight_bytes = num_bytes(model.model)
         peak_of_loading = peak_bytes()
         messages = [
             {"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": _QUESTION}]}
@@ -113,10 +113,10 @@ def _measure(folder: Path, image: Path, new_tokens: int, quantize: Scheme | None
         seconds_per_token = (times[-1] - times[1]) / max(1, len(times) - 2)
         results.send(
             {
-                "weights": f"{num_bytes / 1e9:.2f} GB in {quantize or 'bf16'}",
+                "weights": f"{weight_bytes / 1e9:.2f} GB in {quantize or 'bf16'}",
                 "loading": f"{loaded - started:.1f} s",
-                "peak memory, loading": _of(peak_of_loading, num_bytes),
-                "peak memory, answering": _of(peak_bytes(), num_bytes),
+                "peak memory, loading": _of(peak_of_loading, weight_bytes),
+                "peak memory, answering": _of(peak_bytes(), weight_bytes),
                 "of it before loading": f"{before / 1e9:.2f} GB (Python and its libraries)",
                 f"prefill, {prompts.num_tokens[0]} tokens": f"{times[1] - times[0]:.1f} s",
                 f"decoding, {len(times) - 2} tokens": f"{1 / max(1e-9, seconds_per_token):.2f} tokens/s",
@@ -138,8 +138,8 @@ def peak_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _of(held_bytes: int, num_bytes: int) -> str:
-    return f"{held_bytes / 1e9:.2f} GB, {held_bytes / num_bytes:.3f} x the weights"
+def _of(held_bytes: int, weight_bytes: int) -> str:
+    return f"{held_bytes / 1e9:.2f} GB, {held_bytes / weight_bytes:.3f} x the weights"
 
 
 def _no_processor(folder: Path) -> Any:

@@ -5,6 +5,7 @@ Called by cli.py; calls config.py, model.py, quantize.py and, for what another l
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,10 @@ from torch import nn
 from transformers import AutoModelForImageTextToText
 
 from .config import YiVLConfig
-from .convert.files import Entry, WeightFiles, num_bytes
+from .convert.files import Entry, WeightFiles
 from .convert.names import PROJECTOR, TOWER
 from .model import YiVLForConditionalGeneration
-from .quantize import Int4Linear, packed_config, packed_layers, replace_linears_
+from .quantize import Int4Linear, num_bytes, packed_config, packed_layers, replace_linears_
 
 
 @dataclass(frozen=True)
@@ -99,8 +100,8 @@ def measure_quantized(config: YiVLConfig, folder: Path | None) -> QuantizedSizes
     num_tensors = len(model.state_dict())
     for _, layer in packed_layers(model):
         if isinstance(layer, Int4Linear):
-            layer.pack_()  # as when it is loaded: rows are filled up
-    return QuantizedSizes(counts, num_tensors, {name: _num_bytes(part) for name, part in _components(model).items()})
+            layer.pack_()  # as when it is loaded, for its rows are filled up; int8 takes no more packed
+    return QuantizedSizes(counts, num_tensors, {name: num_bytes(part) for name, part in _components(model).items()})
 
 
 def scheme_of(config: YiVLConfig) -> str | None:
@@ -151,7 +152,7 @@ def _stored_bytes(entries: dict[str, Entry]) -> dict[str, int]:
     for name, entry in entries.items():
         is_tower, is_projector = name.startswith(TOWER), name.startswith(PROJECTOR)
         component = "vision tower" if is_tower else "projector" if is_projector else "language model"
-        totals[component] += num_bytes(entry.shape, entry.dtype)
+        totals[component] += math.prod(entry.shape) * entry.dtype.itemsize
     return totals
 
 
@@ -165,7 +166,3 @@ def _components(model: YiVLForConditionalGeneration) -> dict[str, nn.Module]:
 
 def _num_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
-
-
-def _num_bytes(module: nn.Module) -> int:
-    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
