@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from tiny import tiny_config
 from torch import nn
 from toy_runs import losses, trainer
@@ -144,6 +145,15 @@ def test_the_objective_is_the_models_own_loss(
             torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-5, msg=name)
 
 
+@pytest.fixture
+def another_precision() -> Iterator[None]:
+    """accelerate keeps the first precision of a process, and refuses another."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("another_precision")
 @pytest.mark.parametrize("language", ["false", "lora"])
 def test_frozen_matrices_take_half_the_memory_and_nothing_changes(
     configure: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, language: str
