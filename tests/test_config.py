@@ -29,12 +29,14 @@ def test_presets_have_the_released_sizes(
     assert sizes.num_parameters == official | {"language model": official["language model"] + added}
 
 
-def test_memory_shrinks_with_the_language_models_layers() -> None:
+def test_memory_shrinks_with_the_language_models_linears() -> None:
     memory = measure(preset("6b")).memory_bytes
-    fp32, bf16, int8, int4 = memory.values()
-    num_in_layers = 32 * (2 * 4096 * 4096 + 2 * 4096 * 512 + 3 * 4096 * 11008)
-    assert fp32 == 2 * bf16
-    assert bf16 - int8 == num_in_layers and bf16 - int4 == 1.5 * num_in_layers
+    num_weights = 32 * (2 * 4096 * 4096 + 2 * 4096 * 512 + 3 * 4096 * 11008) + 64064 * 4096
+    num_rows = 32 * (2 * 4096 + 2 * 512 + 2 * 11008 + 4096) + 64064
+    assert memory["fp32"] == 2 * memory["bf16"]
+    rotary = 4 * 64  # bytes, which are no weights
+    assert memory["bf16"] - memory["int8"] == num_weights - 2 * num_rows - rotary
+    assert memory["bf16"] - memory["int4"] == (2 - 0.5 - 4 / 64) * num_weights - rotary
 
 
 def test_nano_is_small_and_has_no_official_layout() -> None:

@@ -86,9 +86,19 @@ def make_config(scheme: str, text_config: Any, device: str | torch.device) -> Qu
         return _torchao_config(scheme)
     if kind not in ("cpu", "auto"):
         raise ValueError(f"quantize={scheme!r} works on CPUs and NVIDIA GPUs, not on {device!r}. Leave it out there.")
+    if scheme == "int4":
+        _packed_rows()
+    return make_packed_config(scheme, text_config)
+
+
+def make_packed_config(scheme: str, text_config: Any) -> PackedConfig:
+    """The same for CPUs, whatever this machine's is.
+
+    Raises:
+        ValueError: the model's layers are not as wide as the scheme wants them.
+    """
     if scheme == "int8":
         return PackedConfig(bits=8)
-    _packed_rows()
     widths = {text_config.hidden_size, text_config.intermediate_size}
     widths.add(text_config.num_attention_heads * text_config.head_dim)
     for group_size in _GROUP_SIZES:

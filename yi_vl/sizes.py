@@ -6,6 +6,7 @@ Called by cli.py; calls config.py, model.py, quantize.py and, for what another l
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,15 @@ from .config import YiVLConfig
 from .convert.files import Entry, WeightFiles
 from .convert.names import PROJECTOR, TOWER
 from .model import YiVLForConditionalGeneration
-from .quantize import Int4Linear, num_bytes, packed_config, packed_layers, replace_linears_
+from .quantize import (
+    SCHEMES,
+    Int4Linear,
+    make_packed_config,
+    num_bytes,
+    packed_config,
+    packed_layers,
+    replace_linears_,
+)
 
 
 @dataclass(frozen=True)
@@ -34,7 +43,7 @@ class Sizes:
     num_tensors: int
     num_official_parameters: dict[str, int] | None
     num_official_tensors: int | None
-    memory_bytes: dict[str, int]  # of the weights, by dtype; what is not quantised is bf16, scales are not counted
+    memory_bytes: dict[str, int]  # of the weights, by dtype or scheme; what is not quantised is bf16
 
 
 @dataclass(frozen=True)
@@ -74,15 +83,15 @@ def measure(config: YiVLConfig) -> Sizes:
         official_counts = counts | {"language model": counts["language model"] - added}
         num_official_tensors = num_tensors + 4 * config.vision_config.num_hidden_layers  # q, k, v: 6 for 2
 
-    linears = [layer for layer in model.model.language_model.layers.modules() if isinstance(layer, nn.Linear)]
-    num_quantised = sum(layer.weight.numel() for layer in linears)
     total = sum(counts.values())
-    memory_bytes = {
-        "fp32": 4 * total,
-        "bf16": 2 * total,
-        "int8, language model's layers": 2 * (total - num_quantised) + num_quantised,
-        "int4, language model's layers": 2 * (total - num_quantised) + num_quantised // 2,
-    }
+    memory_bytes = {"fp32": 4 * total, "bf16": 2 * total}
+    for scheme in SCHEMES:
+        with suppress(ValueError):  # not with layers as wide as these
+            quantised = _without_weights(config)
+            quantised.to(torch.bfloat16)  # type: ignore[arg-type]  # wrapped by transformers as if it were no method
+            replace_linears_(quantised, make_packed_config(scheme, config.text_config))
+            _fill_up_(quantised)
+            memory_bytes[scheme] = num_bytes(quantised)
     return Sizes(counts, num_tensors, official_counts, num_official_tensors, memory_bytes)
 
 
@@ -98,9 +107,7 @@ def measure_quantized(config: YiVLConfig, folder: Path | None) -> QuantizedSizes
         return QuantizedSizes(counts, len(entries), _stored_bytes(entries))
     model = _as_stored(config)
     num_tensors = len(model.state_dict())
-    for _, layer in packed_layers(model):
-        if isinstance(layer, Int4Linear):
-            layer.pack_()  # as when it is loaded, for its rows are filled up; int8 takes no more packed
+    _fill_up_(model)
     return QuantizedSizes(counts, num_tensors, {name: num_bytes(part) for name, part in _components(model).items()})
 
 
@@ -117,6 +124,13 @@ def scheme_of(config: YiVLConfig) -> str | None:
             return f"{kind} of {method}"
         case other:
             return f"by {other.get('quant_method')}"
+
+
+def _fill_up_(model: nn.Module) -> None:
+    """Pack int4 as it is packed when it is loaded, for its rows are filled up; int8 takes no more packed."""
+    for _, layer in packed_layers(model):
+        if isinstance(layer, Int4Linear):
+            layer.pack_()
 
 
 def _without_weights(config: YiVLConfig) -> YiVLForConditionalGeneration:
