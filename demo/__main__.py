@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from yi_vl.cli import QuantizeOption
 from yi_vl.machine import use_large_pages
 
 from .texts import ANY_YI_VL, LANGUAGES, NANO
@@ -24,6 +25,7 @@ def demo(
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="A model folder or hub id; the bundled nano by default.")
     ] = None,
+    quantize: QuantizeOption = None,
     about: Annotated[
         str | None, typer.Option(help="What the model is good for, in a sentence; shown on the page.")
     ] = None,
@@ -59,7 +61,7 @@ def demo(
     name = Path(model).name if model else "nano"
     of_model = ANY_YI_VL if model else NANO
     words = dict.fromkeys(LANGUAGES, about) if about else of_model
-    yi_vl = load(model)
+    yi_vl = load(model, quantize=quantize)
     try:
         page = running(yi_vl, name, words, keep, server_name=host, server_port=port, share=share, auth=account)
         with page as (url, shared_url):
