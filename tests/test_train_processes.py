@@ -137,6 +137,15 @@ def test_a_rank_without_a_picture_learns_with_the_other(two_ranks: Configure, tm
     assert logged(config) == pytest.approx(expected, rel=1e-4)
 
 
+def test_two_ranks_adapt_an_int4_base_as_one(two_ranks: Configure, tmp_path: Path) -> None:
+    settings = ("trainable={vision: false, language: lora}", "lora={rank: 4, alpha: 8, dropout: 0, base: int4}")
+    settings += ("data.workers=1", "steps=4", "lr.language=1e-2")
+    config = two_ranks("halves", *settings)
+    assert finish(start(config, 2)) == [0, 0], said(config, 1).read_text()
+    expected = one_process(two_ranks("halves", f"run_dir={tmp_path}/one", *settings))
+    assert logged(config) == pytest.approx(expected, rel=1e-4)
+
+
 def test_a_signal_to_one_rank_stops_all_and_one_process_goes_on(two_ranks: Configure) -> None:
     config = two_ranks("uneven", "steps=60", "checkpoint={every_steps: 1000, keep_last: 2}")
     run_dir = Path(config.run_dir)

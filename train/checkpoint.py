@@ -13,6 +13,7 @@ import hashlib
 import os
 import random
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from yi_vl.config import YiVLConfig
 from yi_vl.model import YiVLForConditionalGeneration
 from yi_vl.processor import YiVLProcessor
 
@@ -95,19 +97,29 @@ def load_state(directory: Path, lazily: bool = False) -> dict[str, Any]:
     return state
 
 
-def load_model(directory: str | Path) -> tuple[YiVLForConditionalGeneration, YiVLProcessor]:
-    """A checkpoint's model, in float32, and its processor.
+def read_float32(path: Path) -> tuple[YiVLForConditionalGeneration, dict[str, Any]]:
+    """A checkpoint's model, and what transformers says of its weights."""
+    loaded: Any = YiVLForConditionalGeneration.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+    model, report = loaded  # a pair, which transformers' annotation of `from_pretrained` does not know of
+    return model, report
+
+
+def load_model(
+    directory: str | Path, read: Callable[[Path], tuple[YiVLForConditionalGeneration, dict[str, Any]]] = read_float32
+) -> tuple[YiVLForConditionalGeneration, YiVLProcessor]:
+    """A checkpoint's model, as `read` reads it, and its processor.
 
     Raises:
-        ValueError: there is no checkpoint of ours in `directory`, or it is damaged.
+        ValueError: there is no checkpoint of ours in `directory`, it is damaged, or it was quantised when it was saved.
     """
     path = Path(directory)
     processor = load_processor(path)
     try:
-        loaded: Any = YiVLForConditionalGeneration.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
-    except (OSError, RuntimeError, SafetensorError) as error:
+        if getattr(YiVLConfig.from_pretrained(path), "quantization_config", None) is not None:
+            raise ValueError(f"{path} is quantised and cannot be trained; start from the original (see lora.base).")
+        model, report = read(path)
+    except (ImportError, OSError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{path} cannot be loaded: {str(error).splitlines()[0]}") from error
-    model, report = loaded  # a pair, which transformers' annotation of `from_pretrained` does not know of
     wrong = {kind: sorted(map(str, entries))[:3] for kind, entries in report.items() if entries}
     if wrong:
         raise ValueError(f"{path} does not fit its own config.json: {wrong}.")

@@ -18,6 +18,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandat
 
 FORMS = ("caption", "chat")
 LORA = "lora"
+INT4 = "int4"
 PRECISIONS = ("fp32", "bf16", "fp16")
 
 
@@ -55,11 +56,13 @@ class LoraConfig:
     """Low-rank adapters (arXiv 2106.09685) on every linear layer of the language model's blocks, its head excepted.
 
     A layer's output gains alpha / rank x B A x: A (rank, inputs), B (outputs, rank). dropout: of x, on that path.
+    base: how the frozen layers are held: null, as all weights are; or `int4`, in four bits (QLoRA, arXiv 2305.14314).
     """
 
     rank: int = 128
     alpha: float = 256
     dropout: float = 0.05
+    base: str | None = None
 
 
 @dataclass
@@ -318,6 +321,12 @@ def _check(config: TrainConfig, where: str) -> None:
     )
     require(
         bool(trains.vision or trains.projector or trains.language), "trainable: nothing is; set a component to true."
+    )
+    require(config.lora.base in (None, INT4), f"lora.base is {config.lora.base!r}; expected null or {INT4}.")
+    require(
+        config.lora.base is None or trains.language == LORA,
+        f"lora.base is {config.lora.base}, but trainable.language is {trains.language}: weights in four bits cannot "
+        f"learn, only adapters on them; set trainable.language to {LORA}, or lora.base to null.",
     )
     if trains.language == LORA:
         require(init.checkpoint is not None, "trainable.language: lora adapts a checkpoint; name it in init_from.")

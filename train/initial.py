@@ -1,11 +1,14 @@
 """What a run starts from: the model and processor that its `init_from` and `image_size` describe.
 
-Called by loop.py and preview.py; calls yi_vl and checkpoint.py.
+Called by loop.py and preview.py; calls yi_vl, checkpoint.py and int4.py.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
+
+import torch
 
 from yi_vl.config import OpenClipVisionConfig
 from yi_vl.image import YiVLImageProcessor
@@ -13,19 +16,23 @@ from yi_vl.model import YiVLForConditionalGeneration
 from yi_vl.parts import from_parts
 from yi_vl.processor import YiVLProcessor, prepare_tokenizer
 
-from .checkpoint import load_model, load_processor
-from .config import TrainConfig
+from .checkpoint import load_model, load_processor, read_float32
+from .config import INT4, TrainConfig
+from .int4 import read_int4
 
 
-def initial_model(config: TrainConfig) -> tuple[YiVLForConditionalGeneration, YiVLProcessor]:
-    """The model in float32, its position grid resized to `image_size` where that differs, and its processor.
+def initial_model(config: TrainConfig, device: torch.device) -> tuple[YiVLForConditionalGeneration, YiVLProcessor]:
+    """The model, its position grid resized to `image_size` where that differs, and its processor.
+
+    It is in float32 on the CPU; around an int4 base as `read_int4` says, on `device`.
 
     Raises:
-        ValueError: the weights are not there or do not fit.
+        ValueError: the weights are not there or do not fit, or cannot be quantised.
     """
     init = config.init_from
     if init.checkpoint is not None:
-        model, processor = load_model(init.checkpoint)
+        read = partial(read_int4, precision=config.precision, device=device)
+        model, processor = load_model(init.checkpoint, read if config.lora.base == INT4 else read_float32)
     else:
         assert init.tower is not None and init.language_model is not None  # config.load_config sees to it
         model, tokenizer = from_parts(init.tower.name, init.tower.pretrained, init.language_model, config.image_size)

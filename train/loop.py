@@ -89,7 +89,7 @@ class Trainer:
         state = checkpoint.load_state(found, lazily=not is_main) if found is not None else None
         self.done_steps: int = state["step"] if state is not None else 0
         if found is None or wants_adapters(config):
-            self.model, self.processor = initial_model(config)
+            self.model, self.processor = initial_model(config, self.accelerator.device)
         else:
             self.model, self.processor = checkpoint.load_model(found)
         self.saved = add_adapters_(self.model, config, found) if wants_adapters(config) else self.model

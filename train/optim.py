@@ -79,6 +79,8 @@ def keep_frozen_low_(model: YiVLForConditionalGeneration, precision: str) -> Non
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     for module in model.modules():
         if isinstance(module, nn.Linear) and not module.weight.requires_grad and id(module.weight) not in tables:
+            if not module.weight.is_floating_point():
+                continue  # four bits, see int4.py
             low = module.weight.to(dtype)
             if torch.equal(low.to(module.weight.dtype), module.weight):
                 module.weight.data = low

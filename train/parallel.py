@@ -17,7 +17,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimi
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
-from .config import TrainConfig
+from .config import INT4, TrainConfig
+from .int4 import num_weights
 from .optim import LOW_DTYPES
 
 _ACCELERATE_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
@@ -44,6 +45,11 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
             f"accelerate is set up for {kind.value}; this trainer knows one process, plain data parallelism and FSDP "
             "with fsdp_version 2: see train/configs/accelerate/."
         )
+    if is_sharded(accelerator) and config.lora.base == INT4:
+        raise ValueError(
+            "lora.base: int4 does not go with FSDP, which spreads weights but not the scales that bitsandbytes keeps "
+            "beside them. Use train/configs/accelerate/ddp.yaml, or set lora.base to null."
+        )
     if is_sharded(accelerator):
         # accelerate's own would round the loss, and the sum of all ranks' gradients, to 16 bits
         accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
@@ -59,8 +65,8 @@ def is_sharded(accelerator: Accelerator) -> bool:
 
 def ranks_line(accelerator: Accelerator, objective: nn.Module) -> str:
     """How the work is divided, for people."""
-    whole = sum(parameter.numel() for parameter in objective.parameters())
-    here = sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in objective.parameters())
+    whole = sum(map(num_weights, objective.parameters()))
+    here = sum(p.to_local().numel() if isinstance(p, DTensor) else num_weights(p) for p in objective.parameters())
     return f"{accelerator.num_processes} ranks; the first holds {here:,} of {whole:,} parameters."
 
 

@@ -20,6 +20,7 @@ from rich.table import Table
 from yi_vl.model import YiVLForConditionalGeneration
 
 from .config import TrainConfig
+from .int4 import num_weights
 from .optim import own_parameters
 
 METRICS_FILE = "metrics.jsonl"
@@ -32,9 +33,9 @@ def component_table(model: YiVLForConditionalGeneration, config: TrainConfig) ->
     for heading in ("component", "parameters", "trainable", "learning rate"):
         table.add_column(heading, justify="left" if heading == "component" else "right")
     for name, own in own_parameters(model).items():
-        learning = sum(parameter.numel() for parameter in own if parameter.requires_grad)
+        learning = sum(num_weights(parameter) for parameter in own if parameter.requires_grad)
         rate = f"{getattr(config.lr, name):g}" if learning else "frozen"
-        table.add_row(name, f"{sum(parameter.numel() for parameter in own):,}", f"{learning:,}", rate)
+        table.add_row(name, f"{sum(map(num_weights, own)):,}", f"{learning:,}", rate)
     return table
 
 
