@@ -24,7 +24,8 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig
 
-from train.config import TrainableConfig, TrainConfig, exit_on_user_error
+from train.adapters import add_adapters_
+from train.config import InitConfig, LoraConfig, TrainableConfig, TrainConfig, exit_on_user_error
 from train.costs import (
     Elements,
     Row,
@@ -37,6 +38,7 @@ from train.costs import (
     strategies,
     tower_block_bytes,
 )
+from train.int4 import read_int4
 from train.objective import Objective
 from train.optim import build_optimiser, keep_frozen_low_, set_trainable_
 from train.plan import USABLE, Hardware, Plan, app, make_plan, verdict
@@ -166,6 +168,92 @@ def test_checkpointing_leaves_the_layers_inputs(trains: TrainableConfig) -> None
     assert left == pytest.approx(kept + log_probabilities + random_states, rel=0.08)
 
 
+LORA_MODEL = YiVLConfig(  # wide enough for blocks of 64 x 256 weights
+    vision_config=MODEL.vision_config,
+    text_config=LlamaConfig(
+        vocab_size=320, hidden_size=256, intermediate_size=704, num_hidden_layers=6, num_attention_heads=4,
+        num_key_value_heads=2, pad_token_id=0,
+    ),
+    image_token_id=IMAGE_TOKEN_ID,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def lora_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("lora_base")
+    YiVLForConditionalGeneration(LORA_MODEL).to(torch.bfloat16).float().save_pretrained(folder)
+    return folder
+
+
+def adapted(folder: Path, dropout: float, base: str | None) -> tuple[Objective, TrainConfig]:
+    config = TrainConfig(
+        init_from=InitConfig(checkpoint=str(folder)),
+        trainable=TrainableConfig(False, True, "lora"),
+        lora=LoraConfig(8, 16, dropout, base),
+    )
+    if base is None:
+        model = YiVLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    else:
+        model, _ = read_int4(folder, "bf16", torch.device("cpu"))
+    add_adapters_(model, config)
+    set_trainable_(model, config)
+    keep_frozen_low_(model, "bf16")
+    return Objective(model, num_sources=1), config
+
+
+@pytest.mark.parametrize("base", [None, "int4"])
+def test_weights_under_adapters_are_exact(lora_base: Path, base: str | None) -> None:
+    step, config = adapted(lora_base, 0.0, base)
+    held = 0
+    for parameter in step.parameters():
+        held += parameter.nbytes
+        if (scales := getattr(parameter, "quant_state", None)) is not None:
+            held += scales.absmax.nbytes + scales.state2.absmax.nbytes
+    counted = count_parameters(LORA_MODEL, config)
+    ddp = strategies("bf16", base is not None)[0]
+    said = step_memory(LORA_MODEL, counted, config.trainable, ddp, 1, NUM_ROWS, ROW, is_checkpointed=False)
+    in_products = counted.cast_trained + counted.cast_frozen + counted.largest_int4
+    assert said.weights - 2 * in_products == held
+    assert counted.int4 == (6 * 256 * (2 * 256 + 2 * 128 + 3 * 704) if base else 0)
+
+
+def test_an_int4_base_is_never_whole_in_memory(lora_base: Path) -> None:
+    device = torch.device("cpu")
+    read_int4(lora_base, "bf16", device)  # makes what is made once
+    _, most, (model, _) = allocations(lambda: read_int4(lora_base, "bf16", device))
+    mapped = (lora_base / "model.safetensors").stat().st_size
+    layers = count_parameters(LORA_MODEL, adapted(lora_base, 0.0, "int4")[1]).int4
+    kept = sum(p.nbytes for p in model.parameters() if p.dtype != torch.float32)  # which is mapped
+    assert most - mapped - kept < layers, "half of what they take in bf16"
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("base", [None, "int4"])
+def test_adapters_keep_what_is_said(
+    lora_base: Path, base: str | None, dropout: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within 1%, but for dropout's mask: on a CPU it has the type of what is dropped."""
+    of_device = torch.is_autocast_enabled
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *device: of_device(*device) if device else True)  # PEFT's
+    step, config = adapted(lora_base, dropout, base)
+    inputs = batch()
+
+    def forward() -> Any:
+        with torch.autocast("cpu", torch.bfloat16):
+            return step(*inputs)
+
+    forward()
+    left, _, _ = allocations(forward)
+    elements = Elements(product=2, stream=2 if base else 4, norm=2)
+    kept = NUM_ROWS * activation_bytes(LORA_MODEL, config.trainable, elements, ROW, False, config.lora)
+    counted = count_parameters(LORA_MODEL, config)
+    copies = 2 * (counted.cast_trained + counted.cast_frozen)
+    log_probabilities = NUM_ROWS * logit_bytes(LORA_MODEL, ROW) // 3
+    numbers_dropped = NUM_ROWS * ROW.tokens * 6 * (6 * 256 + 704) if dropout else 0
+    mask = numbers_dropped * (1 if base else 3)  # 2 or 4 bytes instead of 1
+    assert left == pytest.approx(kept + copies + log_probabilities + mask, rel=0.01)
+
+
 def test_the_logits_peak_when_the_backward_pass_begins() -> None:
     num_tokens, vocabulary = 40, 5000
     head = nn.Linear(16, vocabulary, bias=False, dtype=torch.bfloat16)
@@ -236,6 +324,12 @@ def test_the_stages_of_a_release_are_summed_beside_the_published_hours(run: Run)
     assert rows(said, "published,")[0][-2:] == ["30,720", "10.0"]
     assert [row[-1] for row in rows(said, "DDP")] == ["no"] * 3, "34 B parameters in fp32 are 140 GB"
     assert len(rows(said, "FSDP")) == len(rows(said, "ZeRO-3")) == 3 and len(rows(said, "checkpointed")) == 9
+
+
+def test_an_int4_base_brings_a_release_to_a_small_gpu(run: Run) -> None:
+    code, said, _ = run("train/configs/6b/chat-448-qlora.yaml", "--gpus", 1, "--gpu-memory", 24)
+    assert code == 0 and [row[-1] for row in rows(said, "checkpointed")] == ["yes"]
+    assert "5,536.5 M frozen weights in 4.127 bits each" in said and not rows(said, "FSDP")
 
 
 def test_settings_matter(run: Run) -> None:

@@ -4,8 +4,8 @@ S tokens of a row, K of them supervised, V vocabulary, Q width of the language m
 
 The arithmetic is that of a GPU with fused attention, which keeps no scores. A tower from timm is reckoned as
 open_clip's own of its dimensions; a convolutional stem's maps and products are left out, and so are the small products
-of LoRA's adapters and what they keep for themselves.
-Called by plan.py; calls yi_vl, adapters.py and optim.py.
+of LoRA's adapters and the work of making an int4 base's matrices again.
+Called by plan.py; calls yi_vl, adapters.py, int4.py and optim.py.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from yi_vl.config import YiVLConfig
 from yi_vl.model import YiVLForConditionalGeneration
 
 from .adapters import add_adapters_, wants_adapters
-from .config import TrainableConfig, TrainConfig
+from .config import INT4, LoraConfig, TrainableConfig, TrainConfig
+from .int4 import BYTES_PER_WEIGHT
 from .optim import own_parameters, set_trainable_
 
 
@@ -33,10 +34,13 @@ class Parameters:
     trained: dict[str, int]
     cast_trained: int  # in matrices of which autocast keeps a copy for the backward pass
     cast_frozen: int  # likewise, for the gradient that is passed on
-    kept_low: int  # in frozen matrices that are held in the product's dtype, and need no copy
+    kept_low: int  # frozen, held in the product's dtype, and so in no need of a copy
     largest_unit: int  # of the layers that FSDP and ZeRO-3 gather one by one
     largest_trained_unit: int
     outside_units: int  # tables, head, projector: gathered throughout
+    originals: int  # that PEFT keeps beside their copies, which learn
+    int4: int  # in four bits
+    largest_int4: int  # matrix of those
 
 
 @dataclass(frozen=True)
@@ -92,10 +96,12 @@ class Memory:
         return self.weights + self.gradients + self.optimiser + self.activations + self.logits
 
 
-def strategies(precision: str) -> tuple[Strategy, ...]:
-    """Those that accelerate offers, in a precision of `config.PRECISIONS`."""
+def strategies(precision: str, is_int4: bool = False) -> tuple[Strategy, ...]:
+    """Those that accelerate offers, in a precision of `config.PRECISIONS`; adapters on an int4 base have but one."""
     low = 4 if precision == "fp32" else 2
     master = 0 if low == 4 else 4
+    if is_int4:
+        return (Strategy("DDP", False, 4, 8, 8, Elements(low, low, 4)),)
     return (
         Strategy("DDP", False, 4, 8, 8, Elements(low, 4, 4)),
         Strategy("FSDP", True, 4, 4, 8, Elements(low, low, 4)),
@@ -106,7 +112,8 @@ def strategies(precision: str) -> tuple[Strategy, ...]:
 def count_parameters(model_config: YiVLConfig, config: TrainConfig) -> Parameters:
     """Counted on a model without weights, frozen as the trainer freezes it.
 
-    Frozen matrices are taken to hold nothing finer than bf16, as the released ones do: see `keep_frozen_low_`.
+    Frozen matrices are taken to hold nothing finer than bf16, as the released ones do: see `keep_frozen_low_`. What is
+    left of a language model around an int4 base is held so, too.
     """
     with torch.device("meta"):
         model = YiVLForConditionalGeneration(model_config)
@@ -117,50 +124,61 @@ def count_parameters(model_config: YiVLConfig, config: TrainConfig) -> Parameter
     not_cast = {id(p) for module in tower.visual.never_run(tower.config.feature_layer) for p in module.parameters()}
     not_cast |= {id(p) for name, p in model.named_parameters() if name.endswith(("embed_tokens.weight", "_embedding"))}
     not_cast -= {id(head)}  # a tied table
-
     linears = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
     linears -= {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    int4, around_int4 = _int4_base(model) if config.lora.base == INT4 else ({}, {})
+    linears -= int4.keys()
+    low = {id(p): p for p in model.parameters() if id(p) in linears and not p.requires_grad}
+    low = around_int4 | (low if config.precision == "bf16" else {})
+    not_cast |= int4.keys() | low.keys()
+
     total: dict[str, int] = {}
     trained: dict[str, int] = {}
-    cast_trained = cast_frozen = kept_low = 0
+    cast_trained = cast_frozen = 0
     for name, own in own_parameters(model).items():
         total[name] = _count(own)
+        trained[name] = _count(parameter for parameter in own if parameter.requires_grad)
         matrices = [parameter for parameter in own if parameter.ndim == 2 and id(parameter) not in not_cast]
         cast_trained += _count(parameter for parameter in matrices if parameter.requires_grad)
-        if config.precision == "bf16":
-            low = [parameter for parameter in own if id(parameter) in linears and not parameter.requires_grad]
-            kept_low += _count(low)
-            matrices = [parameter for parameter in matrices if all(parameter is not other for other in low)]
         if any(trained.values()):  # something before it learns, by the gradient that this passes on
             cast_frozen += _count(parameter for parameter in matrices if not parameter.requires_grad)
-        trained[name] = _count(parameter for parameter in own if parameter.requires_grad)
 
     kinds = {name for m in model.modules() if isinstance(m, PreTrainedModel) for name in m._no_split_modules or ()}
     units = [list(module.parameters()) for module in model.modules() if type(module).__name__ in kinds]
     sizes = [_count(unit) for unit in units]
     sizes_trained = [size for size, unit in zip(sizes, units) if unit[0].requires_grad]
     return Parameters(
-        total, trained, cast_trained, cast_frozen, kept_low, max(sizes), max(sizes_trained, default=0),
-        outside_units=sum(total.values()) - sum(sizes),
+        total, trained, cast_trained, cast_frozen, _count(low.values()), max(sizes), max(sizes_trained, default=0),
+        outside_units=sum(total.values()) - sum(sizes), originals=_count(model.parameters()) - sum(total.values()),
+        int4=_count(int4.values()), largest_int4=max(map(torch.numel, int4.values()), default=0),
     )  # fmt: skip
+
+
+def _int4_base(model: YiVLForConditionalGeneration) -> tuple[dict[int, nn.Parameter], dict[int, nn.Parameter]]:
+    """Of an adapted language model what int4.py holds in four bits, and what else is frozen; by `id`."""
+    under = {id(p): p for name, p in model.named_parameters() if name.endswith(".base_layer.weight")}
+    frozen = {id(p): p for p in own_parameters(model)["language"] if not p.requires_grad}
+    return under, {key: p for key, p in frozen.items() if key not in under}
 
 
 def step_memory(
     model: YiVLConfig, parameters: Parameters, trains: TrainableConfig, strategy: Strategy, num_gpus: int,
-    num_rows: int, row: Row, is_checkpointed: bool,
+    num_rows: int, row: Row, is_checkpointed: bool, lora: LoraConfig | None = None,
 ) -> Memory:  # fmt: skip
     """What a GPU holds in a step.
 
     Besides its share of the weights: under DDP autocast's copies of matrices in fp32, kept for the backward pass (a
     frozen one only as long as its layer runs when activations are checkpointed, a trained one until the forward pass
     ends); when sharded, the gathered weights of two layers, the next being fetched, and of what lies outside layers,
-    and likewise two layers' gradients.
+    and likewise two layers' gradients; of an int4 base, the one matrix that is made again for its product.
     """
     total, trained = sum(parameters.total.values()), sum(parameters.trained.values())
     low = strategy.elements.product
     share = num_gpus if strategy.is_sharded else 1
-    weights, gradients = strategy.weight * total / share, strategy.gradient * trained / share
+    whole = total + parameters.originals - parameters.int4
+    weights, gradients = strategy.weight * whole / share, strategy.gradient * trained / share
     weights -= (strategy.weight - low) * parameters.kept_low / share
+    weights += BYTES_PER_WEIGHT * parameters.int4 + low * parameters.largest_int4
     if strategy.is_sharded:
         weights += low * (parameters.outside_units + 2 * parameters.largest_unit)
         gradients += low * 2 * parameters.largest_trained_unit
@@ -170,22 +188,28 @@ def step_memory(
         weights=weights,
         gradients=gradients,
         optimiser=strategy.optimiser * trained / share,
-        activations=num_rows * activation_bytes(model, trains, strategy.elements, row, is_checkpointed),
+        activations=num_rows * activation_bytes(model, trains, strategy.elements, row, is_checkpointed, lora),
         logits=num_rows * logit_bytes(model, row),
     )
 
 
 def activation_bytes(
-    model: YiVLConfig, trains: TrainableConfig, elements: Elements, row: Row, is_checkpointed: bool
-) -> int:
+    model: YiVLConfig, trains: TrainableConfig, elements: Elements, row: Row, is_checkpointed: bool,
+    lora: LoraConfig | None = None,
+) -> int:  # fmt: skip
     """What autograd keeps of one row from the forward to the backward pass, the head and its loss excepted.
 
     With checkpointing: each layer's input, and one layer whole, the one that is run again. Frozen layers are reckoned
     as checkpointed, too; transformers does that in training mode only.
+
+    Args:
+        lora: the language model's adapters, if it learns by them.
     """
     vision, text = model.vision_config, model.text_config
     num_patches, width = vision.num_patches, text.hidden_size
     layer = row.tokens * language_layer_bytes(model, trains, elements)
+    if lora is not None:
+        layer += row.tokens * adapter_bytes(model, lora, elements)
     kept = row.tokens * width * elements.stream if is_checkpointed else layer
     kept *= text.num_hidden_layers
     kept += row.tokens * _rms_norm_bytes(width, elements, trains.language is True)
@@ -209,14 +233,30 @@ def language_layer_bytes(model: YiVLConfig, trains: TrainableConfig, elements: E
     behind it. The inputs of q, k, v and of gate, up: under autocast each product makes its own copy.
     """
     text, low = model.text_config, elements.product
-    width, learns = text.hidden_size, bool(trains.language)
+    width, learns = text.hidden_size, trains.language is True
     head = getattr(text, "head_dim", None) or width // text.num_attention_heads
     heads, kv_heads = text.num_attention_heads, text.num_key_value_heads
     attention = low * 2 * head * (heads + kv_heads) + 4 * heads
     feed_forward = low * text.intermediate_size * (4 if learns else 3)
     num_copies = 5 if elements.stream > low else 2
     inputs = low * width * num_copies if learns else 0
-    return 2 * _rms_norm_bytes(width, elements, trains.language is True) + attention + feed_forward + inputs
+    return 2 * _rms_norm_bytes(width, elements, learns) + attention + feed_forward + inputs
+
+
+def adapter_bytes(model: YiVLConfig, lora: LoraConfig, elements: Elements) -> int:
+    """Of a token, in the seven adapters of a Llama layer: the inputs of A and of B, for their gradients.
+
+    Dropout gives every A an input of its own, and keeps a mask of a byte a number; so does a cast, without a mask. With
+    neither q, k, v and gate, up share theirs, and that of o is the attention's output.
+    """
+    text, low = model.text_config, elements.product
+    width, inner = text.hidden_size, text.intermediate_size
+    attention = (getattr(text, "head_dim", None) or width // text.num_attention_heads) * text.num_attention_heads
+    if lora.dropout:
+        inputs = (low + 1) * (5 * width + attention + inner)
+    else:
+        inputs = low * ((5 * width + attention if elements.stream > low else 2 * width) + inner)
+    return inputs + low * 7 * lora.rank
 
 
 def tower_block_bytes(model: YiVLConfig, elements: Elements) -> int:

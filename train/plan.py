@@ -20,9 +20,11 @@ from transformers import AutoConfig
 from yi_vl.config import OpenClipVisionConfig, YiVLConfig, preset
 from yi_vl.loading import find, read_config
 
+from .adapters import wants_adapters
 from .checkpoint import FINAL
-from .config import InitConfig, TrainConfig, exit_on_user_error, load_config, num_steps
+from .config import INT4, InitConfig, TrainConfig, exit_on_user_error, load_config, num_steps
 from .costs import Memory, Parameters, Row, Strategy, count_parameters, step_flops, step_memory, strategies
+from .int4 import BYTES_PER_WEIGHT
 
 app = typer.Typer(add_completion=False)
 
@@ -71,8 +73,10 @@ class Plan:
     def memory(self, hardware: Hardware, strategy: Strategy, row: Row, is_checkpointed: bool) -> Memory:
         """Of a GPU whose rows are all like `row`."""
         num_gpus, num_rows = hardware.num_gpus, self.rows_per_gpu(hardware)
-        trains = self.config.trainable
-        return step_memory(self.model, self.parameters, trains, strategy, num_gpus, num_rows, row, is_checkpointed)
+        return step_memory(
+            self.model, self.parameters, self.config.trainable, strategy, num_gpus, num_rows, row, is_checkpointed,
+            self.config.lora if wants_adapters(self.config) else None,
+        )  # fmt: skip
 
     def flops(self, is_checkpointed: bool) -> int:
         """Of all its steps on all GPUs."""
@@ -143,6 +147,8 @@ def describe(made: Plan, hardware: Hardware) -> list[str]:
         f"{sum(parameters.trained.values()) / 1e6:,.1f} M of {sum(parameters.total.values()) / 1e6:,.1f} M parameters"
     )
     steps, batch, rows = num_steps(config), config.global_batch, made.rows_per_gpu(hardware)
+    bits = 8 * BYTES_PER_WEIGHT
+    int4 = f"  {parameters.int4 / 1e6:,.1f} M frozen weights in {bits:.3f} bits each, which FSDP cannot spread"
     which = "the rows `checkpointed`" if config.activation_checkpointing else "the rows named by a strategy"
     return [
         f"\n{made.path}",
@@ -150,13 +156,14 @@ def describe(made: Plan, hardware: Hardware) -> list[str]:
         f"  {steps:,} steps of {batch:,} samples, {rows} at once on a GPU; {made.row.tokens:,} tokens a sample, "
         f"{made.model.vision_config.num_patches:,} of them its image's",
         f"  activation_checkpointing: {str(config.activation_checkpointing).lower()}, so {which} hold",
+        *([int4] if parameters.int4 else []),
     ]
 
 
 def memory_table(made: Plan, hardware: Hardware) -> Table:
     """GB per GPU, by strategy."""
     table = _table("GB per GPU", "weights", "grads", "optimiser", "activations", "logits", "total", "fits")
-    for strategy in strategies(made.config.precision):
+    for strategy in strategies(made.config.precision, made.config.lora.base == INT4):
         for is_checkpointed in (False, True):
             memory = made.memory(hardware, strategy, made.row, is_checkpointed)
             held = (memory.weights, memory.gradients, memory.optimiser, memory.activations, memory.logits, memory.total)
