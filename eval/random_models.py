@@ -5,6 +5,7 @@ Called by speed.py's commands; calls yi_vl.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -21,6 +22,7 @@ from yi_vl.processor import prepare_tokenizer
 
 Preset = Literal["nano", "1b", "6b"]
 _TOKENIZER = Path("tests/official_tiny/checkpoint")
+_WORD = re.compile("▁[a-z]{2,}")
 _NUM_DRAWN = (1 << 20) - 3  # no multiple of a row's length, lest all rows be alike
 
 
@@ -43,9 +45,13 @@ def make(name: Preset, dtype: torch.dtype = torch.bfloat16, device: str | None =
         model = YiVLForConditionalGeneration(config)
     model.to(dtype)  # type: ignore[arg-type]  # wrapped by transformers as if it were no method
     model.to_empty(device=device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+    generator = torch.Generator(model.device).manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
-            _repeat(parameter) if parameter.ndim > 1 else parameter.fill_(1.0)
+            _repeat(parameter, generator) if parameter.ndim > 1 else parameter.fill_(1.0)
+        words = [number for piece, number in tokenizer.get_vocab().items() if _WORD.fullmatch(piece)]
+        said = torch.zeros(len(model.lm_head.weight), 1, dtype=dtype).index_fill_(0, torch.tensor(words), 1)
+        model.lm_head.weight.mul_(said.to(model.device))  # only words: an answer's text then has the tokens it had
         for module in model.modules():  # computed, not random
             if isinstance(module, LlamaRotaryEmbedding):
                 module.inv_freq.copy_(LlamaRotaryEmbedding(config.text_config).inv_freq)
@@ -56,9 +62,10 @@ def make(name: Preset, dtype: torch.dtype = torch.bfloat16, device: str | None =
     return YiVL(model, processor)
 
 
-def _repeat(parameter: torch.Tensor) -> None:
+def _repeat(parameter: torch.Tensor, generator: torch.Generator) -> None:
     """Fill with the same few random numbers over and over: drawing billions takes minutes."""
-    drawn = torch.empty(_NUM_DRAWN, dtype=parameter.dtype, device=parameter.device).normal_(std=0.02)
+    drawn = torch.empty(_NUM_DRAWN, dtype=parameter.dtype, device=parameter.device)
+    drawn.normal_(std=0.02, generator=generator)
     for part in parameter.view(-1).split(_NUM_DRAWN):
         part.copy_(drawn[: len(part)])
 

@@ -73,9 +73,13 @@ def _resize(image: Image.Image, left: float, top: float, side: float, size_px: i
     """
     step = side / size_px
     lead_x, lead_y = _lead(left, step), _lead(top, step)
-    canvas = Image.new("RGB", (_least(lead_x + size_px, step), _least(lead_y + size_px, step)), _MEAN_COLOUR)
-    canvas.paste(image, (round(left + lead_x * step), round(top + lead_y * step)))
-    planes = torch.from_numpy(np.array(canvas)).permute(2, 0, 1).unsqueeze(0)  # (1, 3, H, W), not copied
+    x, y = round(left + lead_x * step), round(top + lead_y * step)
+    canvas = np.empty((_least(lead_y + size_px, step), _least(lead_x + size_px, step), 3), np.uint8)
+    inside = canvas[y : y + image.height, x : x + image.width]
+    inside[:] = np.asarray(image)[: len(inside), : inside.shape[1]]
+    canvas[:y] = canvas[y + image.height :] = _MEAN_COLOUR
+    canvas[:, :x] = canvas[:, x + image.width :] = _MEAN_COLOUR
+    planes = torch.from_numpy(canvas).permute(2, 0, 1).unsqueeze(0)  # (1, 3, H, W), not copied
     factor = (1 + _HAIR) / step  # lest rounding cost the last pixel
     resized = F.interpolate(planes, scale_factor=factor, mode="bicubic", antialias=True)[0].permute(1, 2, 0)
     return resized[lead_y : lead_y + size_px, lead_x : lead_x + size_px]

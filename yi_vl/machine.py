@@ -1,10 +1,11 @@
-"""What a machine can do at most: the limits that measured speeds are put beside, and the pages that help to reach them.
+"""What a machine can do at most: the limits that measured speeds are put beside, and what helps to reach them.
 
-Called by the speed commands of eval/ and train/, and by what starts a program; calls torch.
+Called by the speed commands of eval/ and train/, by what starts a program, and by quantize.py; calls torch.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import time
@@ -23,6 +24,14 @@ def use_large_pages() -> None:
     reading a prompt on a CPU goes into them. Who has set the variable is left alone.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+
+def give_back_memory() -> None:
+    """Have glibc return what was freed to the system, which else it keeps for the blocks of memory to come."""
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    except (OSError, AttributeError):
+        return  # another C library, which has its own ways
 
 
 def machine() -> str:

@@ -41,6 +41,8 @@ from transformers.core_model_loading import ConversionOps
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .machine import give_back_memory
+
 Scheme = Literal["int8", "int4"]
 SCHEMES: tuple[Scheme, ...] = ("int8", "int4")
 METHOD = "yi_vl"  # `quant_method` in the config.json of what this file quantised
@@ -354,6 +356,7 @@ class PackedQuantizer(HfQuantizer):
                     "give a GPU the original with quantize=..."
                 )
             layer.pack_()
+            give_back_memory()  # else what was not packed stays beside what is, freed but resident
         return model
 
     def is_serializable(self) -> bool:
