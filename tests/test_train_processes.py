@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
@@ -62,8 +63,11 @@ def test_killed_at_any_moment_it_goes_on_exactly(configure_saved: Configure, tmp
     for moment in ("metrics.jsonl", ".step-00000004.tmp", ".step-00000008.tmp/model*", "step-00000010"):
         (process,) = start(config)
         wait_for(run_dir, moment, process)
+        workers = psutil.Process(process.pid).children(recursive=True)
         os.kill(process.pid, signal.SIGKILL)  # type: ignore[arg-type]
         assert finish([process]) == [-signal.SIGKILL]
+        _, left = psutil.wait_procs(workers, timeout=20)
+        assert workers and not left, "the data workers end with the trainer"
     assert finish(start(config)) == [0], said(config).read_text()
     assert_same(config, whole)
     assert not list(run_dir.glob(".*"))

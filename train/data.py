@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -253,6 +254,8 @@ class StepLoader:
             dataset,
             batch_size=None,
             num_workers=data.workers,
+            # Its children, and not those of a server of Python's, which would outlive a trainer that is killed.
+            multiprocessing_context="fork" if data.workers and sys.platform == "linux" else None,
             worker_init_fn=_leave_process_group,
             generator=torch.Generator(),  # else it draws from the one that dropout draws from, and a resume differs
         )
