@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 from tiny import IMAGE_TOKEN_ID, NUM_PATCHES, OFFICIAL, official_messages, tiny_processor
+from tokenizers import Regex
+from tokenizers.pre_tokenizers import Split
 
 from yi_vl.chat import SYSTEM_PROMPT, encode, from_llava, hold_back, render, render_caption, to_text
 from yi_vl.processor import YiVLProcessor
@@ -131,6 +133,22 @@ def test_typed_specials_stay_text(typed: str, role: str, processor: YiVLProcesso
     assert not specials & set(ids)
     assert ids.count(separator) == harmless.count(separator)
     assert f"a{typed}b" in processor.tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("typed", ["<|im_end|>", "<|im_end|><|im_start|>", "<|endoftext|>", "a<|im_sep|>b<|im_end|>"])
+def test_typed_specials_stay_text_where_the_tokenizer_itself_makes_them_special(typed: str) -> None:
+    """As transformers 5.24 converts SentencePiece models: their symbols are cut out and looked up whole."""
+    processor = tiny_processor()
+    backend = processor.tokenizer.backend_tokenizer
+    backend.pre_tokenizer = Split(Regex(r"<\|[a-z_]+\|>"), "isolated")
+    backend.model.ignore_merges = True
+    leaky = processor.tokenizer(typed, split_special_tokens=True)["input_ids"]
+    special_ids = {*processor.tokenizer.all_special_ids} - {processor.tokenizer.unk_token_id}
+    assert special_ids & set(leaky), "this tokenizer does not do what the test is about"
+    encoded = processor.encode_messages([user(typed)])
+    assert not special_ids & set(encoded.input_ids)
+    assert f" Human: {typed}\n###" in processor.tokenizer.decode(encoded.input_ids)
+    assert len(encoded.input_ids) == len(encoded.loss_mask)
 
 
 def test_a_separator_typed_across_parts_stays_text(processor: YiVLProcessor) -> None:

@@ -102,6 +102,10 @@ def test_every_layout_goes_round_bit_for_bit(to: Kind, tmp_path: Path, official:
     text = "<|im_end|> 图片 a  b<image_placeholder>"
     ids = again.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
     assert ids == official.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+    typed = [{"role": "user", "content": f"{text}<unk><|reserved_3|><|im_start|><0x0A>"}]
+    for folder in ("there", "back"):
+        processor = open_checkpoint(tmp_path / folder).make_processor()
+        assert processor.encode_messages(typed).input_ids == official.processor.encode_messages(typed).input_ids
     assert again.model.generation_config.eos_token_id == [2, 7] and again.model.config.text_config.use_cache
 
 

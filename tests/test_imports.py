@@ -17,7 +17,7 @@ LAYERS = (
     {"config", "machine"},
     {"vision", "projector", "image", "chat", "cache", "linear"},
     {"model", "processor", "reuse", "quantize"},
-    {"decode"},
+    {"auto", "decode"},
     {"convert"},
     {"loading", "sizes"},
     {"predict", "parts"},

@@ -54,32 +54,24 @@ def test_auto_classes_give_ours(folder: Path) -> None:
     assert type(AutoModel.from_pretrained(folder)) is YiVLModel
 
 
-@pytest.mark.parametrize("first", ["yi_vl", "transformers"])
-def test_importing_yi_vl_is_all_it_takes(folder: Path, first: str) -> None:
-    second = "transformers" if first == "yi_vl" else "yi_vl"
+def test_registration_is_one_import(folder: Path, tmp_path: Path) -> None:
+    """`import yi_vl.auto` is all that Auto classes need; trust_remote_code finds it through the saved folder."""
     script = (
-        f"import {first}, {second}\n"
-        "from transformers import AutoModelForImageTextToText, AutoProcessor\n"
-        f"print(type(AutoProcessor.from_pretrained({str(folder)!r})).__name__)\n"
-        f"print(type(AutoModelForImageTextToText.from_pretrained({str(folder)!r})).__name__)\n"
-    )
-    assert _python(script).split() == ["YiVLProcessor", "YiVLForConditionalGeneration"]
-
-
-def test_a_saved_model_is_found_without_importing_yi_vl(folder: Path, tmp_path: Path) -> None:
-    script = (
+        "import sys\n"
         "from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor\n"
-        f"how = ({str(folder)!r},)\n"
-        "print(type(AutoConfig.from_pretrained(*how, trust_remote_code=True)).__module__)\n"
-        "print(type(AutoProcessor.from_pretrained(*how, trust_remote_code=True)).__module__)\n"
-        "print(type(AutoModelForImageTextToText.from_pretrained(*how, trust_remote_code=True)).__module__)\n"
+        f"folder, trust = {str(folder)!r}, sys.argv[1] == 'trust'\n"
+        "if not trust: import yi_vl.auto\n"
+        "for auto in (AutoConfig, AutoProcessor, AutoModelForImageTextToText):\n"
+        "    print(type(auto.from_pretrained(folder, trust_remote_code=trust)).__module__)\n"
     )
-    assert _python(script, HF_MODULES_CACHE=str(tmp_path)).split() == ["yi_vl.config", "yi_vl.processor", "yi_vl.model"]
+    modules = ["yi_vl.config", "yi_vl.processor", "yi_vl.model"]
+    for argument in ("import", "trust"):
+        assert _python(script, argument, HF_MODULES_CACHE=str(tmp_path)).split() == modules
 
 
-def _python(script: str, **env: str) -> str:
+def _python(script: str, *arguments: str, **env: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", script],
+        [sys.executable, "-W", "ignore", "-c", script, *arguments],
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -222,14 +214,3 @@ def test_backend_processor_counts_tokens_and_marks_images(inputs: dict[str, torc
     )
     marks = made["mm_token_type_ids"][0].tolist()
     assert sum(marks) == 16 and marks == [int(token == IMAGE_TOKEN_ID) for token in made["input_ids"][0].tolist()]
-
-
-@pytest.mark.parametrize("module", ["config", "vision", "image", "model", "predict"])
-def test_any_module_may_be_imported_first(module: str) -> None:
-    """Whichever comes first, transformers' Auto classes know the model afterwards."""
-    code = (
-        f"import yi_vl.{module}\nfrom transformers import AutoConfig, AutoProcessor\n"
-        f"AutoConfig.from_pretrained('yi_vl/nano'), AutoProcessor.from_pretrained('yi_vl/nano')"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr

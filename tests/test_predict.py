@@ -15,6 +15,7 @@ from PIL import Image
 from tiny import IMAGE_TOKEN_ID, NUM_PATCHES, OFFICIAL, tiny_model, tiny_processor, tiny_yi_vl
 from transformers.cache_utils import Cache
 
+from yi_vl.cache import CACHE_ARGUMENT
 from yi_vl.decode import Chooser, Rows
 from yi_vl.predict import YiVL
 from yi_vl.reuse import LeastRecentlyUsed
@@ -35,12 +36,13 @@ def yi_vl() -> YiVL:
     return tiny_yi_vl()
 
 
-def grow(past_key_values: Cache, **inputs: Any) -> int:
+def grow(**inputs: Any) -> int:
     """What a forward pass does to the cache; returns the number of rows."""
     read = inputs["input_ids"] if "input_ids" in inputs else inputs["inputs_embeds"]
     nothing = torch.zeros(read.shape[0], 1, read.shape[1], 1)
+    cache: Cache = inputs[CACHE_ARGUMENT]
     for layer in range(2):
-        past_key_values.update(nothing, nothing, layer)
+        cache.update(nothing, nothing, layer)
     return len(read)
 
 

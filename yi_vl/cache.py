@@ -1,18 +1,21 @@
 """Keys and values of what the model has read: a cache that grows in place, and rows that leave it and join it.
 
 B rows, R rows gathered, H key-value heads, T tokens, E head width.
-Called by decode.py, predict.py and reuse.py; calls transformers' cache classes.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import LlamaModel
 from transformers.cache_utils import Cache, DynamicLayer
 
+# What a model calls the cache that it takes; transformers 5.24 renamed it.
+CACHE_ARGUMENT = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
 _ROOM_TOKENS = 256  # so that little is copied over an answer, and little held that is never used
 
 

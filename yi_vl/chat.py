@@ -11,8 +11,9 @@ Source of the format: 01-ai/Yi-VL's model card and inference code.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 IMAGE_PLACEHOLDER = "<image_placeholder>"
@@ -110,6 +111,8 @@ def encode(segments: Sequence[Segment], tokenizer: Any, image_token_id: int, pat
         tokenizer: a transformers tokenizer that reports offsets (any fast one).
     """
     encoded = Encoded()
+    special_ids = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special_ids.discard(tokenizer.unk_token_id)  # also of characters that the vocabulary does not have
     for chunk in _chunks(segments):
         if chunk[0].is_image:
             encoded.image_starts.append(len(encoded.input_ids))
@@ -117,16 +120,45 @@ def encode(segments: Sequence[Segment], tokenizer: Any, image_token_id: int, pat
             encoded.loss_mask += [False] * patches_per_image
             continue
         supervised = [segment.is_supervised for segment in chunk for _ in segment.text]
-        tokens = tokenizer(
-            "".join(segment.text for segment in chunk),
-            add_special_tokens=False,
-            split_special_tokens=True,
-            return_offsets_mapping=True,
-            return_attention_mask=False,
-        )
-        encoded.input_ids += tokens["input_ids"]
-        encoded.loss_mask += [supervised[start] for start, _ in tokens["offset_mapping"]]
+        input_ids, starts = _tokenize("".join(segment.text for segment in chunk), tokenizer, special_ids)
+        encoded.input_ids += input_ids
+        encoded.loss_mask += [supervised[start] for start in starts]
     return encoded
+
+
+def _tokenize(text: str, tokenizer: Any, special_ids: Set[int]) -> tuple[list[int], list[int]]:
+    """Token ids of a text, none of them special, and the index of each token's first character.
+
+    `split_special_tokens` is a tokenizer's promise, and some break it: their model itself holds a special token's text
+    as one piece. A text is then tokenized in stretches that end within every such piece.
+    """
+    input_ids, starts = _call_tokenizer(text, tokenizer)
+    if special_ids.isdisjoint(input_ids):
+        return input_ids, starts
+    cuts = [0, *(start + 1 for id, start in zip(input_ids, starts) if id in special_ids), len(text)]
+    input_ids, starts = [], []
+    for begin, end in pairwise(cuts):
+        stretch_ids, stretch_starts = _call_tokenizer(text[begin:end], tokenizer)
+        input_ids += stretch_ids
+        starts += [begin + start for start in stretch_starts]
+    for id, start in zip(input_ids, starts):
+        if id in special_ids:
+            raise ValueError(
+                f"{text[start : start + 20]!r} is a special token of this tokenizer and cannot be said in text; "
+                "leave it out."
+            )
+    return input_ids, starts
+
+
+def _call_tokenizer(text: str, tokenizer: Any) -> tuple[list[int], list[int]]:
+    tokens = tokenizer(
+        text,
+        add_special_tokens=False,
+        split_special_tokens=True,
+        return_offsets_mapping=True,
+        return_attention_mask=False,
+    )
+    return tokens["input_ids"], [start for start, _ in tokens["offset_mapping"]]
 
 
 def to_text(segments: Sequence[Segment]) -> str:

@@ -1,7 +1,4 @@
-"""What a Yi-VL is made of: the configuration of tower, projector and language model, and the presets.
-
-Called by everything in yi_vl; calls only transformers' configuration classes (and open_clip's list of towers, by name).
-"""
+"""What a Yi-VL is made of: the configuration of tower, projector and language model, and the presets."""
 
 from __future__ import annotations
 
@@ -10,9 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
-from transformers.configuration_utils import SubConfigSpec
-
-from . import register
 
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)  # OpenAI CLIP's, kept by OpenCLIP ViT-H-14 and by Yi-VL
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -139,16 +133,19 @@ class YiVLConfig(PreTrainedConfig):
     """
 
     model_type = "yi_vl"
-    sub_configs_defaults = {
-        "vision_config": SubConfigSpec(config_class=OpenClipVisionConfig),
-        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
-    }
     sub_configs = {"vision_config": OpenClipVisionConfig, "text_config": AutoConfig}
 
     vision_config: Any = None  # an OpenClipVisionConfig, also when given as a dict or not at all
     text_config: Any = None  # a LlamaConfig, likewise
     image_token_id: int = 64000
     tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if not isinstance(self.vision_config, PreTrainedConfig):
+            self.vision_config = OpenClipVisionConfig(**(self.vision_config or {}))
+        if not isinstance(self.text_config, PreTrainedConfig):
+            self.text_config = AutoConfig.for_model(**{"model_type": "llama", **(self.text_config or {})})
+        super().__post_init__(**kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """As transformers does, and beside it a file by which a program that does not import yi_vl finds the classes.
@@ -158,7 +155,9 @@ class YiVLConfig(PreTrainedConfig):
         self.auto_map = {name: f"{_CLASSES_FILE.stem}.{classname}" for name, classname in _CLASSES.items()}
         super().save_pretrained(save_directory, *args, **kwargs)
         names = ", ".join(_CLASSES.values())
-        text = f"# Where transformers finds this model's classes; needs yi_vl installed.\nfrom yi_vl import {names}\n"
+        text = (
+            f"# Where transformers finds this model's classes; needs yi_vl installed.\nfrom yi_vl.auto import {names}\n"
+        )
         (Path(save_directory) / _CLASSES_FILE).write_text(text, encoding="utf-8")
 
 
@@ -213,8 +212,3 @@ def preset(name: str) -> YiVLConfig:
             image_token_id=2900,
         )
     raise ValueError(f"There is no preset {name!r}; the presets are 6b, 34b and nano.")
-
-
-AutoConfig.register(OpenClipVisionConfig.model_type, OpenClipVisionConfig)
-AutoConfig.register(YiVLConfig.model_type, YiVLConfig)
-register(__name__)

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.generation import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
-from .cache import gather
+from .cache import CACHE_ARGUMENT, gather
 from .chat import STOP_STRING, hold_back
 from .reuse import Keys
 
@@ -97,8 +97,8 @@ def read_beginning(model: PreTrainedModel, prompts: Prompts, embeddings: Tensor,
         model(
             inputs_embeds=embeddings[:1, is_read],
             position_ids=positions,
-            past_key_values=cache,
             logits_to_keep=1,
+            **{CACHE_ARGUMENT: cache},
         )
 
 
@@ -154,8 +154,8 @@ class Rows:
             **inputs,
             attention_mask=None if self._is_token.all() else self._is_token,  # without one attention is faster
             position_ids=positions,
-            past_key_values=self.cache,
             logits_to_keep=1,
+            **{CACHE_ARGUMENT: self.cache},
         )
         self.logits = outputs.logits[:, -1]  # (B, V)
 

@@ -18,11 +18,10 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
-from transformers import AutoImageProcessor, BatchFeature
+from transformers import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 
-from . import register
-from .config import IMAGE_MEAN, IMAGE_STD, YiVLConfig
+from .config import IMAGE_MEAN, IMAGE_STD
 
 ImageSource = str | os.PathLike | bytes | Image.Image | np.ndarray | Tensor
 
@@ -202,10 +201,3 @@ def _from_array(array: np.ndarray | Tensor, name: str) -> Image.Image:
             raise ValueError(f"{name} holds {array.dtype} values outside 0..255; give uint8.")
         array = array.astype(np.uint8)
     return Image.fromarray(np.ascontiguousarray(array))
-
-
-# Under both names: transformers asks for "torchvision" first, and warns when it has to fall back.
-AutoImageProcessor.register(
-    YiVLConfig, image_processor_classes={"pil": YiVLImageProcessor, "torchvision": YiVLImageProcessor}
-)
-register(__name__)

@@ -1,7 +1,6 @@
 """From a folder or a hub id to a model and its processor, or one line that says why not.
 
-Layouts are told apart by what config.json holds, never by a name. Called by predict.py and cli.py; calls config.py,
-model.py, processor.py, quantize.py and convert/.
+Layouts are told apart by what config.json holds, never by a name.
 """
 
 from __future__ import annotations
@@ -17,10 +16,8 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 
-from .config import YiVLConfig
+from .auto import YiVLConfig, YiVLForConditionalGeneration, YiVLProcessor  # which registers them with transformers
 from .convert import Checkpoint, TowerFrom, base_of, holds_adapters, merge, open_checkpoint, read_configuration
-from .model import YiVLForConditionalGeneration
-from .processor import YiVLProcessor
 from .quantize import METHOD, Scheme, make_config
 
 _BUNDLED = Path(__file__).parent / "nano"

@@ -10,27 +10,38 @@ D language width, V vocabulary.
 | labels         | (B, S) int64          | collate           | unshifted, -100 off the loss mask                       |
 | pixel_values   | (N, 3, H, W) float    | image.py          | normalised; None when the batch has no image            |
 | image features | (N, P, Dv)->(N, P, D) | vision, projector | one masked assignment; a mismatch names both counts     |
-
-Called by predict.py, convert/ and the trainer; calls config.py, vision.py, projector.py and transformers' Llama.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import AutoModel, AutoModelForImageTextToText, GenerationMixin, PreTrainedModel
-from transformers.cache_utils import Cache
-from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast, LlavaModelOutputWithPast
-from transformers.utils.import_utils import torch_compilable_check
+from transformers import AutoModel, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
 
 from .config import YiVLConfig
 from .projector import Projector
 from .vision import OpenClipTower
+
+
+@dataclass
+class YiVLModelOutput(BaseModelOutputWithPast):
+    """The language model's output, and the image features (N, P, D) that went into it; None without images."""
+
+    image_hidden_states: Tensor | None = None
+
+
+@dataclass
+class YiVLCausalLMOutput(CausalLMOutputWithPast):
+    """The same with logits (B, S, V) and the loss."""
+
+    image_hidden_states: Tensor | None = None
 
 
 class YiVLPreTrainedModel(PreTrainedModel):
@@ -41,7 +52,7 @@ class YiVLPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     input_modalities = ["image", "text"]
     supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache", "past_key_values"]
     _no_split_modules = ["LlamaDecoderLayer", "ResidualAttentionBlock", "ConvStem"]
     _supports_flash_attn = True
     _supports_sdpa = True
@@ -79,31 +90,32 @@ class YiVLModel(YiVLPreTrainedModel):
         """
         slots = input_ids == self.config.image_token_id  # (B, S)
         num_features = image_features.shape[0] * image_features.shape[1]
-        torch_compilable_check(
-            slots.sum() == num_features,
-            lambda: (
-                f"{int(slots.sum())} image tokens in input_ids but {num_features} image features "
+        # A compiled graph cannot branch on a count; whoever compiles has run the same inputs before.
+        if not torch.compiler.is_compiling() and (num_slots := int(slots.sum())) != num_features:
+            raise ValueError(
+                f"{num_slots} image tokens in input_ids but {num_features} image features "
                 f"({image_features.shape[0]} images of {image_features.shape[1]} patches); each image needs its "
                 "placeholder tokens exactly once. Use the model's own processor."
-            ),
-        )
+            )
         features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
         return inputs_embeds.masked_scatter(slots.unsqueeze(-1), features)
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
         pixel_values: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         **kwargs: Any,
-    ) -> LlavaModelOutputWithPast:
+    ) -> YiVLModelOutput:
         """The language model over text and images; see the table atop this file.
 
-        `mm_encoder_outputs` is transformers' way to hand over images that are encoded already.
+        Args:
+            mm_encoder_outputs: transformers' way to hand over images that are encoded already.
+            kwargs: for the language model, its cache among them (`cache`; before transformers 5.24 `past_key_values`).
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
@@ -126,16 +138,9 @@ class YiVLModel(YiVLPreTrainedModel):
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             **kwargs,
         )
-        return LlavaModelOutputWithPast(
-            last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            image_hidden_states=image_features,
-        )
+        return YiVLModelOutput(**outputs, image_hidden_states=image_features)
 
     def _ranks_meet_in_vision(self) -> bool:
         """Whether tower and projector exchange gradients, or, spread over ranks (FSDP), their weights."""
@@ -169,31 +174,31 @@ class YiVLForConditionalGeneration(YiVLPreTrainedModel, GenerationMixin):
         """See `YiVLModel.get_image_features`."""
         return self.model.get_image_features(pixel_values, **kwargs)
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
         pixel_values: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         **kwargs: Any,
-    ) -> LlavaCausalLMOutputWithPast:
+    ) -> YiVLCausalLMOutput:
         """Logits (B, S, V), and the mean loss over supervised tokens when labels are given.
 
         Args:
             logits_to_keep: only the last so many positions' logits (0: all), or the positions given.
-            kwargs: `num_items_in_batch` normalises the loss by the supervised tokens of a whole step.
+            kwargs: for the language model, its cache among them (`cache`; before transformers 5.24 `past_key_values`);
+                `num_items_in_batch` normalises the loss by the supervised tokens of a whole step.
         """
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             mm_encoder_outputs=mm_encoder_outputs,
             **kwargs,
@@ -204,15 +209,5 @@ class YiVLForConditionalGeneration(YiVLPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.config.text_config.vocab_size, **kwargs)
-        return LlavaCausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            image_hidden_states=outputs.image_hidden_states,
-        )
-
-
-AutoModel.register(YiVLConfig, YiVLModel)
-AutoModelForImageTextToText.register(YiVLConfig, YiVLForConditionalGeneration)
+        carried = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
+        return YiVLCausalLMOutput(loss=loss, logits=logits, **carried)

@@ -1,7 +1,4 @@
-"""Conversations to model inputs: the tokenizer and the image transform behind transformers' processor interface.
-
-Called by predict.py, the trainer and transformers' own tools; calls chat.py, image.py and config.py.
-"""
+"""Conversations to model inputs: the tokenizer and the image transform behind transformers' processor interface."""
 
 from __future__ import annotations
 
@@ -9,12 +6,11 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from tokenizers import Tokenizer
-from transformers import AutoProcessor, PreTrainedTokenizerFast, ProcessorMixin
+from tokenizers import AddedToken, Tokenizer
+from transformers import PreTrainedTokenizerFast, ProcessorMixin
 from transformers.processing_utils import MultiModalData
 
 from .chat import CHAT_TEMPLATE, IMAGE_PLACEHOLDER, Encoded, Segment, encode, render
-from .config import YiVLConfig
 from .image import YiVLImageProcessor
 
 
@@ -78,7 +74,25 @@ def prepare_tokenizer(source: str, image_token_id: int | None = None) -> Any:
     elif IMAGE_PLACEHOLDER not in tokenizer.get_added_vocab():
         tokenizer.add_special_tokens({"extra_special_tokens": [IMAGE_PLACEHOLDER]}, replace_extra_special_tokens=False)
     tokenizer.padding_side = "left"
+    _encode_typed_specials_as_text_(tokenizer)
     return tokenizer
+
+
+def _encode_typed_specials_as_text_(tokenizer: Any) -> None:
+    """Undo what transformers adds when it converts a SentencePiece model, so that a typed `<|im_end|>` stays text.
+
+    Up to 5.23 it makes the model's user-defined symbols added tokens, but not special ones; from 5.24 it cuts them out
+    of the text, and looks pieces up whole (`<unk>`, `<0x0A>`). Both are undone: every version gives the same ids.
+    """
+    backend = tokenizer.backend_tokenizer
+    if not getattr(backend.model, "byte_fallback", False):  # not from SentencePiece
+        return
+    if backend.model.ignore_merges:
+        backend.model.ignore_merges = False
+        backend.pre_tokenizer = None
+    pieces = backend.get_vocab(with_added_tokens=False)
+    defined = [token.content for token in tokenizer.added_tokens_decoder.values() if not token.special]
+    backend.add_special_tokens([AddedToken(name, normalized=False) for name in defined if name in pieces])
 
 
 def _renamed(tokenizer: Any, image_token_id: int) -> Any:
@@ -95,6 +109,3 @@ def _renamed(tokenizer: Any, image_token_id: int) -> Any:
         eos_token=tokenizer.eos_token,
         pad_token=tokenizer.unk_token,
     )
-
-
-AutoProcessor.register(YiVLConfig, YiVLProcessor)

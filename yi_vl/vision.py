@@ -1,7 +1,6 @@
 """The vision tower: pixels in, patch features out.
 
 An open_clip vision transformer behind transformers' model interface. N images, C channels, P patches, Dv width.
-Called by model.py and by trainers that start from an open_clip tower; calls config.py.
 """
 
 from __future__ import annotations
@@ -15,11 +14,10 @@ import torch
 from open_clip.transformer import LayerNorm, QuickGELU, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoModel, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutput
 
-from . import register
 from .config import OpenClipVisionConfig
 
 logger = logging.getLogger(__name__)
@@ -264,7 +262,3 @@ def resize_position_grid(positions: Tensor, grid: int) -> Tensor:
     rows = rows.permute(0, 2, 3, 1).reshape(grid * grid, -1)
     logger.info("Resized the position grid from %d x %d to %d x %d.", old_grid, old_grid, grid, grid)
     return torch.cat([class_row, rows.to(positions.dtype)])
-
-
-AutoModel.register(OpenClipVisionConfig, OpenClipTower)
-register(__name__)

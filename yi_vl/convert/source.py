@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig
 
+from ..auto import YiVLProcessor
 from ..chat import IMAGE_PLACEHOLDER
 from ..config import OpenClipVisionConfig, YiVLConfig
 from ..image import YiVLImageProcessor
 from ..model import YiVLForConditionalGeneration
-from ..processor import YiVLProcessor, prepare_tokenizer
+from ..processor import prepare_tokenizer
 from ..quantize import packed_config, replace_linears_
 from .files import Entry, WeightFiles, num_bytes
 from .names import EMBEDDING, HEAD, LLAVA_HF, OFFICIAL, OFFICIAL_VIT, TOWER, Layout, Slot, to_ours

@@ -145,7 +145,7 @@ def _plan_official(source: Checkpoint, shard_bytes: int) -> _Plan:
     def write_rest(folder: Path) -> None:
         vision, text = source.config.vision_config, source.config.text_config
         _copy_tokenizer_model(source, folder)
-        _write_json(folder / "tokenizer_config.json", _official_tokenizer_config(text.max_position_embeddings))
+        _write_json(folder / "tokenizer_config.json", _official_tokenizer_config(source))
         _write_json(
             folder / "generation_config.json",
             {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "max_length": text.max_position_embeddings},
@@ -350,15 +350,23 @@ def _clip_preprocessor(vision: OpenClipVisionConfig) -> dict[str, Any]:
     }
 
 
-def _official_tokenizer_config(max_length: int) -> dict[str, Any]:
+def _official_tokenizer_config(source: Checkpoint) -> dict[str, Any]:
+    """With all special tokens: without them a reader cannot know that `<|im_end|>` in a text is to stay text."""
+    fields = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
+    special = {
+        str(id): {field: getattr(token, field) for field in fields}
+        for id, token in source.make_processor().tokenizer.added_tokens_decoder.items()
+        if id < source.config.image_token_id
+    }
     return {
         "add_bos_token": False,
         "add_eos_token": False,
+        "added_tokens_decoder": special,
         "bos_token": "<|startoftext|>",
         "clean_up_tokenization_spaces": False,
         "eos_token": "<|endoftext|>",
         "legacy": True,
-        "model_max_length": max_length,
+        "model_max_length": source.config.text_config.max_position_embeddings,
         "pad_token": "<unk>",
         "padding_side": "right",
         "tokenizer_class": "LlamaTokenizer",

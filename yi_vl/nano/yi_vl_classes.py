@@ -1,2 +1,2 @@
 # Where transformers finds this model's classes; needs yi_vl installed.
-from yi_vl import YiVLConfig, YiVLForConditionalGeneration, YiVLProcessor
+from yi_vl.auto import YiVLConfig, YiVLForConditionalGeneration, YiVLProcessor

@@ -1,0 +1,26 @@
+"""Registers Yi-VL with transformers, so that its Auto classes and pipelines know the model: `import yi_vl.auto`.
+
+`yi_vl.load`, and every public class of the package, import this file; transformers' own tools need it imported once.
+"""
+
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor
+
+from . import quantize as quantize  # registers its quantizer with transformers
+from .config import OpenClipVisionConfig as OpenClipVisionConfig
+from .config import YiVLConfig as YiVLConfig
+from .image import YiVLImageProcessor as YiVLImageProcessor
+from .model import YiVLForConditionalGeneration as YiVLForConditionalGeneration
+from .model import YiVLModel as YiVLModel
+from .processor import YiVLProcessor as YiVLProcessor
+from .vision import OpenClipTower as OpenClipTower
+
+AutoConfig.register(OpenClipVisionConfig.model_type, OpenClipVisionConfig)
+AutoConfig.register(YiVLConfig.model_type, YiVLConfig)
+AutoModel.register(OpenClipVisionConfig, OpenClipTower)
+AutoModel.register(YiVLConfig, YiVLModel)
+AutoModelForImageTextToText.register(YiVLConfig, YiVLForConditionalGeneration)
+AutoProcessor.register(YiVLConfig, YiVLProcessor)
+# Under both names: transformers asks for "torchvision" first, and warns when it has to fall back.
+AutoImageProcessor.register(
+    YiVLConfig, image_processor_classes={"pil": YiVLImageProcessor, "torchvision": YiVLImageProcessor}
+)
