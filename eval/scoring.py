@@ -1,7 +1,4 @@
-"""From answers to scores: both protocols, per subject, discipline and overall, with intervals. Knows no benchmark.
-
-Called by the commands and reports; calls the benchmark's own rules through `question.Benchmark`.
-"""
+"""From answers to scores: both protocols, per subject, discipline and overall, with intervals. Knows no benchmark."""
 
 from __future__ import annotations
 
@@ -54,7 +51,11 @@ def score(benchmark: Benchmark, answered: Iterable[Answered]) -> list[Scored]:
 
 
 def summarise(benchmark: Benchmark, scored: Sequence[Scored], rules: Rules) -> dict[str, Any]:
-    """Accuracy overall, by discipline with their subjects, and by kind of question; micro averages everywhere."""
+    """Accuracy overall, by discipline with their subjects, and by kind of question; micro averages everywhere.
+
+    By the official rules also the ids of the answers that were "drawn": all others are judged as the official script
+    judges them, whatever its random numbers are.
+    """
     subjects = dict.fromkeys(one.answered.question.subject for one in scored)
     known = {subject for group in benchmark.GROUPS.values() for subject in group}
     groups = dict(benchmark.GROUPS) if known >= set(subjects) else {subject: (subject,) for subject in subjects}
@@ -62,6 +63,7 @@ def summarise(benchmark: Benchmark, scored: Sequence[Scored], rules: Rules) -> d
     return whole | {
         "interval_95": interval([_verdict(one, rules).is_right for one in scored]),
         "unparsed": sum(not _verdict(one, rules).is_parsed for one in scored),
+        **({"drawn": _drawn_ids(scored)} if rules == "official" else {}),
         "disciplines": {
             name: _tally(benchmark, members, rules)
             | {
@@ -79,6 +81,10 @@ def summarise(benchmark: Benchmark, scored: Sequence[Scored], rules: Rules) -> d
             for kind in dict.fromkeys(one.answered.question.kind for one in scored)
         },
     }
+
+
+def _drawn_ids(scored: Sequence[Scored]) -> list[str]:
+    return [one.answered.question.id for one in scored if not one.official.is_parsed]
 
 
 def chance(questions: Iterable[Question]) -> float:
