@@ -1,6 +1,6 @@
 """A page to leaf through: every question with its pictures, prompt, answer, gold and verdicts. No server is needed.
 
-Called by the commands. All text reaches the page as data and is shown as text.
+All text reaches the page as data and is shown as text.
 """
 
 from __future__ import annotations

@@ -103,6 +103,28 @@ def test_every_shape_of_row_is_read(tmp_path: Path, caplog: pytest.LogCaptureFix
     assert caplog.text.strip().endswith("test_Art_Theory_10")
 
 
+def test_options_may_be_a_column_of_lists(tmp_path: Path) -> None:
+    """As `datasets` writes them, with features in the file, as on the hub; the images among them are not decoded."""
+    from datasets import Dataset, Features, Value
+    from datasets import Image as ImageFeature
+    from datasets import List as ListFeature
+
+    for options, values in (
+        (ListFeature(Value("string")), [["x", "y"], ["<image 1>"]]),
+        (ListFeature(Value("float64")), [[1.0, 2.5], [-0.5]]),
+        (ListFeature(ListFeature(Value("string"))), [[["x", "y"]], [["z"]]]),
+    ):
+        features = {name: Value("string") for name in ("id", "question", "answer", "subject")}
+        features |= {"options": options} | {f"image_{number}": ImageFeature() for number in range(1, 8)}
+        columns = {name: [row(f"test_Math_{i}", "")[name] for i in (1, 2)] for name in features}
+        table = Dataset.from_dict(columns | {"options": values}, Features(features))
+        (tmp_path / "standard (4 options)").mkdir(exist_ok=True)
+        table.to_parquet(tmp_path / "standard (4 options)" / "test-00000-of-00001.parquet")
+        questions = mmmu_pro.load(str(tmp_path), "test", "standard (4 options)")
+        assert [list(question.options.values()) for question in questions] == [list(map(str, one)) for one in values]
+        assert questions[0].pictures[0].read() == picture("red")["bytes"]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
