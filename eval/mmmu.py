@@ -159,9 +159,10 @@ def read_answers(path: Path) -> list[Question]:
     for key, entry in entries.items():
         if not isinstance(entry, dict) or not {"question_type", "ground_truth"} <= set(entry):
             raise ValueError(f"{path}: {key} has no question_type and ground_truth, as MMMU's answer_dict has.")
-        gold = entry["ground_truth"]
+        truth = entry["ground_truth"]
+        gold = tuple(map(str, truth)) if isinstance(truth, list) else str(truth)
         kind: Kind = "choice" if entry["question_type"] == "multiple-choice" else "open"
-        questions.append(Question(key, subject_of(key), kind, tuple(gold) if isinstance(gold, list) else gold))
+        questions.append(Question(key, subject_of(key), kind, gold))
     return questions
 
 

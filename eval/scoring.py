@@ -89,11 +89,17 @@ def _drawn_ids(scored: Sequence[Scored]) -> list[str]:
 
 def chance(questions: Iterable[Question]) -> float:
     """The expected accuracy of guessing: one option of a choice, one verdict of two, nothing for free text."""
-    guesses = [
-        1 / (len(question.options) or 4) if question.kind == "choice" else 0.5 if question.kind == "judgement" else 0.0
-        for question in questions
-    ]
+    guesses = [_chance_of_one(question) for question in questions]
     return sum(guesses) / len(guesses)
+
+
+def _chance_of_one(question: Question) -> float:
+    if question.kind != "choice":
+        return 0.5 if question.kind == "judgement" else 0.0
+    golds = [question.gold] if isinstance(question.gold, str) else question.gold
+    if question.gold and question.options and not any(gold in question.options for gold in golds):
+        return 0.0  # MMMU-Pro has a question whose answer is none of its options
+    return 1 / (len(question.options) or 4)
 
 
 def interval(right: Sequence[bool], seed: int = 0) -> tuple[float, float]:

@@ -12,7 +12,7 @@ from benchmark_rows import picture, write_parquet
 from tiny import tiny_model, tiny_processor
 from typer.testing import CliRunner
 
-from eval import mmmu_pro, mmmu_pro_rules
+from eval import mmmu_pro, mmmu_pro_rules, scoring
 from eval.__main__ import app
 from eval.data import read_jsonl
 
@@ -99,6 +99,8 @@ def test_every_shape_of_row_is_read(tmp_path: Path, caplog: pytest.LogCaptureFix
     assert shown["test_Art_Theory_8"] == ["1"]  # unmarked, so it comes first; there is no eighth image column
     assert shown["test_Art_Theory_9"] == ["1", "7", "1", "7"] and shown["test_Art_Theory_10"] == ["1", "1"]
     assert "A. <image 2>\n" in questions["test_Art_Theory_10"].prompt
+    assert scoring.chance([questions["validation_Accounting_29"]]) == 0, "its B is none of its options"
+    assert scoring.chance([questions["test_Math_1"], questions["test_Math_2"]]) == (1 + 1 / 4) / 2
     assert "1 of 11 questions speak of an image that their row does not have" in caplog.text
     assert caplog.text.strip().endswith("test_Art_Theory_10")
 
@@ -208,6 +210,7 @@ TEN = dict(zip("ABCDEFGHIJ", [f"choice {number}" for number in range(10)]))
         ("L. the moon", TWELVE, "L"),
         ("L. the moon", TEN, None),
         ("it must be the moon, of course", TWELVE, "L"),
+        ("it must be the moon", TWELVE, None),  # five words are too few to quote
         # One option: it is the only letter, whatever was said; a nested one is looked for as Python writes it.
         ("Answer: B", {"A": "['A', 'B', 'Not enough information']"}, None),
         ("(A)", {"A": "['A', 'B', 'Not enough information']"}, "A"),
@@ -268,8 +271,9 @@ def test_a_published_file_is_scored_as_it_is(tmp_path: Path) -> None:
     assert official["printed"] == f"{official['right'] / 1730 * 100:.2f}%" and f"as {official['printed']}" in table
     assert "3 left to the official draw" in table
 
-    with pytest.raises(ValueError, match="has 1729 responses, and the official script scores exactly 1730"):
-        run_cli("score", "mmmu-pro", "--predictions", write_lines(tmp_path / "short.jsonl", records[1:]))
+    for num, some in ((1729, records[1:]), (1731, [*records, official_record(1731, "A")])):
+        with pytest.raises(ValueError, match=f"has {num} responses, and the official script scores exactly 1730"):
+            run_cli("score", "mmmu-pro", "--predictions", write_lines(tmp_path / "some.jsonl", some))
     with pytest.raises(ValueError, match="answers test_Art_9 more than once"):
         run_cli("score", "mmmu-pro", "--predictions", write_lines(tmp_path / "twice.jsonl", [*records[1:], records[8]]))
 
