@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -24,6 +25,7 @@ app.add_typer(speed, name="speed")
 
 Name = Literal["mmmu", "mmmu-pro", "cmmmu"]
 SplitName = Literal["dev", "val", "test"]
+VariantName = Literal["standard (10 options)", "standard (4 options)", "vision"]
 Data = Annotated[
     str,
     typer.Option(help="Hub id, or a folder of its parquet files (for CMMMU also of its JSON lines with their images)."),
@@ -53,16 +55,15 @@ _add_command("cmmmu", "m-a-p/CMMMU", "CMMMU")
 def mmmu_pro(
     options: Options,
     data: Data = "MMMU/MMMU_Pro",
-    variant: Annotated[
-        Literal["standard (10 options)", "standard (4 options)", "vision"], typer.Option(help="Which of its three.")
-    ] = "standard (10 options)",
+    variant: Annotated[VariantName, typer.Option(help="Which of its three.")] = "standard (10 options)",
     prompt: Annotated[Literal["direct", "cot"], typer.Option(help="Answer at once, or after thinking.")] = "direct",
     out: Out = Path("runs/eval/mmmu-pro"),
 ) -> None:
     """Run a model over MMMU-Pro and score it."""
     from . import mmmu_pro as benchmark
 
-    _run(benchmark, benchmark.load(data, "test", variant, prompt), "test", out, options)
+    questions = benchmark.load(data, "test", variant, prompt)
+    _run(benchmark, questions, "test", out, options, {"variant": variant, "prompt": prompt})
 
 
 @app.command("score")
@@ -71,8 +72,20 @@ def score_(
     predictions: Annotated[
         Path, typer.Option(help="A file or folder in a form of the official scripts, or a predictions.jsonl.")
     ],
-    answers: Annotated[str, typer.Option(help="The official file of answers, or the data set: a folder or hub id.")],
-    split: SplitOption = "val",
+    answers: Annotated[
+        str | None,
+        typer.Option(
+            help="The official file of answers, or the data set: a folder or hub id. By default the predictions "
+            "themselves, which have the answers if they are MMMU-Pro's."
+        ),
+    ] = None,
+    split: Annotated[SplitName | None, typer.Option(help="Which questions; by default val, for MMMU-Pro test.")] = None,
+    variant: Annotated[
+        VariantName, typer.Option(help="Which of MMMU-Pro's data sets, where --answers is a data set.")
+    ] = "standard (10 options)",
+    is_partial: Annotated[
+        bool, typer.Option("--partial", help="Score MMMU-Pro's predictions even if they are not all 1,730.")
+    ] = False,
     out: Annotated[Path | None, typer.Option(help="Also write results.json, table, chart and verdicts here.")] = None,
 ) -> None:
     """Score anybody's predictions, by the official rules and by strict ones."""
@@ -80,11 +93,20 @@ def score_(
     from .scoring import score
 
     rules = _benchmark(benchmark)
-    questions = {question.id: question for question in _answers(rules, answers, split)}
+    split = split or ("test" if benchmark == "mmmu-pro" else "val")
+    if answers is None and not rules.HAS_ANSWERS_IN_PREDICTIONS:
+        raise ValueError(f"Give --answers: predictions for {benchmark} do not come with them.")
+    if benchmark == "mmmu-pro" and split != "test":
+        raise ValueError(f"MMMU-Pro has no split {split}; its only one is test.")
+    if is_partial and rules.NUM_REQUIRED is None:
+        raise ValueError(f"--partial is for mmmu-pro; {benchmark} has its own rule for questions without an answer.")
+    known = rules.read_answers(predictions) if answers is None else _answers(benchmark, answers, split, variant)
+    questions = {question.id: question for question in known}
     answered = rules.read_predictions(predictions, questions)
     if not answered:
         raise ValueError(f"{predictions} holds no predictions.")
     _refuse_repeated(answered, predictions)
+    _refuse_unscorable(rules, answered, predictions, is_partial)
     if len(answered) < len(questions):
         typer.echo(
             f"Only {len(answered)} of {len(questions)} questions are answered; the scores are of these.", err=True
@@ -93,7 +115,7 @@ def score_(
     config = {
         "model": predictions.name.removesuffix(".jsonl").removesuffix(".json"),
         "predictions": str(predictions),
-        "answers": answers,
+        "answers": answers or str(predictions),
     }
     if out is None:
         typer.echo(markdown(rules, summarise_all(rules, scored, config, split)))
@@ -124,7 +146,7 @@ def submit(
 ) -> None:
     """Write the file that the benchmark's test server takes; refused when a question is missing."""
     rules = _benchmark(benchmark)
-    questions = {question.id: question for question in _answers(rules, data, split)}
+    questions = {question.id: question for question in _answers(benchmark, data, split)}
     answered = rules.read_predictions(predictions, questions)
     _refuse_repeated(answered, predictions)
     missing = sorted(set(questions) - {one.question.id for one in answered})
@@ -160,7 +182,15 @@ def full_size(
         typer.echo(f"{name:<34}{value}")
 
 
-def _run(benchmark: Benchmark, questions: list[Question], split: SplitName, out: Path, options: Options) -> None:
+def _run(
+    benchmark: Benchmark,
+    questions: list[Question],
+    split: SplitName,
+    out: Path,
+    options: Options,
+    details: Mapping[str, str] | None = None,
+) -> None:
+    """Ask, score and write. `details`: what else results.json says of the questions, such as their variant."""
     from accelerate import PartialState
 
     from .models import open_model
@@ -173,6 +203,8 @@ def _run(benchmark: Benchmark, questions: list[Question], split: SplitName, out:
     def is_right(question: Question, said: str) -> bool:
         return benchmark.judge_strictly(Answered(question, said)).is_right
 
+    if not questions:
+        raise ValueError(f"The data has no questions of {benchmark.NAME}'s split {split}.")
     questions = questions[: options.limit]
     choice, settings = options.choice, options.settings
     records = run(
@@ -201,10 +233,12 @@ def _run(benchmark: Benchmark, questions: list[Question], split: SplitName, out:
         "settings": asdict(settings),
         "official_first_image": options.official_first_image,
         "batch_size": options.batch_size,
+        **(details or {}),
         "errors": errors,
     }
     write_results(benchmark, scored, out, config, split)
-    write_page(scored, f"{benchmark.NAME} {split}: {choice.title}", out)
+    asked = ", ".join([f"{benchmark.NAME} {split}", *(details or {}).values()])
+    write_page(scored, f"{asked}: {choice.title}", out)
     if (out / "results.md").exists():
         typer.echo((out / "results.md").read_text(encoding="utf-8"))
     typer.echo(f"{out}: predictions.jsonl, verdicts.jsonl, results.json, results.md, results.png, page.html", err=True)
@@ -217,10 +251,29 @@ def _benchmark(name: Name) -> Benchmark:
     return found[name]
 
 
-def _answers(benchmark: Benchmark, source: str, split: SplitName) -> list[Question]:
+def _answers(
+    name: Name, source: str, split: SplitName, variant: VariantName = "standard (10 options)"
+) -> list[Question]:
+    from . import mmmu_pro
+
     if Path(source).is_file():
-        return benchmark.read_answers(Path(source))
-    return benchmark.load(source, split)
+        return _benchmark(name).read_answers(Path(source))
+    return mmmu_pro.load(source, split, variant) if name == "mmmu-pro" else _benchmark(name).load(source, split)
+
+
+def _refuse_unscorable(rules: Benchmark, answered: list[Answered], source: Path, is_partial: bool) -> None:
+    num_required = rules.NUM_REQUIRED
+    if num_required is not None and len(answered) != num_required and not is_partial:
+        raise ValueError(
+            f"{source} has {len(answered)} responses, and the official script scores exactly {num_required}. "
+            "Give --partial to score these all the same."
+        )
+    hidden = [one.question.id for one in answered if not one.question.gold]
+    if hidden:
+        raise ValueError(
+            f"{len(hidden)} of {len(answered)} answered questions have no public answer, {hidden[0]} first, so they "
+            "cannot be scored here; `submit` writes the test server's file."
+        )
 
 
 def _refuse_repeated(answered: list[Answered], source: Path) -> None:

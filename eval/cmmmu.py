@@ -1,6 +1,7 @@
-"""CMMMU: Chinese choice, true-or-false and blank questions. Source: hub id m-a-p/CMMMU; the rules of cmmmu_rules.py.
+"""CMMMU: Chinese choice, true-or-false and blank questions.
 
-Called by the commands through the names of `question.Benchmark`; calls data.py and the rules.
+Source: hub id m-a-p/CMMMU, or the folders cmmmu-data-SPLIT of CMMMU-Benchmark/CMMMU, whose test split has no answers; the
+rules of cmmmu_rules.py.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from . import cmmmu_rules, strict
-from .data import Row, pictures_of, read_jsonl, read_rows, refuse_repeated, split_at_markers
+from .data import Row, pictures_of, read_jsonl, read_rows, refuse_repeated, split_at_markers, warn_of_unshown
 from .mmmu_rules import Draw
 from .question import Answered, Form, Kind, Picture, PublishedRow, Question, Split, Verdict
 
@@ -42,6 +43,8 @@ PUBLISHED = (
     PublishedRow("Yi-VL-6B", "val", {"Overall": 35.8}, "Yi-VL's model card"),
     PublishedRow("GPT-4V", "val", {"Overall": 42.0}, "CMMMU (arXiv 2401.11944), abstract"),
 )
+NUM_REQUIRED = None  # it wants every question of the answers, which read_predictions sees to
+HAS_ANSWERS_IN_PREDICTIONS = False
 KINDS: dict[str, Kind] = {"选择": "choice", "判断": "judgement", "填空": "blank"}
 _TYPES = {kind: name for name, kind in KINDS.items()}
 _INSTRUCTIONS: dict[Kind, str] = {
@@ -49,7 +52,8 @@ _INSTRUCTIONS: dict[Kind, str] = {
     "judgement": "请回答以下判断题，并根据题目描述和所给的信息来判断问题中陈述的对错。如果信息不完整或不足以作出绝对判断，请运用你的逻辑推理和现有信息来做出最可能的判断。",
     "blank": "请回答以下填空题，并根据题目的要求和所提供的信息来给出最恰当的答案。如果信息不足以确切回答，那么请依据现有的数据和你的推理能力来填写最合理的答案。",
 }
-_COLUMNS = ("id", "type", "question", "answer", "category", "option1", "image_1", "image_1_filename")
+_COLUMNS = ("id", "type", "question", "category")
+_TABLE_COLUMNS = (*_COLUMNS, "option1", "image_1", "image_1_filename")
 _DISK_SPLITS: dict[Split, tuple[str, ...]] = {"dev": ("dev",), "val": ("val", "validation"), "test": ("test",)}
 _FILE_MARKER = re.compile(r'<img="([^"]+)">')
 
@@ -62,19 +66,18 @@ def load(data: str, split: Split) -> list[Question]:
     """
     folder = Path(data).expanduser()
     if folder.is_dir() and not any(folder.rglob("*.parquet")) and any(folder.rglob("*.jsonl")):
-        return [_question(row, row.values.get("img_list") or []) for row in _jsonl_rows(folder, split)]
-    rows = read_rows(data, _DISK_SPLITS[split], _COLUMNS)
-    return [_question(row, [row.text(f"image_{number}_filename") for number in range(1, 6)]) for row in rows]
+        questions = [_question(row, row.values.get("img_list") or []) for row in _jsonl_rows(folder, split)]
+    else:
+        rows = read_rows(data, _DISK_SPLITS[split], (*_TABLE_COLUMNS, *_answer_column(split)))
+        questions = [_question(row, [row.text(f"image_{number}_filename") for number in range(1, 6)]) for row in rows]
+    warn_of_unshown(questions, _FILE_MARKER.pattern, data)
+    return questions
 
 
 def _jsonl_rows(folder: Path, split: Split) -> list[Row]:
     """Rows of the files named after the split (or in a folder that is); of all files where none is."""
     files = sorted(folder.rglob("*.jsonl"))
-    named = [
-        path
-        for path in files
-        if {path.stem, path.parent.name, *path.stem.split("_"), *path.stem.split("-")} & set(_DISK_SPLITS[split])
-    ]
+    named = [path for path in files if _is_named_after(path.relative_to(folder), _DISK_SPLITS[split])]
     inside = folder.resolve()
     images = {
         path.name: path
@@ -86,7 +89,7 @@ def _jsonl_rows(folder: Path, split: Split) -> list[Row]:
         for values in read_jsonl(path):
             pictures: dict[str, Picture] = {}
             row = Row(values, str(path), pictures)
-            missing = [name for name in ("id", "type", "question", "answer", "category") if name not in values]
+            missing = [name for name in (*_COLUMNS, *_answer_column(split)) if name not in values]
             if missing:
                 raise row.error(f"it has no {', '.join(missing)}")
             for number, name in enumerate(values.get("img_list") or [], start=1):
@@ -97,8 +100,22 @@ def _jsonl_rows(folder: Path, split: Split) -> list[Row]:
     return refuse_repeated(rows, str(folder))
 
 
+def _answer_column(split: Split) -> tuple[str, ...]:
+    """The test split's answers are not public: its rows may do without."""
+    return () if split == "test" else ("answer",)
+
+
+def _is_named_after(path: Path, splits: Sequence[str]) -> bool:
+    """`val.jsonl`, `cmmmu_val_1.jsonl`, `val/business.jsonl` and the official `cmmmu-data-val/business/business.jsonl`."""
+    words = {path.stem, *path.stem.split("_"), *path.stem.split("-")}
+    return bool((words | {re.split("[-_]", folder)[-1] for folder in path.parts[:-1]}) & set(splits))
+
+
 def _question(row: Row, files: Sequence[str]) -> Question:
-    """`files`: the names of the images, image_1 first; the text speaks of images by these names."""
+    """`files`: the names of the images, image_1 first; the text speaks of images by these names.
+
+    A name that is none of them stays in the text, as the author's prompts leave it.
+    """
     if row.text("type") not in KINDS:
         raise row.error(f"its type is {row.text('type')!r}, not one of {', '.join(KINDS)}")
     kind = KINDS[row.text("type")]
@@ -106,17 +123,19 @@ def _question(row: Row, files: Sequence[str]) -> Question:
     numbers = {name: number for number, name in reversed(list(enumerate(files, start=1))) if name}
 
     def numbered(found: re.Match[str]) -> str:
-        if found[1] not in numbers:
-            raise row.error(
-                f"the text speaks of {found[1]}, which is none of its images ({', '.join(numbers) or 'none'})"
-            )
-        return f"<图片 {numbers[found[1]]}>"
+        return f"<图片 {numbers[found[1]]}>" if found[1] in numbers else found[0]
 
     text = _FILE_MARKER.sub(numbered, prompt(kind, row.text("question"), options))
-    pictures, index_of = pictures_of(row, [f"image_{number}" for number in range(1, 6)])
-    markers = {f"<图片 {number}>": index_of.get(f"image_{number}") for number in range(1, 6)}
-    parts = split_at_markers(row, text, r"<图片 \d>", markers)
-    return Question(row.id, row.text("category"), kind, row.text("answer"), options, parts, pictures)
+    columns = {f"<图片 {number}>": f"image_{number}" for number in range(1, len(files) + 1)}
+    pictures, index_of = pictures_of(row, list(columns.values()))
+    markers = {marker: index_of.get(column) for marker, column in columns.items()}
+    parts = split_at_markers(row, text, "|".join(markers) or "(?!)", markers)
+    return Question(row.id, row.text("category"), kind, _gold(row), options, parts, pictures)
+
+
+def _gold(row: Row) -> str:
+    """ "" where it is not public."""
+    return "" if row.text("answer").strip() == "?" else row.text("answer")
 
 
 def prompt(kind: Kind, question: str, options: Mapping[str, str]) -> str:

@@ -1,21 +1,25 @@
 """Rows of a benchmark: from the hub, a folder of its parquet files, or JSON lines with images beside them.
 
 What does not have the benchmark's form is named and refused here, before any model is loaded.
-Called by the benchmarks' files; calls `datasets`.
 """
 
 from __future__ import annotations
 
 import ast
 import json
+import logging
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from string import ascii_uppercase
 from typing import Any
 
-from .question import Marker, Picture
+from .question import Marker, Picture, Question
+
+logger = logging.getLogger(__name__)
 
 
 class Row:
@@ -40,12 +44,37 @@ class Row:
         value = self.values.get(column)
         if isinstance(value, str):
             try:
-                value = ast.literal_eval(value or "[]")
-            except (ValueError, SyntaxError, MemoryError, RecursionError):
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # an unescaped backslash of a formula is kept, and no fault
+                    value = ast.literal_eval(value.strip() or "[]")
+            except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
                 raise self.error(f"{column} is {value[:80]!r}, not the text of a list") from None
         if value is None or not isinstance(value, (list, tuple)):
             raise self.error(f"{column} holds a {type(value).__name__}, not a list")
         return [str(item) for item in value]
+
+    def lettered_options(self, column: str = "options") -> dict[str, str]:
+        """The options of a multiple-choice question by letter, A first: from a list, the text of one, or an object.
+
+        An option that is no text (a number, a list) is written out as Python writes it, which is how the official
+        prompts show it: `[['A', 'B']]` is one option, `['A', 'B']`.
+
+        Raises:
+            ValueError: there are none, more than letters, or an object whose keys are not the first letters.
+        """
+        value = self.values.get(column)
+        if isinstance(value, dict):
+            options = {str(letter): str(option) for letter, option in value.items()}
+        else:
+            texts = self.literal_list(column)
+            if len(texts) > len(ascii_uppercase):
+                raise self.error(f"it has {len(texts)} options, more than the {len(ascii_uppercase)} letters")
+            options = dict(zip(ascii_uppercase, texts))
+        if not options:
+            raise self.error("it is a multiple-choice question, but it has no options")
+        if "".join(options) != ascii_uppercase[: len(options)]:
+            raise self.error(f"its options are named {', '.join(options)[:80]}, not A, B, C and so on")
+        return options
 
     def error(self, what: str) -> ValueError:
         return ValueError(f"{self.source}, question {self.values.get('id')!r}: {what}.")
@@ -57,7 +86,8 @@ def read_rows(
     """All rows of a split, in the order of files and rows.
 
     Args:
-        data: a folder with `[CONFIG/]SPLIT-*.parquet`, or a hub id.
+        data: a folder with `[CONFIG/]SPLIT-*.parquet` or, as the hub converts them, `[CONFIG/]SPLIT/*.parquet`, or a
+            hub id.
         splits: what the split may be called.
         columns: those that every row must have.
         configs: read only these, which must all be there; by default whatever there is.
@@ -83,12 +113,7 @@ def _local_tables(folder: Path, splits: Sequence[str], configs: Sequence[str] | 
     from datasets import Dataset, disable_progress_bars
 
     disable_progress_bars()
-    files = [
-        path
-        for path in sorted(folder.rglob("*.parquet"))
-        if any(path.name == f"{split}.parquet" or path.name.startswith(f"{split}-") for split in splits)
-        and (configs is None or path.parent.name in configs)
-    ]
+    files = [path for path in sorted(folder.rglob("*.parquet")) if _is_of(path, splits, configs)]
     wanted = " or ".join(f"{split}-*.parquet" for split in splits)
     within = f" in folders named {', '.join(map(repr, configs))}" if configs else ""
     if not files:
@@ -99,6 +124,14 @@ def _local_tables(folder: Path, splits: Sequence[str], configs: Sequence[str] | 
             yield str(path), Dataset.from_parquet(str(path), keep_in_memory=False)
         except Exception as error:  # pyarrow and datasets raise many kinds
             raise ValueError(f"{path} cannot be read as parquet: {error}") from error
+
+
+def _is_of(path: Path, splits: Sequence[str], configs: Sequence[str] | None) -> bool:
+    """Whether a parquet file belongs to a split, by its own name or its folder's, and to one of the configs."""
+    is_in_split_folder = path.parent.name in splits
+    config = path.parent.parent.name if is_in_split_folder else path.parent.name
+    is_of_split = is_in_split_folder or re.split("[-.]", path.name)[0] in splits
+    return is_of_split and (configs is None or config in configs)
 
 
 def _hub_tables(data: str, splits: Sequence[str], configs: Sequence[str] | None) -> Iterator[tuple[str, Any]]:
@@ -170,20 +203,37 @@ def split_at_markers(
     return tuple(part for part in (*parts, prompt[end:]) if part != "")
 
 
+def warn_of_unshown(questions: Sequence[Question], pattern: str, source: str) -> None:
+    """One warning that names the questions whose text still speaks of an image: their rows have no such image."""
+    unshown = [
+        question.id
+        for question in questions
+        if any(isinstance(part, str) and re.search(pattern, part) for part in question.parts)
+    ]
+    if unshown:
+        logger.warning(
+            "%s: %d of %d questions speak of an image that their row does not have; there the text stays as it is: %s",
+            source,
+            len(unshown),
+            len(questions),
+            ", ".join(unshown[:5]) + (" ..." if len(unshown) > 5 else ""),
+        )
+
+
 def read_json(path: Path) -> Any:
     """A JSON file; `ValueError` when it is none."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no JSON file: {error}") from error
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSON lines file; `ValueError` names the first line that is none."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines would break at U+2028 inside a response
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}.") from error
     except ValueError as error:
@@ -194,7 +244,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}, line {number} is no JSON: {error}") from error
         if not isinstance(row, dict):
             raise ValueError(f"{path}, line {number} is a {type(row).__name__}, not an object.")

@@ -1,7 +1,4 @@
-"""MMMU: 30 subjects, multiple choice and open questions. Source: hub id MMMU/MMMU; the rules of mmmu_rules.py.
-
-Called by the commands through the names of `question.Benchmark`; calls data.py and the rules.
-"""
+"""MMMU: 30 subjects, multiple choice and open questions. Source: hub id MMMU/MMMU; the rules of mmmu_rules.py."""
 
 from __future__ import annotations
 
@@ -60,9 +57,12 @@ PUBLISHED = (
     _row("Yi-VL-6B", "val", "Yi-VL's model card", 39.1),
     _row("LLaVA-1.5-13B", "val", _SHIPPED, 36.7, 52.5, 22.7, 29.3, 38.7, 55.0, 31.0),
 )
+NUM_REQUIRED = None
+HAS_ANSWERS_IN_PREDICTIONS = False
 _COLUMNS = ("id", "question", "options", "answer", "question_type", "image_1")
 _DISK_SPLITS: dict[Split, tuple[str, ...]] = {"dev": ("dev",), "val": ("validation", "val"), "test": ("test",)}
-_MARKER = r"<image (\d)>"
+_MARKER = r"<image [1-7]>"
+_NOT_PUBLIC = "?"  # what the test split has for an answer
 _CHOICE_INSTRUCTION = "Answer with the option's letter from the given choices directly."
 _OPEN_INSTRUCTION = "Answer the question using a single word or phrase."
 
@@ -77,10 +77,8 @@ def load(data: str, split: Split) -> list[Question]:
 
 
 def _question(row: Row) -> Question:
-    options = dict(zip("ABCDEFGHIJ", row.literal_list("options")))
     kind: Kind = "choice" if row.text("question_type") == "multiple-choice" else "open"
-    if kind == "choice" and len(options) < 2:
-        raise row.error(f"a multiple-choice question has {len(options)} options")
+    options = row.lettered_options() if kind == "choice" else {}
     pictures, index_of = pictures_of(row, [f"image_{number}" for number in range(1, 8)])
     markers = {f"<image {number}>": index_of.get(f"image_{number}") for number in range(1, 8)}
     return Question(
@@ -88,10 +86,8 @@ def _question(row: Row) -> Question:
         subject=subject_of(row.id),
         kind=kind,
         gold=_gold(row.text("answer")),
-        options=options if kind == "choice" else {},
-        parts=split_at_markers(
-            row, prompt(row.text("question"), options if kind == "choice" else {}), _MARKER, markers
-        ),
+        options=options,
+        parts=split_at_markers(row, prompt(row.text("question"), options), _MARKER, markers),
         pictures=pictures,
     )
 
@@ -110,7 +106,9 @@ def subject_of(key: str) -> str:
 
 
 def _gold(text: str) -> str | tuple[str, ...]:
-    """Several golds are written as a Python list."""
+    """Several golds are written as a Python list; "" where the gold is not public."""
+    if text.strip() == _NOT_PUBLIC:
+        return ""
     if text.startswith("["):
         try:
             values = ast.literal_eval(text)
@@ -161,9 +159,10 @@ def read_answers(path: Path) -> list[Question]:
     for key, entry in entries.items():
         if not isinstance(entry, dict) or not {"question_type", "ground_truth"} <= set(entry):
             raise ValueError(f"{path}: {key} has no question_type and ground_truth, as MMMU's answer_dict has.")
-        gold = entry["ground_truth"]
+        truth = entry["ground_truth"]
+        gold = tuple(map(str, truth)) if isinstance(truth, list) else str(truth)
         kind: Kind = "choice" if entry["question_type"] == "multiple-choice" else "open"
-        questions.append(Question(key, subject_of(key), kind, tuple(gold) if isinstance(gold, list) else gold))
+        questions.append(Question(key, subject_of(key), kind, gold))
     return questions
 
 
@@ -187,14 +186,16 @@ def read_predictions(path: Path, questions: Mapping[str, Question]) -> list[Answ
 def _answered(path: Path, record: Mapping[str, Any], questions: Mapping[str, Question]) -> Answered:
     if not isinstance(record, dict) or "id" not in record or "response" not in record:
         raise ValueError(f"{path}: a prediction must have an id and a response; found {str(record)[:100]}.")
-    question = _known(path, record["id"], questions)
-    options = question.options or record.get("index2ans") or record.get("options") or {}
-    if question.kind == "choice" and not options:
-        raise ValueError(
-            f"{path}: {question.id} is multiple choice, but neither the answers nor its prediction list the options "
-            "(index2ans); without them a response cannot be read. Give the data set as --answers."
-        )
-    return Answered(replace(question, options=options if question.kind == "choice" else {}), _text(record))
+    question = _known(path, str(record["id"]), questions)
+    if question.kind == "choice" and not question.options:
+        column = next((name for name in ("index2ans", "options") if record.get(name)), None)
+        if column is None:
+            raise ValueError(
+                f"{path}: {question.id} is multiple choice, but neither the answers nor its prediction list the "
+                "options (index2ans); without them a response cannot be read. Give the data set as --answers."
+            )
+        question = replace(question, options=Row(record, str(path)).lettered_options(column))
+    return Answered(question, _text(record))
 
 
 def _text(record: Mapping[str, Any]) -> str:

@@ -1,6 +1,8 @@
-"""MMMU-Pro: MMMU's questions with ten options, or as screenshots. Source: hub id MMMU/MMMU_Pro; mmmu_pro_rules.py.
+"""MMMU-Pro: MMMU's questions with up to ten options and more, or as screenshots.
 
-Called by the commands through the names of `question.Benchmark`; calls data.py and the rules.
+Source: hub id MMMU/MMMU_Pro; prompts as mmmu-pro/prompts.yaml and mmmu-pro/infer of MMMU-Benchmark/MMMU lay them out;
+scoring as mmmu_pro_rules.py does. A row's options are taken as the official code takes them: the text is parsed once as
+a Python literal, and each element is one option, whatever it is and however many there are.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from . import mmmu_pro_rules, strict
-from .data import Row, pictures_of, read_jsonl, read_rows, split_at_markers
+from .data import Row, pictures_of, read_jsonl, read_rows, split_at_markers, warn_of_unshown
 from .mmmu import GROUPS as GROUPS
 from .mmmu import LABELS as LABELS
 from .mmmu_rules import Draw
@@ -19,11 +21,12 @@ from .question import Answered, Marker, PublishedRow, Question, Split, Verdict
 NAME = "mmmu-pro"
 HUB_ID = "MMMU/MMMU_Pro"
 PUBLISHED: tuple[PublishedRow, ...] = ()  # Yi-VL was never measured on it
+NUM_REQUIRED = 1730
+HAS_ANSWERS_IN_PREDICTIONS = True
 Variant = Literal["standard (10 options)", "standard (4 options)", "vision"]
 Style = Literal["direct", "cot"]
-_LETTERS = "ABCDEFGHIJ"
 _COLUMNS = ("id", "options", "answer", "subject")
-_MARKER = r"<image (\d)>"
+_MARKER = r"<image [1-7]>"  # one for each image column; the official code leaves other numbers as text
 _LAST_LINE = "The last line of your response should be of the following format: 'Answer: $LETTER' (without quotes) where LETTER is one of options."
 _STANDARD: dict[Style, str] = {
     "direct": "Answer with the option letter from the given choices directly.",
@@ -40,6 +43,9 @@ def load(
 ) -> list[Question]:
     """All questions of a variant; there is one split, "test".
 
+    A question that names an image which its row does not have is asked with those that are there, as the official
+    scripts ask it, and a warning names it.
+
     Raises:
         ValueError: there are none, or a row is not as the benchmark's rows are.
     """
@@ -47,16 +53,18 @@ def load(
         raise ValueError(f"MMMU-Pro has no split {split}; its only one is test.")
     columns = (*_COLUMNS, "image") if variant == "vision" else (*_COLUMNS, "question", "image_1")
     build = _vision_question if variant == "vision" else _standard_question
-    return [build(row, style) for row in read_rows(data, ("test",), columns, [variant])]
+    questions = [build(row, style) for row in read_rows(data, ("test",), columns, [variant])]
+    warn_of_unshown(questions, _MARKER, f"{data} ({variant})")
+    return questions
 
 
 def _standard_question(row: Row, style: Style) -> Question:
-    options = _options(row)
-    lines = "".join(f"{letter}. {option}\n" for letter, option in options.items())
+    options = row.lettered_options()
+    lines = "\n".join(f"{letter}. {option}" for letter, option in options.items())
     pictures, index_of = pictures_of(row, [f"image_{number}" for number in range(1, 8)])
-    markers = {f"<image {number}>": index_of.get(f"image_{number}") for number in range(1, 8)}
+    markers = {f"<image {name[-1]}>": index for name, index in index_of.items()}
     prompt = f"{row.text('question')}\n{lines}\n{_STANDARD[style]}"
-    parts = split_at_markers(row, prompt, _MARKER, markers)
+    parts = split_at_markers(row, prompt, "|".join(markers) or "(?!)", markers)
     return Question(row.id, row.text("subject"), "choice", row.text("answer"), options, parts, pictures)
 
 
@@ -65,14 +73,7 @@ def _vision_question(row: Row, style: Style) -> Question:
     if not pictures:
         raise row.error("it has no image")
     parts = (Marker("<image>", 0), _VISION[style])
-    return Question(row.id, row.text("subject"), "choice", row.text("answer"), _options(row), parts, pictures)
-
-
-def _options(row: Row) -> dict[str, str]:
-    options = row.literal_list("options")
-    if not 2 <= len(options) <= len(_LETTERS):
-        raise row.error(f"it has {len(options)} options, not 2 to {len(_LETTERS)}")
-    return dict(zip(_LETTERS, options))
+    return Question(row.id, row.text("subject"), "choice", row.text("answer"), row.lettered_options(), parts, pictures)
 
 
 def judge(answered: Answered, draw: Draw) -> Any:
@@ -95,41 +96,45 @@ def official_order(answered: Sequence[Answered]) -> list[Answered]:
 
 
 def read_answers(path: Path) -> list[Question]:
-    """JSON lines with id, options, answer and perhaps subject, as the official prediction files have them."""
+    """JSON lines with id, options, answer and perhaps subject: a prediction file, the official ones or this harness's."""
     return [_recorded_question(path, record) for record in read_jsonl(path)]
 
 
 def read_predictions(path: Path, questions: Mapping[str, Question]) -> list[Answered]:
-    """The official JSON lines, or this harness's. A response that is an object (an API's error) says nothing."""
-    answered = []
-    for record in read_jsonl(path):
-        if "id" not in record or "response" not in record:
-            raise ValueError(f"{path}: a prediction must have an id and a response; found {str(record)[:100]}.")
-        if record["id"] not in questions:
-            raise ValueError(f"{path}: there is no question {record['id']!r} among the {len(questions)} answers.")
-        said = record["response"]
-        answered.append(Answered(questions[record["id"]], said if isinstance(said, str) else ""))
-    missing = set(questions) - {one.question.id for one in answered}
-    if missing:
-        raise ValueError(
-            f"{path} answers {len(answered)} of {len(questions)} questions; MMMU-Pro is scored whole. "
-            f"Missing: {', '.join(sorted(missing)[:5])} ..."
-        )
-    return answered
+    """The official JSON lines, or this harness's. A response that is an object (an API's error) or null says nothing.
+
+    Raises:
+        ValueError: a record has no id or response, or options or an answer other than its question's.
+    """
+    return [_answered(Row(record, str(path)), questions) for record in read_jsonl(path)]
+
+
+def _answered(row: Row, questions: Mapping[str, Question]) -> Answered:
+    if "id" not in row.values or "response" not in row.values:
+        raise ValueError(f"{row.source}: a prediction must have an id and a response; found {str(row.values)[:100]}.")
+    if row.id not in questions:
+        raise ValueError(f"{row.source}: there is no question {row.id!r} among the {len(questions)} answers.")
+    question, response = questions[row.id], row.values["response"]
+    if "options" in row.values and row.lettered_options() != question.options:
+        raise row.error("it was asked with other options than its answer has; is --answers of another variant?")
+    if not isinstance(response, (str, dict, type(None))):
+        raise row.error(f"its response is a {type(response).__name__}, not text")
+    return Answered(question, response if isinstance(response, str) else "")
 
 
 def _recorded_question(path: Path, record: Mapping[str, Any]) -> Question:
     row = Row(record, str(path))
-    missing = [name for name in ("id", "options", "answer") if name not in record]
+    answer = "answer" if "answer" in record else "gold"  # the latter in this harness's own predictions
+    missing = [name for name in ("id", "options") if name not in record]
+    missing += [] if answer in record else ["answer"]
     if missing:
         raise row.error(f"it has no {', '.join(missing)}")
-    options = record["options"]
-    letters = dict(options) if isinstance(options, dict) else _options(row)
-    return Question(row.id, row.text("subject") or "all", "choice", row.text("answer"), letters)
+    return Question(row.id, row.text("subject") or "all", "choice", row.text(answer), row.lettered_options())
 
 
 def printed(num_right: int, num: int) -> str:
-    return f"{round(100 * num_right / num, 2)}%"
+    """Per cent with two decimals, always two."""
+    return f"{num_right / num * 100:.2f}%"
 
 
 def submission(answered: Sequence[Answered]) -> tuple[str, str]:

@@ -1,6 +1,9 @@
-"""From a response to an answer, as MMMU-Pro's official scorer decides. Pure; called by mmmu_pro.py.
+"""From a response to an answer, as MMMU-Pro's official scorer decides. Pure functions.
 
-Source: the behaviour of mmmu-pro/evaluate.py in MMMU-Benchmark/MMMU at bb0b95a, whose draws have no seed.
+Source: the behaviour of mmmu-pro/evaluate.py in MMMU-Benchmark/MMMU at bb0b95a, whose draws have no seed. Letters are
+those of the question's own options, however many it has, and any character of a response may be one. It stops with an
+error where a response quotes no letter and an option is no text (a list, a number); here such an option is looked for as
+Python writes it.
 """
 
 from __future__ import annotations

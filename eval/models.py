@@ -1,6 +1,6 @@
 """Who answers: a Yi-VL in any layout, another transformers image-text-to-text model, or an OpenAI-compatible endpoint.
 
-Called by the commands; each gives the runner the same one thing, `answer`. Calls yi_vl, transformers, openai.
+Each gives the runner the same one thing, `answer`.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from PIL import Image
-
 if TYPE_CHECKING:
     from yi_vl.quantize import Scheme
 
+# First bytes -> what an endpoint is told of the format.
+_SENT_AS_IT_IS = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg", b"GIF8": "gif", b"RIFF": "webp"}
 Content = list[dict[str, Any]]  # the parts of one user message; an image part holds a `question.Picture`
 
 
@@ -132,24 +132,24 @@ class TransformersModel:
         self._processor.tokenizer.padding_side = "left"
 
     def answer(self, requests: Sequence[Content], settings: Settings) -> list[Reply]:
-        conversations = [[{"role": "user", "content": _as_images(read_pictures(content))}] for content in requests]
+        contents = [read_pictures(content) for content in requests]
         try:
-            return [Reply(text) for text in self._generate(conversations, settings)]
-        except ValueError:
-            return [self._answer_one(conversation, settings) for conversation in conversations]
+            return [Reply(text) for text in self._generate(contents, settings)]
+        except ValueError:  # one of them cannot be answered: find out which
+            return [self._answer_one(content, settings) for content in contents]
 
-    def _answer_one(self, conversation: Any, settings: Settings) -> Reply:
+    def _answer_one(self, content: Content, settings: Settings) -> Reply:
         try:
-            return Reply(self._generate([conversation], settings)[0])
+            return Reply(self._generate([content], settings)[0])
         except ValueError as error:
             return Reply(error=str(error))
 
-    def _generate(self, conversations: Sequence[Any], settings: Settings) -> list[str]:
+    def _generate(self, contents: Sequence[Content], settings: Settings) -> list[str]:
         import torch
         from transformers import set_seed
 
         inputs = self._processor.apply_chat_template(
-            list(conversations),
+            [[{"role": "user", "content": _as_images(content)}] for content in contents],
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
@@ -189,10 +189,15 @@ class Endpoint:
         from openai import APIStatusError
 
         extra: dict[str, Any] = {} if settings.seed is None else {"seed": settings.seed}
+        parts = read_pictures(content)
+        try:
+            parts = [_as_url(part) for part in parts]
+        except ValueError as error:  # an image that cannot be read
+            return Reply(error=str(error))
         try:
             completion = self._client.chat.completions.create(
                 model=self._model,
-                messages=[{"role": "user", "content": [_as_url(part) for part in read_pictures(content)]}],  # type: ignore[list-item,misc]
+                messages=[{"role": "user", "content": parts}],  # type: ignore[list-item,misc]
                 max_tokens=settings.max_new_tokens,
                 temperature=settings.temperature,
                 top_p=settings.top_p,
@@ -211,17 +216,23 @@ def read_pictures(content: Content) -> Content:
 
 
 def _as_images(content: Content) -> Content:
-    return [
-        part | {"image": Image.open(io.BytesIO(part["image"])).convert("RGB")} if part["type"] == "image" else part
-        for part in content
-    ]
+    from yi_vl.image import load_image
+
+    return [part | {"image": load_image(part["image"])} if part["type"] == "image" else part for part in content]
 
 
 def _as_url(part: dict[str, Any]) -> dict[str, Any]:
     if part["type"] == "text":
         return part
-    kind = (Image.open(io.BytesIO(part["image"])).format or "png").lower()
-    encoded = base64.b64encode(part["image"]).decode()
+    from yi_vl.image import load_image
+
+    content, image = part["image"], load_image(part["image"])
+    kind = next((kind for start, kind in _SENT_AS_IT_IS.items() if content.startswith(start)), None)
+    if kind is None:  # a TIFF, say: endpoints take few formats
+        buffer, kind = io.BytesIO(), "png"
+        image.save(buffer, "PNG")
+        content = buffer.getvalue()
+    encoded = base64.b64encode(content).decode()
     return {"type": "image_url", "image_url": {"url": f"data:image/{kind};base64,{encoded}"}}
 
 

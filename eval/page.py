@@ -1,18 +1,17 @@
 """A page to leaf through: every question with its pictures, prompt, answer, gold and verdicts. No server is needed.
 
-Called by the commands. All text reaches the page as data and is shown as text.
+All text reaches the page as data and is shown as text.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from yi_vl.image import load_image
 
 from .scoring import Scored
 
@@ -49,8 +48,8 @@ def _copy(content: bytes, out_dir: Path) -> str:
     if not path.exists():
         path.parent.mkdir(exist_ok=True)
         try:
-            image = Image.open(io.BytesIO(content)).convert("RGB")
-        except (UnidentifiedImageError, OSError):
+            image = load_image(content)
+        except ValueError:
             return ""
         image.thumbnail((_SIDE_PX, _SIDE_PX))
         image.save(path, quality=88)

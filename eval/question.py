@@ -96,6 +96,10 @@ class Benchmark(Protocol):
     def LABELS(self) -> Mapping[str, str]: ...  # discipline -> its name on charts, where it is another
     @property
     def PUBLISHED(self) -> Sequence[PublishedRow]: ...
+    @property
+    def NUM_REQUIRED(self) -> int | None: ...  # how many responses the official script insists on, where it does
+    @property
+    def HAS_ANSWERS_IN_PREDICTIONS(self) -> bool: ...  # official prediction files can be scored by themselves
 
     def load(self, data: str, split: Split) -> list[Question]: ...
 

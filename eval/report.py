@@ -1,7 +1,4 @@
-"""What is left on disk after a scoring: results.json, a Markdown table as papers lay it out, a chart, verdicts.
-
-Called by the commands; calls scoring.py and page.py.
-"""
+"""What is left on disk after a scoring: results.json, a Markdown table as papers lay it out, a chart, verdicts."""
 
 from __future__ import annotations
 
@@ -112,7 +109,7 @@ def markdown(benchmark: Benchmark, results: Mapping[str, Any]) -> str:
     low_strict, high_strict = (_percent(value) for value in strict["interval_95"])
     lines += [
         f"Official: {official['right']} of {official['num']} (printed as {official['printed']}), 95% interval {low} to "
-        f"{high}; {official['unparsed']} left to the official draw. Strict: {strict['right']}, {low_strict} to "
+        f"{high}; {len(official['drawn'])} left to the official draw. Strict: {strict['right']}, {low_strict} to "
         f"{high_strict}; {strict['unparsed']} without a meaning count as wrong.",
         "",
     ]
@@ -197,9 +194,14 @@ def _verdict_row(one: Scored) -> dict[str, Any]:
         "gold": question.gold,
         "said": one.answered.said,
         **{
-            rules: {"meaning": verdict.meaning, "right": verdict.is_right, "parsed": verdict.is_parsed}
+            rules: {
+                "meaning": verdict.meaning,
+                "right": verdict.is_right if question.gold else None,
+                "parsed": verdict.is_parsed,
+            }
             for rules, verdict in (("official", one.official), ("strict", one.strict))
         },
+        "drawn": not one.official.is_parsed,
     }
 
 

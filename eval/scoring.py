@@ -1,7 +1,4 @@
-"""From answers to scores: both protocols, per subject, discipline and overall, with intervals. Knows no benchmark.
-
-Called by the commands and reports; calls the benchmark's own rules through `question.Benchmark`.
-"""
+"""From answers to scores: both protocols, per subject, discipline and overall, with intervals. Knows no benchmark."""
 
 from __future__ import annotations
 
@@ -54,7 +51,11 @@ def score(benchmark: Benchmark, answered: Iterable[Answered]) -> list[Scored]:
 
 
 def summarise(benchmark: Benchmark, scored: Sequence[Scored], rules: Rules) -> dict[str, Any]:
-    """Accuracy overall, by discipline with their subjects, and by kind of question; micro averages everywhere."""
+    """Accuracy overall, by discipline with their subjects, and by kind of question; micro averages everywhere.
+
+    By the official rules also the ids of the answers that were "drawn": all others are judged as the official script
+    judges them, whatever its random numbers are.
+    """
     subjects = dict.fromkeys(one.answered.question.subject for one in scored)
     known = {subject for group in benchmark.GROUPS.values() for subject in group}
     groups = dict(benchmark.GROUPS) if known >= set(subjects) else {subject: (subject,) for subject in subjects}
@@ -62,6 +63,7 @@ def summarise(benchmark: Benchmark, scored: Sequence[Scored], rules: Rules) -> d
     return whole | {
         "interval_95": interval([_verdict(one, rules).is_right for one in scored]),
         "unparsed": sum(not _verdict(one, rules).is_parsed for one in scored),
+        **({"drawn": _drawn_ids(scored)} if rules == "official" else {}),
         "disciplines": {
             name: _tally(benchmark, members, rules)
             | {
@@ -81,13 +83,23 @@ def summarise(benchmark: Benchmark, scored: Sequence[Scored], rules: Rules) -> d
     }
 
 
+def _drawn_ids(scored: Sequence[Scored]) -> list[str]:
+    return [one.answered.question.id for one in scored if not one.official.is_parsed]
+
+
 def chance(questions: Iterable[Question]) -> float:
     """The expected accuracy of guessing: one option of a choice, one verdict of two, nothing for free text."""
-    guesses = [
-        1 / (len(question.options) or 4) if question.kind == "choice" else 0.5 if question.kind == "judgement" else 0.0
-        for question in questions
-    ]
+    guesses = [_chance_of_one(question) for question in questions]
     return sum(guesses) / len(guesses)
+
+
+def _chance_of_one(question: Question) -> float:
+    if question.kind != "choice":
+        return 0.5 if question.kind == "judgement" else 0.0
+    golds = [question.gold] if isinstance(question.gold, str) else question.gold
+    if question.gold and question.options and not any(gold in question.options for gold in golds):
+        return 0.0  # MMMU-Pro has a question whose answer is none of its options
+    return 1 / (len(question.options) or 4)
 
 
 def interval(right: Sequence[bool], seed: int = 0) -> tuple[float, float]:

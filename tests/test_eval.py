@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import subprocess
@@ -13,14 +12,13 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
+from benchmark_rows import picture, write_parquet
 from PIL import Image
 from tiny import tiny_model, tiny_processor
 from typer.testing import CliRunner
 
-from eval import cmmmu, mmmu, mmmu_pro, runner, scoring
+from eval import cmmmu, mmmu, runner, scoring
 from eval.__main__ import app
 from eval.models import Content, Endpoint, ModelChoice, Reply, Settings, TransformersModel, YiVLModel, open_model
 from eval.question import Answered, Question
@@ -32,21 +30,6 @@ with_reference = pytest.mark.skipif(
     not (REFERENCE / "edge_cases.json").exists(),
     reason="the benchmarks' published responses are not here (YI_VL_REFERENCE names their folder)",
 )
-IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-
-
-def picture(colour: str) -> dict[str, Any]:
-    buffer = io.BytesIO()
-    Image.new("RGB", (8, 8), colour).save(buffer, "PNG")
-    return {"bytes": buffer.getvalue(), "path": f"{colour}.png"}
-
-
-def write_parquet(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    schema = pa.schema(
-        [(name, IMAGE if name.startswith("image") and not name.endswith("name") else pa.string()) for name in rows[0]]
-    )
-    pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), path)
 
 
 def mmmu_row(subject: str, number: int, question: str = "<image 1> What is it?", **changes: Any) -> dict[str, Any]:
@@ -134,7 +117,8 @@ def test_mmmu_questions_are_asked_as_the_official_llava_run_asks_them(small_mmmu
     [
         ({"image_1": None}, "validation_Art_1'.*<image 1>, but the row has no such image"),
         ({"options": "__import__('os').system('true')"}, "not the text of a list"),
-        ({"options": "['only']"}, "has 1 options"),
+        ({"options": "[]"}, "multiple-choice question, but it has no options"),
+        ({"options": str(list(range(27)))}, "has 27 options, more than the 26 letters"),
         ({"id": "validation_Art_2"}, "1 ids come more than once: validation_Art_2"),
     ],
 )
@@ -154,28 +138,23 @@ def test_another_benchmarks_files_are_refused(small_mmmu: str, tmp_path: Path) -
         mmmu.load(str(tmp_path / "nowhere" / "at" / "all"), "val")
 
 
-def test_mmmu_pro_shows_a_picture_at_every_marker_again_and_again(tmp_path: Path) -> None:
-    row = {
-        "id": "test_Music_251",
-        "question": "Hear <image 1>",
-        "options": "['<image 2>', 'see <image 1>']",
-        "image_1": picture("red"),
-        "image_2": picture("blue"),
-        "answer": "A",
-        "subject": "Music",
-    }
-    write_parquet(tmp_path / "standard (10 options)" / "test-00000-of-00001.parquet", [row])
-    write_parquet(
-        tmp_path / "vision" / "test-0.parquet",
-        [{key: row[key] for key in ("id", "options", "answer", "subject")} | {"image": picture("red")}],
-    )
-    (question,) = mmmu_pro.load(str(tmp_path), "test")
-    assert [part["image"].name[-1] for part in question.content() if part["type"] == "image"] == ["1", "2", "1"]
-    assert question.prompt.startswith("Hear <image 1>\nA. <image 2>\nB. see <image 1>\n\nAnswer with the option letter")
-    (seen,) = mmmu_pro.load(str(tmp_path), "test", "vision", "cot")
-    assert [part["type"] for part in seen.content()] == ["image", "text"] and "Think step by step" in seen.prompt
-    with pytest.raises(ValueError, match="standard \\(4 options\\)"):
-        mmmu_pro.load(str(tmp_path), "test", "standard (4 options)")
+def test_mmmu_reads_as_many_options_as_there_are_letters_and_knows_what_is_not_public(tmp_path: Path) -> None:
+    twelve = [f"take {number}" for number in range(11)] + ["<image 2>, not <image 8>"]
+    rows = [
+        mmmu_row("Art", 1, options=str(twelve), answer="L", image_2=picture("blue")),
+        mmmu_row("Art", 2, options="[1, 2.50]", answer="?"),
+        mmmu_row("Art", 3, options="['alone']", answer="A"),
+        mmmu_row("Art", 4, options="", question_type="open", answer="?"),
+        mmmu_row("Art", 5, options=None, question_type="open", answer="2.5"),
+    ]
+    # The hub's own conversion has a folder for each split.
+    write_parquet(tmp_path / "Art" / "test" / "0000.parquet", rows)
+    many, numbers, alone, hidden, open_ = mmmu.load(str(tmp_path), "test")
+    assert list(many.options) == list("ABCDEFGHIJKL") and many.gold == "L"
+    assert "(K) take 10\n(L) <image 2>, not <image 8>\n\nAnswer" in many.prompt
+    assert [part["image"].name[-1] for part in many.content() if part["type"] == "image"] == ["1", "2"]
+    assert numbers.options == {"A": "1", "B": "2.5"} and alone.options == {"A": "alone"}
+    assert (numbers.gold, hidden.gold, open_.gold, open_.options) == ("", "", "2.5", {})
 
 
 def cmmmu_row(number: int, kind: str, answer: str, **changes: Any) -> dict[str, Any]:
@@ -229,6 +208,44 @@ def test_cmmmu_from_parquet_and_from_json_lines_is_the_same(tmp_path: Path) -> N
     (folder / "images" / "q_2.png").unlink()
     with pytest.raises(ValueError, match=r"'?2'?: its image q_2.png is nowhere"):
         cmmmu.load(str(folder), "val")
+
+
+def test_cmmmu_reads_the_official_folders_whose_test_split_has_no_answers(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Six images in the order of a list, a name that is none of them, suffixes in capitals, options' keys missing."""
+    for split in ("val", "test"):
+        (tmp_path / f"cmmmu-data-{split}" / "business").mkdir(parents=True)
+    folder = tmp_path / "cmmmu-data-test" / "business"
+    names = [f"a_{number}.PNG" for number in range(1, 7)]
+    for name in names:
+        Image.new("RGB", (4, 4)).save(folder / name)
+    choice = {"id": 7, "type": "选择", "question": '看<img="a_6.PNG">与<img="gone.png">', "category": "商业"}
+    choice |= {f"option{number}": f'<img="a_{number}.PNG">' for number in range(1, 5)} | {"img_list": names}
+    blank = {"id": 8, "type": "填空", "question": "几？", "category": "商业", "img_list": []}
+    (folder / "business.jsonl").write_text("\n".join(map(json.dumps, (choice, blank))))
+    val = tmp_path / "cmmmu-data-val" / "business" / "business.jsonl"
+    val.write_text(json.dumps(blank | {"id": 9, "answer": "3"}))
+
+    first, second = cmmmu.load(str(tmp_path), "test")
+    shown = [part["image"].name for part in first.content() if part["type"] == "image"]
+    assert shown == ["a_5.PNG", "a_6.PNG", "a_1.PNG", "a_2.PNG", "a_3.PNG", "a_4.PNG"]
+    assert '看<图片 6>与<img="gone.png">' in first.prompt and "(D) <图片 4>\n" in first.prompt
+    assert (first.gold, second.gold, second.kind) == ("", "", "blank")
+    assert "1 of 2 questions speak of an image that their row does not have" in caplog.text and ": 7" in caplog.text
+    assert [question.id for question in cmmmu.load(str(tmp_path), "val")] == ["9"]
+    predictions = tmp_path / "p.jsonl"
+    predictions.write_text(
+        "\n".join(json.dumps({"id": i, "type": t, "response": "A"}) for i, t in ((7, "选择"), (8, "填空")))
+    )
+    with pytest.raises(ValueError, match="2 of 2 answered questions have no public answer, 7 first"):
+        run_cli("score", "cmmmu", "--predictions", str(predictions), "--answers", str(tmp_path), "--split", "test")
+    val.write_text("\n")
+    with pytest.raises(ValueError, match="The data has no questions of cmmmu's split val"):
+        run_cli("cmmmu", "--data", str(tmp_path), "--out", str(tmp_path / "out"))
+    val.write_text(json.dumps(blank))
+    with pytest.raises(ValueError, match="question 8: it has no answer"):
+        cmmmu.load(str(tmp_path), "val")
 
 
 @with_reference
@@ -558,30 +575,6 @@ def test_a_users_mistake_is_one_line(arguments: list[str], message: str) -> None
     )
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
-
-
-def test_mmmu_pro_predictions_are_scored_whole(tmp_path: Path) -> None:
-    def row(number: int, response: Any) -> dict[str, Any]:
-        return {
-            "id": f"test_Art_{number}",
-            "subject": "Art",
-            "options": "['red', 'green', 'blue']",
-            "answer": "B",
-            "response": response,
-        }
-
-    path = tmp_path / "p.jsonl"
-    rows = [row(1, "Let me think.\nAnswer: B"), row(2, "NASA is right"), row(3, {"error": "timeout"})]
-    path.write_text("\n".join(map(json.dumps, rows)))
-    run_cli("score", "mmmu-pro", "--predictions", str(path), "--answers", str(path), "--out", str(tmp_path))
-    verdicts = [json.loads(line) for line in (tmp_path / "verdicts.jsonl").read_text().splitlines()]
-    assert [verdict["official"]["meaning"] for verdict in verdicts] == ["B", "A", "C"]  # the last one is drawn
-    assert [verdict["official"]["parsed"] for verdict in verdicts] == [True, True, False]
-    assert [verdict["strict"]["meaning"] for verdict in verdicts] == ["B", None, None]
-    short = tmp_path / "short.jsonl"
-    short.write_text(json.dumps(rows[0]))
-    with pytest.raises(ValueError, match="answers 1 of 3 questions"):
-        run_cli("score", "mmmu-pro", "--predictions", str(short), "--answers", str(path))
 
 
 def test_speed_is_measured_over_the_same_answers(small_mmmu: str, tiny_folder: Path) -> None:
