@@ -1,7 +1,6 @@
 """The released shapes on this machine: a checkpoint of random weights in the official layout, loaded and asked.
 
 What it shows of a machine is true of the real weights as well: time and memory do not depend on their values.
-Called by __main__.py; calls yi_vl.
 """
 
 from __future__ import annotations
@@ -25,6 +24,8 @@ import yi_vl
 from yi_vl.config import preset
 from yi_vl.convert import Checkpoint, convert
 from yi_vl.decode import Sampling
+from yi_vl.image import YiVLImageProcessor
+from yi_vl.processor import YiVLProcessor, prepare_tokenizer
 from yi_vl.quantize import Scheme, num_bytes
 
 _STD = 0.02
@@ -61,9 +62,8 @@ def make(folder: Path, size: Literal["6b", "34b"], tokenizer_folder: Path) -> No
         name: RandomTensor(name, shape, torch.float32 if ".vision_tower." in name else torch.bfloat16)
         for name, shape in shapes.items()
     }
-    random = Checkpoint(
-        "yi-vl", tokenizer_folder, config, GenerationConfig(), tensors, lambda: _no_processor(tokenizer_folder)
-    )
+    processor = YiVLProcessor(YiVLImageProcessor(), prepare_tokenizer(str(tokenizer_folder)))
+    random = Checkpoint("yi-vl", tokenizer_folder, config, GenerationConfig(), tensors, lambda: processor)
     with Progress() as progress:
         report = partial(_report, progress, progress.add_task("writing"))
         convert(random, folder, "official", progress=report)
@@ -140,7 +140,3 @@ def peak_bytes() -> int:
 
 def _of(held_bytes: int, weight_bytes: int) -> str:
     return f"{held_bytes / 1e9:.2f} GB, {held_bytes / weight_bytes:.3f} x the weights"
-
-
-def _no_processor(folder: Path) -> Any:
-    raise AssertionError(f"the official layout takes tokenizer.model from {folder} as it is")

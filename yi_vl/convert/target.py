@@ -356,7 +356,7 @@ def _official_tokenizer_config(source: Checkpoint) -> dict[str, Any]:
     special = {
         str(id): {field: getattr(token, field) for field in fields}
         for id, token in source.make_processor().tokenizer.added_tokens_decoder.items()
-        if id < source.config.image_token_id
+        if id < source.config.image_token_id and token.content != IMAGE_PLACEHOLDER
     }
     return {
         "add_bos_token": False,
