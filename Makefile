@@ -1,12 +1,15 @@
-# make ask    a question about a picture: IMAGE=... QUESTION=... ; the first call creates .venv
-# make demo   a chat in the browser; MODEL=... for another than the bundled nano
-# make test   all tests;  make lint: style and types;  make nano: train the bundled model from nothing, and measure it
+# make ask     a question about an image: IMAGE=... QUESTION=... ; the first call creates .venv
+# make demo    a chat in the browser; MODEL=... for another than the bundled nano
+# make test    all tests;  make lint: style and types;  make nano: train the bundled model from nothing, and measure it
+# make matrix  the core tests on the oldest and the newest libraries, and on each Python;  make lock: constraints.txt anew
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 IMAGE ?= docs/pictures/penguin.png
+# Exact versions, so that these commands give the same thing next year. `pip install yi_vl` takes pyproject's ranges.
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
-.PHONY: ask demo test lint nano clean
+.PHONY: ask demo test lint matrix lock nano clean
 
 ask: $(VENV)/.ready
 ifdef QUESTION
@@ -22,12 +25,19 @@ demo: $(VENV)/.ready-for-demo
 	$(BIN)/python -m demo $(if $(MODEL),--model "$(MODEL)")
 
 test: $(VENV)/.ready-for-tests
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto
 
 lint: $(VENV)/.ready-for-tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+matrix: $(VENV)/.ready-for-tests
+	$(BIN)/python tests/matrix.py
+
+lock:
+	$(BIN)/python -m uv pip compile pyproject.toml --all-extras --universal --python-version 3.10 --no-annotate \
+		--custom-compile-command "make lock" --output-file constraints.txt --upgrade --quiet
 
 nano: $(VENV)/.ready-for-tests
 	$(BIN)/python -m train.nano data
@@ -35,17 +45,17 @@ nano: $(VENV)/.ready-for-tests
 	$(BIN)/python -m train.nano export
 	$(BIN)/python -m train.nano measure
 
-$(VENV)/.ready: pyproject.toml
+$(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --editable .
+	$(INSTALL) .
 	@touch $@
 
 $(VENV)/.ready-for-demo: $(VENV)/.ready
-	$(BIN)/pip install --quiet --editable ".[demo]"
+	$(INSTALL) ".[demo]"
 	@touch $@
 
 $(VENV)/.ready-for-tests: $(VENV)/.ready
-	$(BIN)/pip install --quiet --editable ".[train,nano,eval,serve,demo,test]"
+	$(INSTALL) ".[train,nano,eval,quantize,serve,demo,test]"
 	@touch $@
 
 clean:

@@ -15,6 +15,8 @@ from typer.testing import CliRunner
 import yi_vl
 from yi_vl.cli import app
 
+pytestmark = pytest.mark.core
+
 _LINEARS = r"model\.language_model\.layers\.\d+\.(self_attn|mlp)\..*_proj"
 
 

@@ -13,6 +13,8 @@ from tokenizers.pre_tokenizers import Split
 from yi_vl.chat import SYSTEM_PROMPT, encode, from_llava, hold_back, render, render_caption, to_text
 from yi_vl.processor import YiVLProcessor
 
+pytestmark = pytest.mark.core
+
 IMAGE = {"type": "image"}
 GOLDEN = json.loads((OFFICIAL / "golden.json").read_text())
 

@@ -24,6 +24,8 @@ from yi_vl.convert import files as files_module
 from yi_vl.convert.names import LLAVA_HF, from_ours, to_ours
 from yi_vl.convert.names import OFFICIAL as OFFICIAL_NAMES
 
+pytestmark = pytest.mark.core
+
 CHECKPOINT = OFFICIAL / "checkpoint"
 VIT = "vit/clip-vit-H-14-laion2B-s32B-b79K-yi-vl-tiny"
 GOLDEN = json.loads((OFFICIAL / "golden.json").read_text(encoding="utf-8"))

@@ -267,6 +267,7 @@ def test_cmmmu_prompts_are_the_authors(tmp_path: Path) -> None:
         assert shown[-len(marked) :] == marked if marked else True
 
 
+@pytest.mark.core
 def test_a_killed_run_goes_on_without_repeating_or_losing_a_question(small_mmmu: str, tmp_path: Path) -> None:
     questions = mmmu.load(small_mmmu, "val")
 
@@ -471,6 +472,7 @@ def test_intervals_and_comparisons() -> None:
     assert found["interval_95"][0] < 0.08 < found["interval_95"][1]
 
 
+@pytest.mark.core
 @with_reference
 def test_published_responses_score_as_published(tmp_path: Path) -> None:
     def score(*arguments: str) -> dict[str, Any]:

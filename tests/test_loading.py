@@ -14,6 +14,8 @@ from tiny import OFFICIAL, tiny_yi_vl
 import yi_vl
 from yi_vl import loading
 
+pytestmark = pytest.mark.core
+
 QUESTION = (OFFICIAL / "wide.png", "What is this?")
 
 

@@ -13,6 +13,8 @@ from yi_vl.config import YiVLConfig
 from yi_vl.model import YiVLForConditionalGeneration
 from yi_vl.processor import YiVLProcessor
 
+pytestmark = pytest.mark.core
+
 
 def batch(num_images: list[int], length: int = 48, seed: int = 0) -> dict[str, torch.Tensor]:
     """Rows with so many images each, one text token between them; labels on the text after the last image."""
@@ -100,6 +102,7 @@ def test_a_batch_without_images_gives_vision_a_zero_gradient(stem_widths: list[i
     torch.testing.assert_close(with_vision, model.eval()(**inputs | {"pixel_values": None}).loss)
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_:FutureWarning")  # the name that every version knows
 def test_gradient_checkpointing_changes_no_gradient(model: YiVLForConditionalGeneration) -> None:
     inputs = batch([1, 2])
     model.train()(**inputs).loss.backward()

@@ -9,6 +9,8 @@ import pytest
 import yi_vl
 from yi_vl.predict import YiVL
 
+pytestmark = pytest.mark.core
+
 ROOT = Path(__file__).parents[1]
 PICTURES = ROOT / "docs" / "pictures"
 MAX_BYTES = 25_000_000

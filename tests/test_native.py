@@ -21,6 +21,8 @@ import yi_vl
 from yi_vl.model import YiVLForConditionalGeneration, YiVLModel
 from yi_vl.processor import YiVLProcessor
 
+pytestmark = pytest.mark.core
+
 WIDE = OFFICIAL / "wide.png"
 MESSAGES = [
     {"role": "user", "content": [{"type": "image", "url": str(WIDE)}, {"type": "text", "text": "What is this?"}]}

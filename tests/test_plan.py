@@ -40,7 +40,7 @@ from train.costs import (
 )
 from train.int4 import read_int4
 from train.objective import Objective
-from train.optim import build_optimiser, keep_frozen_low_, set_trainable_
+from train.optim import build_optimiser, checkpoint_activations_, keep_frozen_low_, set_trainable_
 from train.plan import USABLE, Hardware, Plan, app, make_plan, verdict
 from yi_vl.config import OpenClipVisionConfig, YiVLConfig, preset
 from yi_vl.model import YiVLForConditionalGeneration
@@ -69,7 +69,7 @@ def objective(trains: TrainableConfig, dtype: torch.dtype = torch.float32, is_ch
     model = YiVLForConditionalGeneration(MODEL).to(torch.bfloat16).float()  # as released weights are
     set_trainable_(model, TrainConfig(trainable=trains, activation_checkpointing=is_checkpointed))
     if is_checkpointed:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations_(model)
     return Objective(model.to(dtype), num_sources=1)
 
 

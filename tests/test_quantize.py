@@ -46,6 +46,7 @@ def logits_of(model: yi_vl.YiVL, image: Path = OFFICIAL / "wide.png") -> torch.T
     return outputs.logits[0].float()
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(("scheme", "bound"), [("int8", 0.002), ("int4", 0.15)])
 def test_nano_moves_little(scheme: str, bound: float) -> None:
     exact = logits_of(yi_vl.load(device="cpu"), PENGUIN).log_softmax(-1)

@@ -184,6 +184,7 @@ def say(yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch, text: str, then: int | Exc
     monkeypatch.setattr(yi_vl.model, "forward", forward)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("chat", CHATS)
 def test_answers_are_those_of_the_model(client: OpenAI, yi_vl: YiVL, chat: str) -> None:
     text, reason, num_read, num_generated = direct(yi_vl, CHATS[chat], max_new_tokens=12)
@@ -200,6 +201,7 @@ def test_every_chat_has_an_answer_of_its_own(yi_vl: YiVL) -> None:
     assert len({direct(yi_vl, turns, max_new_tokens=12)[0] for turns in CHATS.values()}) == len(CHATS)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("includes_usage", [True, False])
 def test_a_stream_is_the_answer_in_pieces(client: OpenAI, yi_vl: YiVL, includes_usage: bool) -> None:
     text, reason, num_read, num_generated = direct(yi_vl, CHATS["picture"], max_new_tokens=12)

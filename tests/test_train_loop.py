@@ -29,6 +29,7 @@ def weights(model: YiVLForConditionalGeneration) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
+@pytest.mark.core
 def test_three_stages(configure: Callable[..., TrainConfig], tmp_path: Path) -> None:
     stages = {
         "align": ("image_size=28", "trainable.language=false"),
@@ -222,6 +223,7 @@ def gradients_of(model: YiVLForConditionalGeneration, loss: torch.Tensor) -> dic
     return gradients
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_stopped_run_goes_on_exactly(configure: Callable[..., TrainConfig], tmp_path: Path, workers: int) -> None:
     settings = (f"data.workers={workers}", "checkpoint={every_steps: 2, keep_last: 1}")

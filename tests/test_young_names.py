@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.core
+
 ROOT = Path(__file__).parents[1]
 LIBRARIES = ("transformers", "torch", "torchvision", "accelerate", "peft", "open_clip", "timm", "tokenizers", "PIL")
 

@@ -31,6 +31,7 @@ from .initial import initial_model
 from .objective import Objective
 from .optim import (
     build_optimiser,
+    checkpoint_activations_,
     gradient_norms,
     keep_frozen_low_,
     learning_rates,
@@ -96,7 +97,7 @@ class Trainer:
         set_trainable_(self.model, config)
         keep_frozen_low_(self.model, config.precision)
         if config.activation_checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            checkpoint_activations_(self.model)
         if self.accelerator.device.type == "cpu":
             keep_memory()
             use_short_attention_(self.model)

@@ -91,6 +91,13 @@ def is_adapter(parameter_name: str) -> bool:
     return ".lora_A." in parameter_name or ".lora_B." in parameter_name
 
 
+def checkpoint_activations_(model: YiVLForConditionalGeneration) -> None:
+    """Keep only the layers' inputs, and run the layers again in the backward pass."""
+    # its name since transformers 5.23, and before
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
 def parameter_groups(model: YiVLForConditionalGeneration, config: TrainConfig) -> list[dict[str, Any]]:
     """AdamW groups `<component>` and `<component>, no decay`, each with its peak learning rate `peak_lr`."""
     groups: list[dict[str, Any]] = []

@@ -340,6 +340,10 @@ class PackedQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         replace_linears_(model, self.quantization_config)
+        if not self.pre_quantized:
+            # transformers 5.16 casts a tensor to the type of what it replaces before it is quantised.
+            for _, layer in packed_layers(model):
+                layer.weight = layer.weight.to(layer.dtype)
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         module_name, _, name = param_name.rpartition(".")
