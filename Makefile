@@ -35,9 +35,11 @@ lint: $(VENV)/.ready-for-tests
 matrix: $(VENV)/.ready-for-tests
 	$(BIN)/python tests/matrix.py
 
+# torch 2.15 has no Python 3.10, and each torchvision is for one torch.
 lock:
-	$(BIN)/python -m uv pip compile pyproject.toml --all-extras --universal --python-version 3.10 --no-annotate \
-		--custom-compile-command "make lock" --output-file constraints.txt --upgrade --quiet
+	printf 'torch==2.14.1\ntorchvision==0.29.1\n' | \
+		$(BIN)/python -m uv pip compile pyproject.toml --constraint - --all-extras --universal --no-annotate \
+		--python-version 3.10 --custom-compile-command "make lock" --output-file constraints.txt --upgrade --quiet
 
 nano: $(VENV)/.ready-for-tests
 	$(BIN)/python -m train.nano data
