@@ -66,7 +66,17 @@ def short_rows() -> Iterator[Row]:
 
 def long_rows() -> Iterator[Row]:
     """Oldest, newest, and the lock on each Python."""
-    install = ["uv", "pip", "install", "-q", "--python", "{python}", "--editable", ".[train,eval,serve,quantize,test]"]
+    install = [
+        "uv",
+        "pip",
+        "install",
+        "-q",
+        "--compile-bytecode",
+        "--python",
+        "{python}",
+        "--editable",
+        ".[train,eval,serve,quantize,test]",
+    ]
     yield Row("oldest", sys.executable, [[*install, *lowest_requirements()]])
     yield Row("newest", sys.executable, [[*install, "--upgrade"]])
     for version in PYTHONS:
