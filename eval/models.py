@@ -1,12 +1,11 @@
 """Who answers: a Yi-VL in any layout, another transformers image-text-to-text model, or an OpenAI-compatible endpoint.
 
-Called by the commands; each gives the runner the same one thing, `answer`. Calls yi_vl, transformers, openai.
+Each gives the runner the same one thing, `answer`.
 """
 
 from __future__ import annotations
 
 import base64
-import io
 import os
 import re
 from collections.abc import Sequence
@@ -14,9 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from PIL import Image
-
 if TYPE_CHECKING:
+    from PIL import Image
+
     from yi_vl.quantize import Scheme
 
 Content = list[dict[str, Any]]  # the parts of one user message; an image part holds a `question.Picture`
@@ -132,7 +131,7 @@ class TransformersModel:
         self._processor.tokenizer.padding_side = "left"
 
     def answer(self, requests: Sequence[Content], settings: Settings) -> list[Reply]:
-        conversations = [[{"role": "user", "content": _as_images(read_pictures(content))}] for content in requests]
+        conversations = [[{"role": "user", "content": read_pictures(content)}] for content in requests]
         try:
             return [Reply(text) for text in self._generate(conversations, settings)]
         except ValueError:
@@ -149,7 +148,7 @@ class TransformersModel:
         from transformers import set_seed
 
         inputs = self._processor.apply_chat_template(
-            list(conversations),
+            [[message | {"content": _as_images(message["content"])} for message in turns] for turns in conversations],
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
@@ -190,9 +189,13 @@ class Endpoint:
 
         extra: dict[str, Any] = {} if settings.seed is None else {"seed": settings.seed}
         try:
+            parts = [_as_url(part) for part in read_pictures(content)]
+        except ValueError as error:
+            return Reply(error=str(error))
+        try:
             completion = self._client.chat.completions.create(
                 model=self._model,
-                messages=[{"role": "user", "content": [_as_url(part) for part in read_pictures(content)]}],  # type: ignore[list-item,misc]
+                messages=[{"role": "user", "content": parts}],  # type: ignore[list-item,misc]
                 max_tokens=settings.max_new_tokens,
                 temperature=settings.temperature,
                 top_p=settings.top_p,
@@ -211,16 +214,25 @@ def read_pictures(content: Content) -> Content:
 
 
 def _as_images(content: Content) -> Content:
-    return [
-        part | {"image": Image.open(io.BytesIO(part["image"])).convert("RGB")} if part["type"] == "image" else part
-        for part in content
-    ]
+    return [part | {"image": _as_rgb(part["image"])} if part["type"] == "image" else part for part in content]
+
+
+def _as_rgb(content: bytes) -> Image.Image:
+    """As other models' own code reads images: not turned upright, transparency left out."""
+    from yi_vl.image import open_image
+    from yi_vl.image_samples import decoding
+
+    with open_image(content) as image, decoding(f"the picture of {len(content)} bytes"):
+        return image.convert("RGB")
 
 
 def _as_url(part: dict[str, Any]) -> dict[str, Any]:
     if part["type"] == "text":
         return part
-    kind = (Image.open(io.BytesIO(part["image"])).format or "png").lower()
+    from yi_vl.image import open_image
+
+    with open_image(part["image"]) as image:
+        kind = (image.format or "png").lower()
     encoded = base64.b64encode(part["image"]).decode()
     return {"type": "image_url", "image_url": {"url": f"data:image/{kind};base64,{encoded}"}}
 

@@ -1,18 +1,15 @@
 """A page to leaf through: every question with its pictures, prompt, answer, gold and verdicts. No server is needed.
 
-Called by the commands. All text reaches the page as data and is shown as text.
+All text reaches the page as data and is shown as text.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-from PIL import Image, UnidentifiedImageError
 
 from .scoring import Scored
 
@@ -45,12 +42,14 @@ def _row(one: Scored, out_dir: Path) -> dict[str, Any]:
 
 def _copy(content: bytes, out_dir: Path) -> str:
     """A small copy of a picture, by its name relative to the page; "" where it is none."""
+    from yi_vl.image import load_image
+
     path = out_dir / "pictures" / f"{hashlib.sha256(content).hexdigest()[:16]}.jpg"
     if not path.exists():
         path.parent.mkdir(exist_ok=True)
         try:
-            image = Image.open(io.BytesIO(content)).convert("RGB")
-        except (UnidentifiedImageError, OSError):
+            image = load_image(content)
+        except ValueError:
             return ""
         image.thumbnail((_SIDE_PX, _SIDE_PX))
         image.save(path, quality=88)

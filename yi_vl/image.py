@@ -26,7 +26,7 @@ from .config import IMAGE_MEAN, IMAGE_STD, YiVLConfig
 from .image_file import MAX_PIXELS as MAX_PIXELS
 from .image_file import MAX_SIDE_PX as MAX_SIDE_PX
 from .image_file import WEB_FORMATS as WEB_FORMATS
-from .image_file import check_image, check_size, open_image
+from .image_file import check_image, check_size, halve_large_jpeg_, open_file
 from .image_resize import resize_strips
 from .image_samples import ImageError, RgbStrips, channels_last, strips_of_array, strips_of_image
 
@@ -54,6 +54,31 @@ def load_image(source: ImageSource, formats: Sequence[str] | None = None) -> Ima
     """
     with _reading(source, formats) as strips:
         return strips.read_all()
+
+
+@contextmanager
+def open_image(source: ImageSource, formats: Sequence[str] | None = None) -> Iterator[Image.Image]:
+    """An image as Pillow opens it, found to be within bounds before it is decoded; the arguments are `load_image`'s.
+
+    Raises:
+        ValueError: as `load_image`, but for damage that only shows when it is decoded.
+    """
+    name = _describe(source)
+    if isinstance(source, Image.Image):
+        check_image(source, name)
+        yield source
+        return
+    if not isinstance(source, (str, os.PathLike, bytes, bytearray)):
+        raise ImageError(f"{name} is no picture: expected a path, bytes, a PIL image or an array.")
+    file = bytes(source) if isinstance(source, (bytes, bytearray)) else Path(source).expanduser()
+    if isinstance(file, Path) and not file.exists():
+        raise ImageError(f"{name}: there is no such file.")
+    if isinstance(file, Path) and not file.is_file():
+        raise ImageError(f"{name} is a folder, not a picture.")
+    if not (file.stat().st_size if isinstance(file, Path) else len(file)):
+        raise ImageError(f"{name} is empty (0 bytes).")
+    with open_file(file, name, formats) as image:
+        yield image
 
 
 def pad_and_resize(image: Image.Image, size_px: int) -> Image.Image:
@@ -119,29 +144,12 @@ def _reading(source: ImageSource, formats: Sequence[str] | None) -> Iterator[Rgb
         check_size((array.shape[1], array.shape[0]), name)
         yield strips_of_array(array, name)
         return
-    with _opened(source, name, formats) as image:
+    with open_image(source, formats) as image:
+        if not isinstance(source, Image.Image):  # which is its owner's
+            halve_large_jpeg_(image)
         is_large = image.width * image.height > _LARGE_IMAGE_PIXELS
         with _one_large_image if is_large else nullcontext():
             yield strips_of_image(image, name)
-
-
-@contextmanager
-def _opened(source: ImageSource, name: str, formats: Sequence[str] | None) -> Iterator[Image.Image]:
-    if isinstance(source, Image.Image):
-        check_image(source, name)
-        yield source
-        return
-    if not isinstance(source, (str, os.PathLike, bytes, bytearray)):
-        raise ImageError(f"{name} is no picture: expected a path, bytes, a PIL image or an array.")
-    file = bytes(source) if isinstance(source, (bytes, bytearray)) else Path(source).expanduser()
-    if isinstance(file, Path) and not file.exists():
-        raise ImageError(f"{name}: there is no such file.")
-    if isinstance(file, Path) and not file.is_file():
-        raise ImageError(f"{name} is a folder, not a picture.")
-    if not (file.stat().st_size if isinstance(file, Path) else len(file)):
-        raise ImageError(f"{name} is empty (0 bytes).")
-    with open_image(file, name, formats) as image:
-        yield image
 
 
 def _describe(source: object) -> str:

@@ -33,7 +33,7 @@ WEB_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # what strangers may send
 
 _MAX_PYTHON_PIXELS = 4_000_000  # of what Pillow decodes in Python, at about a microsecond each: QOI, BMP in RLE
 _MAX_ICON_SIDE_PX = 4096  # of an image in an icon
-_MAX_FULL_JPEG_PIXELS = 50_000_000  # a JPEG of more is decoded at half its size: half the time, a quarter of the memory
+_MAX_FULL_JPEG_PIXELS = 50_000_000  # at half its size a JPEG takes half the time and a quarter of the memory
 _MAX_SCANS = 50  # of a progressive JPEG, each of which passes over the whole image; ten are usual
 _MAX_SEGMENTS = 10_000  # of a progressive JPEG
 _SEGMENT = re.compile(rb"\xff+([^\x00\xd0-\xd7\xff])")  # its marker; the other codes belong to coded data
@@ -45,8 +45,8 @@ _MAX_READS = {  # by a file's first bytes: how many pieces it may be made of, an
 
 
 @contextmanager
-def open_image(source: Path | bytes, name: str, formats: Sequence[str] | None = None) -> Iterator[Image.Image]:
-    """An image file within bounds, not decoded yet; a JPEG of more than 50 megapixels will be at half its size.
+def open_file(source: Path | bytes, name: str, formats: Sequence[str] | None = None) -> Iterator[Image.Image]:
+    """An image file within bounds, not decoded yet.
 
     Args:
         name: of the file, for errors.
@@ -63,9 +63,13 @@ def open_image(source: Path | bytes, name: str, formats: Sequence[str] | None = 
         _check_icon(file, name)
         image = _open(file, name, formats)
         check_image(image, name)
-        if isinstance(image, JpegImagePlugin.JpegImageFile) and image.width * image.height > _MAX_FULL_JPEG_PIXELS:
-            image.draft(None, (image.width // 2, image.height // 2))
         yield image
+
+
+def halve_large_jpeg_(image: Image.Image) -> None:
+    """Let a JPEG of more than 50 megapixels, which is not decoded yet, be decoded at half its size."""
+    if isinstance(image, JpegImagePlugin.JpegImageFile) and image.width * image.height > _MAX_FULL_JPEG_PIXELS:
+        image.draft(None, (image.width // 2, image.height // 2))
 
 
 def check_size(size: tuple[int, int], name: str) -> None:

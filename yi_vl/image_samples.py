@@ -197,5 +197,7 @@ def _over_white(image: Image.Image) -> Image.Image:
         image = image.convert("LA")
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        white = Image.new("RGB", image.size, "white")
+        white.paste(image, mask=image)  # the same bits as alpha_composite, in less time and memory
+        return white
     return image if image.mode == "RGB" else image.convert("RGB")  # even of RGB that would be a copy
