@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from yi_vl.quantize import Scheme
 
 # First bytes -> what an endpoint is told of the format.
@@ -216,9 +218,16 @@ def read_pictures(content: Content) -> Content:
 
 
 def _as_images(content: Content) -> Content:
-    from yi_vl.image import load_image
+    return [part | {"image": _as_rgb(part["image"])} if part["type"] == "image" else part for part in content]
 
-    return [part | {"image": load_image(part["image"])} if part["type"] == "image" else part for part in content]
+
+def _as_rgb(content: bytes) -> Image.Image:
+    """As other models' own code reads images: not turned upright, transparency left out."""
+    from yi_vl.image import open_image
+    from yi_vl.image_samples import decoding
+
+    with open_image(content) as image, decoding(f"the picture of {len(content)} bytes"):
+        return image.convert("RGB")
 
 
 def _as_url(part: dict[str, Any]) -> dict[str, Any]:

@@ -11,8 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from yi_vl.image import load_image
-
 from .scoring import Scored
 
 _SIDE_PX = 640  # longest side of the copies beside the page
@@ -44,6 +42,8 @@ def _row(one: Scored, out_dir: Path) -> dict[str, Any]:
 
 def _copy(content: bytes, out_dir: Path) -> str:
     """A small copy of a picture, by its name relative to the page; "" where it is none."""
+    from yi_vl.image import load_image
+
     path = out_dir / "pictures" / f"{hashlib.sha256(content).hexdigest()[:16]}.jpg"
     if not path.exists():
         path.parent.mkdir(exist_ok=True)
