@@ -233,9 +233,7 @@ def hold_back(text: str, stop_strings: Sequence[str] = (STOP_STRING,)) -> int:
     return 0
 
 
-def _check_length(
-    segments: Sequence[Segment], patches_per_image: int, max_tokens: int, max_token_length: int
-) -> None:
+def _check_length(segments: Sequence[Segment], patches_per_image: int, max_tokens: int, max_token_length: int) -> None:
     num_images = sum(segment.is_image for segment in segments)
     num_characters = sum(len(segment.text) for segment in segments if not segment.is_image)
     least = num_images * patches_per_image + math.ceil(num_characters / max_token_length)

@@ -75,7 +75,7 @@ def open_image(source: ImageSource, formats: Sequence[str] | None = None) -> Ite
     if isinstance(file, Path) and not file.is_file():
         raise ImageError(f"{name} is a folder, not a picture.")
     if not (file.stat().st_size if isinstance(file, Path) else len(file)):
-        raise ImageError(f"{name} is empty (0 bytes).")
+        raise ImageError(f"{name} is empty (0 bytes), not a picture.")
     with open_file(file, name, formats) as image:
         yield image
 
@@ -113,7 +113,7 @@ class YiVLImageProcessor(BaseImageProcessor):
         return BatchFeature({"pixel_values": self.normalise(torch.stack(squares))}, tensor_type=return_tensors)
 
     def prepare(self, image: ImageSource, formats: Sequence[str] | None = None) -> Image.Image:
-        """The image as the model sees it: upright, RGB, padded to a square, resized. The arguments are `load_image`'s."""
+        """The image as the model sees it: upright, RGB, padded to a square, resized; arguments as of `load_image`."""
         with _reading(image, formats) as strips:
             return resize_strips(strips.size, strips.read, self.size_px)
 

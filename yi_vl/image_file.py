@@ -1,7 +1,7 @@
 """Image files opened within bounds: what is too large, or hides something that is, is refused before it is decoded.
 
-Pillow reads a file's header when it opens it, and decodes when pixels are asked for. Between the two stand these checks;
-before them those of icons, which Pillow decodes as it opens them.
+Pillow reads a file's header when it opens it, and decodes when pixels are asked for: these checks stand between. Icons
+are checked before, because Pillow decodes them as it opens them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from PIL import (
 
 from .image_samples import ImageError, decoding
 
-MAX_PIXELS = 120_000_000  # more than a 108-megapixel phone's 12,032 x 9,024; RGB of so many takes 0.5 GB
+MAX_PIXELS = 110_000_000  # more than a 108-megapixel phone's 12,032 x 9,024; RGB of so many takes 0.44 GB
 MAX_SIDE_PX = 65_535  # a JPEG's longest
 WEB_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # what strangers may send
 
@@ -118,17 +118,19 @@ class _BoundedReader(io.BufferedReader):
     def __init__(self, raw: io.RawIOBase, name: str) -> None:
         super().__init__(raw)
         self._name = name
-        size = self.seek(0, os.SEEK_END)
+        num_bytes = self.seek(0, os.SEEK_END)
         self.seek(0)
-        head = self.peek(4)
-        self._num_left = next(
-            (fixed + size // num_bytes for magic, (fixed, num_bytes) in _MAX_READS.items() if head.startswith(magic)), -1
-        )
+        head = super().read(4)
+        self.seek(0)
+        limits = [limit for magic, limit in _MAX_READS.items() if head.startswith(magic)]
+        self._num_left = (
+            sum(fixed + num_bytes // bytes_each for fixed, bytes_each in limits) or -1
+        )  # negative: no limit
 
     def read(self, size: int | None = -1, /) -> bytes:
         if not self._num_left:
             raise ImageError(f"{self._name} is made of too many pieces; save it anew, without comments.")
-        self._num_left -= 1  # without a limit it is negative
+        self._num_left -= 1
         return super().read(size)
 
 
@@ -136,14 +138,16 @@ def _open(file: IO[bytes], name: str, formats: Sequence[str] | None) -> Image.Im
     try:
         with decoding(name), warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS decides
-            return Image.open(file, formats=formats)
+            return Image.open(file, formats=None if formats is None else tuple(formats))
     except ImageError as error:
         cause = error.__cause__
         if isinstance(cause, Image.DecompressionBombError):
             raise ImageError(f"{name} is refused, it unpacks to too many pixels ({cause}).") from cause
         if isinstance(cause, UnidentifiedImageError):
             known = f"that is read: {', '.join(formats)}" if formats else "Pillow knows"
-            raise ImageError(f"{name} is not a picture of a format {known} (its content counts, not its name).") from cause
+            raise ImageError(
+                f"{name} is not a picture of a format {known} (its content counts, not its name)."
+            ) from cause
         raise
 
 
@@ -160,9 +164,9 @@ def _check_icon(file: _BoundedReader, name: str) -> None:
         entries = file.read(16 * int.from_bytes(head[4:6], "little"))
         offsets = [int.from_bytes(entries[end - 4 : end], "little") for end in range(16, len(entries) + 1, 16)]
     elif head[:4] == b"icns":
-        while len(block := file.read(8)) == 8 and (size := int.from_bytes(block[4:], "big")) > 8:
+        while len(block := file.read(8)) == 8 and (num_bytes := int.from_bytes(block[4:], "big")) > 8:
             offsets.append(file.tell())
-            file.seek(size - 8, os.SEEK_CUR)
+            file.seek(num_bytes - 8, os.SEEK_CUR)
     for offset in offsets:
         file.seek(offset)
         size = _nested_size(file)
@@ -175,8 +179,9 @@ def _check_icon(file: _BoundedReader, name: str) -> None:
 
 
 def _nested_size(file: _BoundedReader) -> tuple[int, int]:
-    """The size of an image that begins here, read as Pillow will read it; (0, 0) if it is none, which Pillow will say."""
-    magic = file.peek(12)
+    """The size of an image that begins here, as Pillow will read it; (0, 0) if it is none, as Pillow will say."""
+    magic = file.read(12)
+    file.seek(-len(magic), os.SEEK_CUR)
     opener: type[ImageFile.ImageFile] = BmpImagePlugin.DibImageFile
     if magic.startswith(b"\x89PNG"):
         opener = PngImagePlugin.PngImageFile

@@ -17,7 +17,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from PIL import ExifTags, Image
 from torch import Tensor
 
@@ -37,7 +36,12 @@ _UPRIGHT = {  # by EXIF orientation
     8: _TURN.ROTATE_90,
 }
 _FROM_COLUMNS = (_TURN.TRANSPOSE, _TURN.ROTATE_270, _TURN.TRANSVERSE, _TURN.ROTATE_90)  # rows were columns
-_FROM_THE_END = (_TURN.ROTATE_180, _TURN.FLIP_TOP_BOTTOM, _TURN.TRANSVERSE, _TURN.ROTATE_90)  # the last become the first
+_FROM_THE_END = (
+    _TURN.ROTATE_180,
+    _TURN.FLIP_TOP_BOTTOM,
+    _TURN.TRANSVERSE,
+    _TURN.ROTATE_90,
+)  # the last come first
 
 
 class ImageError(ValueError):
