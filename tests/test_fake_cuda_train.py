@@ -21,6 +21,7 @@ from train.config import TrainConfig
 from train.loop import train
 from train.objective import Objective
 from train.packing import Packing
+from train.report import read_metrics
 from yi_vl import machine
 
 Configure = Callable[..., TrainConfig]
@@ -71,6 +72,8 @@ def test_every_form_trains_as_on_a_cpu(
         assert device.num_operations > 1000
     tolerance = 2e-2 if form == "bf16" else 1e-4
     assert losses(found) == pytest.approx(losses(expected), rel=tolerance) and len(losses(found)) == 2
+    logged = read_metrics(tmp_path / "cuda/metrics.jsonl")
+    assert all(row["peak_memory_gb"] > 0 and row["tflops_per_device"] > 0 for row in logged)
 
 
 def test_nothing_of_a_step_is_left_on_the_cpu(configure: Configure, cuda: Any) -> None:

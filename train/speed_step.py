@@ -27,8 +27,8 @@ from yi_vl.model import YiVLForConditionalGeneration
 from yi_vl.processor import YiVLProcessor
 
 from .config import DataConfig, InitConfig, LearningRateConfig, SourceConfig, TrainableConfig, TrainConfig
-from .costs import Row, step_flops
 from .data import MicroBatch, Sample, StepBatch, collate, num_supervised
+from .flops import Row, step_flops
 from .loop import Trainer
 from .optim import build_optimiser, set_learning_rates_, set_trainable_
 
