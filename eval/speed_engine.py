@@ -50,14 +50,12 @@ def compare_chat(model: YiVL, image: Path, turns: int, new_tokens: int) -> dict[
 def compare_decode(model: YiVL, prompt_tokens: int, new_tokens: int) -> dict[str, Any]:
     """The limit: every weight of the language model and its head is read once for each token."""
     conversation = text_of(model, prompt_tokens)
-    head = model.model.lm_head.weight
-    layers = [p for name, p in model.model.model.language_model.named_parameters() if "embed_tokens" not in name]
-    num_bytes = sum(parameter.nbytes for parameter in (*layers, head))
+    num_bytes = bytes_per_token(model)
     engine_rate(model, [conversation], 3)
     _generate_rate(model, conversation, 3)
     rounds = [  # in turns, as another process may slow any of them
         (
-            read_bandwidth(head.device),
+            read_bandwidth(model.model.device),
             _generate_rate(model, conversation, new_tokens),
             engine_rate(model, [conversation], new_tokens),
         )
@@ -106,6 +104,12 @@ def compare_prefill(model: YiVL, num_tokens: int) -> dict[str, Any]:
         "yi_vl": {"tflops": flops / seconds / 1e12, "of_the_limit": flops / seconds / rate},
     }
     return {"what": f"{num_tokens} tokens in {seconds:.2f} s", "ways": ways}
+
+
+def bytes_per_token(model: YiVL) -> int:
+    """Of the weights that each token of one answer reads: the language model's layers and its head."""
+    layers = [p for name, p in model.model.model.language_model.named_parameters() if "embed_tokens" not in name]
+    return sum(parameter.nbytes for parameter in (*layers, model.model.lm_head.weight))
 
 
 def text_of(model: YiVL, num_tokens: int, begin: str = "") -> Conversation:
