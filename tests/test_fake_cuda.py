@@ -13,7 +13,8 @@ from fake_cuda import CUDA, FakeCuda, device_of, fake_cuda
 from tiny import IMAGE_TOKEN_ID, OFFICIAL, tiny_model, tiny_processor, tiny_yi_vl
 
 import yi_vl
-from eval import full_size, speed_engine, speed_quantize, speed_runner
+from eval import full_size, gpu_parts, random_models, speed_engine, speed_quantize, speed_runner
+from eval.gpu_guard import Settings as GpuSettings
 from eval.models import ModelChoice, Settings, TransformersModel
 from eval.question import Picture, Question
 from yi_vl import YiVL, machine
@@ -41,7 +42,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCuda]:
 @pytest.fixture
 def clock(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     """Whoever measures must wait for the device before reading the time."""
-    for module in (machine, speed_engine, speed_quantize, full_size):
+    for module in (machine, speed_engine, speed_quantize, full_size, gpu_parts):
         monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=cuda.clock))
     return cuda
 
@@ -203,3 +204,15 @@ def test_the_runner_is_compared_over_the_same_answers(clock: FakeCuda, folder: P
     assert found["same_answers"] == "3 of 3"
     replies = TransformersModel(str(folder)).answer([question.content() for question in questions], Settings(3))
     assert not any(reply.error for reply in replies)
+
+
+@pytest.mark.parametrize("part", ["logits", "stream", "chat"])
+def test_parts_of_the_gpu_command_run_on_a_gpu(
+    clock: FakeCuda, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, part: str
+) -> None:
+    monkeypatch.setattr(random_models, "_one_billion", lambda: tiny_model().config)
+    settings = GpuSettings("cuda", "nano", tmp_path, tmp_path, {gpu_parts.COPY_BANDWIDTH: 1000.0})
+    model = random_models.make("1b", torch.float32)
+    assert {device_of(parameter) for parameter in model.model.parameters()} == {CUDA}
+    measured = list(getattr(gpu_parts, part)(settings, {"model": model}))
+    assert measured and all(one.limit is None or one.limit > 0 for one in measured)
