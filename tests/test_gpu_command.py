@@ -1,4 +1,4 @@
-"""`python -m eval gpu`: what becomes of parts that work, fail, hang, die or miss a package; and parts at nano's size."""
+"""`python -m eval gpu`: what becomes of parts that work, fail, hang, die or miss a package; and some at nano size."""
 
 from __future__ import annotations
 
