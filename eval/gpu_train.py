@@ -134,7 +134,7 @@ def _config(settings: Settings, run_dir: Path, stage: str, variant: str) -> dict
 
 
 def _shard(settings: Settings, form: str, size_px: int, num_samples: int) -> Path:
-    """A shard of JPEGs in random colours with captions of about 30 words, or answers of about 200; made once."""
+    """A shard of JPEGs in random colours with captions of about 30 words, or answers of about 150; made once."""
     import numpy as np
     from PIL import Image
 
@@ -142,7 +142,7 @@ def _shard(settings: Settings, form: str, size_px: int, num_samples: int) -> Pat
     if path.exists():
         return path
     rng = np.random.default_rng(0)
-    num_words = (30 if form == "caption" else 200) if settings.size == "6b" else 10
+    num_words = (30 if form == "caption" else 120) if settings.size == "6b" else 10
     with tarfile.open(path, "w") as tar:
         for index in range(num_samples):
             pixels = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -105,24 +106,29 @@ class _Operations(TorchDispatchMode):
         return result
 
 
+@contextlib.contextmanager
+def _fake_mode() -> Iterator[FakeTensorMode]:
+    """`FakeTensorMode`; torch 2.11's would begin with a tensor on the GPU that it is told of."""
+    with mock.patch.object(torch.cuda, "is_available", lambda: False), FakeTensorMode() as mode:
+        yield mode
+
+
 def _judge(func: Any, args: Any, kwargs: Any) -> torch.device:
     """Where the results of an operation on tensors of both devices are.
 
     Raises:
         RuntimeError: torch does not allow it.
     """
-    with FakeTensorMode() as mode:
 
-        def fake(leaf: Any) -> Any:
-            if not isinstance(leaf, Tensor):
-                return leaf
-            device = device_of(leaf)
-            device = CUDA if device == _ANY else device
-            return torch.empty_strided(leaf.size(), leaf.stride(), dtype=leaf.dtype, device=device)
+    def fake(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        device = CUDA if device_of(leaf) == _ANY else device_of(leaf)
+        return torch.empty_strided(leaf.size(), leaf.stride(), dtype=leaf.dtype, device=device)
 
+    with _fake_mode():
         try:
-            with mode:
-                result = func(*tree_map(fake, args), **tree_map(fake, kwargs))
+            result = func(*tree_map(fake, args), **tree_map(fake, kwargs))
         except (DynamicOutputShapeException, DataDependentOutputException):
             return device_of(args[0])
     results = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
@@ -135,7 +141,7 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
         return func(*args, **kwargs)
     except NotImplementedError:
         _check_kernel(func)
-        with FakeTensorMode() as mode:
+        with _fake_mode() as mode:
             fakes = tree_map(lambda leaf: mode.from_tensor(leaf) if isinstance(leaf, Tensor) else leaf, (args, kwargs))
             shapes = func(*fakes[0], **fakes[1])
         return tree_map(
