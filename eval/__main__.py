@@ -161,6 +161,23 @@ def submit(
     typer.echo(f"{out / name}: {len(answered)} answers")
 
 
+@app.command("gpu")
+def gpu_(
+    out: Annotated[Path, typer.Option(help="Folder for gpu.json, gpu.md and logs.")] = Path("runs/eval/gpu"),
+    device: Annotated[Literal["cuda", "cpu"], typer.Option(help="Where.")] = "cuda",
+    size: Annotated[Literal["6b", "nano"], typer.Option(help="6b wants a card of 80 GB; nano is for a CPU.")] = "6b",
+    parts: Annotated[str, typer.Option(help="Which, separated by commas, such as environment,logits,train.")] = "",
+    minutes: Annotated[float, typer.Option(help="No part begins or lasts longer.")] = 10,
+) -> None:
+    """Load, answer, stream, batch, quantize and train on a GPU, and tell how fast; a part that fails is recorded."""
+    from .gpu import TABLE_FILE, measure
+
+    outcomes = measure(out, device, size, [name.strip() for name in parts.split(",") if name.strip()], minutes)
+    typer.echo((out / TABLE_FILE).read_text(encoding="utf-8"))
+    if any(outcome.status == "failed" for outcome in outcomes.values()):
+        raise typer.Exit(1)
+
+
 @app.command("full-size")
 def full_size(
     folder: Annotated[Path, typer.Argument(help="The checkpoint; made of random weights where it does not exist.")],

@@ -25,10 +25,12 @@ from yi_vl.config import preset
 from yi_vl.convert import Checkpoint, convert
 from yi_vl.decode import Sampling
 from yi_vl.image import YiVLImageProcessor
+from yi_vl.machine import machine, synchronized_seconds
 from yi_vl.processor import YiVLProcessor, prepare_tokenizer
 from yi_vl.quantize import Scheme, num_bytes
 
 _STD = 0.02
+_CPU = torch.device("cpu")
 _QUESTION = "What is in this picture?"
 
 
@@ -99,37 +101,42 @@ def _measure(folder: Path, image: Path, new_tokens: int, quantize: Scheme | None
         before = peak_bytes()
         started = time.perf_counter()
         model = yi_vl.load(folder, dtype=torch.bfloat16, quantize=quantize)
-        loaded = time.perf_counter()
+        device = model.model.device
+        loaded = synchronized_seconds(device)
         weight_bytes = num_bytes(model.model)
-        peak_of_loading = peak_bytes()
+        peak_of_loading = peak_bytes(device)
         messages = [
             {"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": _QUESTION}]}
         ]
         prompts, sampling = model.prepare([messages]), Sampling(max_new_tokens=1 + new_tokens)
-        pieces, times = [], [time.perf_counter()]
+        pieces, times = [], [synchronized_seconds(device)]
         for (piece,) in model.generate(prompts, model.begin_answers(prompts, sampling), sampling):
             pieces.append(piece)
-            times.append(time.perf_counter())
+            times.append(synchronized_seconds(device))
         seconds_per_token = (times[-1] - times[1]) / max(1, len(times) - 2)
         results.send(
             {
                 "weights": f"{weight_bytes / 1e9:.2f} GB in {quantize or 'bf16'}",
                 "loading": f"{loaded - started:.1f} s",
                 "peak memory, loading": _of(peak_of_loading, weight_bytes),
-                "peak memory, answering": _of(peak_bytes(), weight_bytes),
-                "of it before loading": f"{before / 1e9:.2f} GB (Python and its libraries)",
+                "peak memory, answering": _of(peak_bytes(device), weight_bytes),
+                "of it before loading": f"{before / 1e9:.2f} GB (Python and its libraries)"
+                if device.type != "cuda"
+                else "nothing: it is the GPU's memory",
                 f"prefill, {prompts.num_tokens[0]} tokens": f"{times[1] - times[0]:.1f} s",
                 f"decoding, {len(times) - 2} tokens": f"{1 / max(1e-9, seconds_per_token):.2f} tokens/s",
                 "answer": repr("".join(pieces)),
-                "machine": f"{torch.get_num_threads()} threads, torch {torch.__version__}",
+                "machine": machine(),
             }
         )
     except ValueError as error:
         results.send(str(error))
 
 
-def peak_bytes() -> int:
-    """The most memory this process has held at once."""
+def peak_bytes(device: torch.device = _CPU) -> int:
+    """The most memory this process has held at once, on a GPU in tensors."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
     if status.exists():  # `getrusage` also counts what the parent held when it started this process
         (line,) = (line for line in status.read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM:"))

@@ -1,7 +1,4 @@
-"""How fast the engine is: chats, single answers, batches and prompts, each beside what it is to be measured against.
-
-Called by speed.py and speed_quantize.py; calls yi_vl.
-"""
+"""How fast the engine is: chats, single answers, batches and prompts, each beside what it is to be measured against."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ from transformers.generation import BaseStreamer
 from yi_vl import YiVL
 from yi_vl.decode import Answer, Sampling
 from yi_vl.linear import use_matrices_, use_vectors_
-from yi_vl.machine import matrix_rate, read_bandwidth
+from yi_vl.machine import matrix_rate, read_bandwidth, synchronized_seconds
 
 Conversation = list[dict[str, Any]]
 
@@ -34,11 +31,11 @@ def compare_chat(model: YiVL, image: Path, turns: int, new_tokens: int) -> dict[
             )
             if forgets:
                 model.forget()
-            started = time.perf_counter()
+            started = synchronized_seconds(model.model.device)
             prompts, sampling = model.prepare([messages]), Sampling(max_new_tokens=new_tokens)
             steps = model.generate(prompts, model.begin_answers(prompts, sampling), sampling)
             pieces = [next(steps)[0]]
-            seconds[f"turn_{turn}_ms"] = 1000 * (time.perf_counter() - started)
+            seconds[f"turn_{turn}_ms"] = 1000 * (synchronized_seconds(model.model.device) - started)
             pieces += [piece for (piece,) in steps]
             messages.append({"role": "assistant", "content": "".join(pieces) or "Yes."})
         ways[name] = seconds
@@ -53,14 +50,12 @@ def compare_chat(model: YiVL, image: Path, turns: int, new_tokens: int) -> dict[
 def compare_decode(model: YiVL, prompt_tokens: int, new_tokens: int) -> dict[str, Any]:
     """The limit: every weight of the language model and its head is read once for each token."""
     conversation = text_of(model, prompt_tokens)
-    head = model.model.lm_head.weight
-    layers = [p for name, p in model.model.model.language_model.named_parameters() if "embed_tokens" not in name]
-    num_bytes = sum(parameter.nbytes for parameter in (*layers, head))
+    num_bytes = bytes_per_token(model)
     engine_rate(model, [conversation], 3)
     _generate_rate(model, conversation, 3)
     rounds = [  # in turns, as another process may slow any of them
         (
-            read_bandwidth(head.device),
+            read_bandwidth(model.model.device),
             _generate_rate(model, conversation, new_tokens),
             engine_rate(model, [conversation], new_tokens),
         )
@@ -111,6 +106,12 @@ def compare_prefill(model: YiVL, num_tokens: int) -> dict[str, Any]:
     return {"what": f"{num_tokens} tokens in {seconds:.2f} s", "ways": ways}
 
 
+def bytes_per_token(model: YiVL) -> int:
+    """Of the weights that each token of one answer reads: the language model's layers and its head."""
+    layers = [p for name, p in model.model.model.language_model.named_parameters() if "embed_tokens" not in name]
+    return sum(parameter.nbytes for parameter in (*layers, model.model.lm_head.weight))
+
+
 def text_of(model: YiVL, num_tokens: int, begin: str = "") -> Conversation:
     """A conversation without a picture whose prompt takes about so many tokens."""
 
@@ -125,9 +126,9 @@ def first_token_seconds(model: YiVL, conversation: Conversation) -> float:
     """From a conversation whose tokens are ready, and of which nothing is known, to its answer's first token."""
     model.forget()
     prompts, sampling = model.prepare([conversation]), Sampling(max_new_tokens=2)
-    started = time.perf_counter()
+    started = synchronized_seconds(model.model.device)
     next(model.generate(prompts, model.begin_answers(prompts, sampling), sampling))
-    return time.perf_counter() - started
+    return synchronized_seconds(model.model.device) - started
 
 
 def engine_rate(model: YiVL, conversations: list[Conversation], new_tokens: int) -> float:
@@ -137,9 +138,9 @@ def engine_rate(model: YiVL, conversations: list[Conversation], new_tokens: int)
     answers = [Answer(model.processor.tokenizer, new_tokens, stop_ids=()) for _ in conversations]
     steps = model.generate(prompts, answers, sampling)
     next(steps)
-    started = time.perf_counter()
+    started = synchronized_seconds(model.model.device)
     num_steps = sum(1 for _ in steps)
-    return num_steps * len(conversations) / (time.perf_counter() - started)
+    return num_steps * len(conversations) / (synchronized_seconds(model.model.device) - started)
 
 
 def _generate_rate(model: YiVL, conversation: Conversation, new_tokens: int) -> float:

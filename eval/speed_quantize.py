@@ -1,7 +1,6 @@
 """What int8 and int4 give and cost beside bfloat16: `python -m eval speed quantize | load`.
 
-All three are read from the same checkpoint; two of them are in memory at a time. Called by speed.py; calls
-speed_engine.py, random_models.py, full_size.py and yi_vl.
+All three are read from the same checkpoint; two of them are in memory at a time.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from torch import Tensor
 import yi_vl
 from yi_vl import YiVL
 from yi_vl.loading import find
+from yi_vl.machine import synchronized_seconds
 from yi_vl.quantize import SCHEMES, Scheme, num_bytes
 
 from .full_size import peak_bytes
@@ -114,10 +114,10 @@ def measure_load(folder: Path, scheme: Scheme | None, results: Any) -> None:
         before = peak_bytes()
         started = time.perf_counter()
         model = yi_vl.load(folder, dtype=torch.bfloat16, quantize=scheme)
-        seconds = time.perf_counter() - started
-        results.send(
-            {"seconds": seconds, "weights_gb": num_bytes(model.model) / 1e9, "peak_gb": (peak_bytes() - before) / 1e9}
-        )
+        device = model.model.device
+        seconds = synchronized_seconds(device) - started
+        peak = peak_bytes(device) - (0 if device.type == "cuda" else before)
+        results.send({"seconds": seconds, "weights_gb": num_bytes(model.model) / 1e9, "peak_gb": peak / 1e9})
     except ValueError as error:
         results.send(str(error))
 

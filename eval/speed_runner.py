@@ -1,15 +1,13 @@
-"""The evaluation's runner against what a plain script would do: questions per second, over the same questions.
-
-Called by speed.py; calls models.py and transformers' `generate`.
-"""
+"""The evaluation's runner against what a plain script would do: questions per second, over the same questions."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from yi_vl.machine import synchronized_seconds
 
 from .models import ModelChoice, Settings, YiVLModel, read_pictures
 from .question import Question
@@ -24,7 +22,7 @@ def compare_runner(
     """Both ways over the same questions, greedily; the first batch of each is not counted."""
     answerer = YiVLModel(choice.source, choice.device, choice.quantize)
     ordered = sorted(questions, key=lambda question: (len(question.pictures), len(question.prompt.encode())))
-    settings = Settings(max_new_tokens)
+    settings, device = Settings(max_new_tokens), answerer.yi_vl.model.device
 
     def in_batches(some: Sequence[Question]) -> list[str]:
         return [
@@ -43,7 +41,9 @@ def compare_runner(
     ):
         way(ordered[:batch_size])
         answerer.yi_vl.forget()
-        seconds, said[name] = _timed(way, ordered)
+        started = synchronized_seconds(device)
+        said[name] = way(ordered)
+        seconds = synchronized_seconds(device) - started
         results[name] = {"questions_per_second": len(ordered) / seconds, "seconds": seconds}
     slow, fast = (entry["questions_per_second"] for entry in results.values())
     first, second = said.values()
@@ -56,21 +56,18 @@ def compare_runner(
     }
 
 
-def _timed(way: Callable[[Sequence[Question]], list[str]], questions: Sequence[Question]) -> tuple[float, list[str]]:
-    started = time.perf_counter()
-    said = way(questions)
-    return time.perf_counter() - started, said
-
-
 def _generate(yi_vl: YiVL, question: Question, max_new_tokens: int) -> str:
     """What a script for one question does: processor, `generate`, decode."""
-    pixels = yi_vl.processor.image_processor.normalise
     prompts = yi_vl.prepare([[{"role": "user", "content": read_pictures(question.content())}]])
+    pixels: dict[str, Any] = {}
+    if prompts.squares is not None:
+        images_uint8 = prompts.squares.to(prompts.input_ids.device)
+        pixels["pixel_values"] = yi_vl.processor.image_processor.normalise(images_uint8)
     with torch.inference_mode():
         tokens = yi_vl.model.generate(  # type: ignore[misc]  # transformers annotates `self` as a protocol that its own models do not fit
             input_ids=prompts.input_ids,
             attention_mask=prompts.attention_mask,
-            pixel_values=None if prompts.squares is None else pixels(prompts.squares),
+            **pixels,
             max_new_tokens=max_new_tokens,
             do_sample=False,
             stop_strings=["###"],

@@ -30,16 +30,15 @@ from train.adapters import add_adapters_
 from train.config import InitConfig, LoraConfig, TrainableConfig, TrainConfig, exit_on_user_error
 from train.costs import (
     Elements,
-    Row,
     activation_bytes,
     count_parameters,
     language_layer_bytes,
     logit_bytes,
-    step_flops,
     step_memory,
     strategies,
     tower_block_bytes,
 )
+from train.flops import Row, batch_flops, step_flops
 from train.int4 import read_int4
 from train.objective import Objective
 from train.optim import build_optimiser, checkpoint_activations_, keep_frozen_low_, set_trainable_
@@ -270,7 +269,7 @@ def test_the_logits_peak_when_the_backward_pass_begins() -> None:
 
 
 @pytest.mark.skipif(
-    " @ " in inspect.getsource(LlamaRotaryEmbedding.forward), reason="old transformers multiply rotary angles as matrices"
+    " @ " in inspect.getsource(LlamaRotaryEmbedding.forward), reason="multiplies rotary angles as matrices"
 )
 @pytest.mark.parametrize("is_checkpointed", [False, True])
 @pytest.mark.parametrize("trains", COMBINATIONS, ids=str)
@@ -280,7 +279,11 @@ def test_operations_are_exact(trains: TrainableConfig, is_checkpointed: bool) ->
     step = objective(trains, is_checkpointed=is_checkpointed)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         step(*batch())[0].backward()
-    assert counter.get_total_flops() == NUM_ROWS * step_flops(MODEL, trains, ROW, is_checkpointed)
+    expected = NUM_ROWS * step_flops(MODEL, trains, ROW, is_checkpointed)
+    assert counter.get_total_flops() == expected
+    if not is_checkpointed:
+        mask = torch.arange(ROW.tokens + 9).expand(NUM_ROWS, -1)  # rows are padded
+        assert batch_flops(MODEL, trains, mask < ROW.tokens, mask < ROW.supervised, NUM_ROWS) == expected
 
 
 def test_counts_are_those_of_the_release() -> None:

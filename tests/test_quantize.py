@@ -183,7 +183,8 @@ def test_impossible_wishes_are_refused(folder: Path, monkeypatch: pytest.MonkeyP
 def test_a_gpu_would_get_torchao(monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path) -> None:
     """Its configuration, as far as it runs without a GPU: int8 works everywhere, if slowly."""
     pytest.importorskip("torchao")
-    assert quantize.make_config("int4", None, "cuda:0").to_dict()["quant_method"] == "torchao"
+    text_config = loading.read_config(str(folder)).text_config
+    assert quantize.make_config("int4", text_config, "cuda:0").to_dict()["quant_method"] == "torchao"
     how = quantize.make_config("int8", None, "cuda")
     monkeypatch.setattr(loading, "make_config", lambda *_: how)
     model = yi_vl.load(folder, device="cpu", dtype=torch.bfloat16, quantize="int8")

@@ -1,20 +1,22 @@
 """LoRA: adapters in a frozen language model, saved as PEFT saves them, a small file beside the model they adapt.
 
-Whatever else learns is copied and saved with them, whole (PEFT's `modules_to_save`). Called by loop.py and costs.py;
-calls PEFT. `yi_vl.load` and `yi-vl convert` merge what is saved here.
+Whatever else learns is copied and saved with them, whole (PEFT's `modules_to_save`). `yi_vl.load` and `yi-vl convert`
+merge what is saved here. PEFT is imported where it is needed: with bitsandbytes it takes seconds.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.utils import load_peft_weights, set_peft_model_state_dict
 from torch import Tensor
 
 from yi_vl.model import YiVLForConditionalGeneration
 
 from .config import LORA, TrainConfig
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 _LINEARS = r"model\.language_model\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj"
 _MODULES = {"vision": "vision_tower", "projector": "multi_modal_projector"}
@@ -43,6 +45,9 @@ def add_adapters_(model: YiVLForConditionalGeneration, config: TrainConfig, dire
     Args:
         directory: of adapters to go on with; new ones change nothing at first, B being 0.
     """
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from peft.utils import load_peft_weights, set_peft_model_state_dict
+
     lora = LoraConfig(
         r=config.lora.rank,
         lora_alpha=config.lora.alpha,  # type: ignore[arg-type]  # scales by alpha / r, a whole number or not

@@ -163,7 +163,7 @@ def rng_state() -> dict[str, Any]:
         "python": random.getstate(),
         "numpy": [kind, keys.tolist(), *rest],
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_available() else [],  # this rank's GPU
     }
 
 
@@ -172,8 +172,8 @@ def set_rng_state(state: dict[str, Any]) -> None:
     kind, keys, *rest = state["numpy"]
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
     torch.set_rng_state(state["torch"])
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if state["cuda"] and torch.cuda.is_available():  # the run may go on with fewer GPUs, or with none
+        torch.cuda.set_rng_state(state["cuda"][0])
 
 
 def _set_aside(path: Path, reason: str) -> str:

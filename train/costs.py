@@ -1,11 +1,9 @@
-"""What a training step costs, by arithmetic: floating-point operations, and the memory of one GPU by what holds it.
+"""What a training step costs, by arithmetic: the memory of one GPU by what holds it. For operations see flops.py.
 
 S tokens of a row, K of them supervised, V vocabulary, Q width of the language model's queries.
 
 The arithmetic is that of a GPU with fused attention, which keeps no scores. A tower from timm is reckoned as
-open_clip's own of its dimensions; a convolutional stem's maps and products are left out, and so are the small products
-of LoRA's adapters and the work of making an int4 base's matrices again.
-Called by plan.py; calls yi_vl, adapters.py, int4.py and optim.py.
+open_clip's own of its dimensions; a convolutional stem's maps are left out.
 """
 
 from __future__ import annotations
@@ -22,6 +20,7 @@ from yi_vl.model import YiVLForConditionalGeneration
 
 from .adapters import add_adapters_, wants_adapters
 from .config import INT4, LoraConfig, TrainableConfig, TrainConfig
+from .flops import Row, num_blocks
 from .int4 import BYTES_PER_WEIGHT
 from .optim import own_parameters, set_trainable_
 
@@ -41,14 +40,6 @@ class Parameters:
     originals: int  # that PEFT keeps beside their copies, which learn
     int4: int  # in four bits
     largest_int4: int  # matrix of those
-
-
-@dataclass(frozen=True)
-class Row:
-    """A row of a micro-batch, with one image. `supervised` of its `tokens` are predicted."""
-
-    tokens: int
-    supervised: int
 
 
 @dataclass(frozen=True)
@@ -217,7 +208,7 @@ def activation_bytes(
     if trains.vision:
         block = (num_patches + 1) * tower_block_bytes(model, elements)
         boundary = (num_patches + 1) * vision.hidden_size * elements.product
-        kept += _num_blocks(model) * (boundary if is_checkpointed else block)
+        kept += num_blocks(model) * (boundary if is_checkpointed else block)
         kept += num_patches * 3 * vision.patch_size**2 * elements.product  # the pixels, for the patch embedding
         kept += (num_patches + 1) * _layer_norm_bytes(vision.hidden_size, elements)
     if trains.vision or trains.projector:
@@ -287,38 +278,6 @@ def logit_bytes(model: YiVLConfig, row: Row) -> int:
     return 3 * 4 * row.supervised * model.text_config.vocab_size
 
 
-def step_flops(model: YiVLConfig, trains: TrainableConfig, row: Row, is_checkpointed: bool) -> int:
-    """Floating-point operations for one row, forward and backward.
-
-    A matrix takes 2 of them per weight and token forward, 2 for the gradient of its input where something before it
-    learns, 2 for its own if it learns; attention 4 S Q per token forward and twice that backward, the causal half not
-    taken off (Chowdhery et al. 2022, appendix B, count so). Checkpointing runs all layers forward once more.
-    """
-    vision, text = model.vision_config, model.text_config
-    width, patches = text.hidden_size, vision.num_patches
-    head = getattr(text, "head_dim", None) or width // text.num_attention_heads
-    q_width, kv_width = head * text.num_attention_heads, head * text.num_key_value_heads
-    layer = 2 * width * (2 * q_width + 2 * kv_width + 3 * text.intermediate_size) * row.tokens
-    layers, scores = text.num_hidden_layers * layer, text.num_hidden_layers * 4 * row.tokens**2 * q_width
-    logits = 2 * width * text.vocab_size * row.supervised
-    flops = (layers + logits) * (3 if trains.language is True else 2) + 3 * scores
-
-    tokens = patches + 1
-    block = 2 * vision.hidden_size * (4 * vision.hidden_size + 2 * vision.intermediate_size) * tokens
-    blocks = _num_blocks(model) * (block + 4 * tokens**2 * vision.hidden_size)
-    pixels = 2 * 3 * vision.patch_size**2 * vision.hidden_size * patches
-    flops += blocks * (3 if trains.vision else 1) + pixels * (2 if trains.vision else 1)
-
-    first, second = 2 * vision.hidden_size * width * patches, 2 * width**2 * patches
-    flops += first * (1 + trains.vision + trains.projector)
-    flops += second * (1 + (trains.vision or trains.projector) + trains.projector)
-    if is_checkpointed:
-        flops += layers + scores - text.num_hidden_layers * 2 * width * text.intermediate_size * row.tokens
-        last = 2 * vision.hidden_size * vision.intermediate_size * tokens
-        flops += blocks - _num_blocks(model) * last if trains.vision else 0
-    return flops
-
-
 def _count(parameters: Iterable[nn.Parameter]) -> int:
     return sum(parameter.numel() for parameter in parameters)
 
@@ -331,9 +290,3 @@ def _rms_norm_bytes(width: int, elements: Elements, learns: bool) -> int:
 def _layer_norm_bytes(width: int, elements: Elements) -> int:
     """Of a token: the input, its mean and its scale."""
     return elements.norm * width + 8
-
-
-def _num_blocks(model: YiVLConfig) -> int:
-    """Blocks of the tower that run."""
-    vision = model.vision_config
-    return range(vision.num_hidden_layers)[vision.feature_layer] + 1

@@ -1,8 +1,4 @@
-"""The training loop: one for every stage of a recipe; the settings say what differs.
-
-Called by `python -m train`; calls data.py, objective.py, optim.py, adapters.py, answers.py, guard.py, signals.py,
-checkpoint.py, report.py and accelerate.
-"""
+"""The training loop: one for every stage of a recipe; the settings say what differs."""
 
 from __future__ import annotations
 
@@ -25,7 +21,8 @@ from .adapters import add_adapters_, wants_adapters
 from .answers import HeldOut
 from .config import TrainConfig, num_steps, to_yaml
 from .cpu import keep_memory, use_short_attention_
-from .data import MicroBatch, StepBatch, StepLoader, num_supervised
+from .data import IGNORE, MicroBatch, StepBatch, StepLoader, num_supervised
+from .flops import batch_flops
 from .guard import GradientGuard
 from .initial import initial_model
 from .objective import Objective
@@ -164,7 +161,7 @@ class Trainer:
         if self.guard.num_in_a_row:
             reporter.note([f"step {self.done_steps} left out: the norm of its gradient is {norm:g}"])
         else:
-            self.log.add(batch, per_source, norm)
+            self.log.add(batch, per_source, norm, self._flops(batch))
         metrics = None
         if self._is_logged(self.done_steps) and self.log.num_steps:
             counts, skipped = self.loader.counts(), self.guard.num_skipped
@@ -202,6 +199,15 @@ class Trainer:
             self.log.component_norms = {name: found / clipped_to for name, found in norms.items()}
         self._update(float(norm))
         return per_source, float(norm)
+
+    def _flops(self, batch: StepBatch) -> int:
+        return sum(
+            batch_flops(
+                self.model.config, self.config.trainable, micro.attention_mask, micro.labels[:, 1:] != IGNORE,
+                0 if micro.images is None else len(micro.images),
+            )
+            for micro in batch.micros
+        )  # fmt: skip
 
     def _is_logged(self, step: int) -> bool:
         return step % self.config.log_every == 0 or step == self.num_steps
@@ -367,12 +373,13 @@ class _Window:
         self._per_source = torch.zeros(len(self._names), 2)
         self._grad_norm: float | None = None
         self.component_norms: dict[str, float] = {}  # before clipping, of the step that is logged
-        self.num_steps, self._num_timed_steps, self._num_tokens = 0, 0, 0
+        self.num_steps, self._num_timed_steps, self._num_tokens, self._flops = 0, 0, 0, 0
         self._since = time.perf_counter()
 
-    def add(self, batch: StepBatch, per_source: Tensor, grad_norm: float) -> None:
+    def add(self, batch: StepBatch, per_source: Tensor, grad_norm: float, flops: int) -> None:
         self._per_source = self._per_source.to(per_source.device) + per_source
         self._grad_norm = grad_norm if math.isfinite(grad_norm) else None
+        self._flops += flops
         self._num_tokens += sum(int(micro.attention_mask.sum()) for micro in batch.micros)
         self.num_steps += 1
         self._num_timed_steps += 1
@@ -386,9 +393,10 @@ class _Window:
 
     def metrics(self, step: int, lr: dict[str, float], counts: dict[str, int], steps_skipped: int) -> dict[str, Any]:
         """A log line, over all ranks. The window starts anew."""
-        numbers = [self._num_tokens, counts["seen"], counts["broken"], counts["too_long"]]
+        numbers = [self._num_tokens, self._flops, counts["seen"], counts["broken"], counts["too_long"]]
         device = self._per_source.device
-        tokens, seen, broken, too_long = self._accelerator.reduce(torch.tensor(numbers, device=device), "sum").tolist()
+        sums = self._accelerator.reduce(torch.tensor(numbers, device=device), "sum").tolist()
+        tokens, flops, seen, broken, too_long = sums
         per_source = self._accelerator.reduce(self._per_source, "sum").tolist()
         seconds = time.perf_counter() - self._since
         metrics = {
@@ -400,11 +408,14 @@ class _Window:
             "grad_norm_per_component": self.component_norms,
             "samples_per_second": self._num_timed_steps * self._samples_per_step / seconds,
             "tokens_per_second": tokens / seconds,
+            "tflops_per_device": flops / seconds / self._accelerator.num_processes / 1e12,
             "samples_seen": seen,
             "samples_broken": broken,
             "samples_too_long": too_long,
             "steps_skipped": steps_skipped,
         }
+        if device.type == "cuda":
+            metrics["peak_memory_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
         self._clear()
         return metrics
 

@@ -23,7 +23,8 @@ from yi_vl.loading import find, read_config
 from .adapters import wants_adapters
 from .checkpoint import FINAL
 from .config import INT4, InitConfig, TrainConfig, exit_on_user_error, load_config, num_steps
-from .costs import Memory, Parameters, Row, Strategy, count_parameters, step_flops, step_memory, strategies
+from .costs import Memory, Parameters, Strategy, count_parameters, step_memory, strategies
+from .flops import Row, step_flops
 from .int4 import BYTES_PER_WEIGHT
 
 app = typer.Typer(add_completion=False)

@@ -2,13 +2,12 @@
 
 The plain one is what transformers' Trainer does: rows padded to the longest of their micro-batch, in the order in which
 they come, through `model(...).loss` under autocast, AdamW. Both train the same weights on the same samples, so their
-losses must agree, step by step. Called by speed.py; calls loop.py, data.py, costs.py and yi_vl.
+losses must agree, step by step.
 """
 
 from __future__ import annotations
 
 import gc
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,13 +22,13 @@ from transformers import LlamaConfig
 import yi_vl
 from yi_vl.chat import render, render_caption
 from yi_vl.config import OpenClipVisionConfig, YiVLConfig
-from yi_vl.machine import matrix_rate
+from yi_vl.machine import matrix_rate, synchronized_seconds
 from yi_vl.model import YiVLForConditionalGeneration
 from yi_vl.processor import YiVLProcessor
 
 from .config import DataConfig, InitConfig, LearningRateConfig, SourceConfig, TrainableConfig, TrainConfig
-from .costs import Row, step_flops
 from .data import MicroBatch, Sample, StepBatch, collate, num_supervised
+from .flops import Row, step_flops
 from .loop import Trainer
 from .optim import build_optimiser, set_learning_rates_, set_trainable_
 
@@ -149,9 +148,9 @@ def compare(work: Work) -> dict[str, Any]:
         step = prepare(work)
         losses[name], seconds = [], []
         for samples in work.steps:
-            started = time.perf_counter()
+            started = synchronized_seconds(device)
             losses[name].append(step(samples))
-            seconds.append(time.perf_counter() - started)
+            seconds.append(synchronized_seconds(device) - started)
         typical = median(seconds[1:]) * num_timed
         ways[name] = {
             "samples_per_second": len(work.rows) / typical,

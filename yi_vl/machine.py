@@ -1,7 +1,4 @@
-"""What a machine can do at most: the limits that measured speeds are put beside, and what helps to reach them.
-
-Called by the speed commands of eval/ and train/, by what starts a program, and by quantize.py; calls torch.
-"""
+"""What a machine can do at most: the limits that measured speeds are put beside, and what helps to reach them."""
 
 from __future__ import annotations
 
@@ -15,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
+
+_CALLS_ON_GPU = 20
 
 
 def use_large_pages() -> None:
@@ -44,15 +43,33 @@ def machine() -> str:
     return f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
+def synchronized_seconds(device: torch.device | str) -> float:
+    """`time.perf_counter` once a GPU has done all that is queued on it; it works on after a call has returned."""
+    import torch
+
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 def read_bandwidth(device: torch.device | str) -> float:
     """Bytes per second at which a large bf16 matrix is read: the best of two kinds of product, several times each."""
     import torch
 
     weight = torch.ones(8192, 32768, dtype=torch.bfloat16, device=device)
     vector = torch.ones(1, 32768, dtype=torch.bfloat16, device=device)
-    as_matrix = _best_seconds(lambda: torch.nn.functional.linear(vector, weight), device)
-    as_vector = _best_seconds(lambda: torch.mv(weight, vector[0]), device)
+    as_matrix = best_seconds(lambda: torch.nn.functional.linear(vector, weight), device)
+    as_vector = best_seconds(lambda: torch.mv(weight, vector[0]), device)
     return weight.nbytes / min(as_matrix, as_vector)
+
+
+def copy_bandwidth(device: torch.device | str, num_bytes: int = 1 << 30) -> float:
+    """Bytes per second of a large copy within the device's memory; each byte is read once and written once."""
+    import torch
+
+    source = torch.ones(num_bytes, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * num_bytes / best_seconds(lambda: target.copy_(source), device)
 
 
 def matrix_rate(rows: int, inner: int, columns: int, dtype: torch.dtype, device: torch.device | str) -> float:
@@ -60,18 +77,20 @@ def matrix_rate(rows: int, inner: int, columns: int, dtype: torch.dtype, device:
     import torch
 
     left, right = (torch.ones(*shape, dtype=dtype, device=device) for shape in ((rows, inner), (columns, inner)))
-    return 2 * rows * inner * columns / _best_seconds(lambda: torch.nn.functional.linear(left, right), device)
+    return 2 * rows * inner * columns / best_seconds(lambda: torch.nn.functional.linear(left, right), device)
 
 
-def _best_seconds(work: Callable[[], Any], device: torch.device | str, times: int = 8) -> float:
+def best_seconds(work: Callable[[], Any], device: torch.device | str, times: int = 8) -> float:
+    """Of a call, the least of several measurements; on a GPU each is of many calls, so that starting them is hidden."""
     import torch
 
+    num_calls = _CALLS_ON_GPU if torch.device(device).type == "cuda" else 1
+
     def once() -> float:
-        started = time.perf_counter()
-        work()
-        if torch.device(device).type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - started
+        started = synchronized_seconds(device)
+        for _ in range(num_calls):
+            work()
+        return (synchronized_seconds(device) - started) / num_calls
 
     with torch.inference_mode():
         return min(once() for _ in range(times))

@@ -85,7 +85,7 @@ def make_config(scheme: str, text_config: Any, device: str | torch.device) -> Qu
         raise ValueError(f"quantize is {scheme!r}; there are {' and '.join(map(repr, SCHEMES))}.")
     kind = "cuda" if str(device) == "auto" and torch.cuda.is_available() else str(device).partition(":")[0]
     if kind == "cuda":
-        return _torchao_config(scheme)
+        return _torchao_config(scheme, text_config)
     if kind not in ("cpu", "auto"):
         raise ValueError(f"quantize={scheme!r} works on CPUs and NVIDIA GPUs, not on {device!r}. Leave it out there.")
     if scheme == "int4":
@@ -99,20 +99,23 @@ def make_packed_config(scheme: str, text_config: Any) -> PackedConfig:
     Raises:
         ValueError: the model's layers are not as wide as the scheme wants them.
     """
-    if scheme == "int8":
-        return PackedConfig(bits=8)
+    return PackedConfig(bits=8) if scheme == "int8" else PackedConfig(bits=4, group_size=_group_size(text_config))
+
+
+def _group_size(text_config: Any) -> int:
+    """The largest that divides every layer of a language model: torchao would leave the others as they are."""
     widths = {text_config.hidden_size, text_config.intermediate_size}
     widths.add(text_config.num_attention_heads * text_config.head_dim)
     for group_size in _GROUP_SIZES:
         if not any(width % group_size for width in widths):
-            return PackedConfig(bits=4, group_size=group_size)
+            return group_size
     raise ValueError(
         f"int4 takes weights in groups of {' or '.join(map(str, _GROUP_SIZES))}, and this model's layers are "
         f"{', '.join(map(str, sorted(widths)))} wide. Use quantize='int8'."
     )
 
 
-def _torchao_config(scheme: str) -> TorchAoConfig:
+def _torchao_config(scheme: str, text_config: Any) -> TorchAoConfig:
     try:
         from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig
     except ModuleNotFoundError as error:
@@ -121,7 +124,7 @@ def _torchao_config(scheme: str) -> TorchAoConfig:
         return TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=_KEPT)
     if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
         raise ValueError("int4 needs an NVIDIA GPU of compute capability 8.0 (Ampere) or later. Use quantize='int8'.")
-    how = Int4WeightOnlyConfig(group_size=_GROUP_SIZES[0], int4_packing_format="tile_packed_to_4d")
+    how = Int4WeightOnlyConfig(group_size=_group_size(text_config), int4_packing_format="tile_packed_to_4d")
     return TorchAoConfig(how, modules_to_not_convert=_KEPT)
 
 
