@@ -14,12 +14,12 @@ ROOT = Path(__file__).parents[1]
 
 # Inside yi_vl a module imports only modules of earlier lines. `config <- vision, ... <- model, ...` in DESIGN.md.
 LAYERS = (
-    {"config", "machine", "image_samples"},
-    {"image_file", "image_resize"},
-    {"vision", "projector", "image", "chat", "cache", "linear"},
+    {"arguments", "config", "machine", "image_samples"},
+    {"image_file", "image_resize", "image_source"},
+    {"vision", "projector", "image", "chat", "messages", "cache", "linear"},
     {"model", "processor", "reuse", "quantize"},
     {"auto", "decode"},
-    {"convert"},
+    {"convert", "batch"},
     {"loading", "sizes"},
     {"predict", "parts"},
     {"server"},

@@ -326,7 +326,7 @@ def test_too_long_prompts_are_refused_before_any_work(yi_vl: YiVL, script: Scrip
     [
         ((None, ""), {}, "question is empty"),
         ((None, " "), {}, "question is empty"),
-        ((None, 3), {}, "under `text`"),
+        ((None, 3), {}, "question is 3; expected a text"),
         ((b"no picture", "What?"), {}, "not a picture"),
         ((["missing.png"], "What?"), {}, "missing.png"),
         ((None, "Hi"), {"temperature": -1}, "temperature is -1"),

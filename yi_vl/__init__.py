@@ -11,10 +11,12 @@ if TYPE_CHECKING:
     from .auto import YiVLConfig as YiVLConfig
     from .auto import YiVLForConditionalGeneration as YiVLForConditionalGeneration
     from .auto import YiVLProcessor as YiVLProcessor
+    from .batch import BatchError as BatchError
     from .predict import YiVL as YiVL
     from .predict import load as load
 
 _HOMES = {
+    "BatchError": ".batch",
     "YiVLConfig": ".auto",
     "YiVLForConditionalGeneration": ".auto",
     "YiVLProcessor": ".auto",

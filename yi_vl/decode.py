@@ -7,8 +7,9 @@ Called by predict.py; calls chat.py, cache.py, the model's forward, and transfor
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Generator, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from itertools import islice
 from typing import Any
 
 import torch
@@ -18,50 +19,73 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.generation import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
+from .arguments import as_float, as_int, as_text, shown
 from .cache import CACHE_ARGUMENT, gather
 from .chat import STOP_STRING, hold_back
 from .reuse import Keys
 
+_MAX_STOPS = 1000
+_COLDEST, _HOTTEST = 1e-30, 1e30  # beyond float32 a temperature would be 0 or infinite
 _BROKEN = "\N{REPLACEMENT CHARACTER}"  # what tokenizers write for bytes that are not UTF-8, or not yet
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How answers are generated.
+    """How answers are generated. None stands for a default; numbers may be numpy scalars.
 
     Args:
         max_new_tokens: an answer's greatest length; cut to what the context has left.
         temperature: 0 always takes the likeliest token.
         top_p: draw only from the likeliest tokens that make up this probability.
         seed: makes draws repeatable; None draws afresh. Every row of a batch draws with it as if it were alone.
-        stop: texts that end an answer and are not part of it, besides the prompt's own separator.
+        stop: texts that end an answer and are not part of it, besides the prompt's own separator: one, or any iterable
+            of them, which is read once.
 
     Raises:
-        ValueError: a value is out of its range.
+        ValueError: a value is of another type, or out of its range.
     """
 
     max_new_tokens: int = 512
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int | None = None
-    stop: str | Sequence[str] = ()
+    stop: str | Iterable[str] = ()
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1.")
-        if not 0 <= self.temperature < math.inf:
+        checks: dict[str, Callable[[Any], Any]] = {
+            "max_new_tokens": lambda value: as_int(value, "max_new_tokens", 1),
+            "temperature": lambda value: as_float(value, "temperature"),
+            "top_p": lambda value: as_float(value, "top_p"),
+            "seed": lambda value: as_int(value, "seed", 0, 2**63 - 1),
+            "stop": _as_stops,
+        }
+        for field in fields(self):
+            given = getattr(self, field.name)
+            value = field.default if given is None else checks[field.name](given)
+            object.__setattr__(self, field.name, value)  # the class is frozen
+        if self.temperature < 0:
             raise ValueError(f"temperature is {self.temperature}; it must be 0 (greedy) or a positive number.")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}; it must be greater than 0 and at most 1.")
-        if self.seed is not None and not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed is {self.seed}; it must be from 0 to 2**63 - 1.")
-        if not all(self.stop_strings):
-            raise ValueError(f"stop is {self.stop!r}; a text that ends an answer must not be empty.")
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
         """All texts that end an answer."""
-        return (STOP_STRING, *([self.stop] if isinstance(self.stop, str) else self.stop))
+        return (STOP_STRING, *self.stop)
+
+
+def _as_stops(stop: Any) -> tuple[str, ...]:
+    if isinstance(stop, str):
+        stop = [stop]
+    is_list = isinstance(stop, Iterable) and getattr(stop, "ndim", 1) == 1  # an array of none iterates over nothing
+    if not is_list or isinstance(stop, (bytes, bytearray, Mapping)):
+        raise ValueError(f"stop is {shown(stop)}; expected a text, or a list of texts.")
+    texts = tuple(as_text(text, f"stop[{index}]") for index, text in enumerate(islice(stop, _MAX_STOPS + 1)))
+    if len(texts) > _MAX_STOPS:
+        raise ValueError(f"stop holds more than {_MAX_STOPS} texts; give fewer.")
+    if not all(texts):
+        raise ValueError(f"stop is {shown(list(texts))}; a text that ends an answer must not be empty.")
+    return texts
 
 
 @dataclass(frozen=True)
@@ -218,7 +242,8 @@ class Chooser:
         self._is_greedy = sampling.temperature == 0
         self._seed = sampling.seed
         if not self._is_greedy:
-            self._warpers = LogitsProcessorList([TemperatureLogitsWarper(float(sampling.temperature))])
+            temperature = min(max(sampling.temperature, _COLDEST), _HOTTEST)
+            self._warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
             if sampling.top_p < 1:
                 self._warpers.append(TopPLogitsWarper(sampling.top_p))
 

@@ -7,7 +7,6 @@ H, W in pixels, N images.
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -27,18 +26,19 @@ from .image_file import MAX_SIDE_PX as MAX_SIDE_PX
 from .image_file import WEB_FORMATS as WEB_FORMATS
 from .image_file import check_image, check_size, halve_large_jpeg_, open_file
 from .image_resize import resize_strips
-from .image_samples import ImageError, RgbStrips, channels_last, strips_of_array, strips_of_image
-
-ImageSource = str | os.PathLike | bytes | Image.Image | np.ndarray | Tensor
+from .image_samples import ImageError, RgbStrips, channels_last, decoding, strips_of_array, strips_of_image
+from .image_source import ImageSource as ImageSource
+from .image_source import describe, is_stream, resolve
 
 _LARGE_IMAGE_PIXELS = 1 << 25
 _one_large_image = threading.Lock()  # large images are decoded one at a time: together they would take gigabytes
 
 
 def load_image(source: ImageSource, formats: Sequence[str] | None = None) -> Image.Image:
-    """An upright RGB image from a path, encoded bytes, a PIL image or an array.
+    """An upright RGB image from a path, encoded bytes, a `data:` URL, a file object, a PIL image or an array.
 
-    Arrays are (H, W), (H, W, 1|3|4), or as tensors also (1|3|4, H, W). What samples of more than 8 bits and floats mean
+    A file object is read from where it stands, a pipe to its end. Arrays are (H, W), (H, W, 1|3|4), or as tensors also
+    (1|3|4, H, W); a tensor that may be either is refused. What samples of more than 8 bits and floats mean
     is one rule, stated atop image_samples.py: floats are 0..1 or 0..255, wider integers keep their upper eight bits.
     Transparency is laid over white, of an animation the first frame counts, a JPEG of more than 50 megapixels is read
     at half its size.
@@ -62,22 +62,28 @@ def open_image(source: ImageSource, formats: Sequence[str] | None = None) -> Ite
     Raises:
         ValueError: as `load_image`, but for damage that only shows when it is decoded.
     """
-    name = _describe(source)
-    if isinstance(source, Image.Image):
-        check_image(source, name)
-        yield source
-        return
-    if not isinstance(source, (str, os.PathLike, bytes, bytearray)):
-        raise ImageError(f"{name} is no picture: expected a path, bytes, a PIL image or an array.")
-    file = bytes(source) if isinstance(source, (bytes, bytearray)) else Path(source).expanduser()
-    if isinstance(file, Path) and not file.exists():
-        raise ImageError(f"{name}: there is no such file.")
-    if isinstance(file, Path) and not file.is_file():
-        raise ImageError(f"{name} is a folder, not a picture.")
-    if not (file.stat().st_size if isinstance(file, Path) else len(file)):
-        raise ImageError(f"{name} is empty (0 bytes), not a picture.")
-    with open_file(file, name, formats) as image:
-        yield image
+    name, found = describe(source), resolve(source)
+    if isinstance(found, (Path, bytes)):
+        with open_file(found, name, formats) as image:
+            yield image
+    elif isinstance(found, Image.Image):
+        check_image(found, name)
+        yield found
+    else:
+        raise ImageError(f"{name} holds samples, not an image in a file's format.")
+
+
+def check_source(source: ImageSource) -> None:
+    """Find what is wrong with an image without decoding it; of what can be read only once nothing is read.
+
+    Raises:
+        ValueError: as `load_image`, but for damage that only shows when it is decoded.
+    """
+    if isinstance(source, (np.ndarray, Tensor)):
+        _samples(source)
+    elif not is_stream(source):
+        with open_image(source):
+            pass
 
 
 def pad_and_resize(image: Image.Image, size_px: int) -> Image.Image:
@@ -137,11 +143,11 @@ def _flatten(images: Any) -> list[ImageSource]:
 @contextmanager
 def _reading(source: ImageSource, formats: Sequence[str] | None) -> Iterator[RgbStrips]:
     """An image of any source, found to be within bounds, to be read while the context lasts."""
-    name = _describe(source)
+    name = describe(source)
     if isinstance(source, (np.ndarray, Tensor)):
-        array = channels_last(source, name)
-        check_size((array.shape[1], array.shape[0]), name)
-        yield strips_of_array(array, name)
+        with decoding(name):
+            strips = strips_of_array(_samples(source), name)
+        yield strips
         return
     with open_image(source, formats) as image:
         if not isinstance(source, Image.Image):  # which is its owner's
@@ -151,13 +157,9 @@ def _reading(source: ImageSource, formats: Sequence[str] | None) -> Iterator[Rgb
             yield strips_of_image(image, name)
 
 
-def _describe(source: object) -> str:
-    if isinstance(source, (str, os.PathLike)):
-        return os.fspath(source) if len(str(source)) < 200 else f"{str(source)[:80]}..."
-    if filename := getattr(source, "filename", None):  # of a PIL image that was opened from a file
-        return str(filename)
-    if isinstance(source, (bytes, bytearray)):
-        return f"the picture of {len(source)} bytes"
-    return f"the picture given as {type(source).__name__}"
-
-
+def _samples(array: np.ndarray | Tensor) -> np.ndarray | Tensor:
+    """(H, W) or (H, W, 3|4), found to be within bounds."""
+    name = describe(array)
+    samples = channels_last(array, name)
+    check_size((samples.shape[1], samples.shape[0]), name)
+    return samples

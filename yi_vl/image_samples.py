@@ -20,6 +20,7 @@ import numpy as np
 from PIL import ExifTags, Image
 from torch import Tensor
 
+_CHANNELS = (1, 3, 4)
 _STRIP_PIXELS = 1 << 19
 _BITS = (8, 10, 12, 14, 16, 20, 24, 28, 31, 32)
 _UNIT = 0  # in the place of a number of bits: floats in 0..1
@@ -137,18 +138,28 @@ def decoding(name: str) -> Iterator[None]:
 def channels_last(array: np.ndarray | Tensor, name: str) -> np.ndarray | Tensor:
     """(H, W), (H, W, 1|3|4) or, of a tensor, (1|3|4, H, W) -> (H, W) or (H, W, 3|4), not copied
 
+    Channels of an array come last, so that (3, H, 3) is three rows. A tensor's may come first, and of such a shape it
+    cannot be told which of the two are the channels.
+
     Raises:
-        ImageError: it has another shape, or values that are no real numbers.
+        ImageError: it has another shape, a tensor's may be either, or its values are no real numbers.
     """
     is_tensor = isinstance(array, Tensor)
     if array.dtype.is_complex if is_tensor else array.dtype.kind not in "biuf":  # type: ignore[union-attr]
         raise ImageError(f"{name} holds {array.dtype} values; expected integers or floats.")
-    if is_tensor and array.ndim == 3 and array.shape[0] in (1, 3, 4) and array.shape[-1] not in (1, 3, 4):
+    if is_tensor and array.ndim == 3 and array.shape[0] in _CHANNELS:
+        if array.shape[-1] in _CHANNELS:
+            raise ImageError(
+                f"{name} has shape {tuple(array.shape)}, which may be (channels, height, width) or (height, width, "
+                "channels). Give an array, whose channels come last: tensor.permute(1, 2, 0).numpy() of the former, "
+                "tensor.numpy() of the latter."
+            )
         array = array.permute(1, 2, 0)  # type: ignore[union-attr]
     if array.ndim == 3 and array.shape[-1] == 1:
         array = array[..., 0]
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[-1] not in (3, 4)):
-        raise ImageError(f"{name} has shape {tuple(array.shape)}; expected (H, W) or (H, W, 3 or 4).")
+        hint = "; channels come last, as of array.transpose(1, 2, 0)" if array.shape[:1] in ((3,), (4,)) else ""
+        raise ImageError(f"{name} has shape {tuple(array.shape)}; expected (H, W) or (H, W, 3 or 4){hint}.")
     return array
 
 

@@ -9,38 +9,42 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal, overload
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import Cache
 
+from .arguments import as_int, as_path, one_line, shown
+from .batch import Batch, Errors, as_list, attempt
+from .batch import BatchError as BatchError
 from .cache import gather
 from .chat import Encoded
 from .chat import TooLongError as TooLongError
 from .convert import TowerFrom
 from .decode import Answer, Chooser, Newcomers, Prompts, Rows, Sampling, decode, read_beginning
-from .image import ImageSource
+from .image import ImageSource, check_source
 from .linear import use_vectors_
 from .loading import check_fit, load_model
+from .messages import Message, as_images, as_messages, conversation, images_of, system_message, user_message
 from .model import YiVLForConditionalGeneration
 from .processor import YiVLProcessor
 from .quantize import Scheme
 from .reuse import Keys, LeastRecentlyUsed, PrefixCache, num_common
 
-Images = ImageSource | Sequence[ImageSource] | None
-Message = dict[str, Any]
+Images = ImageSource | Sequence[ImageSource] | Iterator[ImageSource] | None
 
 _MAX_PREFIX_BYTES = 1 << 30  # of conversations read lately: 16,000 tokens of the 6B's, 4,000 of the 34B's, in bf16
 _MAX_FEATURE_BYTES = 256 << 20  # of pictures seen lately: 31 of the 6B's, in bf16
+_BATCH_SIZE = 8
 _END_TOKENS = ("<|endoftext|>", "<|im_end|>")  # either ends an answer: the 6B and the 34B name one of them each
 
 
@@ -57,10 +61,10 @@ def load(
 
 class YiVL:
     """A model with its processor. Every method takes the options of `decode.Sampling` by name: `max_new_tokens` (512),
-    `temperature` (0: greedy), `top_p` (1), `seed` and `stop`.
+    `temperature` (0: greedy), `top_p` (1), `seed` and `stop`; None stands for the default.
 
-    Pictures are paths, bytes, PIL images or arrays: None, one, or a list. Whatever is wrong with a request is raised as
-    a `ValueError` before the model works on it.
+    Images are whatever `image.load_image` takes: None, one, a list, or an iterator. Whatever is wrong with a request is
+    raised as a `ValueError` before the model works on it.
     """
 
     def __init__(self, model: YiVLForConditionalGeneration, processor: YiVLProcessor) -> None:
@@ -78,17 +82,20 @@ class YiVL:
         """Write model and processor to a new folder that `load` takes; a quantised model stays so.
 
         Raises:
-            ValueError: the folder exists.
+            ValueError: the folder exists, or cannot be written.
         """
-        target = Path(folder).absolute()
-        if target.exists():
-            raise ValueError(f"{folder} exists already; choose another name, or remove it.")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as partial:
-            whole = Path(partial) / target.name  # appears in its place when it is complete
-            self.model.save_pretrained(whole)
-            self.processor.save_pretrained(whole)
-            os.replace(whole, target)
+        target = as_path(folder, "the folder to save to").absolute()
+        try:
+            if target.exists():
+                raise ValueError(f"{target} exists already; choose another name, or remove it.")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with TemporaryDirectory(prefix=".saving-", dir=target.parent) as partial:
+                whole = Path(partial) / "model"  # appears in its place when it is complete
+                self.model.save_pretrained(whole)
+                self.processor.save_pretrained(whole)
+                os.replace(whole, target)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{target} cannot be written: {one_line(error)}.") from error
 
     def predict(
         self,
@@ -96,7 +103,7 @@ class YiVL:
         question: str,
         *,
         system: str | None = None,
-        history: Sequence[Message] = (),
+        history: Iterable[Message] | None = None,
         **options: Any,
     ) -> str:
         """The answer to a question about some pictures.
@@ -105,7 +112,7 @@ class YiVL:
             system: text before the conversation; Yi-VL's own by default.
             history: the earlier messages of the conversation, in the form of `chat.render`, user first.
         """
-        return self.answer(_conversation(images, question, system, history), **options)
+        return self.answer(conversation(images, question, system, history), **options)
 
     def stream(
         self,
@@ -113,51 +120,117 @@ class YiVL:
         question: str,
         *,
         system: str | None = None,
-        history: Sequence[Message] = (),
+        history: Iterable[Message] | None = None,
         **options: Any,
     ) -> Generator[str, None, None]:
         """`predict` piece by piece; closing the generator stops the work."""
-        return self.stream_messages(_conversation(images, question, system, history), **options)
+        return self.stream_messages(conversation(images, question, system, history), **options)
+
+    @overload
+    def predict_batch(
+        self,
+        requests: Iterable[tuple[Images, str]],
+        *,
+        system: str | None = None,
+        batch_size: int | None = 8,
+        errors: Literal["raise"] = "raise",
+        **options: Any,
+    ) -> list[str]: ...
+
+    @overload
+    def predict_batch(
+        self,
+        requests: Iterable[tuple[Images, str]],
+        *,
+        system: str | None = None,
+        batch_size: int | None = 8,
+        errors: Literal["return"],
+        **options: Any,
+    ) -> list[str | ValueError]: ...
 
     def predict_batch(
         self,
-        requests: Sequence[tuple[Images, str]],
+        requests: Iterable[tuple[Images, str]],
         *,
         system: str | None = None,
-        batch_size: int = 8,
+        batch_size: int | None = 8,
+        errors: Errors = "raise",
         **options: Any,
-    ) -> list[str]:
+    ) -> list[str] | list[str | ValueError]:
         """The answers to many `(images, question)`, in their order, `batch_size` at once; see `answer_batch`."""
-        conversations = [_conversation(images, question, system) for images, question in requests]
-        return self.answer_batch(conversations, batch_size=batch_size, **options)
+        conversations = [attempt(_request, request, system) for request in as_list(requests, "requests")]
+        return self._answer_batch(conversations, "requests", batch_size, errors, options)
+
+    @overload
+    def answer_batch(
+        self,
+        conversations: Iterable[Iterable[Message]],
+        *,
+        batch_size: int | None = 8,
+        errors: Literal["raise"] = "raise",
+        **options: Any,
+    ) -> list[str]: ...
+
+    @overload
+    def answer_batch(
+        self,
+        conversations: Iterable[Iterable[Message]],
+        *,
+        batch_size: int | None = 8,
+        errors: Literal["return"],
+        **options: Any,
+    ) -> list[str | ValueError]: ...
 
     def answer_batch(
-        self, conversations: Sequence[Sequence[Message]], *, batch_size: int = 8, **options: Any
-    ) -> list[str]:
+        self,
+        conversations: Iterable[Iterable[Message]],
+        *,
+        batch_size: int | None = 8,
+        errors: Errors = "raise",
+        **options: Any,
+    ) -> list[str] | list[str | ValueError]:
         """The answers to many whole conversations, in their order; see `answer`.
 
-        `batch_size` of them are answered at once: where one has ended, the next begins.
+        `batch_size` of them are answered at once: where one has ended, the next begins. Before the first is, all are
+        checked: their form, their length, and that every image is there, of a format that is read, and within bounds.
+        Images are decoded when their turn comes, so that memory does not grow with the number of conversations.
+
+        Args:
+            errors: "return" gives a `ValueError` in the place of an answer and answers all others.
+
+        Raises:
+            ValueError: with `errors="raise"`, one of them cannot be answered. Nothing was generated yet.
+            BatchError: an image turned out to be damaged when it was decoded; it holds the answers that are ready.
         """
+        given = [attempt(as_messages, messages) for messages in as_list(conversations, "conversations")]
+        return self._answer_batch(given, "conversations", batch_size, errors, options)
+
+    def _answer_batch(
+        self,
+        conversations: list[list[Message] | ValueError],
+        name: str,
+        batch_size: int | None,
+        errors: Errors,
+        options: dict[str, Any],
+    ) -> list[Any]:
         sampling = Sampling(**options)
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}; it must be at least 1.")
-        waiting = iter(conversations)
+        num_slots = _BATCH_SIZE if batch_size is None else as_int(batch_size, "batch_size", 1)
+        batch = Batch(conversations, name, errors, self._check)
 
         def read_next(num_free: int) -> Newcomers | None:
-            group = list(islice(waiting, num_free))
+            indices, group, images = batch.next_group(num_free, self._decode_images)
             if not group:
                 return None
-            prompts = self.prepare(group)
-            rows = self._read(prompts)
+            prompts = self.prompts(self.encode(group), images)
+            rows, answers = self._read(prompts), self.begin_answers(prompts, sampling)
             if len(group) == 1:
                 self._prefixes.put(prompts.keys[0], rows.cache)
-            return rows, self.begin_answers(prompts, sampling)
+            batch.admit(indices, answers)
+            return rows, answers
 
-        texts = [""] * len(conversations)
-        for pieces in decode(read_next, batch_size, self._chooser(sampling)):
-            for number, piece in pieces.items():
-                texts[number] += piece
-        return texts
+        for pieces in decode(read_next, num_slots, self._chooser(sampling)):
+            batch.extend(pieces)
+        return batch.results()
 
     def chat(self, system: str | None = None) -> Conversation:
         """A conversation that remembers what was said and shown."""
@@ -183,11 +256,21 @@ class YiVL:
         Raises:
             ValueError: a conversation is malformed or too long, or a picture cannot be read.
         """
+        conversations = [as_messages(messages) for messages in conversations]
         encoded = self.encode(conversations)  # before images are decoded
-        pictures = [picture for messages in conversations for picture in _pictures(messages)]
+        images = [image for messages in conversations for image in images_of(messages)]
         with ThreadPoolExecutor() as threads:  # Pillow decodes and resizes without holding the interpreter's lock
-            squares = list(threads.map(self.processor.image_processor.square, pictures))
-        return self.prompts(encoded, squares)
+            images_uint8 = list(threads.map(self.processor.image_processor.square, images))
+        return self.prompts(encoded, images_uint8)
+
+    def _check(self, messages: list[Message]) -> None:
+        """Find what is wrong with a conversation, but for images whose damage only shows when they are decoded."""
+        self.encode([messages])
+        for image in images_of(messages):
+            check_source(image)
+
+    def _decode_images(self, messages: list[Message]) -> list[Tensor]:
+        return [self.processor.image_processor.square(image) for image in images_of(messages)]
 
     def encode(self, conversations: Sequence[Sequence[Message]]) -> list[Encoded]:
         """Conversations that await an answer as tokens; their images are not looked at.
@@ -330,7 +413,7 @@ class Conversation:
     """A chat about pictures that remembers; `messages` is all that was said and shown, in the form of `chat.render`."""
 
     def __init__(self, yi_vl: YiVL, system: str | None = None) -> None:
-        self.messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+        self.messages: list[Message] = [] if system is None else [system_message(system)]
         self._yi_vl = yi_vl
 
     def ask(self, question: str, images: Images = None, **options: Any) -> str:
@@ -340,7 +423,8 @@ class Conversation:
     def stream(self, question: str, images: Images = None, **options: Any) -> Generator[str, None, None]:
         """`ask` piece by piece. An answer that is stopped is remembered as far as it went, a failed turn not at all."""
         prepare = self._yi_vl.processor.image_processor.prepare  # once: the file may be gone by the next turn
-        messages = [*self.messages, _user_message([prepare(image) for image in _as_list(images)], question)]
+        message = user_message([prepare(image) for image in as_images(images)], question)
+        messages = [*as_messages(self.messages), message]
         return self._record(messages, self._yi_vl.stream_messages(messages, **options))
 
     def _record(self, messages: list[Message], pieces: Generator[str, None, None]) -> Generator[str, None, None]:
@@ -365,30 +449,7 @@ def _stop_ids(model: YiVLForConditionalGeneration, tokenizer: Any) -> set[int]:
     return {token for token in ids if token is not None}
 
 
-def _conversation(
-    images: Images, question: str, system: str | None = None, history: Sequence[Message] = ()
-) -> list[Message]:
-    begin = [] if system is None else [{"role": "system", "content": system}]
-    return [*begin, *history, _user_message(_as_list(images), question)]
-
-
-def _user_message(images: Sequence[ImageSource], question: str) -> Message:
-    parts: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images]
-    return {"role": "user", "content": [*parts, {"type": "text", "text": question}]}
-
-
-def _as_list(images: Images) -> list[ImageSource]:
-    if images is None:
-        return []
-    return list(images) if isinstance(images, (list, tuple)) else [images]  # type: ignore[list-item]
-
-
-def _pictures(messages: Sequence[Message]) -> Iterator[ImageSource]:
-    """All pictures of a conversation, in reading order."""
-    for message in messages:
-        content = message["content"]
-        for part in content if not isinstance(content, str) else ():
-            if part["type"] == "image":
-                if "image" not in part:
-                    raise ValueError('An image part must carry its picture: {"type": "image", "image": ...}.')
-                yield part["image"]
+def _request(request: Any, system: Any) -> list[Message]:
+    if not isinstance(request, (tuple, list)) or len(request) != 2:
+        raise ValueError(f"it is {shown(request)}; expected (images, question).")
+    return conversation(request[0], request[1], system)

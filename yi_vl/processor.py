@@ -13,6 +13,7 @@ from transformers.processing_utils import MultiModalData
 
 from .chat import CHAT_TEMPLATE, IMAGE_PLACEHOLDER, Encoded, Segment, encode, render
 from .image import YiVLImageProcessor
+from .messages import as_messages
 
 
 class YiVLProcessor(ProcessorMixin):
@@ -51,7 +52,7 @@ class YiVLProcessor(ProcessorMixin):
         self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = True, max_tokens: int | None = None
     ) -> Encoded:
         """The conversation in the chat form, ready for an answer; see `chat.render` for what messages are."""
-        return self.encode(render(messages, add_generation_prompt), max_tokens)
+        return self.encode(render(as_messages(messages), add_generation_prompt), max_tokens)
 
     @cached_property
     def _max_token_length(self) -> int:
