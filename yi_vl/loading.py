@@ -5,32 +5,37 @@ Layouts are told apart by what config.json holds, never by a name.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from stat import S_ISDIR
+from typing import Any, get_args
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 
+from .arguments import as_choice, as_path, one_line, shown, stat
 from .auto import YiVLConfig, YiVLForConditionalGeneration, YiVLProcessor  # which registers them with transformers
 from .convert import Checkpoint, TowerFrom, base_of, holds_adapters, merge, open_checkpoint, read_configuration
+from .convert.json_files import read_json
 from .quantize import METHOD, Scheme, make_config
 
 _BUNDLED = Path(__file__).parent / "nano"
 _HUB_FILES = ("*.json", "*.model", "*.jinja", "vit/*/*.json")
 _HUB_WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "vit/*/pytorch_model*.bin")
+_SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")
+_DTYPES = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32", "float64")}
 _SMALL_PARAMETERS = 200_000_000  # below this fp32 on a CPU: 4.7 ms per nano token, in bf16 6.2 and on many CPUs more
 
 
 def load_model(
     path: str | os.PathLike | None = None,
-    device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
-    tower_from: TowerFrom = "vit",
+    device: str | int | torch.device | None = None,
+    dtype: torch.dtype | str | None = None,
+    tower_from: TowerFrom | None = "vit",
     quantize: Scheme | None = None,
 ) -> tuple[YiVLForConditionalGeneration, YiVLProcessor]:
     """A model in evaluation mode, and its processor.
@@ -39,7 +44,8 @@ def load_model(
         path: a folder or hub id, in any of the three layouts, or of LoRA adapters, which are merged into what they
             adapt; the bundled nano by default.
         device: "cpu", "cuda:1", ...; "auto" spreads the model over all there is. By default the GPU, else the CPU.
-        dtype: of the weights. By default bfloat16, but float32 for a small model on a CPU.
+        dtype: of the weights: "bfloat16", "float16", "float32", or torch's own. By default bfloat16, but float32 for a
+            small model on a CPU.
         tower_from: which of its two copies of the vision tower an official release gets, that in `vit/` or that among
             the shards.
         quantize: "int8" or "int4" for the language model's linear layers; what was saved quantised is loaded so.
@@ -48,13 +54,14 @@ def load_model(
         ValueError: there is no such model, it is another kind of model, it is incomplete, its parts do not fit, or
             it cannot be quantised so on this device.
     """
+    device, weight_dtype = _as_device(device), _as_dtype(dtype)
+    tower_from, quantize = _as_copy(tower_from), _as_scheme(quantize)
     folder = fetch(find(path), with_weights=True)
-    device = device or _default_device()
     method = _quantization_method(folder)
     if method and quantize is not None:
         raise ValueError(f"{folder} is quantised already ({method}); leave quantize={quantize!r} out.")
     if method and method != METHOD:
-        return _load_as_quantized(folder, device, dtype)
+        return _load_as_quantized(folder, device, weight_dtype)
     checkpoint = open_model(folder, tower_from)
     how = make_config(quantize, checkpoint.config.text_config, device) if quantize is not None else None
     if method and str(device) not in ("cpu", "auto"):
@@ -62,14 +69,14 @@ def load_model(
             f"{folder} was quantised for CPUs, and {device} is none. Load it with device='cpu', or load the original "
             "with quantize=... there."
         )
-    if method and dtype is None:
-        dtype = getattr(torch, str(checkpoint.config.dtype).removeprefix("torch."))  # its scales'
-    if dtype is None:
+    if method and weight_dtype is None:
+        weight_dtype = getattr(torch, str(checkpoint.config.dtype).removeprefix("torch."))  # its scales'
+    if weight_dtype is None:
         num_parameters = sum(tensor.shape.numel() for tensor in checkpoint.tensors.values())
         is_small_on_cpu = str(device) == "cpu" and num_parameters < _SMALL_PARAMETERS
-        dtype = torch.float32 if is_small_on_cpu else torch.bfloat16
+        weight_dtype = torch.float32 if is_small_on_cpu else torch.bfloat16
     tensors = {
-        name: replace(tensor, dtype=dtype) if tensor.is_floating_point() else tensor
+        name: replace(tensor, dtype=weight_dtype) if tensor.is_floating_point() else tensor
         for name, tensor in checkpoint.tensors.items()
     }
     try:
@@ -77,14 +84,14 @@ def load_model(
             None,
             config=checkpoint.config,
             state_dict=tensors,
-            dtype=dtype,
+            dtype=weight_dtype,
             device_map=device,
             quantization_config=how,
         )
         model.generation_config = checkpoint.generation_config
         processor = checkpoint.make_processor()
-    except (OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{checkpoint.folder}: the model cannot be loaded: {_one_line(error)}") from error
+    except Exception as error:  # its files may hold anything
+        raise ValueError(f"{checkpoint.folder}: the model cannot be loaded: {one_line(error)}.") from error
     return model.eval(), processor
 
 
@@ -110,14 +117,15 @@ def find(path: str | os.PathLike | None) -> str:
                 "(`python -m train.nano`), or name another model."
             )
         return str(_BUNDLED)
-    folder = Path(path).expanduser()
-    if folder.is_dir():
+    folder = as_path(path, "the model")
+    status = stat(folder, str(path))
+    if status is not None and S_ISDIR(status.st_mode):
         return str(folder)
-    if folder.is_file():
+    if status is not None:
         raise ValueError(f"{folder} is a file; a model is a folder with a config.json, or a hub id.")
     parts = str(path).split("/")
     if len(parts) != 2 or not all(parts) or parts[0] in (".", "..", "~"):
-        raise ValueError(f"{path}: there is no such folder, and a hub id has the form owner/name.")
+        raise ValueError(f"{shown(str(path))}: there is no such folder, and a hub id has the form owner/name.")
     return str(path)
 
 
@@ -144,7 +152,7 @@ def fetch(source: str, with_weights: bool) -> Path:
         return Path(snapshot_download(source, allow_patterns=patterns))
     except (OSError, ValueError, HfHubHTTPError) as error:
         raise ValueError(
-            f"{source} is no folder here, and it cannot be had from the hub either: {_one_line(error)}. Give a folder "
+            f"{source} is no folder here, and it cannot be had from the hub either: {one_line(error)}. Give a folder "
             "or hub id of a Yi-VL."
         ) from error
 
@@ -185,9 +193,8 @@ def _base(folder: Path, with_weights: bool) -> Iterator[Path]:
 def _quantization_method(folder: Path) -> str | None:
     """What a saved model was quantised by; None when it was not. An unreadable config.json is another's to report."""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return str(config["quantization_config"]["quant_method"])
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError):
+        return str(read_json(folder / "config.json")["quantization_config"]["quant_method"])
+    except (ValueError, KeyError, TypeError):
         return None
 
 
@@ -199,8 +206,8 @@ def _load_as_quantized(
     try:
         model = YiVLForConditionalGeneration.from_pretrained(folder, dtype=dtype or "auto", device_map=device)
         processor = YiVLProcessor.from_pretrained(folder)
-    except (ImportError, OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{folder}: the quantised model cannot be loaded: {_one_line(error)}") from error
+    except Exception as error:
+        raise ValueError(f"{folder}: the quantised model cannot be loaded: {one_line(error)}") from error
     return model.eval(), processor
 
 
@@ -210,5 +217,36 @@ def _default_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def _one_line(error: Exception) -> str:
-    return str(error).partition("\n")[0].rstrip(".: ")
+def _as_device(device: Any) -> str | torch.device:
+    """A device that is there, or one of transformers' ways to spread a model over several."""
+    if device is None:
+        return _default_device()
+    if isinstance(device, str) and device in _SPREAD:
+        return device
+    try:
+        named = torch.device(device)
+        if named.type == "meta":
+            raise ValueError("it holds no values")
+        torch.empty(0, device=named)
+    except Exception as error:
+        raise ValueError(
+            f"device is {shown(device)}, which is not here: {one_line(error)}. Expected cpu, cuda, cuda:1 ..., or auto."
+        ) from error
+    return named
+
+
+def _as_dtype(dtype: Any) -> torch.dtype | None:
+    if dtype is None:
+        return None
+    named = _DTYPES.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
+    if named not in _DTYPES.values():
+        raise ValueError(f"dtype is {shown(dtype)}; expected one of {', '.join(_DTYPES)}.")
+    return named
+
+
+def _as_copy(tower_from: Any) -> TowerFrom:
+    return "vit" if tower_from is None else as_choice(tower_from, "tower_from", get_args(TowerFrom))  # type: ignore[return-value]
+
+
+def _as_scheme(quantize: Any) -> Scheme | None:
+    return None if quantize is None else as_choice(quantize, "quantize", get_args(Scheme))  # type: ignore[return-value]

@@ -50,9 +50,9 @@ _END_TOKENS = ("<|endoftext|>", "<|im_end|>")  # either ends an answer: the 6B a
 
 def load(
     path: str | os.PathLike | None = None,
-    device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
-    tower_from: TowerFrom = "vit",
+    device: str | int | torch.device | None = None,
+    dtype: torch.dtype | str | None = None,
+    tower_from: TowerFrom | None = "vit",
     quantize: Scheme | None = None,
 ) -> YiVL:
     """A model that is ready to answer; the arguments and errors are those of `loading.load_model`."""

@@ -5,7 +5,6 @@ A folder of adapters names its base in adapter_config.json. Called by loading.py
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..arguments import as_float, as_int
 from .files import WeightFiles
+from .json_files import read_json
 from .names import TOWER
 from .source import Checkpoint, LazyTensor, Piece
 
@@ -102,11 +103,8 @@ def _add_product(weight: Tensor, files: WeightFiles, names: tuple[str, str], sca
 
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / _CONFIG
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} cannot be read: {error}.") from error
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+    config = read_json(path)
+    if config.get("peft_type") != "LORA":
         raise ValueError(f"{path} describes no LoRA adapters; others cannot be merged.")
     for key, plain in _PLAIN.items():
         if config.get(key, plain) != plain:
@@ -114,4 +112,6 @@ def _read_config(folder: Path) -> dict[str, Any]:
     missing = [key for key in ("r", "lora_alpha", "base_model_name_or_path") if not config.get(key)]
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}.")
+    as_int(config["r"], f"{path}: r", 1)
+    as_float(config["lora_alpha"], f"{path}: lora_alpha")
     return config

@@ -20,6 +20,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from .json_files import read_json
+
 _BLOCK_ELEMENTS = 1 << 18
 _INDEXED = ("model.safetensors", "pytorch_model.bin")  # preferred first; each with or without an `.index.json`
 
@@ -111,13 +113,12 @@ def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _read_indexed(folder: Path, index: Path) -> dict[str, Entry]:
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names_of: dict[str, list[str]] = {}
-        for name, file in weight_map.items():
-            names_of.setdefault(str(file), []).append(name)
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index} is no index of weights: {error!r}.") from error
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise ValueError(f"{index} is no index of weights: it has no `weight_map` from tensors' names to files.")
+    names_of: dict[str, list[str]] = {}
+    for name, file in weight_map.items():
+        names_of.setdefault(file, []).append(name)
     paths = {file: _inside(folder, file) for file in names_of}
     absent = sorted(file for file, path in paths.items() if not path.is_file())
     if absent:
@@ -138,18 +139,18 @@ def _read_file(path: Path) -> dict[str, Entry]:
 
 def _read_safetensors(path: Path) -> dict[str, Entry]:
     try:
+        with safe_open(path, "pt"):  # checks the header, and its length, against the file's size
+            pass
         with path.open("rb") as stream:
             header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
             begin = stream.tell()
-        with safe_open(path, "pt"):  # checks the header against the file's size
-            pass
         entries = {}
         for name, fields in header.items():
             if name != "__metadata__":
                 shape, dtype = tuple(fields["shape"]), _SAFETENSORS_DTYPES[fields["dtype"]]
                 entries[name] = Entry(path, shape, dtype, begin + fields["data_offsets"][0], 0, _strides(shape))
         return entries
-    except (SafetensorError, OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, MemoryError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError, MemoryError) as error:
         raise ValueError(_damaged(path, error)) from error
 
 
@@ -166,6 +167,8 @@ def _read_pickle(path: Path) -> dict[str, Entry]:
         for name, tensor in loaded.items():
             if not isinstance(tensor, Tensor):
                 raise TypeError(f"{name!r} is a {type(tensor).__name__}, not a tensor")
+            if num_bytes(tuple(tensor.shape), tensor.dtype) > path.stat().st_size:
+                raise ValueError(f"{name!r} has the shape {tuple(tensor.shape)}, more than the whole file holds")
             offset = int(tensor.untyped_storage()._checkpoint_offset)  # type: ignore[arg-type, attr-defined]
             entries[name] = Entry(
                 path, tuple(tensor.shape), tensor.dtype, offset, int(tensor.storage_offset()), tuple(tensor.stride())
@@ -176,7 +179,7 @@ def _read_pickle(path: Path) -> dict[str, Entry]:
             f"{path} holds more than tensors, and would run code when it is loaded; it is not opened. Only load "
             f"such a file if you trust it, and save its tensors as safetensors. ({_first_line(error)})"
         ) from error
-    except (OSError, RuntimeError, AttributeError, TypeError, EOFError, KeyError) as error:
+    except Exception as error:  # a damaged pickle raises nearly every one
         raise ValueError(_damaged(path, error)) from error
 
 

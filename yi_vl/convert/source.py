@@ -6,8 +6,8 @@ files.py, and yi_vl's configuration, model and processor.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig
 
+from ..arguments import shown
 from ..auto import YiVLProcessor
 from ..chat import IMAGE_PLACEHOLDER
 from ..config import OpenClipVisionConfig, YiVLConfig
@@ -24,6 +25,7 @@ from ..model import YiVLForConditionalGeneration
 from ..processor import prepare_tokenizer
 from ..quantize import packed_config, replace_linears_
 from .files import Entry, WeightFiles, num_bytes
+from .json_files import check_numbers, read_json
 from .names import EMBEDDING, HEAD, LLAVA_HF, OFFICIAL, OFFICIAL_VIT, TOWER, Layout, Slot, to_ours
 
 Kind = Literal["yi-vl", "official", "llava-hf"]
@@ -113,15 +115,10 @@ def read_configuration(folder: Path) -> YiVLConfig:
     Raises:
         ValueError: the folder holds no Yi-VL, or says things that no Yi-VL does.
     """
-    config = _read_json(folder / "config.json")
-    kind = kind_of(config)
+    config, kind = _read_config(folder)
     if kind == "official":
         return _official_config(folder, config)[0]
-    if kind == "llava-hf":
-        return _llava_hf_config(folder, config)
-    if kind == "yi-vl":
-        return YiVLConfig.from_dict(config)
-    raise ValueError(f"{folder} holds {_described(config)}. {_WHAT_TO_GIVE}")
+    return _llava_hf_config(folder, config) if kind == "llava-hf" else _native_config(folder, config)
 
 
 def open_checkpoint(folder: Path, tower_from: TowerFrom = "vit") -> Checkpoint:
@@ -136,17 +133,34 @@ def open_checkpoint(folder: Path, tower_from: TowerFrom = "vit") -> Checkpoint:
     """
     if tower_from not in ("vit", "shards"):
         raise ValueError(f"tower_from is {tower_from!r}; an official release has its tower in 'vit' and in 'shards'.")
-    config = _read_json(folder / "config.json")
-    kind = kind_of(config)
+    config, kind = _read_config(folder)
     if kind == "official":
         return _open_official(folder, config, tower_from)
-    if kind is not None and tower_from != "vit":
+    if tower_from != "vit":
         raise ValueError(f"{folder} is not in the official layout: it has one copy of the tower, nothing to choose.")
-    if kind == "llava-hf":
-        return _open_llava_hf(folder, config)
-    if kind == "yi-vl":
-        return _open_ours(folder, config)
-    raise ValueError(f"{folder} holds {_described(config)}. {_WHAT_TO_GIVE}")
+    return _open_llava_hf(folder, config) if kind == "llava-hf" else _open_ours(folder, config)
+
+
+def _read_config(folder: Path) -> tuple[dict[str, Any], Kind]:
+    path = folder / "config.json"
+    config = read_json(path)
+    kind = kind_of(config)
+    if kind is None:
+        raise ValueError(f"{folder} holds {_described(config)}. {_WHAT_TO_GIVE}")
+    check_numbers(config, path)
+    return config, kind
+
+
+@contextmanager
+def _described_by(path: Path) -> Iterator[None]:
+    """What libraries raise on values that they do not expect, as a `ValueError` that names the file."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, ValueError) and str(path.parent) in str(error):
+            raise  # which is our own
+        reason = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
+        raise ValueError(f"{path} describes no model that can be made: {reason}.") from error
 
 
 def _open_official(folder: Path, config: dict[str, Any], tower_from: TowerFrom) -> Checkpoint:
@@ -183,20 +197,36 @@ def _official_config(folder: Path, config: dict[str, Any]) -> tuple[YiVLConfig, 
         image_aspect_ratio="pad",
     )
     vit = _vit_folder(folder, str(config["mm_vision_tower"]))
-    vision = _vision_config(vit, _read_json(vit / "config.json"))
+    with _described_by(vit / "config.json"):
+        vision_values = read_json(vit / "config.json")
+        check_numbers(vision_values, vit / "config.json")
+        vision = _vision_config(vit, vision_values)
     tokenizer = _tokenizer(folder)
-    return _our_config(folder, vision, config, tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER), config), tokenizer
+    with _described_by(folder / "config.json"):
+        image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER)
+        return _our_config(folder, vision, config, image_token_id, config), tokenizer
 
 
 def _llava_hf_config(folder: Path, config: dict[str, Any]) -> YiVLConfig:
     _expect(folder, config, vision_feature_layer=-2, vision_feature_select_strategy="default")
-    image_token_id = int(config.get("image_token_index", config.get("image_token_id", -1)))
-    vision = _vision_config(folder, config["vision_config"])
-    return _our_config(folder, vision, config["text_config"], image_token_id, config)
+    with _described_by(folder / "config.json"):
+        image_token_id = int(config.get("image_token_index", config.get("image_token_id", -1)))
+        vision = _vision_config(folder, config["vision_config"])
+        return _our_config(folder, vision, config["text_config"], image_token_id, config)
+
+
+def _native_config(folder: Path, config: dict[str, Any]) -> YiVLConfig:
+    with _described_by(folder / "config.json"):
+        native = YiVLConfig.from_dict(config)
+        if not 0 <= native.image_token_id < native.text_config.vocab_size:
+            raise ValueError(
+                f"image_token_id is {native.image_token_id}, beyond the {native.text_config.vocab_size} of vocab_size"
+            )
+        return native
 
 
 def _open_ours(folder: Path, config: dict[str, Any]) -> Checkpoint:
-    ours = YiVLConfig.from_dict(config)
+    ours = _native_config(folder, config)
     files = WeightFiles.find(folder)
     tensors = _assemble(folder, ours, {Slot(name): Piece(files, name) for name in files.entries})
     try:
@@ -226,7 +256,7 @@ def _assemble(
     folder: Path, config: YiVLConfig, found: dict[Slot, Piece], only_tower: bool = False
 ) -> dict[str, LazyTensor]:
     """Every tensor that the model wants, of the right shape, and nothing else."""
-    with torch.device("meta"):
+    with torch.device("meta"), _described_by(folder / "config.json"):
         model = YiVLForConditionalGeneration(config)
         if quantization := getattr(config, "quantization_config", None):
             packed = packed_config(quantization)
@@ -391,17 +421,7 @@ def _has_weights(folder: Path) -> bool:
 def _described(config: dict[str, Any]) -> str:
     if "model_type" not in config:
         return "a config.json without a model_type"
-    return f"a model of type {config['model_type']!r}"
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} cannot be read: {error}.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no configuration.")
-    return content
+    return f"a model of type {shown(config['model_type'])}"
 
 
 def _expect(folder: Path, found: dict[str, Any], **expected: Any) -> None:
