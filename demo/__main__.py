@@ -12,8 +12,8 @@ from typing import Annotated
 
 import typer
 
-from yi_vl.cli import QuantizeOption
-from yi_vl.machine import use_large_pages
+from yi_vl.arguments import as_path
+from yi_vl.cli import DeviceOption, DtypeOption, QuantizeOption, run
 
 from .texts import ANY_YI_VL, LANGUAGES, NANO
 
@@ -26,13 +26,15 @@ def demo(
         str | None, typer.Option("--model", "-m", help="A model folder or hub id; the bundled nano by default.")
     ] = None,
     quantize: QuantizeOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
     about: Annotated[
         str | None, typer.Option(help="What the model is good for, in a sentence; shown on the page.")
     ] = None,
     host: Annotated[
         str, typer.Option(help="The address to listen at. Any but this computer's own needs --auth.")
     ] = "127.0.0.1",
-    port: Annotated[int | None, typer.Option(help="By default the first free one from 7860.")] = None,
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="By default the first free one from 7860.")] = None,
     share: Annotated[
         bool, typer.Option("--share", help="Also show the page to the internet, by Gradio's tunnel. Needs --auth.")
     ] = False,
@@ -49,7 +51,11 @@ def demo(
         what = "--share shows" if share else f"--host {host} shows"
         raise ValueError(f"{what} the page to others, so it needs a password: add --auth USER:PASSWORD.")
     if keep:
-        keep.mkdir(parents=True, exist_ok=True)
+        keep = as_path(keep, "--keep")
+        try:
+            keep.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"--keep {keep}: no such folder can be made: {error.strerror}.") from error
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # so that uploads are removed then too
     from yi_vl.predict import load
 
@@ -61,7 +67,7 @@ def demo(
     name = Path(model).name if model else "nano"
     of_model = ANY_YI_VL if model else NANO
     words = dict.fromkeys(LANGUAGES, about) if about else of_model
-    yi_vl = load(model, quantize=quantize)
+    yi_vl = load(model, device=device, dtype=dtype, quantize=quantize)
     try:
         page = running(yi_vl, name, words, keep, server_name=host, server_port=port, share=share, auth=account)
         with page as (url, shared_url):
@@ -95,13 +101,8 @@ def _is_loopback(host: str) -> bool:
 
 def main() -> None:
     """Run the command; what a user can cause is said in one line."""
-    use_large_pages()
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
-    try:
-        app(prog_name="python -m demo")
-    except ValueError as error:
-        print("demo:", " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(2)
+    run(app, "python -m demo", "demo")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,17 @@
 """`python -m yi_vl` is `yi-vl`."""
 
-from .cli import main
+import sys
 
-main()
+
+def main() -> None:
+    """`cli.main`, quiet also when Ctrl-C comes while it is imported."""
+    try:
+        from .cli import main
+
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,20 +1,22 @@
 """The command line: `yi-vl ask | chat | serve | info | convert`.
 
 Heavy imports happen inside the commands, so that `yi-vl --help` is instant.
-Called by users; calls predict.py, server/ for `serve`, config.py and sizes.py for `info`, convert/ for `convert`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import io
 import os
+import shlex
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from .arguments import as_path
 from .machine import use_large_pages
 
 if TYPE_CHECKING:
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 _PRESETS = ("6b", "34b", "nano")
 _SHUTDOWN_SECONDS = 5  # how long answers may go on after Ctrl-C
 _CHAT_HELP = (
-    "/image PATH shows a picture with the next question, /clear starts afresh, /exit leaves; Ctrl-C stops an answer."
+    "/image PATH... shows pictures with the next question, /clear starts afresh, /exit leaves; Ctrl-C stops an answer."
 )
 
 app = typer.Typer(
@@ -45,6 +47,13 @@ QuantizeOption = Annotated[
     Literal["int8", "int4"] | None,
     typer.Option(help="Hold the language model's linear layers in so few bits: smaller, faster, a little less exact."),
 ]
+DeviceOption = Annotated[
+    str | None, typer.Option(help="cpu, cuda, cuda:1 ..., or auto for all there is; by default the GPU, else the CPU.")
+]
+DtypeOption = Annotated[
+    Literal["bfloat16", "float16", "float32"] | None,
+    typer.Option(help="Of the weights; by default bfloat16, but float32 for a small model on a CPU."),
+]
 SystemOption = Annotated[str | None, typer.Option(help="Text before the conversation; Yi-VL's own by default.")]
 LengthOption = Annotated[int, typer.Option(help="The answer's greatest length, in tokens.")]
 TemperatureOption = Annotated[float, typer.Option(help="0 always takes the likeliest word; higher is more varied.")]
@@ -53,20 +62,62 @@ SeedOption = Annotated[int | None, typer.Option(help="Makes an answer with a tem
 
 
 def main() -> None:
-    """The entry point: what a user can cause is one line on stderr and exit code 2."""
+    """The entry point of `yi-vl`."""
+    run(app, "yi-vl", "yi-vl")
+
+
+def run(program: Callable[..., Any], prog_name: str, short_name: str) -> None:
+    """Run a typer program: what a user can cause is one line on stderr and exit code 2, Ctrl-C is exit code 130."""
     use_large_pages()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # what a terminal cannot show is not lost
     try:
-        app(prog_name="yi-vl")
-    except ValueError as error:
-        _complain(error)
+        try:
+            program(prog_name=prog_name)
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # as of `yi-vl ask ... | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is written at exit
+        sys.exit(1)  # as typer does when it is not the last line
+    except (OSError, ValueError) as error:
+        print(f"{short_name}:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
+
+
+def _print_version(is_wanted: bool) -> None:
+    if is_wanted:
+        from importlib.metadata import PackageNotFoundError, version
+
+        with contextlib.suppress(PackageNotFoundError):
+            print(f"yi-vl {version('yi_vl')}")
+            raise typer.Exit
+        print("yi-vl, not installed")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Ask a Yi-VL model about pictures."""
 
 
 @app.command()
 def ask(
-    words: Annotated[list[str], typer.Argument(metavar="[IMAGE]... QUESTION", help="Pictures, then the question.")],
+    words: Annotated[
+        list[str],
+        typer.Argument(metavar="[IMAGE]... QUESTION", help="Pictures, - for one from a pipe; then the question."),
+    ],
     model: ModelOption = None,
     quantize: QuantizeOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
     system: SystemOption = None,
     max_new_tokens: LengthOption = 512,
     temperature: TemperatureOption = 0.0,
@@ -77,8 +128,9 @@ def ask(
     *images, question = words
     if os.path.isfile(question):
         raise ValueError(f'the last argument is the question, but {question} is a file. Add: "What is this?"')
-    pieces = _load(model, quantize).stream(
-        images,
+    opened = _open_images(images)
+    pieces = _load(model, quantize, device, dtype).stream(
+        opened,
         question,
         system=system,
         max_new_tokens=max_new_tokens,
@@ -94,6 +146,8 @@ def chat(
     images: Annotated[list[str] | None, typer.Argument(help="Pictures for the first question.")] = None,
     model: ModelOption = None,
     quantize: QuantizeOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
     system: SystemOption = None,
     max_new_tokens: LengthOption = 512,
     temperature: TemperatureOption = 0.0,
@@ -101,7 +155,7 @@ def chat(
     seed: SeedOption = None,
 ) -> None:
     """Talk about pictures; the model remembers the conversation."""
-    yi_vl = _load(model, quantize)
+    yi_vl = _load(model, quantize, device, dtype)
     prepare = yi_vl.processor.image_processor.prepare
     pictures = [prepare(image) for image in images or ()]
     options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
@@ -115,7 +169,7 @@ def chat(
             if command == "/clear":
                 conversation, pictures = yi_vl.chat(system), []
             elif command == "/image":
-                pictures.append(prepare(argument.strip()))
+                pictures += [prepare(path) for path in _split_paths(argument.strip())]
             elif command.startswith("/"):
                 print(_CHAT_HELP)
             else:
@@ -129,6 +183,8 @@ def chat(
 def serve(
     model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="A model folder or hub id; else nano.")] = None,
     quantize: QuantizeOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
     host: Annotated[
         str, typer.Option(help="The address to listen at; 0.0.0.0 is all of this machine's.")
     ] = "127.0.0.1",
@@ -153,11 +209,10 @@ def serve(
     if api_key == "":
         raise ValueError("the API key is empty; give one, or leave --api-key out.")
     if name is None:
-        name = "nano" if model is None else Path(model).resolve().name if os.path.isdir(model) else model
+        name = "nano" if model is None else _name_of(model)
     limits = Limits(num_waiting=max_waiting, max_tokens=max_tokens)
-    application = create_app(
-        _load(model, quantize), name, api_key=api_key, allow_remote_images=allow_remote_images, limits=limits
-    )
+    engine = _load(model, quantize, device, dtype)
+    application = create_app(engine, name, api_key=api_key, allow_remote_images=allow_remote_images, limits=limits)
     uvicorn.run(application, host=host, port=port, timeout_graceful_shutdown=_SHUTDOWN_SECONDS)
 
 
@@ -212,7 +267,8 @@ def convert_command(
 
     if target is None and not verify:
         raise ValueError("say where to write to: yi-vl convert SRC DST --to " + to)
-    if target is not None and os.path.exists(target):
+    folder = None if target is None else as_path(target, "DST")
+    if folder is not None and folder.exists():
         raise ValueError(f"{target} exists already; choose another name, or remove it.")
     if quantize is not None and to != "yi-vl":
         raise ValueError(f"--quantize writes our layout, and {to!r} has no place for quantised weights.")
@@ -220,18 +276,18 @@ def convert_command(
     if verify:
         difference, where = largest_difference(checkpoint)
         print(f"The two copies of the vision tower differ by {difference:g} at most (in {where}).")
-    if target is not None and quantize is not None:
+    if folder is not None and quantize is not None:
         from .predict import load
 
-        load(source, device="cpu", tower_from=tower_from, quantize=quantize).save(target)
+        load(source, device="cpu", tower_from=tower_from, quantize=quantize).save(folder)
         print(f"{target} is written.")
-    elif target is not None:
+    elif folder is not None:
         columns = ("{task.description}", BarColumn(), DownloadColumn(), TimeRemainingColumn())
         with Progress(*columns, console=Console(stderr=True)) as progress:
             task = progress.add_task(f"{checkpoint.kind} to {to}")
             convert(
                 checkpoint,
-                Path(target),
+                folder,
                 to,
                 progress=lambda done, total: progress.update(task, completed=done, total=total),
             )
@@ -306,11 +362,37 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-def _load(model: str | None, quantize: Literal["int8", "int4"] | None) -> YiVL:
+def _load(
+    model: str | None, quantize: Literal["int8", "int4"] | None, device: str | None = None, dtype: str | None = None
+) -> YiVL:
     _silence()
     from .predict import load
 
-    return load(model, quantize=quantize)
+    return load(model, device=device, dtype=dtype, quantize=quantize)
+
+
+def _name_of(model: str) -> str:
+    folder = as_path(model, "the model")
+    return folder.resolve().name if folder.is_dir() else model
+
+
+def _open_images(images: list[str]) -> list[Any]:
+    """Paths, and in the place of - the standard input."""
+    if images.count("-") > 1:
+        raise ValueError("- is the standard input, which holds one picture; give it once.")
+    if "-" in images and (sys.stdin is None or sys.stdin.isatty()):
+        raise ValueError('- is a picture from a pipe, but nothing is piped in: cat picture.png | yi-vl ask - "What?"')
+    return [sys.stdin.buffer if image == "-" else image for image in images]
+
+
+def _split_paths(argument: str) -> list[str]:
+    """The paths after /image: one, blanks included, where there is such a file; else as a shell reads them."""
+    if os.path.isfile(os.path.expanduser(argument)):
+        return [argument]
+    try:
+        return shlex.split(argument) or [argument]
+    except ValueError:  # a quotation mark that is not closed, as in a file's name
+        return [argument]
 
 
 def _silence() -> None:

@@ -70,7 +70,7 @@ def load_model(
             "with quantize=... there."
         )
     if method and weight_dtype is None:
-        weight_dtype = getattr(torch, str(checkpoint.config.dtype).removeprefix("torch."))  # its scales'
+        weight_dtype = _as_dtype(str(checkpoint.config.dtype))  # its scales'
     if weight_dtype is None:
         num_parameters = sum(tensor.shape.numel() for tensor in checkpoint.tensors.values())
         is_small_on_cpu = str(device) == "cpu" and num_parameters < _SMALL_PARAMETERS
