@@ -120,7 +120,9 @@ def shown(value: Any) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """The first line of what an exception of another library says, or its name."""
+    """The first line of what an exception of another library says, or its name; of the system's errors the reason."""
+    if isinstance(error, OSError) and error.strerror:
+        return str(error.strerror)
     lines = str(error).strip().splitlines()
     return lines[0].rstrip(".: ")[:500] if lines else type(error).__name__
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 
+from .arguments import as_float, as_int, shown
 from .config import IMAGE_MEAN, IMAGE_STD
 from .image_file import MAX_PIXELS as MAX_PIXELS
 from .image_file import MAX_SIDE_PX as MAX_SIDE_PX
@@ -30,6 +31,7 @@ from .image_samples import ImageError, RgbStrips, channels_last, decoding, strip
 from .image_source import ImageSource as ImageSource
 from .image_source import describe, is_stream, resolve
 
+_MAX_SIZE_PX = 1 << 14
 _LARGE_IMAGE_PIXELS = 1 << 25
 _one_large_image = threading.Lock()  # large images are decoded one at a time: together they would take gigabytes
 
@@ -107,9 +109,11 @@ class YiVLImageProcessor(BaseImageProcessor):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.size_px = size_px
-        self.image_mean = list(image_mean)
-        self.image_std = list(image_std)
+        self.size_px = as_int(size_px, "size_px", 1, _MAX_SIZE_PX)
+        self.image_mean = _as_rgb(image_mean, "image_mean")
+        self.image_std = _as_rgb(image_std, "image_std")
+        if min(self.image_std) <= 0:
+            raise ValueError(f"image_std is {self.image_std}; it must be greater than 0.")
 
     def __call__(  # type: ignore[override]
         self, images: Any, return_tensors: str | None = None, **_: Any
@@ -132,6 +136,12 @@ class YiVLImageProcessor(BaseImageProcessor):
         mean, std = (torch.tensor(values, device=squares.device) for values in (self.image_mean, self.image_std))
         scaled = torch.addcmul(-mean / std, squares.float(), 1 / (255 * std))  # (N, H, W, 3)
         return scaled.permute(0, 3, 1, 2)
+
+
+def _as_rgb(values: Any, name: str) -> list[float]:
+    if not isinstance(values, (list, tuple)) or len(values) != 3:
+        raise ValueError(f"{name} is {shown(values)}; expected three numbers, one of each channel.")
+    return [as_float(value, name) for value in values]
 
 
 def _flatten(images: Any) -> list[ImageSource]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig
 
-from ..arguments import shown
+from ..arguments import as_int, shown
 from ..auto import YiVLProcessor
 from ..chat import IMAGE_PLACEHOLDER
 from ..config import OpenClipVisionConfig, YiVLConfig
@@ -229,11 +229,20 @@ def _open_ours(folder: Path, config: dict[str, Any]) -> Checkpoint:
     ours = _native_config(folder, config)
     files = WeightFiles.find(folder)
     tensors = _assemble(folder, ours, {Slot(name): Piece(files, name) for name in files.entries})
-    try:
-        generation_config = GenerationConfig.from_pretrained(folder)
-    except OSError:
-        generation_config = _generation_config(ours)
+    generation_config = _read_generation_config(folder) or _generation_config(ours)
     return Checkpoint("yi-vl", folder, ours, generation_config, tensors, lambda: YiVLProcessor.from_pretrained(folder))
+
+
+def _read_generation_config(folder: Path) -> GenerationConfig | None:
+    path = folder / "generation_config.json"
+    if not path.exists():
+        return None
+    ids = read_json(path).get("eos_token_id")
+    for id in ids if isinstance(ids, list) else [ids]:
+        if id is not None:
+            as_int(id, f"{path}: eos_token_id", 0)
+    with _described_by(path):
+        return GenerationConfig.from_pretrained(folder)
 
 
 def _gather(folder: Path, files: WeightFiles, layout: Layout) -> dict[Slot, Piece]:
