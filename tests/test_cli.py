@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -221,3 +223,125 @@ def test_info_on_presets_and_folders(run: Run, folder: str, tmp_path: Path) -> N
 def test_help_names_every_command(run: Run) -> None:
     code, out, _ = run("--help")
     assert code == 0 and all(command in out for command in ("ask", "chat", "info"))
+
+
+ROOT = Path(cli.__file__).parents[1]
+PROGRAM = [sys.executable, "-m", "yi_vl"]
+
+
+@pytest.mark.skipif(not Path("/dev/fd").exists(), reason="pipes with names")
+def test_an_image_may_come_through_a_pipe(run: Run, folder: str, yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of `cat TALL | yi-vl ask <(cat WIDE) - "What?"`."""
+    read_end, write_end = os.pipe()
+    with open(read_end, "rb"), open(write_end, "wb") as pipe:
+        pipe.write(Path(WIDE).read_bytes())  # less than a pipe holds
+        pipe.close()
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(Path(TALL).read_bytes())))
+        code, out, err = run("ask", f"/dev/fd/{read_end}", "-", "What?", "-m", folder, "--max-new-tokens", "4")
+    assert (code, err, out) == (0, "", yi_vl.predict([WIDE, TALL], "What?", max_new_tokens=4) + "\n")
+
+
+def test_standard_input_holds_one_image(run: Run, folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, _, err = run("ask", "-", "-", "What?", "-m", folder)
+    assert code == 2 and "give it once" in err
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
+    code, _, err = run("ask", "-", "What?", "-m", folder)
+    assert code == 2 and "nothing is piped in" in err
+
+
+def test_device_and_dtype_reach_every_command(run: Run, folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import uvicorn
+
+    import yi_vl.predict
+
+    asked: list[tuple[Any, Any]] = []
+    load = yi_vl.predict.load
+
+    def watch(model: str, device: Any, dtype: Any, quantize: Any) -> YiVL:
+        asked.append((device, dtype))
+        return load(model, device=device, dtype=dtype, quantize=quantize)
+
+    monkeypatch.setattr(yi_vl.predict, "load", watch)
+    monkeypatch.setattr(uvicorn, "run", lambda *_, **__: None)
+    options = ["--device", "cpu", "--dtype", "bfloat16"]
+    assert run("ask", "Hi", "-m", folder, "--max-new-tokens", "1", *options)[0] == 0
+    assert run("chat", "-m", folder, *options)[0] == 0
+    assert run("serve", folder, *options)[0] == 0
+    assert asked == [("cpu", "bfloat16")] * 3
+    code, out, err = run("ask", "Hi", "-m", folder, "--device", "cuda:99")
+    assert (code, out, err.count("\n")) == (2, "", 1) and "device is 'cuda:99'" in err
+    assert run("ask", "Hi", "-m", folder, "--dtype", "int8")[0] == 2
+
+
+def test_the_version_is_printed(run: Run) -> None:
+    code, out, err = run("--version")
+    assert (code, err) == (0, "") and out.startswith("yi-vl") and out.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("argument", "expected"),
+    [
+        ("my holiday.jpg", ["my holiday.jpg"]),
+        ('"my holiday.jpg"', ["my holiday.jpg"]),
+        ("'my holiday.jpg' b.png", ["my holiday.jpg", "b.png"]),
+        (r"my\ holiday.jpg b.png", ["my holiday.jpg", "b.png"]),
+        ("it's.png", ["it's.png"]),
+        ("~/c.png", ["~/c.png"]),
+        ("", [""]),
+    ],
+)
+def test_paths_after_image_are_read_as_a_shell_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, argument: str, expected: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("my holiday.jpg").touch()
+    assert cli._split_paths(argument) == expected
+
+
+def test_chat_shows_several_images_at_once_or_none(
+    run: Run, folder: str, yi_vl: YiVL, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "my wide.png").write_bytes(Path(WIDE).read_bytes())
+    typed = iter([f'/image "~/my wide.png" {TALL}', f"/image {TALL} missing.png", "Compare."])
+    code, out, err = run("chat", "-m", folder, "--max-new-tokens", "6", typed=typed)
+    assert code == 0 and "missing.png: there is no such file" in err
+    assert yi_vl.predict([WIDE, TALL], "Compare.", max_new_tokens=6) in out
+
+
+def test_a_terminal_that_is_not_utf_8_loses_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    buffer = io.BytesIO()
+    monkeypatch.setattr(
+        cli, "_load", lambda *_: SimpleNamespace(stream=lambda *_, **__: iter(["一个", " dog \U0001f436"]))
+    )
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(buffer, encoding="ascii"))
+    assert run("ask", "Hi")[0] == 0
+    assert buffer.getvalue() == b"\\u4e00\\u4e2a dog \\U0001f436\n"
+
+
+@pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (BrokenPipeError(32, "Broken pipe"), 1)])
+def test_leaving_early_is_quiet(run: Run, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int) -> None:
+    def stream(*_: Any, **__: Any) -> Iterator[str]:
+        yield "a"
+        raise error
+
+    monkeypatch.setattr(cli, "_load", lambda *_: SimpleNamespace(stream=stream))
+    ended, _, err = run("ask", "Hi")
+    assert (ended, err) == (code, "")
+
+
+@pytest.mark.core
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a disk that is always full")
+def test_output_that_cannot_be_written_is_one_line() -> None:
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run([*PROGRAM, "--version"], stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    assert (ended.returncode, ended.stderr.count("\n")) == (2, 1) and "No space left" in ended.stderr
+
+
+def test_conversion_expands_the_home_folder(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert run("convert", str(OFFICIAL / "checkpoint"), "~/converted")[0] == 0
+    assert (tmp_path / "converted/config.json").is_file()
+    assert run("info", "~/converted")[0] == 0
+    code, _, err = run("convert", str(OFFICIAL / "checkpoint"), "~no-such-user/converted")
+    assert code == 2 and "no such user" in err

@@ -146,6 +146,8 @@ def read_config(source: str) -> YiVLConfig:
 def fetch(source: str, with_weights: bool) -> Path:
     """The folder of a model: itself, or a hub id's in the cache, where what is not there yet is fetched to."""
     if os.path.isdir(source):
+        if not os.access(source, os.R_OK | os.X_OK):
+            raise ValueError(f"{source} cannot be opened: there is no permission to read this folder.")
         return Path(source)
     patterns = [*_HUB_FILES, *(_HUB_WEIGHTS if with_weights else ())]
     try:
