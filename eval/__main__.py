@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from yi_vl.arguments import as_path
 from yi_vl.cli import QuantizeOption
 from yi_vl.machine import use_large_pages
 
@@ -30,7 +31,13 @@ Data = Annotated[
     str,
     typer.Option(help="Hub id, or a folder of its parquet files (for CMMMU also of its JSON lines with their images)."),
 ]
-Out = Annotated[Path, typer.Option(help="Folder for predictions, results, tables, chart and page.")]
+
+
+def _expand(path: Path | None) -> Path | None:
+    return None if path is None else as_path(path, "--out")
+
+
+Out = Annotated[Path, typer.Option(callback=_expand, help="Folder for predictions, results, tables, chart and page.")]
 SplitOption = Annotated[SplitName, typer.Option(help="Which questions.")]
 
 
@@ -86,7 +93,9 @@ def score_(
     is_partial: Annotated[
         bool, typer.Option("--partial", help="Score MMMU-Pro's predictions even if they are not all 1,730.")
     ] = False,
-    out: Annotated[Path | None, typer.Option(help="Also write results.json, table, chart and verdicts here.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(callback=_expand, help="Also write results.json, table, chart and verdicts here.")
+    ] = None,
 ) -> None:
     """Score anybody's predictions, by the official rules and by strict ones."""
     from .report import markdown, summarise_all, write_results
@@ -163,7 +172,9 @@ def submit(
 
 @app.command("gpu")
 def gpu_(
-    out: Annotated[Path, typer.Option(help="Folder for gpu.json, gpu.md and logs.")] = Path("runs/eval/gpu"),
+    out: Annotated[Path, typer.Option(callback=_expand, help="Folder for gpu.json, gpu.md and logs.")] = Path(
+        "runs/eval/gpu"
+    ),
     device: Annotated[Literal["cuda", "cpu"], typer.Option(help="Where.")] = "cuda",
     size: Annotated[Literal["6b", "nano"], typer.Option(help="6b wants a card of 80 GB; nano is for a CPU.")] = "6b",
     parts: Annotated[str, typer.Option(help="Which, separated by commas, such as environment,logits,train.")] = "",

@@ -96,3 +96,12 @@ def test_the_published_recipe(size: str) -> None:
     assert align.init_from.tower is not None and align.init_from.tower.name == "ViT-H-14"
     assert upscale.init_from.checkpoint == f"{align.run_dir}/final"
     assert chat.init_from.checkpoint == f"{upscale.run_dir}/final"
+
+
+def test_a_run_in_the_home_folder_is_there(
+    configure: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert configure("run_dir=~/run").run_dir == str(tmp_path / "run")
+    with pytest.raises(ValueError, match="no such user"):
+        configure("run_dir=~no-such-user/run")

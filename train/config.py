@@ -16,6 +16,8 @@ import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
+from yi_vl.arguments import as_path
+
 FORMS = ("caption", "chat")
 LORA = "lora"
 INT4 = "int4"
@@ -216,6 +218,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
         config = cast(TrainConfig, OmegaConf.to_object(merged))
     except (MissingMandatoryValue, OmegaConfBaseException) as error:
         raise ValueError(f"{path}: {getattr(error, 'full_key', '')} is missing; {_first_line(error)}") from error
+    config.run_dir = str(as_path(config.run_dir, f"{path}: run_dir"))
     _check(config, str(path))
     return config
 
