@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from train.config import load_config, num_steps, to_yaml
+from train.config import TrainConfig, load_config, num_steps, to_yaml
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "train/configs").glob("*/*-[0-9]*.yaml"))
