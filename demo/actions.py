@@ -1,8 +1,7 @@
 """What happens when the page is used: each method answers one of Gradio's events.
 
 The conversation lives in the visitor's browser and comes along with every event, so visitors cannot mix; the model
-reads only what is new of it, because yi_vl remembers prefixes. Called by app.py; calls chat.py, texts.py, visitors.py
-and yi_vl.
+reads only what is new of it, because yi_vl remembers prefixes.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from typing import Any
 
 import gradio as gr
 
+from yi_vl.image import WEB_FORMATS
 from yi_vl.predict import YiVL
 
 from . import chat
@@ -49,7 +49,8 @@ class Actions:
         self.visitors = visitors
         self.keep = keep
         self._lock = threading.Lock()
-        self._prepare = lru_cache(_NUM_REMEMBERED_PICTURES)(yi_vl.processor.image_processor.prepare)
+        prepare = partial(yi_vl.processor.image_processor.prepare, formats=WEB_FORMATS)
+        self._prepare = lru_cache(_NUM_REMEMBERED_PICTURES)(prepare)
 
     def prefer(self, request: gr.Request) -> Language:
         """The page was opened: the language that its browser asks for."""
@@ -101,9 +102,11 @@ class Actions:
         options = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens}
         texts, said = TEXTS[language], ""
         try:
-            messages = chat.to_messages(history, partial(self._open, request, language))
+            messages = chat.to_messages(history, lambda path: path)
             if not messages or messages[-1]["role"] != "user":
                 return
+            self.yi_vl.encode([messages])  # what is too long is refused before its images are decoded
+            messages = chat.to_messages(history, partial(self._open, request, language))
             with closing(self._one_at_a_time(self.yi_vl.stream_messages(messages, **options))) as pieces:
                 for piece in pieces:
                     said += piece
@@ -148,7 +151,7 @@ class Actions:
     def show_pictures(self, history: list[Message], language: Language, request: gr.Request) -> str:
         """The conversation's pictures as the model sees them, in HTML."""
         texts, pictures = TEXTS[language], []
-        for path in chat.picture_paths(history):
+        for path in chat.picture_paths(history)[:_NUM_REMEMBERED_PICTURES]:
             try:
                 pictures.append((Path(path).name, self._open(request, language, path)))
             except ValueError as error:

@@ -189,9 +189,8 @@ class Endpoint:
         from openai import APIStatusError
 
         extra: dict[str, Any] = {} if settings.seed is None else {"seed": settings.seed}
-        parts = read_pictures(content)
         try:
-            parts = [_as_url(part) for part in parts]
+            parts = [_as_url(part) for part in read_pictures(content)]
         except ValueError as error:  # an image that cannot be read
             return Reply(error=str(error))
         try:

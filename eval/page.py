@@ -44,6 +44,7 @@ def _row(one: Scored, out_dir: Path) -> dict[str, Any]:
 
 def _copy(content: bytes, out_dir: Path) -> str:
     """A small copy of a picture, by its name relative to the page; "" where it is none."""
+
     path = out_dir / "pictures" / f"{hashlib.sha256(content).hexdigest()[:16]}.jpg"
     if not path.exists():
         path.parent.mkdir(exist_ok=True)

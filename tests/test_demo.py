@@ -24,6 +24,7 @@ import httpx
 import pytest
 import torch
 from PIL import Image
+from test_image_hostile import FILES
 from tiny import IMAGE_SIZE_PX, OFFICIAL, tiny_yi_vl
 
 from demo import chat, texts
@@ -298,6 +299,25 @@ def test_what_goes_wrong_is_said_in_the_chat(yi_vl: YiVL, history: list[Any], la
     (shown,) = actions_over(yi_vl).answer(history, *settings, NOBODY)
     assert re.search(words, shown[-1]["content"][0]["text"], re.DOTALL)
     assert chat.to_messages(shown, str) == []
+
+
+@pytest.mark.parametrize("name", ["1 x 300,000", "icon", "GIF comments", "JPEG of 400 scans", "QOI"])
+def test_a_hostile_picture_is_refused_in_the_chat(yi_vl: YiVL, pace: Pace, name: str, tmp_path: Path) -> None:
+    make, reason = FILES[name]
+    path = tmp_path / "hostile.png"
+    path.write_bytes(make())
+    actions = actions_over(yi_vl)
+    actions.visitors.public.add(str(path))
+    (shown,) = actions.answer([user(path, "What?")], *SETTINGS, NOBODY)
+    assert re.search(f"hostile.png.*({reason}|not a picture of a format)", shown[-1]["content"][0]["text"], re.DOTALL)
+    assert actions.show_pictures([user(path, "What?")], "en", NOBODY) == texts.TEXTS["en"]["seen_nothing"]
+
+
+def test_too_many_pictures_are_refused_before_they_are_opened(yi_vl: YiVL, pace: Pace) -> None:
+    actions = actions_over(yi_vl)
+    actions._prepare = lambda path: pytest.fail("a picture was opened")
+    (shown,) = actions.answer([user(*[WIDE] * 500, "What?")], *SETTINGS, NOBODY)
+    assert "for 500 images" in shown[-1]["content"][0]["text"]
 
 
 def test_an_error_of_ours_is_logged_and_not_shown(

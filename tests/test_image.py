@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from tiny import OFFICIAL
 
+from yi_vl import image_resize, image_samples
 from yi_vl.image import MAX_PIXELS, YiVLImageProcessor, load_image, pad_and_resize
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)
@@ -153,6 +154,71 @@ def test_grey_arrays() -> None:
     assert load_image(np.array([[True, False]])).getpixel((0, 0)) == WHITE
 
 
+GREY = np.random.default_rng(0).integers(0, 256, (20, 30), dtype=np.uint8)
+DARK = (GREY // 16).astype(np.uint8)
+SAME = {  # the same image, in other modes and types
+    "F in 0..1": Image.fromarray((GREY / 255).astype(np.float32)),
+    "F in 0..255": Image.fromarray(GREY.astype(np.float32)),
+    "F in 0..65535": Image.fromarray(GREY.astype(np.float32) * 257),
+    "F that overshoots": Image.fromarray((GREY / 255 * 1.16 - 0.08).astype(np.float32)),
+    "I of 8 bits": Image.fromarray(GREY.astype(np.int32)),
+    "I of 16 bits": Image.fromarray(GREY.astype(np.int32) * 257),
+    "I of 24 bits": Image.fromarray(GREY.astype(np.int32) << 16),
+    "I of 31 bits": Image.fromarray(GREY.astype(np.int32) << 23),
+    "I;16": Image.fromarray(GREY.astype(np.uint16) * 257),
+    "I;16, 8 bits": Image.fromarray(GREY.astype(np.uint16)),
+    "I;16, 10 bits": Image.fromarray(GREY.astype(np.uint16) << 2),
+    "I;16, 12 bits": Image.fromarray(GREY.astype(np.uint16) << 4),
+    "I;16, 14 bits": Image.fromarray(GREY.astype(np.uint16) << 6),
+    "I;16B": Image.frombytes("I;16B", (30, 20), (GREY.astype(np.uint16) * 257).astype(">u2").tobytes()),
+    "uint16": GREY.astype(np.uint16) << 8,
+    "int32": GREY.astype(np.int32) << 8,
+    "uint32": GREY.astype(np.uint32) << 24,
+    "int64 in colour": np.stack([GREY.astype(np.int64) << 8] * 3, -1),
+    "float16": (GREY / 255).astype(np.float16),
+    "float64 in 0..255": GREY.astype(np.float64),
+    "a tensor": torch.from_numpy(GREY.astype(np.float32)).expand(3, 20, 30),
+    "a tensor of uint16": torch.from_numpy(GREY.astype(np.uint16) << 8),
+    "La": Image.fromarray(GREY).convert("LA").convert("La"),
+    "RGBa": Image.fromarray(GREY).convert("RGBA").convert("RGBa"),
+    "PA": Image.fromarray(GREY).convert("P").convert("PA"),
+    "HSV": Image.fromarray(GREY).convert("RGB").convert("HSV"),
+    "RGBX": Image.fromarray(GREY).convert("RGB").convert("RGBX"),
+}
+
+
+@pytest.mark.parametrize("kind", SAME)
+def test_samples_of_every_kind_are_the_8_bit_image(kind: str) -> None:
+    tolerance = 20 if kind == "F that overshoots" else 2
+    grey = np.asarray(load_image(SAME[kind])).astype(int)
+    assert np.abs(grey - GREY[..., None]).max() <= tolerance
+
+
+@pytest.mark.parametrize("factor", [256, 257])
+def test_dark_images_stay_dark_in_16_bits(factor: int) -> None:
+    for dtype in (np.uint16, np.int32):
+        assert np.array_equal(np.asarray(load_image(Image.fromarray(DARK.astype(dtype) * factor)))[..., 0], DARK)
+
+
+def test_transparent_16_bit_samples_are_white() -> None:
+    ramp = (np.arange(12, dtype=np.uint16).reshape(3, 4) + 200) << 8
+    grey = np.asarray(load_image(encoded(Image.fromarray(ramp), transparency=int(ramp[1, 1]))))
+    assert grey[1, 1].tolist() == [255] * 3 and grey[0, 0].tolist() == [200] * 3
+
+
+@pytest.mark.parametrize("samples", [[[0.0, 5.0]], [[0.0, float("nan")]], [[-300.0, 300.0]], [[0.0, 1e12]]])
+def test_samples_that_are_none_of_an_image_are_refused_in_every_type(samples: list[list[float]]) -> None:
+    array = np.array(samples, np.float32)
+    for source in (array, Image.fromarray(array), torch.from_numpy(array)):
+        with pytest.raises(ValueError, match="outside"):
+            load_image(source)
+
+
+def test_pixels_are_normalized_where_the_images_are() -> None:
+    images = torch.zeros(2, 14, 14, 3, dtype=torch.uint8, device="meta")
+    assert YiVLImageProcessor(size_px=14).normalise(images).device.type == "meta"
+
+
 @pytest.mark.parametrize(
     "array", [np.zeros((2, 3, 5)), np.zeros(4), np.full((2, 2), 2.0), np.full((2, 2), np.nan), np.full((2, 2), -1)]
 )
@@ -161,14 +227,46 @@ def test_arrays_that_are_no_picture(array: np.ndarray) -> None:
         load_image(array)
 
 
-@pytest.mark.parametrize("size", [(97, 61), (40, 300), (1, 1), (64, 64), (700, 5), (3, 517), (1, 900)])
+def padded_then_resized(image: Image.Image, size_px: int) -> Image.Image:
+    side = max(image.size)
+    square = Image.new("RGB", (side, side), (122, 116, 104))
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square.resize((size_px, size_px), Image.Resampling.BICUBIC)
+
+
+@pytest.mark.parametrize("size", [(97, 61), (40, 300), (1, 1), (64, 64), (700, 5), (3, 517), (1, 900), (9, 8), (8, 9)])
 def test_pad_and_resize_equals_padding_then_resizing(size: tuple[int, int]) -> None:
     image = noise(*size)
-    side = max(size)
-    square = Image.new("RGB", (side, side), (122, 116, 104))
-    square.paste(image, ((side - size[0]) // 2, (side - size[1]) // 2))
-    expected = np.asarray(square.resize((56, 56), Image.Resampling.BICUBIC))
-    assert np.array_equal(np.asarray(pad_and_resize(image, 56)), expected)
+    assert pad_and_resize(image, 56).tobytes() == padded_then_resized(image, 56).tobytes()
+
+
+@pytest.mark.parametrize("max_padded_pixels", [0, 1 << 25])  # the way of large long images, and that of all others
+def test_every_way_of_resizing_equals_padding_then_resizing(
+    max_padded_pixels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(image_resize, "_MAX_PADDED_PIXELS", max_padded_pixels)
+    rng = np.random.default_rng(max_padded_pixels)
+    for index in range(150):
+        width, height = np.exp(rng.uniform(0, 6.9, 2)).astype(int).tolist()  # 1 to 1000 px
+        monkeypatch.setattr(image_resize, "_STRIP_PIXELS", int(rng.choice([100, 10_000, 1 << 19])))
+        size_px = int(rng.choice([28, 112, 224, 448]))
+        image = noise(width, height, index)
+        if index % 2:
+            image = image.point(lambda value: 255 * (value > 127))  # where kernels overshoot
+        assert pad_and_resize(image, size_px).tobytes() == padded_then_resized(image, size_px).tobytes(), image.size
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_strips_of_a_turned_image_are_the_turned_image(orientation: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = noise(23, 37)
+    image.getexif()[0x0112] = orientation
+    upright = ImageOps.exif_transpose(image)
+    strips = image_samples.strips_of_image(image, "it")
+    assert strips.size == upright.size
+    for start, stop in ((0, 5), (5, 22), (11, 12), (0, upright.height)):
+        assert strips.read(start, stop).tobytes() == upright.crop((0, start, upright.width, stop)).tobytes()
+    monkeypatch.setattr(image_samples, "_STRIP_PIXELS", 100)
+    assert load_image(image).tobytes() == upright.tobytes()
 
 
 @pytest.mark.parametrize("size", [(1, 1), (10_000, 20), (20, 10_000)])

@@ -32,11 +32,13 @@ from fastapi import FastAPI
 from openai import AsyncOpenAI, OpenAI
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
+from test_image_hostile import bmp_in_rle, gif_with, icon, jpeg_of_scans, png
 from tiny import NUM_PATCHES, OFFICIAL, tiny_yi_vl
 from transformers import DynamicCache
 
 from yi_vl import cli
 from yi_vl.decode import Prompts, Sampling
+from yi_vl.image import MAX_PIXELS
 from yi_vl.predict import YiVL
 from yi_vl.server import Limits, create_app, images
 from yi_vl.server.worker import Ahead
@@ -312,6 +314,11 @@ def bomb() -> bytes:
     return bytes(content)
 
 
+def with_text(request: dict[str, Any], text: str) -> dict[str, Any]:
+    request["messages"][0]["content"].append({"type": "text", "text": text})
+    return request
+
+
 URL = "messages[0].content[0].image_url.url"
 REFUSED: list[tuple[Any, int, str | None, str]] = [
     (b"{", 400, None, "not JSON"),
@@ -358,8 +365,17 @@ REFUSED: list[tuple[Any, int, str | None, str]] = [
     (show("data:image/png;base64,!"), 422, URL, "not base64"),
     (show("data:image/png,abc"), 400, URL, "must have the form"),
     (show(data_url(TALL.read_bytes()[:2000])), 422, URL, "damaged"),
-    (show(data_url(bomb())), 422, URL, "at most 100,000,000"),
+    (show(data_url(bomb())), 422, URL, f"at most {MAX_PIXELS:,}"),
     (show(data_url(picture("EPS"))), 422, URL, "not a picture of a format"),
+    (show(data_url(png(1, 300_000, 8, 2, 3))), 422, URL, "a side of at most 65,535"),
+    (show(data_url(gif_with(b"!\xfe\1a\0" * 100_000))), 422, URL, "too many pieces"),
+    (show(data_url(jpeg_of_scans(10_000, 400))), 422, URL, "more than 50 scans"),
+    (show(data_url(bmp_in_rle(10_000))), 422, URL, "decoded slowly"),
+    (show(data_url(icon(png(10_000, 10_000, 1, 0, 1)))), 422, URL, "an icon that holds"),
+    (ask(messages=[{"role": "user", "content": "a" * 10_000_000}]), 400, "messages", "takes at least"),
+    (ask(messages=[{"role": "user", "content": "#" * 5_000}]), 400, "messages", "takes at least"),
+    (ask(messages=HI * 100_001), 413, None, "more than 100,000 values"),
+    (with_text(show(data_url(bomb())), "a" * 100_000), 400, "messages", "takes at least"),  # before it is decoded
     (show(str(WIDE)), 400, URL, "files are not read"),
     (show(f"file://{WIDE}"), 400, URL, "files are not read"),
     (show("http://127.0.0.1/a.png"), 400, URL, "fetches no pictures"),

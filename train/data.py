@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from yi_vl.chat import Encoded, Segment, from_llava, render, render_caption
+from yi_vl.chat import Encoded, Segment, TooLongError, from_llava, render, render_caption
 from yi_vl.processor import YiVLProcessor
 
 from .config import DataConfig, SourceConfig
@@ -90,9 +90,11 @@ class SampleEncoder:
             ValueError: it cannot be learned from, and why.
         """
         segments, pictures = read_sample(raw, self._forms[source])
-        encoded = self._processor.encode(segments)
-        if len(encoded.input_ids) > self._max_tokens:
-            raise TooLong(f"{len(encoded.input_ids)} tokens, max_tokens is {self._max_tokens}")
+        try:
+            encoded = self._processor.encode(segments, self._max_tokens)
+        except TooLongError as error:
+            least = "" if error.is_tokenized else "at least "
+            raise TooLong(f"{least}{error.num_tokens} tokens, max_tokens is {self._max_tokens}") from error
         if not any(encoded.loss_mask[1:]):
             raise ValueError("no answer to learn from")
         image_processor = self._processor.image_processor

@@ -4,13 +4,12 @@ Two things save time. A large JPEG is decoded to a half, a quarter or an eighth 
 of its work. And torch resizes bytes with vector instructions, which Pillow does not.
 
 How far the pixels are from those of yi_vl/image.py is printed by `python -m train.speed data`: by torch's resizing 1 of
-255 where it shrinks; by scaled decoding about as far as JPEG's own losses are. Called by data.py; calls yi_vl.
+255 where it shrinks; by scaled decoding about as far as JPEG's own losses are.
 H, W in pixels; a picture's size is (width, height), as Pillow has it.
 """
 
 from __future__ import annotations
 
-import io
 import math
 
 import numpy as np
@@ -20,12 +19,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from yi_vl.config import IMAGE_MEAN
-from yi_vl.image import MAX_PIXELS, load_image, pad_and_resize
+from yi_vl.image import load_image, open_image, pad_and_resize
 
 # Decoded pixels per final one along a side. A halved picture may have fewer, because that saves most: further halvings
 # save little, since a JPEG's code words must all be read in any case.
 _LEAST_HALVED, _LEAST = 1.25, 2.0
 _MEAN_COLOUR = tuple(int(255 * channel) for channel in IMAGE_MEAN)
+_MAX_CANVAS_PIXELS = 100_000_000  # of the padded square
 _MOST_LEAD = 16
 _HAIR = 1e-7
 
@@ -36,10 +36,11 @@ def square(content: bytes, size_px: int) -> Tensor:
     Raises:
         ValueError: it is not a picture, or damaged, or too large.
     """
-    try:
-        opened: Image.Image = Image.open(io.BytesIO(content))
-    except (OSError, ValueError, Image.DecompressionBombError):
-        opened = load_image(content)  # which says what is wrong with it
+    with open_image(content) as opened:
+        return _square(opened, size_px)
+
+
+def _square(opened: Image.Image, size_px: int) -> Tensor:
     width, height = opened.size
     scale = _scale(max(width, height), size_px) if opened.format == "JPEG" else 1
     if scale > 1:
@@ -51,7 +52,7 @@ def square(content: bytes, size_px: int) -> Tensor:
     elif opened.getexif().get(ExifTags.Base.Orientation, 1) > 4:  # lies on its side
         width, height = height, width
     side = max(width, height)
-    if width == height == size_px or (side / scale) ** 2 > MAX_PIXELS:  # nothing to do; or a strip, enormous if squared
+    if width == height == size_px or (side / scale) ** 2 > _MAX_CANVAS_PIXELS:  # or a strip
         return torch.from_numpy(np.array(pad_and_resize(image, size_px)))
     left, top = (side - width) // 2 / scale, (side - height) // 2 / scale
     return _resize(image, left, top, side / scale, size_px)

@@ -1,21 +1,19 @@
 """What a shard holds, as the trainer will see it, and whether that is what the manifest says.
 
-Called by shards.py; calls stream.py and data.py, so that what is counted here is what can be learned from.
+Samples are read with the trainer's own functions, so that what is counted here is what can be learned from.
 """
 
 from __future__ import annotations
 
-import io
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from PIL import Image
 from rich.table import Table
 from rich.text import Text
 
 from yi_vl.chat import Segment
-from yi_vl.image import load_image
+from yi_vl.image import load_image, open_image
 
 from .config import FORMS
 from .data import read_sample, sample_name
@@ -55,8 +53,8 @@ def inspect(path: Path) -> Contents:
         try:
             forms, pictures = _usable_forms(raw)
             for picture in pictures:
-                load_image(picture)
-                image = Image.open(io.BytesIO(picture))
+                with open_image(picture) as image:
+                    load_image(image)
                 contents.formats[image.format or "?"] += 1
                 contents.sides_px[max(image.size)] += 1
         except ValueError as error:

@@ -2,7 +2,6 @@
 
 A source is cut into chunks, one for each shard. A chunk is small, is sent to another process, and there yields its
 samples: a name for people, and a function that reads the sample or says why it cannot be used.
-Called by shards.py; calls yi_vl's reading of images.
 """
 
 from __future__ import annotations
@@ -16,9 +15,7 @@ from functools import partial
 from pathlib import Path, PureWindowsPath
 from typing import Any, Protocol
 
-from PIL import Image
-
-from yi_vl.image import load_image
+from yi_vl.image import load_image, open_image
 
 from .shard_files import Members, digest
 
@@ -241,8 +238,9 @@ def _pictures(contents: list[bytes]) -> Members:
     """The members of some encoded pictures, each decoded once to see that it can be."""
     members: Members = {}
     for index, content in enumerate(contents):
-        picture = load_image(content)
-        suffix = _SUFFIX_OF_FORMAT.get(Image.open(io.BytesIO(content)).format or "")
+        with open_image(content) as image:
+            suffix = _SUFFIX_OF_FORMAT.get(image.format or "")
+            picture = load_image(image)
         if suffix is None:  # a format that the trainer does not look for
             buffer = io.BytesIO()
             picture.save(buffer, "PNG")

@@ -3,13 +3,13 @@
 A conversation is a list of messages as OpenAI and transformers write them:
 `{"role": "user", "content": "text" | [{"type": "image"}, {"type": "text", "text": "..."}]}`.
 Training and inference render it with the same function, so they cannot drift apart.
-Called by processor.py, predict.py and the trainer's data; calls nothing of the project.
 
 Source of the format: 01-ai/Yi-VL's model card and inference code.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, field
@@ -48,6 +48,21 @@ CHAT_TEMPLATE = (
     "{%- endfor -%}"
     "{{- ' Assistant:' if add_generation_prompt else '' -}}"
 )
+
+
+class TooLongError(ValueError):
+    """A conversation of more than `max_tokens` tokens: `num_tokens`, or at least so many if it was not tokenized."""
+
+    def __init__(
+        self, num_tokens: int, num_images: int, patches_per_image: int, max_tokens: int, is_tokenized: bool = True
+    ) -> None:
+        self.num_tokens, self.is_tokenized = num_tokens, is_tokenized
+        takes = "takes" if is_tokenized else "takes at least"
+        super().__init__(
+            f"The prompt {takes} {num_tokens} tokens, {num_images * patches_per_image} of them for {num_images} images "
+            f"of {patches_per_image}; the model holds {max_tokens + 1}, the answer included. Give fewer images or a "
+            "shorter text, or begin a new chat."
+        )
 
 
 @dataclass(frozen=True)
@@ -101,7 +116,14 @@ def render_caption(caption: str, num_images: int = 1, told: str = "") -> list[Se
     return [*shown, Segment(caption, is_supervised=True, is_typed=True), Segment("\n", is_supervised=True)]
 
 
-def encode(segments: Sequence[Segment], tokenizer: Any, image_token_id: int, patches_per_image: int) -> Encoded:
+def encode(
+    segments: Sequence[Segment],
+    tokenizer: Any,
+    image_token_id: int,
+    patches_per_image: int,
+    max_tokens: int | None = None,
+    max_token_length: int = 1,
+) -> Encoded:
     """Token ids of a rendered conversation, with the loss mask and the first index of every image's run of tokens.
 
     Text between images is tokenised in one go, as the official code does, and each token belongs to the segment that
@@ -109,7 +131,14 @@ def encode(segments: Sequence[Segment], tokenizer: Any, image_token_id: int, pat
 
     Args:
         tokenizer: a transformers tokenizer that reports offsets (any fast one).
+        max_tokens: what cannot fit is refused before it is tokenized, so that the time is bounded by them.
+        max_token_length: characters of the longest token that text can become.
+
+    Raises:
+        TooLongError: there are more than `max_tokens` tokens.
     """
+    if max_tokens is not None:
+        _check_length(segments, patches_per_image, max_tokens, max_token_length)
     encoded = Encoded()
     special_ids = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
     special_ids.discard(tokenizer.unk_token_id)  # also of characters that the vocabulary does not have
@@ -123,6 +152,8 @@ def encode(segments: Sequence[Segment], tokenizer: Any, image_token_id: int, pat
         input_ids, starts = _tokenize("".join(segment.text for segment in chunk), tokenizer, special_ids)
         encoded.input_ids += input_ids
         encoded.loss_mask += [supervised[start] for start in starts]
+    if max_tokens is not None and len(encoded.input_ids) > max_tokens:
+        raise TooLongError(len(encoded.input_ids), len(encoded.image_starts), patches_per_image, max_tokens)
     return encoded
 
 
@@ -180,13 +211,15 @@ def from_llava(conversations: Sequence[dict[str, str]]) -> list[dict[str, Any]]:
                 f"A conversation entry needs `from` (human or gpt) and a text `value`, found {str(entry)[:200]}."
             )
         content: list[dict[str, str]] = []
+        only_images = True
         for index, text in enumerate(entry["value"].split("<image>")):
             if index:
                 content.append({"type": "image"})
-            if text and index and all(part["type"] == "image" for part in content):
+            if text and index and only_images:
                 text = text.removeprefix("\n")  # `render` writes the line break after leading images itself
             if text.strip() or (text and content and content[-1]["type"] == "text"):
                 content.append({"type": "text", "text": text})
+                only_images = False
         messages.append({"role": roles[entry["from"]], "content": content})
     return messages
 
@@ -198,6 +231,16 @@ def hold_back(text: str, stop_strings: Sequence[str] = (STOP_STRING,)) -> int:
         if any(stop.startswith(text[-size:]) for stop in stop_strings):
             return size
     return 0
+
+
+def _check_length(segments: Sequence[Segment], patches_per_image: int, max_tokens: int, max_token_length: int) -> None:
+    num_images = sum(segment.is_image for segment in segments)
+    num_characters = sum(len(segment.text) for segment in segments if not segment.is_image)
+    least = num_images * patches_per_image + math.ceil(num_characters / max_token_length)
+    if least <= max_tokens:  # else cutting it into chunks could take long as well
+        least = sum(patches_per_image if chunk[0].is_image else 1 for chunk in _chunks(segments))
+    if least > max_tokens:
+        raise TooLongError(least, num_images, patches_per_image, max_tokens, is_tokenized=False)
 
 
 def _split_system(messages: Sequence[dict[str, Any]]) -> tuple[str, Sequence[dict[str, Any]]]:
@@ -234,6 +277,7 @@ def _render_content(message: dict[str, Any], is_supervised: bool) -> list[Segmen
     if not isinstance(parts, (list, tuple)):
         raise ValueError(f"A message's content is text or a list of parts, found {type(content).__name__}.")
     segments: list[Segment] = []
+    only_images = True
     for part in parts:
         if not isinstance(part, dict) or part.get("type") not in ("text", "image"):
             raise ValueError(f"A content part is of type text or image, found {str(part)[:200]}.")
@@ -242,8 +286,9 @@ def _render_content(message: dict[str, Any], is_supervised: bool) -> list[Segmen
             continue
         if not isinstance(part.get("text"), str):
             raise ValueError(f"A part of type text holds its words under `text`, found {str(part)[:200]}.")
-        if segments and all(segment.is_image for segment in segments):
+        if segments and only_images:
             segments.append(Segment("\n", is_supervised=is_supervised))
+        only_images = False
         segments.append(Segment(part["text"], is_supervised=is_supervised, is_typed=True))
     if message["role"] == "user" and not any(segment.is_typed and segment.text.strip() for segment in segments):
         raise ValueError("The question is empty; ask something in words.")

@@ -1,90 +1,95 @@
-"""Pictures in, pixels out: the ONE image transform of the project.
+"""Images in, pixels out: the ONE image transform of the project.
 
-`load_image` turns whatever a user hands over into an RGB picture, or says in one line why it cannot;
-`YiVLImageProcessor` pads it to a square with the mean colour, resizes it and normalises it.
-Called by processor.py, predict.py and the trainer's data; calls config.py. H, W in pixels, N images.
+`load_image` turns whatever a user hands over into an RGB image, or says in one line why it cannot;
+`YiVLImageProcessor` pads it to a square with the mean colour, resizes it and normalizes it.
+H, W in pixels, N images.
 """
 
 from __future__ import annotations
 
-import io
 import os
-import warnings
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from transformers import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 
 from .config import IMAGE_MEAN, IMAGE_STD
+from .image_file import MAX_PIXELS as MAX_PIXELS
+from .image_file import MAX_SIDE_PX as MAX_SIDE_PX
+from .image_file import WEB_FORMATS as WEB_FORMATS
+from .image_file import check_image, check_size, halve_large_jpeg_, open_file
+from .image_resize import resize_strips
+from .image_samples import ImageError, RgbStrips, channels_last, strips_of_array, strips_of_image
 
 ImageSource = str | os.PathLike | bytes | Image.Image | np.ndarray | Tensor
 
-MAX_PIXELS = 100_000_000  # what a picture may hold before it is taken for a decompression bomb
-_STRIP_ROWS = 256
+_LARGE_IMAGE_PIXELS = 1 << 25
+_one_large_image = threading.Lock()  # large images are decoded one at a time: together they would take gigabytes
 
 
-def load_image(source: ImageSource) -> Image.Image:
-    """An upright RGB picture from a path, encoded bytes, a PIL image or an array.
+def load_image(source: ImageSource, formats: Sequence[str] | None = None) -> Image.Image:
+    """An upright RGB image from a path, encoded bytes, a PIL image or an array.
 
-    Arrays are (H, W), (H, W, 1|3|4), or as tensors also (1|3|4, H, W); uint8, or float in 0..1. Transparency is laid
-    over white, 16 bits are reduced to 8, of an animation the first frame counts.
+    Arrays are (H, W), (H, W, 1|3|4), or as tensors also (1|3|4, H, W). What samples of more than 8 bits and floats mean
+    is one rule, stated atop image_samples.py: floats are 0..1 or 0..255, wider integers keep their upper eight bits.
+    Transparency is laid over white, of an animation the first frame counts, a JPEG of more than 50 megapixels is read
+    at half its size.
+
+    Args:
+        formats: of files, those that are read, as Pillow calls them; `WEB_FORMATS` for those of strangers. By default
+            all of raster images.
 
     Raises:
-        ValueError: there is no such file, it is not a picture, it is damaged, or it is larger than `MAX_PIXELS`.
+        ValueError: there is no such file, it is not an image, it is damaged, it has more than `MAX_PIXELS` or a side of
+            more than `MAX_SIDE_PX`, or its samples are none of an image.
+    """
+    with _reading(source, formats) as strips:
+        return strips.read_all()
+
+
+@contextmanager
+def open_image(source: ImageSource, formats: Sequence[str] | None = None) -> Iterator[Image.Image]:
+    """An image as Pillow opens it, found to be within bounds before it is decoded; the arguments are `load_image`'s.
+
+    Raises:
+        ValueError: as `load_image`, but for damage that only shows when it is decoded.
     """
     name = _describe(source)
     if isinstance(source, Image.Image):
-        return _to_rgb(source, name)
-    if isinstance(source, (np.ndarray, Tensor)):
-        return _to_rgb(_from_array(source, name), name)
-    if isinstance(source, (bytes, bytearray)):
-        if not source:
-            raise ValueError(f"{name} is empty (0 bytes).")
-        return _open(io.BytesIO(source), name)
-    if isinstance(source, (str, os.PathLike)):
-        path = Path(source).expanduser()
-        if not path.exists():
-            raise ValueError(f"{name}: there is no such file.")
-        if not path.is_file():
-            raise ValueError(f"{name} is a folder, not a picture.")
-        if path.stat().st_size == 0:
-            raise ValueError(f"{name} is empty (0 bytes).")
-        return _open(path, name)
-    raise ValueError(f"{name} is no picture: expected a path, bytes, a PIL image or an array.")
+        check_image(source, name)
+        yield source
+        return
+    if not isinstance(source, (str, os.PathLike, bytes, bytearray)):
+        raise ImageError(f"{name} is no picture: expected a path, bytes, a PIL image or an array.")
+    file = bytes(source) if isinstance(source, (bytes, bytearray)) else Path(source).expanduser()
+    if isinstance(file, Path) and not file.exists():
+        raise ImageError(f"{name}: there is no such file.")
+    if isinstance(file, Path) and not file.is_file():
+        raise ImageError(f"{name} is a folder, not a picture.")
+    if not (file.stat().st_size if isinstance(file, Path) else len(file)):
+        raise ImageError(f"{name} is empty (0 bytes), not a picture.")
+    with open_file(file, name, formats) as image:
+        yield image
 
 
 def pad_and_resize(image: Image.Image, size_px: int) -> Image.Image:
-    """Centre an RGB picture on a square of the mean colour and resize it, bicubic, to size_px x size_px.
+    """Centre an RGB image on a square of the mean colour and resize it, bicubic, to size_px x size_px.
 
-    Equal to the last bit to padding first and resizing then, but never holds the padded square, which for a
-    60000 x 10 picture would be 10 GB: Pillow resizes along x, then along y, and so does this, in strips of rows.
+    Equal to the last bit to padding first and resizing then, in time and memory that grow with the image's own pixels.
     """
-    width, height = image.size
-    if width == height == size_px:
-        return image
-    side = max(width, height)
-    mean_colour = tuple(int(255 * channel) for channel in IMAGE_MEAN)  # (122, 116, 104), as Yi-VL pads
-    left, top = (side - width) // 2, (side - height) // 2
-    narrow = Image.new("RGB", (size_px, side), mean_colour)  # resized along x only
-    for start in range(0, height, _STRIP_ROWS):
-        rows = min(_STRIP_ROWS, height - start)
-        strip = image.crop((0, start, width, start + rows))
-        if left:
-            padded = Image.new("RGB", (side, rows), mean_colour)
-            padded.paste(strip, (left, 0))
-            strip = padded
-        narrow.paste(strip.resize((size_px, rows), Image.Resampling.BICUBIC), (0, top + start))
-    return narrow.resize((size_px, size_px), Image.Resampling.BICUBIC)
+    return resize_strips(image.size, lambda start, stop: image.crop((0, start, image.width, stop)), size_px)
 
 
 class YiVLImageProcessor(BaseImageProcessor):
-    """Pictures to `pixel_values` (N, 3, size_px, size_px), float32, normalised as OpenCLIP's towers expect."""
+    """Images to `pixel_values` (N, 3, size_px, size_px), float32, normalised as OpenCLIP's towers expect."""
 
     model_input_names = ["pixel_values"]
 
@@ -103,16 +108,17 @@ class YiVLImageProcessor(BaseImageProcessor):
     def __call__(  # type: ignore[override]
         self, images: Any, return_tensors: str | None = None, **_: Any
     ) -> BatchFeature:
-        """A picture, a list, or a list of lists (a batch); their pixels in reading order."""
+        """An image, a list, or a list of lists (a batch); their pixels in reading order."""
         squares = [self.square(image) for image in _flatten(images)]
         return BatchFeature({"pixel_values": self.normalise(torch.stack(squares))}, tensor_type=return_tensors)
 
-    def prepare(self, image: ImageSource) -> Image.Image:
-        """The picture as the model sees it: upright, RGB, padded to a square, resized."""
-        return pad_and_resize(load_image(image), self.size_px)
+    def prepare(self, image: ImageSource, formats: Sequence[str] | None = None) -> Image.Image:
+        """The image as the model sees it: upright, RGB, padded to a square, resized; arguments as of `load_image`."""
+        with _reading(image, formats) as strips:
+            return resize_strips(strips.size, strips.read, self.size_px)
 
     def square(self, image: ImageSource) -> Tensor:
-        """A prepared picture's bytes, (H, W, 3) uint8: what the trainer's workers send, a quarter of `pixel_values`."""
+        """A prepared image's bytes, (H, W, 3) uint8: what the trainer's workers send, a quarter of `pixel_values`."""
         return torch.from_numpy(np.array(self.prepare(image)))
 
     def normalise(self, squares: Tensor) -> Tensor:
@@ -128,6 +134,23 @@ def _flatten(images: Any) -> list[ImageSource]:
     return [images]
 
 
+@contextmanager
+def _reading(source: ImageSource, formats: Sequence[str] | None) -> Iterator[RgbStrips]:
+    """An image of any source, found to be within bounds, to be read while the context lasts."""
+    name = _describe(source)
+    if isinstance(source, (np.ndarray, Tensor)):
+        array = channels_last(source, name)
+        check_size((array.shape[1], array.shape[0]), name)
+        yield strips_of_array(array, name)
+        return
+    with open_image(source, formats) as image:
+        if not isinstance(source, Image.Image):  # which is its owner's
+            halve_large_jpeg_(image)
+        is_large = image.width * image.height > _LARGE_IMAGE_PIXELS
+        with _one_large_image if is_large else nullcontext():
+            yield strips_of_image(image, name)
+
+
 def _describe(source: object) -> str:
     if isinstance(source, (str, os.PathLike)):
         return os.fspath(source) if len(str(source)) < 200 else f"{str(source)[:80]}..."
@@ -136,68 +159,3 @@ def _describe(source: object) -> str:
     if isinstance(source, (bytes, bytearray)):
         return f"the picture of {len(source)} bytes"
     return f"the picture given as {type(source).__name__}"
-
-
-def _open(file: io.BytesIO | Path, name: str) -> Image.Image:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS decides, in _to_rgb
-            with Image.open(file) as image:
-                return _to_rgb(image, name)
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"{name} is refused, it unpacks to too many pixels ({error}).") from error
-    except UnidentifiedImageError as error:
-        raise ValueError(
-            f"{name} is not a picture in a format Pillow knows (its content counts, not its name)."
-        ) from error
-    except OSError as error:
-        raise ValueError(f"{name} cannot be read as a picture: {error}.") from error
-
-
-def _to_rgb(image: Image.Image, name: str) -> Image.Image:
-    width, height = image.size
-    if not width or not height:
-        raise ValueError(f"{name} has no pixels ({width} x {height}).")
-    if width * height > MAX_PIXELS:
-        raise ValueError(f"{name} has {width} x {height} pixels; at most {MAX_PIXELS:,} are read. Shrink it first.")
-    try:
-        image.load()
-        if (upright := ImageOps.exif_transpose(image)) is not None:
-            image = upright
-        if image.mode.startswith("I"):
-            samples = np.asarray(image).astype(np.int64)
-            image = Image.fromarray(
-                (samples >> 8 if samples.max(initial=0) > 255 else samples).clip(0, 255).astype(np.uint8)
-            )
-        elif image.mode == "F":
-            image = Image.fromarray(np.nan_to_num(np.asarray(image)).clip(0, 255).astype(np.uint8))
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            white = Image.new("RGBA", image.size, "white")
-            return Image.alpha_composite(white, image).convert("RGB")
-        return image if image.mode == "RGB" else image.convert("RGB")  # even of RGB that would be a copy
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, ZeroDivisionError) as error:
-        # Pillow's decoders and its EXIF reader raise all of these on damaged files.
-        raise ValueError(f"{name} is damaged and cannot be decoded: {error}.") from error
-
-
-def _from_array(array: np.ndarray | Tensor, name: str) -> Image.Image:
-    if isinstance(array, Tensor):
-        array = array.detach().cpu().float().numpy() if array.is_floating_point() else array.cpu().numpy()
-        if array.ndim == 3 and array.shape[0] in (1, 3, 4) and array.shape[-1] not in (1, 3, 4):
-            array = array.transpose(1, 2, 0)
-    if array.ndim == 3 and array.shape[-1] == 1:
-        array = array[..., 0]
-    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[-1] not in (3, 4)):
-        raise ValueError(f"{name} has shape {array.shape}; expected (H, W) or (H, W, 3 or 4).")
-    if np.issubdtype(array.dtype, np.floating):
-        if not np.isfinite(array).all() or array.min(initial=0) < 0 or array.max(initial=0) > 1:
-            raise ValueError(f"{name} holds floats outside 0..1 (or not finite); scale them, or give uint8.")
-        array = np.rint(array * 255).astype(np.uint8)
-    elif array.dtype == bool:
-        array = array.astype(np.uint8) * 255
-    elif array.dtype != np.uint8:
-        if array.min(initial=0) < 0 or array.max(initial=0) > 255:
-            raise ValueError(f"{name} holds {array.dtype} values outside 0..255; give uint8.")
-        array = array.astype(np.uint8)
-    return Image.fromarray(np.ascontiguousarray(array))

@@ -25,6 +25,7 @@ from transformers.cache_utils import Cache
 
 from .cache import gather
 from .chat import Encoded
+from .chat import TooLongError as TooLongError
 from .convert import TowerFrom
 from .decode import Answer, Chooser, Newcomers, Prompts, Rows, Sampling, decode, read_beginning
 from .image import ImageSource
@@ -52,10 +53,6 @@ def load(
 ) -> YiVL:
     """A model that is ready to answer; the arguments and errors are those of `loading.load_model`."""
     return YiVL(*load_model(path, device, dtype, tower_from, quantize))
-
-
-class TooLongError(ValueError):
-    """A conversation that takes more tokens than the model holds."""
 
 
 class YiVL:
@@ -186,12 +183,21 @@ class YiVL:
         Raises:
             ValueError: a conversation is malformed or too long, or a picture cannot be read.
         """
-        encoded = [self.processor.encode_messages(messages) for messages in conversations]
-        self._check_lengths(encoded)  # before pictures are read
+        encoded = self.encode(conversations)  # before images are decoded
         pictures = [picture for messages in conversations for picture in _pictures(messages)]
         with ThreadPoolExecutor() as threads:  # Pillow decodes and resizes without holding the interpreter's lock
             squares = list(threads.map(self.processor.image_processor.square, pictures))
         return self.prompts(encoded, squares)
+
+    def encode(self, conversations: Sequence[Sequence[Message]]) -> list[Encoded]:
+        """Conversations that await an answer as tokens; their images are not looked at.
+
+        Raises:
+            ValueError: a conversation is malformed.
+            TooLongError: one leaves no room for an answer.
+        """
+        max_tokens = self.model.config.text_config.max_position_embeddings - 1  # an answer takes one at least
+        return [self.processor.encode_messages(messages, max_tokens=max_tokens) for messages in conversations]
 
     def prompts(self, encoded: Sequence[Encoded], squares: Sequence[Tensor]) -> Prompts:
         """Rows of tokens with their pictures, (H, W, 3) uint8 each, as the model reads them.
@@ -313,16 +319,11 @@ class YiVL:
         return rows
 
     def _check_lengths(self, encoded: Sequence[Encoded]) -> None:
-        limit = self.model.config.text_config.max_position_embeddings
+        max_tokens = self.model.config.text_config.max_position_embeddings - 1
         for prompt in encoded:
-            num_tokens, num_images = len(prompt.input_ids), len(prompt.image_starts)
-            if num_tokens + 1 > limit:
-                per_image = self.processor.patches_per_image
-                raise TooLongError(
-                    f"The prompt takes {num_tokens} tokens, {num_images * per_image} of them for {num_images} images "
-                    f"of {per_image}; the model holds {limit}, the answer included. Give fewer images or a shorter "
-                    "text, or begin a new chat."
-                )
+            if len(prompt.input_ids) > max_tokens:
+                num_images, per_image = len(prompt.image_starts), self.processor.patches_per_image
+                raise TooLongError(len(prompt.input_ids), num_images, per_image, max_tokens)
 
 
 class Conversation:

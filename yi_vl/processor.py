@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
@@ -39,13 +40,23 @@ class YiVLProcessor(ProcessorMixin):
         """P: tokens that one image takes in the prompt."""
         return (self.image_processor.size_px // self.patch_size) ** 2
 
-    def encode(self, segments: Sequence[Segment]) -> Encoded:
+    def encode(self, segments: Sequence[Segment], max_tokens: int | None = None) -> Encoded:
         """Token ids, loss mask and image slots of a rendered conversation or caption; see `chat.encode`."""
-        return encode(segments, self.tokenizer, self.image_token_id, self.patches_per_image)
+        max_token_length = self._max_token_length if max_tokens is not None else 1
+        return encode(
+            segments, self.tokenizer, self.image_token_id, self.patches_per_image, max_tokens, max_token_length
+        )
 
-    def encode_messages(self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = True) -> Encoded:
+    def encode_messages(
+        self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = True, max_tokens: int | None = None
+    ) -> Encoded:
         """The conversation in the chat form, ready for an answer; see `chat.render` for what messages are."""
-        return self.encode(render(messages, add_generation_prompt))
+        return self.encode(render(messages, add_generation_prompt), max_tokens)
+
+    @cached_property
+    def _max_token_length(self) -> int:
+        """Characters of the longest token; a byte of one that is written as bytes is at most a character."""
+        return max(map(len, self.tokenizer.get_vocab()))
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **_: Any) -> str:
         """transformers' hook: what one placeholder in a prompt's text becomes before it is tokenised."""

@@ -9,9 +9,9 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable, Generator
+from collections.abc import AsyncGenerator, Awaitable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, closing
+from contextlib import aclosing, closing, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -107,6 +107,8 @@ class Completions:
     async def _answer(self, chat: ChatRequest, arrival: float) -> AsyncGenerator[Piece, None]:
         """An empty piece once the prompt is found to be good, then one for every token."""
         with self.worker.places:
+            if chat.images:  # a conversation that is too long is refused before its images are decoded
+                await self.worker.call(self._encode, chat.as_messages([None] * len(chat.images)))
             pictures = [await self._load_picture(url, param) for url, param in chat.images]
             prompts = await self.worker.call(self._prepare, chat.as_messages(pictures))
             yield Piece(0, "", None, {})
@@ -128,13 +130,13 @@ class Completions:
         prepare = self._yi_vl.processor.image_processor.prepare
         return await asyncio.get_running_loop().run_in_executor(self._decoder, open_picture, data, param, prepare)
 
+    def _encode(self, messages: list[dict[str, Any]]) -> None:
+        with _bad_messages():
+            self._yi_vl.encode([messages])
+
     def _prepare(self, messages: list[dict[str, Any]]) -> Prompts:
-        try:
+        with _bad_messages():
             return self._yi_vl.prepare([messages])
-        except TooLongError as error:
-            raise ApiError(400, str(error), "messages", "context_length_exceeded") from error
-        except ValueError as error:
-            raise ApiError(400, str(error), "messages") from error
 
     def _generate(self, chat: ChatRequest, prompts: Prompts) -> Generator[Piece, None, None]:
         """The choices, one after another; runs in the worker's thread."""
@@ -223,6 +225,17 @@ class _EventStream(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             self._pieces.cancel()
+
+
+@contextmanager
+def _bad_messages() -> Iterator[None]:
+    """What is wrong with a conversation, as an `ApiError`."""
+    try:
+        yield
+    except TooLongError as error:
+        raise ApiError(400, str(error), "messages", "context_length_exceeded") from error
+    except ValueError as error:
+        raise ApiError(400, str(error), "messages") from error
 
 
 def _event(content: dict[str, Any]) -> str:

@@ -2,7 +2,6 @@
 
 So that nobody reaches through this machine what only it can reach, a host's name is looked up once, every address it
 has must be public, and the connection goes to the address that was checked; every redirect is checked in the same way.
-Called by completions.py; calls protocol.py.
 """
 
 from __future__ import annotations
@@ -10,19 +9,18 @@ from __future__ import annotations
 import asyncio
 import base64
 import functools
-import io
 import socket
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from ipaddress import IPv4Address, IPv6Network, ip_address
 from urllib.parse import unquote
 
 import httpx
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from ..image import WEB_FORMATS
 from .protocol import ApiError, Limits
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # not all that Pillow reads: for EPS it would start Ghostscript
 _MAX_REDIRECTS = 3
 _UNICAST = IPv6Network("2000::/3")  # all of IPv6 that is given out to the public
 _NAT64 = IPv6Network("64:ff9b::/96")  # IPv4 addresses, written as IPv6
@@ -54,14 +52,15 @@ async def read_url(url: str, param: str, limits: Limits, allow_remote: bool) -> 
         raise ApiError(422, f"{param} cannot be fetched.", param, "image_unavailable") from error
 
 
-def open_picture(data: bytes, param: str, prepare: Callable[[Image.Image], Image.Image]) -> Image.Image:
-    """The prepared picture in encoded bytes; an `ApiError` 422 if it is broken, of another format or too large."""
+def open_picture(data: bytes, param: str, prepare: Callable[[bytes, Sequence[str]], Image.Image]) -> Image.Image:
+    """The prepared image in encoded bytes; an `ApiError` 422 if it is broken, of another format or too large.
+
+    Args:
+        prepare: `YiVLImageProcessor.prepare`.
+    """
     try:
-        return prepare(Image.open(io.BytesIO(data), formats=FORMATS))
-    except UnidentifiedImageError as error:
-        message = f"{param} is not a picture of a format that is read: {', '.join(FORMATS)}."
-        raise ApiError(422, message, param, "invalid_image") from error
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        return prepare(data, WEB_FORMATS)
+    except ValueError as error:
         raise ApiError(422, f"{param}: {error}", param, "invalid_image") from error
 
 
