@@ -5,15 +5,17 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from yi_vl.cli import QuantizeOption
 
 from .chat_client import DEFAULT_TIMEOUT_SECONDS
-from .judge import JudgeChoice
 from .models import ModelChoice, Settings
+
+if TYPE_CHECKING:
+    from .judge import JudgeChoice
 
 JudgeOption = Annotated[
     str | None,
@@ -30,6 +32,8 @@ TimeoutOption = Annotated[
 
 def judge_choice(url: str | None, model: str | None, timeout_seconds: float) -> JudgeChoice | None:
     """The judge that is asked for, if one is."""
+    from .judge import JudgeChoice
+
     if url is None and model is None:
         return None
     if url is None or model is None:
