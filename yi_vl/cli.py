@@ -77,6 +77,8 @@ def ask(
     *images, question = words
     if os.path.isfile(question):
         raise ValueError(f'the last argument is the question, but {question} is a file. Add: "What is this?"')
+    if not question.strip():
+        raise ValueError("The question is empty; ask something in words.")
     pieces = _load(model, quantize).stream(
         images,
         question,
