@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -72,7 +73,7 @@ def create_app(
     @asynccontextmanager
     async def close_at_end(_: FastAPI) -> AsyncIterator[None]:
         yield
-        completions.close()
+        await asyncio.to_thread(completions.close)  # the loop still tells clients why their answers end
 
     readable = ["GET", "HEAD"]
     api = APIRouter(prefix="/v1", dependencies=[Depends(authorize)])

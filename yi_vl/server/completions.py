@@ -217,7 +217,6 @@ class _EventStream(StreamingResponse):
         except asyncio.CancelledError:
             event = _event(ApiError(503, SHUTDOWN, code="shutting_down").body)
             await send({"type": "http.response.body", "body": event.encode(), "more_body": False})
-            raise
         finally:
             self._pieces.cancel()
 

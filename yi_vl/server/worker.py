@@ -58,6 +58,7 @@ class Worker:
         self.places = Places(1 + num_waiting, self.retry_seconds)
         self._mean_seconds: float | None = None  # of the answers so far, the latest ones above all
         self._turn_began = 0.0
+        self._is_closed = False
         self._turn = asyncio.Lock()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="yi-vl-worker")
 
@@ -85,7 +86,8 @@ class Worker:
                 while (item := await self.call(next, steps, None)) is not None:
                     yield item
             finally:
-                await asyncio.shield(self.call(steps.close))
+                if not self._is_closed:
+                    await asyncio.shield(self.call(steps.close))
                 self._note_duration(time.monotonic() - self._turn_began)
 
     def _note_duration(self, seconds: float) -> None:
@@ -93,6 +95,8 @@ class Worker:
         self._mean_seconds = mean + _NEWEST_SHARE * (seconds - mean)
 
     def close(self) -> None:
+        """Wait until the step under way is over; none begins after it."""
+        self._is_closed = True
         self._thread.shutdown(cancel_futures=True)
 
 
