@@ -1,4 +1,4 @@
-"""What stands before the routes: Starlette's own middleware where it has one, and paths as clients spell them."""
+"""What stands before the routes: CORS, the check of the Host header, and paths as clients spell them."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import re
 from collections.abc import Sequence
 
 from fastapi import FastAPI
+from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
+
+from .protocol import ApiError
 
 _LOOPBACK_HOSTS = ("localhost", "*.localhost", "127.0.0.1", "[::1]")
 _ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/\s?#]+", re.IGNORECASE)
@@ -29,6 +32,36 @@ class NormalizePath:
         await self._app(scope, receive, send)
 
 
+class CheckHost:
+    """ASGI middleware: 403 for requests to a name that is not allowed.
+
+    Starlette's TrustedHostMiddleware refuses `[::1]` in the older versions that are allowed here, and says of no
+    request what is wrong with it.
+    """
+
+    def __init__(self, app: ASGIApp, allowed: Sequence[str]) -> None:
+        self._app = app
+        self._allowed = [name.lower() for name in allowed]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        name = _host_name(Headers(scope=scope).get("Host", "")) if scope["type"] == "http" else None
+        if name is None or any(_matches(name, pattern) for pattern in self._allowed):
+            await self._app(scope, receive, send)
+            return
+        message = f"This server does not answer to the host {name[:200]!r}; start it with --allowed-host for that name."
+        await JSONResponse(ApiError(403, message, code="host_not_allowed").body, 403)(scope, receive, send)
+
+
+def _host_name(header: str) -> str:
+    """The name in a Host header, without its port."""
+    bracketed, bracket, _ = header.partition("]")
+    return (bracketed + bracket if bracket else header.partition(":")[0]).lower().rstrip(".")
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return pattern in ("*", name) or (pattern.startswith("*.") and name.endswith(pattern[1:]))
+
+
 def add_middleware(app: FastAPI, cors_origins: Sequence[str], allowed_hosts: Sequence[str]) -> None:
     """Normalized paths, and where asked for, answers to web pages of other origins and a check of the Host header."""
     app.add_middleware(NormalizePath)
@@ -41,7 +74,7 @@ def add_middleware(app: FastAPI, cors_origins: Sequence[str], allowed_hosts: Seq
             expose_headers=["Retry-After"],
         )
     if allowed_hosts:
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(allowed_hosts), www_redirect=False)
+        app.add_middleware(CheckHost, allowed=allowed_hosts)
 
 
 def check_origin(origin: str) -> str:

@@ -26,9 +26,9 @@ from .parameters import (
 class ApiError(Exception):
     """A request that is not answered, and why, in OpenAI's form.
 
-    400: it is malformed, or asks for what is not supported; 401: its key is wrong; 404: there is no such model or page;
-    408, 413: it is too slow, too large; 415: its encoding is not supported; 422: an image cannot be fetched or read;
-    429: too many wait already; 500, 503: the server failed, or is shutting down.
+    400: it is malformed, or asks for what is not supported; 401: its key is wrong; 403: its Host header is; 404: there
+    is no such model or page; 408, 413: it is too slow, too large; 415: its encoding is not supported; 422: an image
+    cannot be fetched or read; 429: too many wait already; 500, 503: the server failed, or is shutting down.
     """
 
     def __init__(
