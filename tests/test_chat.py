@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ from tiny import IMAGE_TOKEN_ID, NUM_PATCHES, OFFICIAL, official_messages, tiny_
 from tokenizers import Regex
 from tokenizers.pre_tokenizers import Split
 
-from yi_vl.chat import SYSTEM_PROMPT, encode, from_llava, hold_back, render, render_caption, to_text
+import yi_vl
+from yi_vl.chat import CHAT_TEMPLATE, SYSTEM_PROMPT, encode, from_llava, hold_back, render, render_caption, to_text
 from yi_vl.processor import YiVLProcessor
 
 pytestmark = pytest.mark.core
@@ -84,6 +86,10 @@ def test_template_equals_render(name: str, is_finished: bool, processor: YiVLPro
     messages = CONVERSATIONS[name] + ([assistant("Answer.")] if is_finished else [])
     rendered = to_text(render(messages, add_generation_prompt=not is_finished))
     assert processor.apply_chat_template(messages, add_generation_prompt=not is_finished, tokenize=False) == rendered
+
+
+def test_the_bundled_model_has_the_template() -> None:
+    assert (Path(yi_vl.__file__).parent / "nano" / "chat_template.jinja").read_text("utf-8") == CHAT_TEMPLATE
 
 
 @pytest.mark.parametrize("name", CONVERSATIONS)

@@ -798,6 +798,7 @@ def test_the_command_serves(yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch, tmp_pa
         (["--api-key-file", "/nowhere"], None, "/nowhere cannot be read"),
         (["--port", "99999"], None, "no port 99999"),
         (["--port=-1"], None, "no port -1"),
+        (["--host", ""], None, "host is empty"),
         (["--host", "256.1.1.1"], None, "'256.1.1.1'"),
         (["--host", "192.0.2.1"], None, "Cannot assign"),
         (["--cors-origin", "https://example.org/"], None, "https://example.org/"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -263,6 +264,39 @@ def test_lengths() -> None:
     assert parse(max_tokens=-1).max_new_tokens == -1 and parse().max_new_tokens is None
     with pytest.raises(ApiError, match="they differ"):
         parse(max_tokens=5, max_completion_tokens=6)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "problem"),
+    [
+        ({"messages": HI * 100_000}, "messages", "100,000 parts"),
+        ({"messages": [said("user", [])] * 100_000}, "messages", "100,000 parts"),
+        ({"messages": [said("user", ["a"] * 500_000)]}, "messages", "500,000 parts"),
+        ({"messages": [said("user", ["a"] * 60)] * 100}, "messages", "6,000 parts"),
+        ({"stop": [1] * 500_000}, "stop", "500,000 strings"),
+        ({f"k{i}": 1 for i in range(50_000)}, "k0", "not supported"),
+        ({"messages": [said("user", "a", **{f"k{i}": 1 for i in range(50_000)})]}, "messages[0].k0", "not supported"),
+        ({"metadata": {f"k{i}": 1 for i in range(50_000)}}, None, ""),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_endless_lists_are_refused_at_once(fields: dict[str, Any], param: str | None, problem: str) -> None:
+    body = json.dumps({"model": "tiny", "messages": HI, **fields}).encode()
+    begin = time.process_time()
+    if param is None:
+        parse_request(body)
+    else:
+        with pytest.raises(ApiError, match=problem) as caught:
+            parse_request(body)
+        assert caught.value.body["error"]["param"] == param
+    assert time.process_time() - begin < 10  # against minutes
+
+
+def test_many_messages_are_merged_in_linear_time() -> None:
+    messages = [said("user", [{"type": "text", "text": "a"}])] * 200_000
+    begin = time.process_time()
+    (merged,) = merge_messages(messages)
+    assert len(merged["content"]) == 399_999 and time.process_time() - begin < 10
 
 
 def test_a_body_may_begin_with_a_byte_order_mark() -> None:

@@ -22,27 +22,23 @@ def merge_messages(messages: Sequence[Message]) -> list[Message]:
         messages: `{"role": "system" | "developer" | "user" | "assistant", "content": [part, ...]}`, with parts
             `{"type": "text", "text": str}` and `{"type": "image", ...}`. They are not modified.
     """
-    system: list[Parts] = []
+    system: Message | None = None
     turns: list[Message] = []
     for message in messages:
         content = [part for part in message["content"] if part["type"] != "text" or part["text"]]
         if message["role"] in ("system", "developer"):
-            system.append(content)
+            system = system or {"role": "system", "content": []}
+            _extend(system["content"], content)
         elif turns and turns[-1]["role"] == message["role"]:
-            turns[-1]["content"] = _join(turns[-1]["content"], content)
+            _extend(turns[-1]["content"], content)
         else:
             turns.append({"role": message["role"], "content": content})
     if turns and turns[-1] == {"role": "assistant", "content": []}:
         turns.pop()
-    if not system:
-        return turns
-    text: Parts = []
-    for content in system:
-        text = _join(text, content)
-    return [{"role": "system", "content": text}, *turns]
+    return turns if system is None else [system, *turns]
 
 
-def _join(first: Parts, second: Parts) -> Parts:
-    if not second or all(part["type"] == "image" for part in first):
-        return [*first, *second]
-    return [*first, {"type": "text", "text": "\n"}, *second]
+def _extend(parts: Parts, more: Parts) -> None:
+    if more and any(part["type"] != "image" for part in parts):
+        parts.append({"type": "text", "text": "\n"})
+    parts.extend(more)

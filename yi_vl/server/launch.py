@@ -72,6 +72,8 @@ def bind(host: str, port: int) -> list[socket.socket]:
     Raises:
         ValueError: there is no such host or port, or it is in use or not allowed.
     """
+    if not host.strip():
+        raise ValueError("the host is empty; give --host 0.0.0.0 to listen at all of this machine's addresses.")
     if not 0 <= port <= 65535:
         raise ValueError(f"there is no port {port}; give one from 1 to 65535, or 0 for any that is free.")
     try:

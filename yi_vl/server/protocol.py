@@ -47,6 +47,8 @@ class ApiError(Exception):
         self.body = {"error": error}
 
 
+_MAX_STOP_STRINGS = 4
+_MAX_PARTS = 4096  # of all messages together: as many as Yi-VL's context has tokens
 FAILURE = "The server failed; its log says why."
 SHUTDOWN = "The server is shutting down, and its time for answers under way is over; ask again."
 
@@ -80,7 +82,10 @@ class _Strict(BaseModel):
     def _drop_neutral(cls, fields: Any) -> Any:
         if not isinstance(fields, dict):
             return fields
-        return {name: value for name, value in fields.items() if not cls._asks_for_nothing(name, value)}
+        kept = {name: value for name, value in fields.items() if not cls._asks_for_nothing(name, value)}
+        for name in [name for name in kept if name not in cls.model_fields][1:]:  # the first one is refused by name
+            del kept[name]
+        return kept
 
     @classmethod
     def _asks_for_nothing(cls, name: str, value: Any) -> bool:
@@ -179,6 +184,15 @@ def _as_parts(content: Any) -> Any:
     return [{"type": "text", "text": part} if isinstance(part, str) else part for part in parts]
 
 
+def _check_count(messages: Any) -> Any:
+    if isinstance(messages, list):
+        contents = [message.get("content") if isinstance(message, dict) else None for message in messages]
+        count = sum(max(len(content), 1) if isinstance(content, list) else 1 for content in contents)
+        if count > _MAX_PARTS:
+            raise ValueError(f"the conversation has {count:,} parts; at most {_MAX_PARTS:,} are read")
+    return messages
+
+
 class Message(_Strict):
     """What one side said and showed; no content is an empty one."""
 
@@ -197,8 +211,12 @@ class StreamOptions(_Strict):
 
 
 def _as_strings(stop: Any) -> Any:
-    strings = [stop] if isinstance(stop, str) else stop
-    return [string for string in strings if string != ""] if isinstance(strings, list) else strings
+    if not isinstance(stop, (str, list)):
+        return stop
+    strings = [string for string in ([stop] if isinstance(stop, str) else stop) if string != ""]
+    if len(strings) > _MAX_STOP_STRINGS:
+        raise ValueError(f"there are {len(strings):,} strings; give at most {_MAX_STOP_STRINGS}")
+    return strings
 
 
 def _as_int(value: Any) -> Any:
@@ -225,12 +243,12 @@ class ChatRequest(_Strict):
     ignored = IGNORED_PARAMETERS
     neutral = NEUTRAL_PARAMETERS
     model: str
-    messages: list[Message] = Field(min_length=1)
+    messages: Annotated[list[Message], Field(min_length=1), BeforeValidator(_check_count)]
     max_tokens: _Length | None = None
     max_completion_tokens: _Length | None = None
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, ge=0, le=1)
-    stop: Annotated[list[str], BeforeValidator(_as_strings), Field(max_length=4)] = []
+    stop: Annotated[list[str], BeforeValidator(_as_strings)] = []
     seed: _Int | None = Field(None, ge=-(2**63), lt=2**63)
     n: _Int = Field(1, ge=1)
     stream: bool = False
