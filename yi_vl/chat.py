@@ -37,11 +37,13 @@ CHAT_TEMPLATE = (
     "{{- ' Human: ' if message['role'] == 'user' else ' Assistant: ' -}}"
     "{%- if message['content'] is string -%}{{- message['content'] -}}"
     "{%- else -%}"
-    "{%- set walk = namespace(only_images=true) -%}"
+    "{%- set walk = namespace(has_images=false, has_text=false) -%}"
     "{%- for part in message['content'] -%}"
     "{%- if part['type'] == 'text' -%}"
-    "{{- ('\\n' if walk.only_images and not loop.first else '') + part['text'] -}}{%- set walk.only_images = false -%}"
-    "{%- else -%}{{- '" + IMAGE_PLACEHOLDER + "' -}}{%- endif -%}"
+    "{%- if part['text'] -%}"
+    "{{- ('\\n' if walk.has_images and not walk.has_text else '') + part['text'] -}}{%- set walk.has_text = true -%}"
+    "{%- endif -%}"
+    "{%- else -%}{{- '" + IMAGE_PLACEHOLDER + "' -}}{%- set walk.has_images = true -%}{%- endif -%}"
     "{%- endfor -%}"
     "{%- endif -%}"
     "{{- '\\n###' -}}"
@@ -87,11 +89,15 @@ class Encoded:
 def render(messages: Sequence[dict[str, Any]], add_generation_prompt: bool = False) -> list[Segment]:
     """The `###` chat form. Supervised is each answer with the separator after it: that is how the model learns to stop.
 
+    Leading images and the words after them are separated by a newline; images without words stand alone. Empty text
+    parts are ignored. Either side may begin.
+
     Args:
         add_generation_prompt: end with the assistant's header, for an answer to follow; else with the separator.
 
     Raises:
-        ValueError: a message has an unknown role or part, roles do not alternate, or there is nothing to answer.
+        ValueError: a message has an unknown role or part, roles do not alternate, a question has neither words nor
+            images, or there is nothing to answer.
     """
     system, turns = _split_system(messages)
     _check_order(turns, add_generation_prompt)
@@ -201,7 +207,7 @@ def from_llava(conversations: Sequence[dict[str, str]]) -> list[dict[str, Any]]:
     """LLaVA's `[{"from": "human", "value": "<image>\\nQuestion"}, {"from": "gpt", ...}]` as messages.
 
     Raises:
-        ValueError: an entry has no `from` and `value`, or an unknown speaker.
+        ValueError: an entry has no `from` and `value`, or an unknown speaker, or the assistant speaks first.
     """
     roles = {"human": "user", "gpt": "assistant", "system": "system"}
     messages = []
@@ -221,6 +227,8 @@ def from_llava(conversations: Sequence[dict[str, str]]) -> list[dict[str, Any]]:
                 content.append({"type": "text", "text": text})
                 only_images = False
         messages.append({"role": roles[entry["from"]], "content": content})
+    if [message["role"] for message in messages if message["role"] != "system"][:1] == ["assistant"]:
+        raise ValueError("The conversation begins with an answer, expected a question: nothing led to it.")
     return messages
 
 
@@ -260,14 +268,15 @@ def _split_system(messages: Sequence[dict[str, Any]]) -> tuple[str, Sequence[dic
 
 
 def _check_order(turns: Sequence[dict[str, Any]], add_generation_prompt: bool) -> None:
-    for index, message in enumerate(turns):
-        expected = ("user", "assistant")[index % 2]
-        if message.get("role") != expected:
+    roles = [message.get("role") for message in turns]
+    for index, role in enumerate(roles):
+        expected = "assistant" if index and roles[index - 1] == "user" else "user"
+        if role != expected and (index or role != "assistant"):
             raise ValueError(
-                f"Message {index + 1} is by {message.get('role')!r}, expected {expected!r}: user and assistant take "
-                "turns, after at most one system message."
+                f"Message {index + 1} is by {role!r}, expected {expected!r}: user and assistant take turns, after at "
+                "most one system message."
             )
-    if add_generation_prompt and len(turns) % 2 == 0:
+    if add_generation_prompt and roles[-1:] != ["user"]:
         raise ValueError("There is nothing to answer: the last message must be the user's.")
 
 
@@ -286,12 +295,14 @@ def _render_content(message: dict[str, Any], is_supervised: bool) -> list[Segmen
             continue
         if not isinstance(part.get("text"), str):
             raise ValueError(f"A part of type text holds its words under `text`, found {str(part)[:200]}.")
+        if not part["text"]:
+            continue
         if segments and only_images:
             segments.append(Segment("\n", is_supervised=is_supervised))
         only_images = False
         segments.append(Segment(part["text"], is_supervised=is_supervised, is_typed=True))
-    if message["role"] == "user" and not any(segment.is_typed and segment.text.strip() for segment in segments):
-        raise ValueError("The question is empty; ask something in words.")
+    if message["role"] == "user" and not any(segment.is_image or segment.text.strip() for segment in segments):
+        raise ValueError("The question is empty; ask something in words, or show an image.")
     return segments
 
 
