@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = (
     {"config", "machine"},
     {"vision", "projector", "image", "chat", "cache", "linear"},
-    {"model", "processor", "reuse", "quantize"},
+    {"model", "processor", "reuse", "quantize", "generation"},
     {"auto", "decode"},
     {"convert"},
     {"loading", "sizes"},

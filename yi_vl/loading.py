@@ -18,6 +18,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from .auto import YiVLConfig, YiVLForConditionalGeneration, YiVLProcessor  # which registers them with transformers
 from .convert import Checkpoint, TowerFrom, base_of, holds_adapters, merge, open_checkpoint, read_configuration
+from .generation import set_end_tokens_
 from .quantize import METHOD, Scheme, make_config
 
 _BUNDLED = Path(__file__).parent / "nano"
@@ -81,8 +82,9 @@ def load_model(
             device_map=device,
             quantization_config=how,
         )
-        model.generation_config = checkpoint.generation_config
         processor = checkpoint.make_processor()
+        model.generation_config = checkpoint.generation_config
+        set_end_tokens_(model.generation_config, processor.tokenizer)
     except (OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{checkpoint.folder}: the model cannot be loaded: {_one_line(error)}") from error
     return model.eval(), processor
@@ -199,6 +201,7 @@ def _load_as_quantized(
     try:
         model = YiVLForConditionalGeneration.from_pretrained(folder, dtype=dtype or "auto", device_map=device)
         processor = YiVLProcessor.from_pretrained(folder)
+        set_end_tokens_(model.generation_config, processor.tokenizer)
     except (ImportError, OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder}: the quantised model cannot be loaded: {_one_line(error)}") from error
     return model.eval(), processor

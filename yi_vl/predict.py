@@ -24,9 +24,10 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import Cache
 
 from .cache import gather
-from .chat import Encoded
+from .chat import STOP_STRING, Encoded
 from .convert import TowerFrom
 from .decode import Answer, Chooser, Newcomers, Prompts, Rows, Sampling, decode, read_beginning
+from .generation import as_list, end_token_ids, set_end_tokens_
 from .image import ImageSource
 from .linear import use_vectors_
 from .loading import check_fit, load_model
@@ -40,7 +41,6 @@ Message = dict[str, Any]
 
 _MAX_PREFIX_BYTES = 1 << 30  # of conversations read lately: 16,000 tokens of the 6B's, 4,000 of the 34B's, in bf16
 _MAX_FEATURE_BYTES = 256 << 20  # of pictures seen lately: 31 of the 6B's, in bf16
-_END_TOKENS = ("<|endoftext|>", "<|im_end|>")  # either ends an answer: the 6B and the 34B name one of them each
 
 
 def load(
@@ -89,6 +89,8 @@ class YiVL:
         target.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as partial:
             whole = Path(partial) / target.name  # appears in its place when it is complete
+            if self.model.generation_config is not None:
+                set_end_tokens_(self.model.generation_config, self.processor.tokenizer)
             self.model.save_pretrained(whole)
             self.processor.save_pretrained(whole)
             os.replace(whole, target)
@@ -357,11 +359,13 @@ class Conversation:
 
 
 def _stop_ids(model: YiVLForConditionalGeneration, tokenizer: Any) -> set[int]:
-    """The generation config's end tokens, the tokenizer's, and Yi's two where the tokenizer has them."""
-    configured = model.generation_config.eos_token_id if model.generation_config else None
-    ids = set(configured) if isinstance(configured, (list, tuple)) else {configured}
-    ids |= {tokenizer.eos_token_id, *(tokenizer.get_vocab().get(token) for token in _END_TOKENS)}
-    return {token for token in ids if token is not None}
+    """The generation config's end tokens, the tokenizer's, and Yi's two where the tokenizer has them.
+
+    Not the separator's: `Answer` finds it in the text, whatever tokens it is made of.
+    """
+    configured = as_list(model.generation_config.eos_token_id) if model.generation_config else []
+    ids = {*configured, *as_list(tokenizer.eos_token_id), *end_token_ids(tokenizer)}
+    return ids - {tokenizer.get_vocab().get(STOP_STRING)}
 
 
 def _conversation(
