@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 
 # Inside yi_vl a module imports only modules of earlier lines. `config <- vision, ... <- model, ...` in DESIGN.md.
 LAYERS = (
-    {"config", "machine"},
+    {"config", "machine", "fingerprint"},
     {"vision", "projector", "image", "chat", "cache", "linear"},
     {"model", "processor", "reuse", "quantize", "generation"},
     {"auto", "decode"},

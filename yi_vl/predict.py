@@ -27,6 +27,7 @@ from .cache import gather
 from .chat import STOP_STRING, Encoded
 from .convert import TowerFrom
 from .decode import Answer, Chooser, Newcomers, Prompts, Rows, Sampling, decode, read_beginning
+from .fingerprint import fingerprint
 from .generation import as_list, end_token_ids, set_end_tokens_
 from .image import ImageSource
 from .linear import use_vectors_
@@ -75,6 +76,7 @@ class YiVL:
         tokens = torch.arange(model.config.text_config.vocab_size)
         self._forbidden = (tokens >= len(processor.tokenizer)) | (tokens == model.config.image_token_id)  # (V,)
         self._stop_ids = _stop_ids(model, processor.tokenizer)
+        self._weights: int | None = None  # fingerprint of those that what is kept was computed with
         self.forget()
 
     def save(self, folder: str | os.PathLike) -> None:
@@ -219,11 +221,13 @@ class YiVL:
     def generate(self, prompts: Prompts, answers: list[Answer], sampling: Sampling) -> Generator[list[str], None, None]:
         """Every row's new text (often none), step after step until the last answer has ended."""
         newcomers: list[Newcomers] = []
+        kept: list[PrefixCache] = []  # of the weights that the prompts were read with
 
         def read_once(_: int) -> Newcomers | None:
             if newcomers:
                 return None
             newcomers.append((self._read(prompts), answers))
+            kept.append(self._prefixes)
             return newcomers[0]
 
         with closing(decode(read_once, len(answers), self._chooser(sampling))) as steps:
@@ -231,14 +235,21 @@ class YiVL:
                 for pieces in steps:
                     yield [pieces.get(number, "") for number in range(len(answers))]
             except GeneratorExit:  # stopped between two steps: what was read holds; after an error it may not
-                self._remember(prompts, *newcomers[0])
+                _remember(kept[0], prompts, *newcomers[0])
                 raise
-            self._remember(prompts, *newcomers[0])
+            _remember(kept[0], prompts, *newcomers[0])
 
     def forget(self) -> None:
         """Let go of everything that is kept for requests to come: conversations and pictures read lately."""
         self._prefixes = PrefixCache(_MAX_PREFIX_BYTES)
         self._features: LeastRecentlyUsed[Tensor] = LeastRecentlyUsed(_MAX_FEATURE_BYTES)  # picture's key -> (P, D)
+
+    def _forget_other_weights(self) -> None:
+        """`forget` when the weights are not those of the last request: another adapter, another dtype, an edit."""
+        weights = fingerprint(self.model)
+        if weights != self._weights:
+            self.forget()
+            self._weights = weights
 
     @torch.inference_mode()
     def begin(self, prompts: Prompts) -> tuple[Cache, Tensor]:
@@ -246,6 +257,7 @@ class YiVL:
 
         What several rows begin with is read here, once, and remembered.
         """
+        self._forget_other_weights()
         num_rows = len(prompts.keys)
         num_shared = num_common(prompts.keys)
         cache = self._prefixes.find(prompts.keys[0][:num_shared])
@@ -269,12 +281,6 @@ class YiVL:
 
     def _chooser(self, sampling: Sampling) -> Chooser:
         return Chooser(sampling, self._forbidden.to(self._device))
-
-    def _remember(self, prompts: Prompts, rows: Rows, answers: list[Answer]) -> None:
-        """Keep a single conversation, with its answer as far as that was read again."""
-        if len(answers) == 1:
-            keys = np.concatenate([prompts.keys[0], np.array(answers[0].tokens, dtype=np.int64)])
-            self._prefixes.put(keys[: rows.cache.get_seq_length()], rows.cache)
 
     def _embed(self, prompts: Prompts, num_known: int) -> Tensor:
         """(B, S, D); pictures that lie before place `num_known` are not needed and left out."""
@@ -356,6 +362,13 @@ class Conversation:
         except Exception:
             self.messages = before
             raise
+
+
+def _remember(prefixes: PrefixCache, prompts: Prompts, rows: Rows, answers: list[Answer]) -> None:
+    """Keep a single conversation, with its answer as far as that was read again."""
+    if len(answers) == 1:
+        keys = np.concatenate([prompts.keys[0], np.array(answers[0].tokens, dtype=np.int64)])
+        prefixes.put(keys[: rows.cache.get_seq_length()], rows.cache)
 
 
 def _stop_ids(model: YiVLForConditionalGeneration, tokenizer: Any) -> set[int]:
