@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from transformers.utils.chat_template_utils import _compile_jinja_template
 import yi_vl
 from yi_vl.chat import CHAT_TEMPLATE, STOP_STRING, strip_answer, strip_separator
 from yi_vl.convert import Kind, convert, open_checkpoint
+from yi_vl.model import YiVLForConditionalGeneration
 from yi_vl.predict import YiVL
 from yi_vl.processor import YiVLProcessor
 from yi_vl.vision import OpenClipTower
@@ -293,3 +296,127 @@ def _shown(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         | {"content": [part | {"url": str(WIDE)} if part["type"] == "image" else part for part in message["content"]]}
         for message in messages
     ]
+
+
+# What else is done with a model
+
+
+def _image_inputs(processor: YiVLProcessor, *names: str) -> dict[str, torch.Tensor]:
+    content = [
+        *({"type": "image", "url": str(IMAGES / name)} for name in names),
+        {"type": "text", "text": "What is it?"},
+    ]
+    return dict(
+        processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            add_generation_prompt=True,
+        )
+    )
+
+
+@pytest.mark.parametrize("names", [("penguin.png",), ("penguin.png", "brazil.png")])
+def test_drafts_never_hold_an_image_token(nano: YiVL, names: tuple[str, ...]) -> None:
+    inputs = _image_inputs(nano.processor, *names)
+    plain = nano.model.generate(**inputs, max_new_tokens=24)
+    drafted = nano.model.generate(**inputs, max_new_tokens=24, prompt_lookup_num_tokens=3)
+    assert torch.equal(plain, drafted)
+
+
+def test_generate_never_says_the_image_token(monkeypatch: pytest.MonkeyPatch, inputs: dict[str, torch.Tensor]) -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        model.lm_head.weight[IMAGE_TOKEN_ID] = 1e3 * model.lm_head.weight.abs().max()
+        model.lm_head.weight[IMAGE_TOKEN_ID + 1] = -model.lm_head.weight[IMAGE_TOKEN_ID]
+    for options in ({}, {"num_beams": 2}, {"suppress_tokens": [IMAGE_TOKEN_ID + 1]}):
+        new = model.generate(**inputs, max_new_tokens=6, do_sample=False, **options)[:, inputs["input_ids"].shape[1] :]
+        assert IMAGE_TOKEN_ID not in new
+
+
+def test_several_images_go_with_their_beams_and_sequences(nano: YiVL) -> None:
+    inputs = _image_inputs(nano.processor, "penguin.png", "brazil.png")
+    plain = nano.model.generate(**inputs, max_new_tokens=12, do_sample=False)
+    rows = nano.model.generate(**inputs, max_new_tokens=12, do_sample=True, top_k=1, num_return_sequences=2)
+    assert torch.equal(rows[:1], plain) and torch.equal(rows[1:], plain)
+
+
+def test_a_model_and_a_chat_are_copied_and_pickled() -> None:
+    yi = tiny_yi_vl()
+    chat = yi.chat()
+    chat.ask("What is this?", WIDE, max_new_tokens=5)
+    expected = yi.predict(WIDE, "What?", max_new_tokens=6)
+    pickled = pickle.dumps(yi)
+    assert len(pickled) < 2 * sum(parameter.nbytes for parameter in yi.model.parameters()), "caches are left behind"
+    for copied in (copy.copy(yi), copy.deepcopy(yi), pickle.loads(pickled)):
+        assert copied.predict(WIDE, "What?", max_new_tokens=6) == expected
+    branch, stored = copy.deepcopy(chat), pickle.loads(pickle.dumps(chat))
+    following = chat.ask("And now?", max_new_tokens=5)
+    assert len(branch.messages) == len(stored.messages) == 2 and branch._yi_vl is yi
+    assert branch.ask("And now?", max_new_tokens=5) == stored.ask("And now?", max_new_tokens=5) == following
+    with torch.no_grad():
+        copied = copy.deepcopy(yi)
+        copied.model.lm_head.weight.mul_(-1)
+    assert yi.predict(WIDE, "What?", max_new_tokens=6) == expected != copied.predict(WIDE, "What?", max_new_tokens=6)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [
+        ("bfloat16", torch.bfloat16),
+        ("torch.bfloat16", torch.bfloat16),
+        ("bf16", torch.bfloat16),
+        ("fp32", torch.float32),
+        ("auto", torch.float32),
+        (torch.float64, torch.float64),
+        (None, torch.float32),
+    ],
+)
+def test_dtypes_may_be_named(folder: Path, dtype: Any, expected: torch.dtype) -> None:
+    assert yi_vl.load(folder, device="cpu", dtype=dtype).model.dtype == expected
+
+
+@pytest.mark.parametrize("dtype", ["nonsense", "int8", torch.int32, 3, "", "nn"])
+def test_what_is_no_dtype_of_weights_is_refused(folder: Path, dtype: Any) -> None:
+    with pytest.raises(ValueError, match=r"dtype is .*; expected a torch dtype or its name"):
+        yi_vl.load(folder, device="cpu", dtype=dtype)
+
+
+def test_devices_may_be_numbers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for device in (-1, "-1", torch.device("cpu"), "cpu", {"": "cpu"}, "auto"):
+        assert yi_vl.load(folder, device=device).model.device.type == "cpu"  # type: ignore[arg-type]
+    placed: list[Any] = []
+    load = YiVLForConditionalGeneration.from_pretrained
+
+    def watch(*args: Any, device_map: Any, **options: Any) -> Any:
+        placed.append(device_map)
+        return load(*args, device_map="cpu", **options)
+
+    monkeypatch.setattr(YiVLForConditionalGeneration, "from_pretrained", watch)
+    for device in (0, 1, "1", "cuda:1", torch.device("cuda", 1)):
+        yi_vl.load(folder, device=device)  # type: ignore[arg-type]
+    assert [str(device) for device in placed] == ["cuda:0", *["cuda:1"] * 4]
+    for wrong in ("nonsense", "", 1.5, True):
+        with pytest.raises(ValueError, match=r"device is .*; expected"):
+            yi_vl.load(folder, device=wrong)  # type: ignore[arg-type]
+
+
+def test_the_default_device_and_dtype_of_torch_change_no_answer(folder: Path) -> None:
+    """`meta` stands for a GPU: what is made on it by oversight has no values."""
+    yi = yi_vl.load(folder, device="cpu")
+    requests = [(WIDE, "What?"), (None, "Hi"), ([TALL, WIDE], "Compare.")]
+    options: list[dict[str, Any]] = [{}, {"temperature": 1.0, "seed": 3}]
+    expected = [yi.predict_batch(requests, max_new_tokens=6, **each) for each in options]
+    for set_default, value, before in (
+        (torch.set_default_device, "meta", None),
+        (torch.set_default_dtype, torch.float64, torch.float32),
+    ):
+        set_default(value)  # type: ignore[operator]
+        try:
+            again = yi_vl.load(folder, device="cpu", dtype=torch.float32)
+            assert [again.predict_batch(requests, max_new_tokens=6, **each) for each in options] == expected
+            chat = again.chat()
+            assert chat.ask("What?", WIDE, max_new_tokens=6) == expected[0][0] and chat.ask("And?", max_new_tokens=6)
+        finally:
+            set_default(before)  # type: ignore[operator]

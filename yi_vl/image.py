@@ -117,7 +117,7 @@ class YiVLImageProcessor(BaseImageProcessor):
 
     def normalise(self, squares: Tensor) -> Tensor:
         """(N, H, W, 3) uint8 -> pixel_values (N, 3, H, W) float32"""
-        mean, std = torch.tensor(self.image_mean), torch.tensor(self.image_std)
+        mean, std = (torch.tensor(values, device=squares.device) for values in (self.image_mean, self.image_std))
         scaled = torch.addcmul(-mean / std, squares.float(), 1 / (255 * std))  # (N, H, W, 3)
         return scaled.permute(0, 3, 1, 2)
 

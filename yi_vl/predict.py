@@ -7,6 +7,7 @@ reuse.py.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 from collections.abc import Generator, Iterator, Sequence
@@ -46,8 +47,8 @@ _MAX_FEATURE_BYTES = 256 << 20  # of pictures seen lately: 31 of the 6B's, in bf
 
 def load(
     path: str | os.PathLike | None = None,
-    device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
+    device: str | int | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
     tower_from: TowerFrom = "vit",
     quantize: Scheme | None = None,
 ) -> YiVL:
@@ -73,10 +74,19 @@ class YiVL:
         check_fit(model.config, processor)
         use_vectors_(model.model.language_model)
         use_vectors_(model.lm_head)
-        tokens = torch.arange(model.config.text_config.vocab_size)
+        tokens = torch.arange(model.config.text_config.vocab_size, device="cpu")
         self._forbidden = (tokens >= len(processor.tokenizer)) | (tokens == model.config.image_token_id)  # (V,)
         self._stop_ids = _stop_ids(model, processor.tokenizer)
         self._weights: int | None = None  # fingerprint of those that what is kept was computed with
+        self.forget()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is copied and pickled: all but what is kept for requests to come."""
+        return {name: value for name, value in vars(self).items() if name not in ("_prefixes", "_features", "_weights")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._weights = None
         self.forget()
 
     def save(self, folder: str | os.PathLike) -> None:
@@ -204,7 +214,7 @@ class YiVL:
             TooLongError: a row leaves no room for an answer.
         """
         self._check_lengths(encoded)
-        rows = [torch.tensor(prompt.input_ids) for prompt in encoded]
+        rows = [torch.tensor(prompt.input_ids, device="cpu") for prompt in encoded]
         pad_id = self.processor.tokenizer.pad_token_id or 0
         input_ids = pad_sequence(rows, batch_first=True, padding_value=pad_id, padding_side="left")
         mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
@@ -265,7 +275,7 @@ class YiVL:
         if num_rows > 1 and num_shared:
             read_beginning(self.model, prompts, embeddings, cache, num_shared)
             self._prefixes.put(prompts.keys[0][:num_shared], cache)
-            is_token = torch.ones(1, num_shared, dtype=torch.bool)
+            is_token = torch.ones(1, num_shared, dtype=torch.bool, device="cpu")
             cache, _ = gather([(cache, is_token, [0] * num_rows)])
         return cache, embeddings
 
@@ -306,7 +316,7 @@ class YiVL:
             for key, encoded in zip(new, encoded_pictures, strict=True):
                 features[key] = encoded
                 self._features.put(key, encoded.clone(), encoded.nbytes)
-        return torch.stack([features[key] for key in wanted]) if wanted else torch.zeros(0)
+        return torch.stack([features[key] for key in wanted]) if wanted else torch.zeros(0, device="cpu")
 
     def _keys(self, encoded: Sequence[Encoded], squares: Sequence[Tensor]) -> list[Keys]:
         """Of every row's tokens: the ids, and in an image's place negative numbers that stand for its bytes."""
@@ -339,6 +349,12 @@ class Conversation:
     def __init__(self, yi_vl: YiVL, system: str | None = None) -> None:
         self.messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
         self._yi_vl = yi_vl
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Conversation:
+        """The same conversation, to go on differently; with the same model, which is large and is not changed by it."""
+        copied = Conversation(self._yi_vl)
+        copied.messages = copy.deepcopy(self.messages, memo)
+        return copied
 
     def ask(self, question: str, images: Images = None, **options: Any) -> str:
         """The answer to the next question, and to the pictures shown with it."""

@@ -137,7 +137,7 @@ def _add_scaled(bias: Tensor, files: WeightFiles, name: str, scale: float) -> Te
 
 
 def _read(files: WeightFiles, name: str) -> Tensor:
-    tensor = torch.empty(files.entries[name].shape)
+    tensor = torch.empty(files.entries[name].shape, device="cpu")
     files.read_into(name, tensor)
     return tensor
 
