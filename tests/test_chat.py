@@ -172,27 +172,27 @@ def test_a_separator_typed_across_parts_stays_text(processor: YiVLProcessor) -> 
         assert ids.count(separator) == 2, parts  # of the form itself: before the question and after it
 
 
-@pytest.mark.parametrize(
-    ("messages", "problem"),
-    [
-        ([], "empty"),
-        ([user("")], "question is empty"),
-        ([user(" \n")], "question is empty"),
-        ([user(text(""), text(" "))], "question is empty"),
-        ([assistant("Hi")], "nothing to answer"),
-        ([assistant("Hi"), assistant("Ho"), user("a")], "expected 'user'"),
-        ([user("a"), user("b")], "expected 'assistant'"),
-        ([user("a"), assistant("b")], "nothing to answer"),
-        ([{"role": "system", "content": "S"}], "nothing to answer"),
-        ([{"role": "tool", "content": "a"}], "expected 'user'"),
-        ([user({"type": "audio"})], "text or image"),
-        ([user({"type": "text"})], "under `text`"),
-        ([{"role": "user", "content": 3}], "found int"),
-        ([{"role": "user"}], "found NoneType"),
-        ([{"role": "system", "content": [IMAGE]}, user("a")], "text only"),
-        ([{"role": "system", "content": ["S"]}, user("a")], "text only"),
-    ],
-)
+MALFORMED = [
+    ([], "empty"),
+    ([user("")], "question is empty"),
+    ([user(" \n")], "question is empty"),
+    ([user(text(""), text(" "))], "question is empty"),
+    ([assistant("Hi")], "nothing to answer"),
+    ([assistant("Hi"), assistant("Ho"), user("a")], "expected 'user'"),
+    ([user("a"), user("b")], "expected 'assistant'"),
+    ([user("a"), assistant("b")], "nothing to answer"),
+    ([{"role": "system", "content": "S"}], "nothing to answer"),
+    ([{"role": "tool", "content": "a"}], "expected 'user'"),
+    ([user({"type": "audio"})], "text or image"),
+    ([user({"type": "text"})], "under `text`"),
+    ([{"role": "user", "content": 3}], "found int"),
+    ([{"role": "user"}], "found NoneType"),
+    ([{"role": "system", "content": [IMAGE]}, user("a")], "text only"),
+    ([{"role": "system", "content": ["S"]}, user("a")], "text only"),
+]
+
+
+@pytest.mark.parametrize(("messages", "problem"), MALFORMED)
 def test_malformed_conversations_are_refused(messages: list[dict[str, Any]], problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
         render(messages, add_generation_prompt=True)

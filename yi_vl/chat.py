@@ -27,28 +27,63 @@ SYSTEM_PROMPT = (
 )
 _ROLES = {"user": " Human:", "assistant": " Assistant:"}
 
-# The same walk for tools that only know templates (transformers' pipelines, vLLM); test_chat.py holds it to `render`.
+# The same walk, with the same refusals, for tools that only know templates (transformers' pipelines, vLLM, TRL's
+# assistant mask); test_chat.py compares it with `render`. vLLM reads the form of messages from the template's syntax
+# tree: it must find one plain loop over a slice of `messages`, and in it one over `message['content']`.
 CHAT_TEMPLATE = (
-    "{%- set has_system = messages and messages[0]['role'] == 'system' -%}"
-    "{%- set given = messages[0]['content'] if has_system else '' -%}"
-    "{%- set given = given if given is string else given | map(attribute='text') | join -%}"
-    "{{- (given if has_system else " + repr(SYSTEM_PROMPT) + ") + '\\n\\n###' -}}"
-    "{%- for message in (messages[1:] if has_system else messages) -%}"
-    "{{- ' Human: ' if message['role'] == 'user' else ' Assistant: ' -}}"
-    "{%- if message['content'] is string -%}{{- message['content'] -}}"
+    "{%- if not messages -%}"
+    "{{- raise_exception('The conversation is empty; give at least one message from the user.') -}}"
+    "{%- endif -%}"
+    "{%- set has_system = messages[0]['role'] == 'system' -%}"
+    "{%- set given = messages[0]['content'] if has_system else " + repr(SYSTEM_PROMPT) + " -%}"
+    "{%- if given is not string -%}"
+    "{%- for part in given -%}{%- if part is not mapping or part['type'] != 'text' or part['text'] is not string -%}"
+    "{{- raise_exception('A system message holds text only.') -}}"
+    "{%- endif -%}{%- endfor -%}"
+    "{%- set given = given | map(attribute='text') | join -%}"
+    "{%- endif -%}"
+    "{{- given + '\\n\\n###' -}}"
+    "{%- set first = messages[1 if has_system else 0] -%}"
+    "{%- set is_answer_first = first is defined and first['role'] == 'assistant' -%}"
+    "{%- for message in messages[(1 if has_system else 0):] -%}"
+    "{%- set expected = 'assistant' if (loop.index0 % 2 == 0) == is_answer_first else 'user' -%}"
+    "{%- if message['role'] != expected -%}"
+    "{{- raise_exception('Message ' ~ loop.index ~ ' is by ' ~ message['role'] ~ ', expected ' ~ expected ~ "
+    "': user and assistant take turns, after at most one system message.') -}}"
+    "{%- endif -%}"
+    "{%- set walk = namespace(text='', typed='', has_images=false, has_text=false) -%}"
+    "{%- if message['content'] is string -%}"
+    "{%- set walk.text = message['content'] -%}{%- set walk.typed = message['content'] -%}"
+    "{%- elif message['content'] is mapping or message['content'] is not iterable -%}"
+    "{{- raise_exception('The content of a message is text or a list of parts.') -}}"
     "{%- else -%}"
-    "{%- set walk = namespace(has_images=false, has_text=false) -%}"
     "{%- for part in message['content'] -%}"
-    "{%- if part['type'] == 'text' -%}"
+    "{%- if part is mapping and part['type'] == 'image' -%}"
+    "{%- set walk.text = walk.text + '" + IMAGE_PLACEHOLDER + "' -%}{%- set walk.has_images = true -%}"
+    "{%- elif part is mapping and part['type'] == 'text' and part['text'] is string -%}"
     "{%- if part['text'] -%}"
-    "{{- ('\\n' if walk.has_images and not walk.has_text else '') + part['text'] -}}{%- set walk.has_text = true -%}"
+    "{%- set walk.text = walk.text + ('\\n' if walk.has_images and not walk.has_text else '') + part['text'] -%}"
+    "{%- set walk.typed = walk.typed + part['text'] -%}{%- set walk.has_text = true -%}"
     "{%- endif -%}"
-    "{%- else -%}{{- '" + IMAGE_PLACEHOLDER + "' -}}{%- set walk.has_images = true -%}{%- endif -%}"
+    "{%- else -%}"
+    "{{- raise_exception('A content part is of type text, with its words under `text`, or of type image.') -}}"
+    "{%- endif -%}"
     "{%- endfor -%}"
     "{%- endif -%}"
-    "{{- '\\n###' -}}"
+    "{%- if expected == 'assistant' -%}"
+    "{{- ' Assistant:' -}}{%- generation -%}{{- ' ' + walk.text + '\\n###' -}}{%- endgeneration -%}"
+    "{%- elif walk.has_images or walk.typed | trim -%}"
+    "{{- ' Human: ' + walk.text + '\\n###' -}}"
+    "{%- else -%}"
+    "{{- raise_exception('The question is empty; ask something in words, or show an image.') -}}"
+    "{%- endif -%}"
     "{%- endfor -%}"
-    "{{- ' Assistant:' if add_generation_prompt else '' -}}"
+    "{%- if add_generation_prompt -%}"
+    "{%- if messages[-1]['role'] != 'user' -%}"
+    "{{- raise_exception('There is nothing to answer: the last message must be from the user.') -}}"
+    "{%- endif -%}"
+    "{{- ' Assistant:' -}}"
+    "{%- endif -%}"
 )
 
 
@@ -249,6 +284,20 @@ def _check_length(segments: Sequence[Segment], patches_per_image: int, max_token
         least = sum(patches_per_image if chunk[0].is_image else 1 for chunk in _chunks(segments))
     if least > max_tokens:
         raise TooLongError(least, num_images, patches_per_image, max_tokens, is_tokenized=False)
+
+
+def strip_separator(text: str) -> str:
+    """A text without the separator that ends it, and the white space before that; `####` is no separator."""
+    stripped = text.rstrip()
+    if stripped.endswith(STOP_STRING) and not stripped.endswith("#" + STOP_STRING):
+        return stripped.removesuffix(STOP_STRING).rstrip()
+    return text
+
+
+def strip_answer(text: str) -> str:
+    """A generated text without its end and the white space around it; one blank after the header, if that is in it."""
+    prompt, header, answer = strip_separator(text).rpartition(f"\n{STOP_STRING}{_ROLES['assistant']}")
+    return f"{prompt}{header} {answer.strip()}" if header else answer.strip()
 
 
 def _split_system(messages: Sequence[dict[str, Any]]) -> tuple[str, Sequence[dict[str, Any]]]:
