@@ -1,8 +1,7 @@
 """What happens when the page is used: each method answers one of Gradio's events.
 
 The conversation lives in the visitor's browser and comes along with every event, so visitors cannot mix; the model
-reads only what is new of it, because yi_vl remembers prefixes. Called by app.py; calls chat.py, texts.py, visitors.py
-and yi_vl.
+reads only what is new of it, because yi_vl remembers prefixes.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from yi_vl.predict import YiVL
 
 from . import chat
 from .chat import BadPictureError, Message
-from .texts import TEXTS, Language, preferred
+from .texts import TEXTS, Language
 from .visitors import Visitors
 
 _NUM_REMEMBERED_PICTURES = 64  # prepared ones, by path, which Gradio makes of the content; 0.6 MB each at 448 px
@@ -51,9 +50,24 @@ class Actions:
         self._lock = threading.Lock()
         self._prepare = lru_cache(_NUM_REMEMBERED_PICTURES)(yi_vl.processor.image_processor.prepare)
 
-    def prefer(self, request: gr.Request) -> Language:
-        """The page was opened: the language that its browser asks for."""
-        return preferred(request.headers.get("accept-language", ""))
+    def restore(self, saved: str, language: Language, request: gr.Request) -> tuple[Update, Update]:
+        """The page was opened: the conversation and the unsent message that its tab had before, or why they are lost.
+
+        Args:
+            saved: JSON by page.js, from the browser, so of any content; empty in a new tab.
+        """
+        if not saved:
+            return gr.skip(), gr.skip()
+        try:
+            history, typed, is_answering = chat.restored(saved)
+            for path in [*chat.image_paths(history), *typed["files"]]:
+                self._check(request, language, path)
+        except ValueError as error:
+            logger.info("A conversation is not restored: %s", error)
+            return _shown([chat.complained(TEXTS[language]["lost"])]), gr.skip()
+        if history and (is_answering or history[-1]["role"] == "user"):
+            history = [*history, chat.complained(TEXTS[language]["interrupted"])]
+        return _shown(history), gr.update(value=typed)
 
     def introduce(self, language: Language) -> str:
         """Which model answers, and what it is good for."""
@@ -127,9 +141,10 @@ class Actions:
         self._keep(history, conversation_id, request)
         return _shown(history)
 
-    def clear(self) -> tuple[str, Update]:
-        """The conversation was thrown away: another begins, under another id."""
-        return secrets.token_hex(8), _shown([])
+    def clear(self) -> tuple[str, Update, Update, str]:
+        """The conversation was thrown away: another begins, under another id, with nothing typed and no images."""
+        typed = gr.update(value=None, interactive=True, submit_btn=True, stop_btn=False)
+        return secrets.token_hex(8), _shown([]), typed, ""
 
     def refuse(self, refused: str, history: list[Message], language: Language) -> Update:
         """Files were chosen that are not sent: `refused` is JSON, from the key of TEXTS that says why to names."""
