@@ -81,7 +81,7 @@ class Actions:
 
     def ask(self, typed: Message, history: list[Message], language: Language) -> Update:
         """A message was sent; pictures without words get the obvious question."""
-        text, paths = typed["text"].strip(), typed["files"]
+        text, paths = typed["text"].rstrip(), typed["files"]
         if text or paths:
             history = [*history, *chat.asked(text or TEXTS[language]["default_question"], paths)]
         return _shown(history)

@@ -615,7 +615,7 @@ def test_a_keyboard_is_enough(visit: Any, pace: Pace) -> None:
     visitor.has_thumbnails(0)
 
 
-AS_TYPED = """# a
+AS_TYPED = """  # a
 *a* **b** 1_000_000 <b>bold</b> <script>alert(1)</script> <img src="/none.png" onerror="alert(1)"> &lt;i&gt; &amp;
 <!-- c --> [x](javascript:alert(1))
 ```py
@@ -638,8 +638,8 @@ def test_what_is_typed_is_shown_as_typed_and_answers_are_harmless(
 
     monkeypatch.setattr(yi_vl, "stream_messages", answer)
     visitor = visit()
-    answered: list[str] = []
-    visitor.page.on("requestfinished", lambda request: answered.append(request.url))
+    spies: list[str] = []
+    visitor.page.route(re.compile("192.0.2.1"), lambda route: (spies.append(route.request.url), route.abort()))
     visitor.ask(AS_TYPED)
     shown = visitor.page.locator("#chat [data-testid=user] .md")
     wait_until_in_browser(visitor.page, lambda: shown.text_content() == AS_TYPED)
@@ -647,7 +647,7 @@ def test_what_is_typed_is_shown_as_typed_and_answers_are_harmless(
     said = visitor.page.locator("#chat [data-testid=bot] .md")
     assert said.locator("strong").count() == 1 and said.locator("li").count() == 2
     assert said.locator("script, [onerror], a[href^=javascript]").count() == 0
-    assert visitor.page.evaluate("window.hurt") is None and not [url for url in answered if "spy" in url]
+    assert visitor.page.evaluate("window.hurt") is None and not spies
     assert visitor.page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
     visitor.press("Edit")
     edited = visitor.page.locator("#chat textarea")
@@ -898,8 +898,9 @@ def test_a_password_closes_the_page(yi_vl: YiVL) -> None:
 def test_nano_answers_out_of_the_box(browser: Any, tmp_path: Path) -> None:
     """Also retakes the README's picture, into the file that YI_VL_DEMO_PICTURE names."""
     pictures = ROOT / "docs" / "pictures"
-    with app.running(load(), "nano", texts.NANO, server_name="127.0.0.1", share=False) as (url, _):
-        context = browser.new_context(viewport={"width": 900, "height": 1130})
+    running = partial(app.running, load(), "nano", texts.NANO, card=find_card(None), share=False)
+    with running(server_name="127.0.0.1") as (url, _):
+        context = browser.new_context(viewport={"width": 900, "height": 1230})
         context.set_default_timeout(PATIENCE_MS)
         visitor = Visitor(context.new_page(), url)
         for question, name in (("What is in this picture?", "penguin.png"), ("这是哪里的旗帜？", "brazil.png")):
@@ -909,4 +910,7 @@ def test_nano_answers_out_of_the_box(browser: Any, tmp_path: Path) -> None:
         visitor.page.mouse.move(0, 0)
         visitor.page.locator("#chat .bubble-wrap").evaluate("(chat) => chat.scrollTo(0, chat.scrollHeight)")
         visitor.page.screenshot(path=os.environ.get("YI_VL_DEMO_PICTURE", tmp_path / "demo.png"), animations="disabled")
+        with context.expect_page() as opened:
+            visitor.page.get_by_role("link", name="Model card").click()
+        opened.value.get_by_role("heading", name="nano: the smallest Yi-VL", level=1).wait_for()
         context.close()
