@@ -75,7 +75,7 @@ class Actions:
         parameters = f"{num_parameters / 1e9:.1f} B" if num_parameters >= 1e9 else f"{num_parameters / 1e6:.1f} M"
         size_px = self.yi_vl.processor.image_processor.size_px
         words = TEXTS[language]["introduction"].format(
-            name=self.name, parameters=parameters, size_px=size_px, about=self.about[language]
+            name=chat.escaped(self.name), parameters=parameters, size_px=size_px, about=self.about[language]
         )
         return f"{words} {TEXTS[language]['kept']}" if self.keep else words
 
@@ -123,9 +123,9 @@ class Actions:
                     said += piece
                     yield [*history, chat.answered(said)]
         except BadPictureError as error:
-            yield [*history, chat.complained(texts["bad_picture"].format(name=error.name, error=error))]
+            yield [*history, chat.complained(_explained(texts["bad_picture"], name=error.name, error=error))]
         except ValueError as error:
-            yield [*history, chat.complained(texts["refused"].format(error=error))]
+            yield [*history, chat.complained(_explained(texts["refused"], error=error))]
         except Exception:
             logger.exception("An answer failed.")
             yield [*history, chat.complained(texts["failed"])]
@@ -150,7 +150,7 @@ class Actions:
         """Files were chosen that are not sent: `refused` is JSON, from the key of TEXTS that says why to names."""
         names, limit = json.loads(refused), self.visitors.max_picture_bytes >> 20
         words = [
-            TEXTS[language][reason].format(names=", ".join(names[reason]), limit=limit)
+            _explained(TEXTS[language][reason], names=", ".join(names[reason]), limit=limit)
             for reason in ("not_a_picture", "too_large")
             if names[reason]
         ]
@@ -232,6 +232,10 @@ def _place(event: gr.RetryData | gr.EditData | gr.LikeData) -> int:
     """Which message of the history; only of components in two dimensions it is a pair."""
     assert isinstance(event.index, int)
     return event.index
+
+
+def _explained(words: str, **values: object) -> str:
+    return words.format(**{name: chat.escaped(str(value)) for name, value in values.items()})
 
 
 def _shown(history: list[Message]) -> Update:

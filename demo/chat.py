@@ -11,6 +11,7 @@ import html
 import io
 import json
 import mimetypes
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,11 @@ def answered(text: str) -> Message:
 def complained(text: str) -> Message:
     """Plain words in the place of an answer; `to_messages` forgets them and what they answer."""
     return answered(text) | {"metadata": {"id": _COMPLAINT}}
+
+
+def escaped(text: str) -> str:
+    """Markdown that shows a text as it is: names of files and what errors quote are anybody's."""
+    return re.sub(r"([\\`*_\[\]<>&#$~|])", r"\\\1", text)
 
 
 def marked(history: Sequence[Message], index: int, liked: bool | str) -> list[Message]:

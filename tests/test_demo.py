@@ -337,6 +337,16 @@ def test_what_goes_wrong_is_said_in_the_chat(yi_vl: YiVL, history: list[Any], la
     assert chat.to_messages(shown, str) == []
 
 
+def test_only_what_a_visitor_may_read_is_restored(yi_vl: YiVL) -> None:
+    def restore(path: Path) -> list[str]:
+        saved = json.dumps({"history": [user(path), user("Hi"), bot("Yes")], "typed": None, "isAnswering": False})
+        history, _ = actions_over(yi_vl).restore(saved, "zh", NOBODY)
+        return [part.get("text") or part["path"] for message in history["value"] for part in message["content"]]
+
+    assert restore(WIDE) == [str(WIDE), "Hi", "Yes"]
+    assert restore(TALL) == [texts.TEXTS["zh"]["lost"]]
+
+
 def test_an_error_of_ours_is_logged_and_not_shown(
     yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -831,7 +841,7 @@ def test_a_bad_picture_is_refused_in_plain_words(visit: Any, tmp_path: Path, yi_
     assert visitor.ask("Then this?", WIDE)
     messages = messages_of(json.loads(visitor.save("JSON")))
     assert len(messages) == 2 and messages[1]["content"] == yi_vl.answer(messages[:1])
-    notes, large = tmp_path / "notes.txt", tmp_path / "large.png"
+    notes, large = tmp_path / "*my* <b>notes _1_.txt", tmp_path / "large.png"
     notes.write_text("no picture")
     large.write_bytes(bytes((1 << 20) + 1))
     count = visitor.answers.count()
@@ -839,7 +849,7 @@ def test_a_bad_picture_is_refused_in_plain_words(visit: Any, tmp_path: Path, yi_
     visitor.has_thumbnails(1)  # what can be sent is
     wait_for_count(visitor.answers, count + 1)
     said = visitor.answers.last.inner_text()
-    assert "notes.txt: that is no picture" in said and "large.png: a picture may take 1 MB at most" in said
+    assert "*my* <b>notes _1_.txt: that is no picture" in said and "large.png: a picture may take 1 MB at most" in said
     assert visitor.page.locator(".toast-body").count() == 0
 
 
