@@ -270,8 +270,7 @@ def test_the_logits_peak_when_the_backward_pass_begins() -> None:
 
 
 @pytest.mark.skipif(
-    " @ " in inspect.getsource(LlamaRotaryEmbedding.forward),
-    reason="old transformers multiply rotary angles as matrices",
+    " @ " in inspect.getsource(LlamaRotaryEmbedding.forward), reason="old transformers multiply rotary angles as matrices"
 )
 @pytest.mark.parametrize("is_checkpointed", [False, True])
 @pytest.mark.parametrize("trains", COMBINATIONS, ids=str)
