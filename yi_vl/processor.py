@@ -164,12 +164,13 @@ def _encode_typed_specials_as_text_(tokenizer: Any) -> None:
 
 
 def _renamed(tokenizer: Any, image_token_id: int) -> Any:
-    """The same tokenizer with one added token called `<image_placeholder>`."""
+    """The same tokenizer with one added token called `<image_placeholder>`, and none after it (llava-hf's `<pad>`)."""
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     names = {token["id"]: token for token in content["added_tokens"]}
     if image_token_id not in names:
         raise ValueError(f"there is no added token {image_token_id}, which config.json says stands for an image")
     names[image_token_id] |= {"content": IMAGE_PLACEHOLDER, "special": True}
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] <= image_token_id]
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(content)),
         unk_token=tokenizer.unk_token,
@@ -177,4 +178,5 @@ def _renamed(tokenizer: Any, image_token_id: int) -> Any:
         eos_token=tokenizer.eos_token,
         pad_token=tokenizer.unk_token,
         padding_side="left",
+        extra_special_tokens=[token["content"] for token in content["added_tokens"] if token["special"]],
     )

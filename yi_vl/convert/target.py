@@ -371,6 +371,7 @@ def _official_tokenizer_config(source: Checkpoint) -> dict[str, Any]:
         "add_bos_token": False,
         "add_eos_token": False,
         "added_tokens_decoder": special,
+        "additional_special_tokens": [token["content"] for token in special.values() if token["special"]],
         "bos_token": "<|startoftext|>",
         "clean_up_tokenization_spaces": False,
         "eos_token": "<|endoftext|>",
