@@ -15,6 +15,7 @@ import typer
 from yi_vl.arguments import as_path
 from yi_vl.cli import DeviceOption, DtypeOption, QuantizeOption, run
 
+from .card import find_card
 from .texts import ANY_YI_VL, LANGUAGES, NANO
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -69,7 +70,9 @@ def demo(
     words = dict.fromkeys(LANGUAGES, about) if about else of_model
     yi_vl = load(model, device=device, dtype=dtype, quantize=quantize)
     try:
-        page = running(yi_vl, name, words, keep, server_name=host, server_port=port, share=share, auth=account)
+        page = running(
+            yi_vl, name, words, keep, find_card(model), server_name=host, server_port=port, share=share, auth=account
+        )
         with page as (url, shared_url):
             if share and not shared_url:
                 raise ValueError("--share: the tunnel could not be opened. Is there a way to the internet?")

@@ -23,7 +23,7 @@ from yi_vl.predict import YiVL
 
 from . import chat
 from .chat import BadPictureError, Message
-from .texts import TEXTS, Language, preferred
+from .texts import TEXTS, Language
 from .visitors import Visitors
 
 _NUM_REMEMBERED_PICTURES = 64  # prepared ones, by path, which Gradio makes of the content; 0.6 MB each at 448 px
@@ -52,9 +52,24 @@ class Actions:
         prepare = partial(yi_vl.processor.image_processor.prepare, formats=WEB_FORMATS)
         self._prepare = lru_cache(_NUM_REMEMBERED_PICTURES)(prepare)
 
-    def prefer(self, request: gr.Request) -> Language:
-        """The page was opened: the language that its browser asks for."""
-        return preferred(request.headers.get("accept-language", ""))
+    def restore(self, saved: str, language: Language, request: gr.Request) -> tuple[Update, Update]:
+        """The page was opened: the conversation and the unsent message that its tab had before, or why they are lost.
+
+        Args:
+            saved: JSON by page.js, from the browser, so of any content; empty in a new tab.
+        """
+        if not saved:
+            return gr.skip(), gr.skip()
+        try:
+            history, typed, is_answering = chat.restored(saved)
+            for path in [*chat.image_paths(history), *typed["files"]]:
+                self._check(request, language, path)
+        except ValueError as error:
+            logger.info("A conversation is not restored: %s", error)
+            return _shown([chat.complained(TEXTS[language]["lost"])]), gr.skip()
+        if history and (is_answering or history[-1]["role"] == "user"):
+            history = [*history, chat.complained(TEXTS[language]["interrupted"])]
+        return _shown(history), gr.update(value=typed)
 
     def introduce(self, language: Language) -> str:
         """Which model answers, and what it is good for."""
@@ -62,13 +77,13 @@ class Actions:
         parameters = f"{num_parameters / 1e9:.1f} B" if num_parameters >= 1e9 else f"{num_parameters / 1e6:.1f} M"
         size_px = self.yi_vl.processor.image_processor.size_px
         words = TEXTS[language]["introduction"].format(
-            name=self.name, parameters=parameters, size_px=size_px, about=self.about[language]
+            name=chat.escaped(self.name), parameters=parameters, size_px=size_px, about=self.about[language]
         )
         return f"{words} {TEXTS[language]['kept']}" if self.keep else words
 
     def ask(self, typed: Message, history: list[Message], language: Language) -> Update:
         """A message was sent; pictures without words get the obvious question."""
-        text, paths = typed["text"].strip(), typed["files"]
+        text, paths = typed["text"].rstrip(), typed["files"]
         if text or paths:
             history = [*history, *chat.asked(text or TEXTS[language]["default_question"], paths)]
         return _shown(history)
@@ -112,9 +127,9 @@ class Actions:
                     said += piece
                     yield [*history, chat.answered(said)]
         except BadPictureError as error:
-            yield [*history, chat.complained(texts["bad_picture"].format(name=error.name, error=error))]
+            yield [*history, chat.complained(_explained(texts["bad_picture"], name=error.name, error=error))]
         except ValueError as error:
-            yield [*history, chat.complained(texts["refused"].format(error=error))]
+            yield [*history, chat.complained(_explained(texts["refused"], error=error))]
         except Exception:
             logger.exception("An answer failed.")
             yield [*history, chat.complained(texts["failed"])]
@@ -130,15 +145,16 @@ class Actions:
         self._keep(history, conversation_id, request)
         return _shown(history)
 
-    def clear(self) -> tuple[str, Update]:
-        """The conversation was thrown away: another begins, under another id."""
-        return secrets.token_hex(8), _shown([])
+    def clear(self) -> tuple[str, Update, Update, str]:
+        """The conversation was thrown away: another begins, under another id, with nothing typed and no images."""
+        typed = gr.update(value=None, interactive=True, submit_btn=True, stop_btn=False)
+        return secrets.token_hex(8), _shown([]), typed, ""
 
     def refuse(self, refused: str, history: list[Message], language: Language) -> Update:
         """Files were chosen that are not sent: `refused` is JSON, from the key of TEXTS that says why to names."""
         names, limit = json.loads(refused), self.visitors.max_picture_bytes >> 20
         words = [
-            TEXTS[language][reason].format(names=", ".join(names[reason]), limit=limit)
+            _explained(TEXTS[language][reason], names=", ".join(names[reason]), limit=limit)
             for reason in ("not_a_picture", "too_large")
             if names[reason]
         ]
@@ -220,6 +236,10 @@ def _place(event: gr.RetryData | gr.EditData | gr.LikeData) -> int:
     """Which message of the history; only of components in two dimensions it is a pair."""
     assert isinstance(event.index, int)
     return event.index
+
+
+def _explained(words: str, **values: object) -> str:
+    return words.format(**{name: chat.escaped(str(value)) for name, value in values.items()})
 
 
 def _shown(history: list[Message]) -> Update:

@@ -1,10 +1,8 @@
-"""The page: its layout in Gradio's chat components, what answers to which event, and the server that shows it.
-
-Called by __main__.py; calls actions.py, texts.py and visitors.py.
-"""
+"""The page: its layout in Gradio's chat components, what answers to which event, and the server that shows it."""
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import tempfile
@@ -15,21 +13,26 @@ from typing import Any, TypeVar
 
 import gradio as gr
 from gradio.blocks import Block
+from gradio.components.chatbot import ExampleMessage
 from starlette.middleware import Middleware
 
 from yi_vl.predict import YiVL
 
 from .actions import Actions
-from .texts import TEXTS, Language
+from .card import Card
+from .language import language_layer
+from .texts import EXAMPLES, GRADIO_IN_CHINESE, LANGUAGES, TEXTS, Language
 from .visitors import Visitors
 
 _MAX_WAITING = 32  # questions in the queue
 
 _HERE = Path(__file__).parent
+_CARD_PATH = "card"
 _PICTURES = _HERE.parent / "docs" / "pictures"
-_EXAMPLES = {"penguin.png": "What is in this picture?", "scene.png": "有几个东西？", "brazil.png": "这是哪里的旗帜？"}
 _THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]).set(  # no font is fetched
-    block_info_text_color="*neutral_600", input_placeholder_color="*neutral_500"
+    block_info_text_color="*neutral_600",
+    input_placeholder_color="*neutral_500",
+    input_placeholder_color_dark="*neutral_400",
 )
 _SAVE = """(text) => {
     if (!text) return;
@@ -38,14 +41,35 @@ _SAVE = """(text) => {
     link.download = "yi-vl-chat.SUFFIX";
     link.click();
 }"""
-_SET_LANGUAGE = "(language) => { document.documentElement.lang = language; return language; }"
+_REMEMBER = """(history, typed) => {  // by the tab, for a reload; not before what it remembers has been restored
+    if (!window.isRestored) return;
+    try {
+        sessionStorage.setItem("chat", JSON.stringify({ history, typed }));
+    } catch {
+        sessionStorage.setItem("chat", "{}"); // too long: actions.restore says so
+    }
+}"""
+_LANGUAGE = "() => document.documentElement.lang"
+_RECALL = """() => {
+    const saved = sessionStorage.getItem("chat");
+    const isAnswering = sessionStorage.getItem("isAnswering") === "true";
+    return [saved ? JSON.stringify({ ...JSON.parse(saved), isAnswering }) : "", document.documentElement.lang];
+}"""
+_FOCUS = "() => { setTimeout(() => document.querySelector('#typed textarea').focus()); }"
+_LANGUAGES = """<nav aria-label="语言 / Language">
+<a href="?lang=zh" lang="zh" hreflang="zh">中文</a> <a href="?lang=en" lang="en" hreflang="en">English</a></nav>"""
 
 AnyBlock = TypeVar("AnyBlock", bound=Block)
 
 
 @contextmanager
 def running(
-    yi_vl: YiVL, name: str, about: Mapping[Language, str], keep: Path | None = None, **launch: Any
+    yi_vl: YiVL,
+    name: str,
+    about: Mapping[Language, str],
+    keep: Path | None = None,
+    card: Card | None = None,
+    **launch: Any,
 ) -> Iterator[tuple[str, str | None]]:
     """The page while it is served: its address, and its public one where it is shared.
 
@@ -57,7 +81,7 @@ def running(
     with tempfile.TemporaryDirectory(prefix="yi_vl_demo_", ignore_cleanup_errors=True) as folder:
         os.environ["GRADIO_TEMP_DIR"] = os.path.realpath(folder)
         visitors = Visitors()
-        page = Page(Actions(yi_vl, name, about, visitors, keep))
+        page = Page(Actions(yi_vl, name, about, visitors, keep), card or Card())
         visitors.public |= page.example_paths
         page.blocks.queue(max_size=_MAX_WAITING)
         _, url, shared_url = page.blocks.launch(
@@ -70,7 +94,10 @@ def running(
             run_history=False,
             enable_monitoring=False,
             max_file_size=visitors.max_picture_bytes,
-            app_kwargs={"middleware": [Middleware(visitors.layer)], "max_body_size": visitors.max_bytes},
+            app_kwargs={
+                "middleware": [Middleware(language_layer), Middleware(visitors.layer)],
+                "max_body_size": visitors.max_bytes,
+            },
             **launch,
         )
         try:
@@ -82,12 +109,16 @@ def running(
 class Page:
     """`blocks` is Gradio's page over some `Actions`."""
 
-    def __init__(self, actions: Actions) -> None:
+    def __init__(self, actions: Actions, card: Card) -> None:
         self.actions = actions
+        self.card = card
         self._words: dict[Block, dict[str, str]] = {}  # component -> property -> key of TEXTS
         with gr.Blocks(title="Yi-VL", fill_height=True, fill_width=True, analytics_enabled=False) as self.blocks:
             self._lay_out()
             self._connect()
+        if card.text:
+            with self.blocks.route("Model card", _CARD_PATH, show_in_navbar=False):
+                gr.Markdown(card.text)
 
     @property
     def example_paths(self) -> set[str]:
@@ -102,23 +133,37 @@ class Page:
         for block, keys in self._words.items():
             words: dict[str, Any] = {name: texts[key] for name, key in keys.items()}
             updates[block] = gr.update(**words)
-        return updates | {self.introduction: gr.update(value=self.actions.introduce(language))}
+        return updates | {
+            self.language: gr.update(value=language),
+            self.introduction: gr.update(value=self.actions.introduce(language)),
+            self.chatbot: updates[self.chatbot] | gr.update(examples=_examples(language)),
+            self.footer: gr.update(value=self._about_rights(language)),
+        }
+
+    def _about_rights(self, language: Language) -> str:
+        """Where the model is described, and under which licences it and the code are."""
+        texts, card = TEXTS[language], self.card
+        url = card.url or (_CARD_PATH if card.text else "")
+        lines = [f"[{texts['model_card']}]({url})"] if url else []
+        lines += [texts["model_licence"].format(licence=card.licence)] if card.licence else []
+        return " · ".join([*lines, texts["code_licence"]])
 
     def _lay_out(self) -> None:
-        max_tokens = self.actions.yi_vl.model.config.text_config.max_position_embeddings
         bare: dict[str, Any] = {"show_label": False, "container": False}
         self.conversation_id = gr.State(lambda: secrets.token_hex(8))
         self.document = gr.Textbox(visible=False)  # on its way to the visitor's disk
+        self.language = gr.Radio(["en", "zh"], value="en", visible=False)
+        self.saved = gr.Textbox(visible=False)  # what the tab remembers of a conversation
         self.refused = gr.Textbox(visible="hidden", elem_id="refused")  # files, by page.js
         with gr.Row(elem_id="head"):
             self.introduction = gr.Markdown(self.actions.introduce("en"))
-            self.language = gr.Radio(
-                [("中文", "zh"), ("English", "en")], value="en", label="语言 / Language", elem_id="language", **bare
-            )
+            with gr.Row(elem_id="switches"):
+                gr.HTML(_LANGUAGES)
+                self.new_chat = self._in_words(gr.Button(size="md"), value="new_chat")
         self.save_json, self.save_markdown = gr.Button("⬇ JSON", render=False), gr.Button("⬇ Markdown", render=False)
         self.chatbot = self._in_words(
             gr.Chatbot(
-                examples=[{"text": text, "files": [str(_PICTURES / name)]} for name, text in _EXAMPLES.items()],
+                examples=_examples("en"),
                 buttons=["copy", "copy_all", self.save_json, self.save_markdown],
                 group_consecutive_messages=False,  # lest a message with a picture cannot be edited
                 editable="user",
@@ -136,18 +181,23 @@ class Page:
                 file_types=["image"],
                 file_count="multiple",
                 max_plain_text_length=100_000,
-                autofocus=True,
                 elem_id="typed",
                 **bare,
             ),
             placeholder="type_here",
+            label="question",
         )
+        self._lay_out_drawers()
+        self.footer = gr.Markdown(self._about_rights("en"), elem_id="footer")
+
+    def _lay_out_drawers(self) -> None:
+        max_tokens = self.actions.yi_vl.model.config.text_config.max_position_embeddings
         with gr.Row(elem_id="drawers"):
             with self._in_words(gr.Accordion(open=False), label="seen") as self.seen:
                 self.pictures = gr.HTML()
-            with self._in_words(gr.Accordion(open=False), label="camera"):
+            with self._in_words(gr.Accordion(open=False, elem_id="camera"), label="camera"):
                 self.photo = gr.Image(sources=["webcam"], type="filepath", show_label=False)
-            with self._in_words(gr.Accordion(open=False), label="settings"):
+            with self._in_words(gr.Accordion(open=False), label="settings"), gr.Row(elem_id="settings"):
                 self.settings = [
                     self._in_words(gr.Slider(0, 2, 0, step=0.05), label="temperature", info="temperature_info"),
                     self._in_words(gr.Slider(0.05, 1, 1, step=0.05), label="top_p", info="top_p_info"),
@@ -159,8 +209,12 @@ class Page:
     def _connect(self) -> None:
         actions, chatbot, typed, language = self.actions, self.chatbot, self.typed, self.language
         quick: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-        self.blocks.load(actions.prefer, None, language, **quick)
-        language.change(self.speak, language, [*self._words, self.introduction], js=_SET_LANGUAGE, **quick)
+        opened = self.blocks.load(
+            self.speak, language, [*self._words, language, self.introduction, self.footer], js=_LANGUAGE, **quick
+        )
+        restored = opened.then(actions.restore, [self.saved, language], [chatbot, typed], js=_RECALL, **quick)
+        restored.then(None, None, None, js="() => { window.isRestored = true; }")
+        gr.on([chatbot.change, typed.change], None, [chatbot, typed], None, js=_REMEMBER)
         answers = []
         for event, action, inputs, wait in (
             (typed.submit, actions.ask, [typed, chatbot, language], _wait_for_answer_to_typed),
@@ -180,8 +234,15 @@ class Page:
             )
             answer.then(_wait_for_question, None, typed, **quick)
             answers.append(answer)
-        gr.on([typed.stop, chatbot.clear], None, cancels=answers)
-        chatbot.clear(actions.clear, None, [self.conversation_id, chatbot], **quick)
+        gr.on([typed.stop, chatbot.clear, self.new_chat.click], None, cancels=answers)
+        cleared = gr.on(
+            [chatbot.clear, self.new_chat.click],
+            actions.clear,
+            None,
+            [self.conversation_id, chatbot, typed, self.pictures],
+            **quick,
+        )
+        cleared.then(None, None, None, js=_FOCUS)
         chatbot.like(actions.like, [chatbot, self.conversation_id], chatbot, **quick)
         self.seen.expand(actions.show_pictures, [chatbot, language], self.pictures, **quick)
         self.refused.change(actions.refuse, [self.refused, chatbot, language], chatbot, **quick)
@@ -202,7 +263,17 @@ class Page:
 
 
 def _script(max_picture_bytes: int) -> str:
-    return (_HERE / "page.js").read_text(encoding="utf-8").replace("MAX_PICTURE_BYTES", str(max_picture_bytes))
+    settings = {
+        "maxBytes": max_picture_bytes,
+        "imageAlt": {language: TEXTS[language]["image_alt"] for language in LANGUAGES},
+        "labels": {"en": {}, "zh": GRADIO_IN_CHINESE},
+    }
+    script = (_HERE / "page.js").read_text(encoding="utf-8")
+    return script.replace("SETTINGS", json.dumps(settings, ensure_ascii=False))
+
+
+def _examples(language: Language) -> list[ExampleMessage]:
+    return [{"text": text, "files": [str(_PICTURES / name)]} for name, text in EXAMPLES[language].items()]
 
 
 def _wait_for_answer(language: Language) -> dict[str, Any]:

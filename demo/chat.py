@@ -1,7 +1,7 @@
 """What happens in the chat: pure functions between the history that Gradio shows and the messages that yi_vl answers.
 
 A history is what `gr.Chatbot` holds, in the visitor's browser: a list of `{"role", "content", "metadata"}`, content a
-list of `{"type": "text", "text"}` and `{"type": "file", "file": {"path"}}`. Called by actions.py; no gradio here.
+list of `{"type": "text", "text"}` and `{"type": "file", "file": {"path"}}`. No gradio here.
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ from __future__ import annotations
 import base64
 import html
 import io
+import json
 import mimetypes
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,7 @@ class BadPictureError(ValueError):
 
 def asked(text: str, paths: Sequence[str] = ()) -> list[Message]:
     """A visitor's pictures and words, in messages of their own: Gradio forgets the rest of one that is edited."""
-    pictures = [{"path": path, "alt_text": Path(path).name} for path in paths]
+    pictures = [_image(path) for path in paths]
     contents = [pictures, [_text(text)]] if pictures else [[_text(text)]]
     return [{"role": "user", "content": content} for content in contents]
 
@@ -44,6 +46,11 @@ def answered(text: str) -> Message:
 def complained(text: str) -> Message:
     """Plain words in the place of an answer; `to_messages` forgets them and what they answer."""
     return answered(text) | {"metadata": {"id": _COMPLAINT}}
+
+
+def escaped(text: str) -> str:
+    """Markdown that shows a text as it is: names of files and what errors quote are anybody's."""
+    return re.sub(r"([\\`*_\[\]<>&#$~|])", r"\\\1", text)
 
 
 def marked(history: Sequence[Message], index: int, liked: bool | str) -> list[Message]:
@@ -81,6 +88,49 @@ def to_messages(history: Sequence[Message], open_picture: Callable[[str], Any]) 
         else:
             messages.append({"role": "user", "content": parts})
     return messages
+
+
+def restored(saved: str) -> tuple[list[Message], Message, bool]:
+    """What a browser saved of a conversation: history, unsent message, and whether an answer was being generated.
+
+    The browser can save anything; of messages only what this module writes is taken over.
+
+    Args:
+        saved: JSON `{"history": [...], "typed": {"text", "files": [{"path"}]}, "isAnswering"}`.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    try:
+        document = json.loads(saved)
+        history = [_restored_message(message) for message in document["history"] or ()]
+        typed = document["typed"] or {}
+        files = [str(file["path"]) for file in typed.get("files") or ()]
+        return history, {"text": str(typed.get("text") or ""), "files": files}, document["isAnswering"] is True
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"this is no saved conversation: {error!r}") from error
+
+
+def image_paths(history: Sequence[Message]) -> list[str]:
+    """All images of a history as `asked` makes it, failed turns included."""
+    return [part["path"] for message in history for part in message["content"] if "path" in part]
+
+
+def _restored_message(message: Message) -> Message:
+    if message["role"] not in ("user", "assistant"):
+        raise ValueError(f"no message has the role {message['role']!r}")
+    content = [
+        _text(str(part["text"])) if part["type"] == "text" else _image(str(part["file"]["path"]))
+        for part in message["content"]
+    ]
+    mark = _mark(message)
+    return {"role": message["role"], "content": content} | (
+        {"metadata": {"id": mark}} if mark in (_COMPLAINT, _LIKED, _DISLIKED) else {}
+    )
+
+
+def _image(path: str) -> Message:
+    return {"path": path, "alt_text": Path(path).name}
 
 
 def picture_paths(history: Sequence[Message]) -> list[str]:

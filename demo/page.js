@@ -1,7 +1,11 @@
-// Pictures may be dropped or pasted anywhere on the page, not only where one types. Those that are refused are told to
-// actions.refuse, which says so in the chat; Gradio alone would say it in its own words, elsewhere, in English.
+// What Gradio's components leave to the page: images dropped or pasted anywhere on it, questions shown as they were
+// typed, names of images, labels in the page's language, and a focus and a scroll position that are not lost.
 () => {
-    const MAX_BYTES = MAX_PICTURE_BYTES;
+    const { maxBytes, imageAlt, labels } = SETTINGS;
+    const language = document.documentElement.lang.slice(0, 2); // Gradio may have made it longer
+    document.documentElement.lang = language;
+
+    // Refused files are told to actions.refuse; Gradio alone would say it in its own words, elsewhere, in English.
     const tell = (refused) => {
         const field = document.querySelector("#refused textarea");
         field.value = JSON.stringify({ ...refused, at: Date.now() }); // Gradio hears of changes only
@@ -21,7 +25,7 @@
         const refused = { not_a_picture: [], too_large: [] };
         for (const file of input.files) {
             if (!file.type.startsWith("image/")) refused.not_a_picture.push(file.name);
-            else if (file.size > MAX_BYTES) refused.too_large.push(file.name);
+            else if (file.size > maxBytes) refused.too_large.push(file.name);
             else accepted.items.add(file);
         }
         if (accepted.files.length === input.files.length) return;
@@ -33,4 +37,67 @@
     addEventListener("drop", (event) => take(event, event.dataTransfer.files));
     addEventListener("paste", (event) => take(event, event.clipboardData.files));
     addEventListener("change", sift, true); // before Gradio
+
+    // Gradio renders every message as Markdown; what was typed is left in the label alone.
+    const showAsTyped = (bubble) => {
+        const prefix = "user's message: ";
+        if (bubble.ariaLabel?.startsWith(prefix)) bubble.typed = bubble.ariaLabel.slice(prefix.length);
+        const shown = bubble.querySelector(".message-content > .md");
+        if (shown?.childNodes.length && shown.textContent !== bubble.typed) shown.textContent = bubble.typed;
+    };
+    const nameImage = (image, index) => {
+        const name = decodeURIComponent(new URL(image.src).pathname.split("/").pop());
+        const alt = imageAlt[language].replace("{number}", index + 1).replace("{name}", name);
+        if (image.alt !== alt) image.alt = alt;
+    };
+    const starts = Object.keys(labels[language]);
+    const translated = (label) => {
+        const start = starts.find((start) => label.startsWith(start));
+        return start && labels[language][start] + label.slice(start.length);
+    };
+    const translate = () => {
+        for (const name of ["aria-label", "title"])
+            for (const element of document.querySelectorAll(`[${name}]`)) {
+                const label = translated(element.getAttribute(name));
+                if (label) element.setAttribute(name, label);
+            }
+        for (const part of document.querySelectorAll("#chat [role=status], [data-testid=status-tracker], #camera")) {
+            const walker = document.createTreeWalker(part, NodeFilter.SHOW_TEXT);
+            while (walker.nextNode()) {
+                const words = translated(walker.currentNode.data.trimStart());
+                if (words) walker.currentNode.data = words;
+            }
+        }
+    };
+
+    const chatEnd = new ResizeObserver(([{ target }]) => {
+        if (target.isAtEnd) target.scrollTo(0, target.scrollHeight); // else an opened drawer hides the last answer
+    });
+    const noteEnd = ({ target }) => {
+        if (target.matches?.("#chat .bubble-wrap"))
+            target.isAtEnd = target.scrollTop + target.offsetHeight > target.scrollHeight - 50;
+    };
+    addEventListener("scroll", noteEnd, true);
+
+    let box, chat;
+    let wasDisabled = true; // so the box has the focus at first
+    const polish = () => {
+        document.querySelectorAll("#chat [data-testid=user]").forEach(showAsTyped);
+        document.querySelectorAll("#chat [data-testid=user] img").forEach(nameImage);
+        document.querySelectorAll("#typed .thumbnail-item img").forEach(nameImage);
+        if (starts.length) translate();
+        if (chat !== (chat = document.querySelector("#chat .bubble-wrap")) && chat) chatEnd.observe(chat);
+        box = document.querySelector("#typed textarea");
+        const isLost = wasDisabled && !box?.disabled && document.activeElement === document.body;
+        if (isLost && !matchMedia("(pointer: coarse)").matches) box?.focus(); // a phone's keyboard would cover the answer
+        wasDisabled = box?.disabled;
+    };
+    const attributeFilter = ["aria-label", "title", "src", "disabled"];
+    new MutationObserver(polish).observe(document.body, { attributeFilter, characterData: true, childList: true, subtree: true });
+    polish();
+    for (const link of document.querySelectorAll("nav a[hreflang]"))
+        if (link.hreflang === language) link.ariaCurrent = "true";
+    addEventListener("pagehide", () => {
+        sessionStorage.setItem("isAnswering", Boolean(document.querySelector("#typed .stop-button")));
+    });
 }

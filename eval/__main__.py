@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -15,11 +15,14 @@ from yi_vl.arguments import as_path
 from yi_vl.cli import QuantizeOption
 from yi_vl.machine import use_large_pages
 
-from .options import Options, with_options
+from .chat_client import DEFAULT_TIMEOUT_SECONDS
+from .options import JudgeModelOption, JudgeOption, Options, TimeoutOption, judge_choice, with_options
 from .speed import app as speed
 
 if TYPE_CHECKING:
+    from .judge import JudgeChoice
     from .question import Answered, Benchmark, Question
+    from .scoring import Scored
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(speed, name="speed")
@@ -96,12 +99,20 @@ def score_(
     out: Annotated[
         Path | None, typer.Option(callback=_expand, help="Also write results.json, table, chart and verdicts here.")
     ] = None,
+    judge: JudgeOption = None,
+    judge_model: JudgeModelOption = None,
+    timeout: TimeoutOption = DEFAULT_TIMEOUT_SECONDS,
 ) -> None:
-    """Score anybody's predictions, by the official rules and by strict ones."""
-    from .report import markdown, summarise_all, write_results
+    """Score anybody's predictions: by the official rules, by these with guesses wrong, and by a judge if given one."""
+    from .report import markdown, summarise_all
     from .scoring import score
 
     rules = _benchmark(benchmark)
+    by = judge_choice(judge, judge_model, timeout)
+    if by is not None and out is None:
+        raise ValueError(
+            "Give --out with --judge: the judge's replies are kept there, so that none is asked for twice."
+        )
     split = split or ("test" if benchmark == "mmmu-pro" else "val")
     if answers is None and not rules.HAS_ANSWERS_IN_PREDICTIONS:
         raise ValueError(f"Give --answers: predictions for {benchmark} do not come with them.")
@@ -129,8 +140,10 @@ def score_(
     if out is None:
         typer.echo(markdown(rules, summarise_all(rules, scored, config, split)))
     else:
-        write_results(rules, scored, out, config, split)
+        _, is_whole = _write(rules, scored, out, config, split, by)
         typer.echo((out / "results.md").read_text(encoding="utf-8"))
+        if not is_whole:
+            raise typer.Exit(1)
 
 
 @app.command()
@@ -155,6 +168,7 @@ def submit(
 ) -> None:
     """Write the file that the benchmark's test server takes; refused when a question is missing."""
     rules = _benchmark(benchmark)
+    rules.submission(())  # refuses before the data is loaded where there is no test server
     questions = {question.id: question for question in _answers(benchmark, data, split)}
     answered = rules.read_predictions(predictions, questions)
     _refuse_repeated(answered, predictions)
@@ -223,18 +237,21 @@ def _run(
 
     from .models import open_model
     from .page import write_page
-    from .question import Answered
-    from .report import write_results
+    from .question import Answered, recorded
     from .runner import run
-    from .scoring import score
+    from .scoring import is_right_without_guess, score
 
     def is_right(question: Question, said: str) -> bool:
-        return benchmark.judge_strictly(Answered(question, said)).is_right
+        return is_right_without_guess(benchmark, Answered(question, said))
 
+    choice, settings, by = options.choice, options.settings, options.judge_choice
     if not questions:
         raise ValueError(f"The data has no questions of {benchmark.NAME}'s split {split}.")
     questions = questions[: options.limit]
-    choice, settings = options.choice, options.settings
+    if by is not None and not all(question.gold for question in questions):
+        raise ValueError(
+            f"--judge needs the right answers, and those of {benchmark.NAME}'s split {split} are not public."
+        )
     records = run(
         questions,
         lambda: open_model(choice),
@@ -247,13 +264,10 @@ def _run(
     )
     if not PartialState().is_main_process:
         return
-    answered = [Answered(question, record["response"]) for question, record in zip(questions, records, strict=True)]
+    answered = [
+        recorded(question, record, record["response"]) for question, record in zip(questions, records, strict=True)
+    ]
     errors = {record["id"]: record["error"] for record in records if "error" in record}
-    if errors:
-        first, reason = next(iter(errors.items()))
-        typer.echo(
-            f"{len(errors)} questions could not be asked and count as not answered, {first} first: {reason}", err=True
-        )
     scored = score(benchmark, answered)
     config = {
         "model": choice.title,
@@ -264,12 +278,47 @@ def _run(
         **(details or {}),
         "errors": errors,
     }
-    write_results(benchmark, scored, out, config, split)
+    scored, is_judged = _write(benchmark, scored, out, config, split, by)
     asked = ", ".join([f"{benchmark.NAME} {split}", *(details or {}).values()])
     write_page(scored, f"{asked}: {choice.title}", out)
     if (out / "results.md").exists():
         typer.echo((out / "results.md").read_text(encoding="utf-8"))
     typer.echo(f"{out}: predictions.jsonl, verdicts.jsonl, results.json, results.md, results.png, page.html", err=True)
+    if errors:
+        first, reason = next(iter(errors.items()))
+        typer.echo(
+            f"{len(errors)} of {len(questions)} questions failed and are scored as empty responses, {first} first: "
+            f"{reason.rstrip('.')}. The same command asks them again.",
+            err=True,
+        )
+    if errors or not is_judged:
+        raise typer.Exit(1)
+
+
+def _write(
+    benchmark: Benchmark,
+    scored: list[Scored],
+    out: Path,
+    config: Mapping[str, Any],
+    split: SplitName,
+    by: JudgeChoice | None,
+) -> tuple[list[Scored], bool]:
+    """Write the results, a judge's among them: the verdicts, and whether none of its are missing."""
+    from .judge import judge
+    from .report import write_results
+
+    errors: dict[str, str] = {}
+    if by is not None:
+        scored, errors = judge(by, scored, out)
+    write_results(benchmark, scored, out, config, split, {**by.details, "errors": errors} if by else None)
+    if errors:
+        first, reason = next(iter(errors.items()))
+        typer.echo(
+            f"{len(errors)} of {len(scored)} answers could not be judged and are not among the judged, {first} first: "
+            f"{reason.rstrip('.')}. The same command asks the judge again.",
+            err=True,
+        )
+    return scored, not errors
 
 
 def _benchmark(name: Name) -> Benchmark:

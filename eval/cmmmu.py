@@ -14,10 +14,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from . import cmmmu_rules, strict
+from . import cmmmu_rules
 from .data import Row, pictures_of, read_jsonl, read_rows, refuse_repeated, split_at_markers, warn_of_unshown
 from .mmmu_rules import Draw
-from .question import Answered, Form, Kind, Picture, PublishedRow, Question, Split, Verdict
+from .question import Answered, Form, Kind, Picture, PublishedRow, Question, Split, recorded
 
 NAME = "cmmmu"
 HUB_ID = "m-a-p/CMMMU"
@@ -130,7 +130,8 @@ def _question(row: Row, files: Sequence[str]) -> Question:
     pictures, index_of = pictures_of(row, list(columns.values()))
     markers = {marker: index_of.get(column) for marker, column in columns.items()}
     parts = split_at_markers(row, text, "|".join(markers) or "(?!)", markers)
-    return Question(row.id, row.text("category"), kind, _gold(row), options, parts, pictures)
+    several = kind == "choice"
+    return Question(row.id, row.text("category"), kind, _gold(row), options, parts, pictures, several)
 
 
 def _gold(row: Row) -> str:
@@ -144,8 +145,8 @@ def prompt(kind: Kind, question: str, options: Mapping[str, str]) -> str:
     return f"{_INSTRUCTIONS[kind]}\n\n问题：{question}\n{lines}正确答案：\n"
 
 
-def judge(answered: Answered, draw: Draw) -> Any:
-    kind, said = answered.question.kind, answered.said
+def parse_official(answered: Answered, draw: Draw) -> Any:
+    kind, said = answered.question.kind, answered.answer
     if kind == "blank":
         parse = cmmmu_rules.parse_blank if answered.form == "response" else cmmmu_rules.normalise
         return parse(said, str(answered.question.gold))
@@ -160,18 +161,6 @@ def is_right(answered: Answered, meaning: Any) -> bool:
     if answered.question.kind == "blank":
         return cmmmu_rules.is_blank_right(meaning, str(answered.question.gold))
     return bool(meaning == answered.question.gold)
-
-
-def judge_strictly(answered: Answered) -> Verdict:
-    question, gold = answered.question, str(answered.question.gold)
-    if question.kind == "blank":
-        said, is_gold = strict.text_or_number(answered.said, [gold])
-        return Verdict(said, is_gold, bool(said))
-    if question.kind == "judgement":
-        meaning = strict.judgement(answered.said)
-    else:
-        meaning = strict.choice(answered.said, question.options or dict.fromkeys("ABCD", ""), several=True)
-    return Verdict(meaning, meaning == gold, meaning is not None)
 
 
 def official_order(answered: Sequence[Answered]) -> list[Answered]:
@@ -192,7 +181,10 @@ def read_answers(path: Path) -> list[Question]:
         options = (
             {letter: row.text(f"option{i}") for i, letter in enumerate("ABCD", start=1)} if kind == "choice" else {}
         )
-        questions.append(Question(row.id, row.text("category"), kind, row.text("answer"), options))
+        question = Question(
+            row.id, row.text("category"), kind, row.text("answer"), options, may_have_several=bool(options)
+        )
+        questions.append(replace(question, parts=(row.text("question"),) if "question" in record else ()))
     return questions
 
 
@@ -236,7 +228,7 @@ def _answered(path: Path, record: Mapping[str, Any], form: Form, questions: Mapp
         raise ValueError(f"{path}: there is no question {key!r} among the {len(questions)} answers.")
     said = record[form]
     question = questions[key] if "type" not in record else replace(questions[key], kind=_kind(path, record))
-    return Answered(question, said if isinstance(said, str) else "" if said is None else str(said), form)
+    return recorded(question, record, said if isinstance(said, (str, dict, type(None))) else str(said), form)
 
 
 def _kind(path: Path, record: Mapping[str, Any]) -> Kind:
@@ -253,7 +245,7 @@ def submission(answered: Sequence[Answered]) -> tuple[str, str]:
     """The test server's file: JSON lines of id (a number), type and response."""
     lines = [
         json.dumps(
-            {"id": int(one.question.id), "type": _TYPES[one.question.kind], "response": one.said}, ensure_ascii=False
+            {"id": int(one.question.id), "type": _TYPES[one.question.kind], "response": one.answer}, ensure_ascii=False
         )
         for one in answered
     ]

@@ -204,13 +204,17 @@ def split_at_markers(
 
 
 def warn_of_unshown(questions: Sequence[Question], pattern: str, source: str) -> None:
-    """One warning that names the questions whose text still speaks of an image: their rows have no such image."""
+    """One warning, from the main process, that names the questions whose text speaks of an image that is not there."""
     unshown = [
         question.id
         for question in questions
         if any(isinstance(part, str) and re.search(pattern, part) for part in question.parts)
     ]
-    if unshown:
+    if not unshown:
+        return
+    from accelerate import PartialState
+
+    if PartialState().is_main_process:  # every process of a run loads the questions
         logger.warning(
             "%s: %d of %d questions speak of an image that their row does not have; there the text stays as it is: %s",
             source,

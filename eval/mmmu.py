@@ -9,10 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from . import mmmu_rules, strict
+from . import mmmu_rules
 from .data import Row, pictures_of, read_json, read_jsonl, read_rows, split_at_markers
 from .mmmu_rules import Draw
-from .question import Answered, Kind, PublishedRow, Question, Split, Verdict
+from .question import Answered, Kind, PublishedRow, Question, Split, recorded
 
 NAME = "mmmu"
 HUB_ID = "MMMU/MMMU"
@@ -119,13 +119,13 @@ def _gold(text: str) -> str | tuple[str, ...]:
     return text
 
 
-def judge(answered: Answered, draw: Draw) -> Any:
+def parse_official(answered: Answered, draw: Draw) -> Any:
     question = answered.question
     if question.kind == "open":
-        return mmmu_rules.parse_open(answered.said)
-    return (
-        answered.said if answered.form == "answer" else mmmu_rules.parse_choice(answered.said, question.options, draw)
-    )
+        return mmmu_rules.parse_open(answered.answer)
+    if answered.form == "answer":
+        return answered.answer
+    return mmmu_rules.parse_choice(answered.answer, question.options, draw)
 
 
 def is_right(answered: Answered, meaning: Any) -> bool:
@@ -133,16 +133,6 @@ def is_right(answered: Answered, meaning: Any) -> bool:
     if question.kind == "open":
         return mmmu_rules.is_open_right(meaning, question.gold)
     return mmmu_rules.is_choice_right(meaning, question.gold)
-
-
-def judge_strictly(answered: Answered) -> Verdict:
-    question = answered.question
-    golds = [question.gold] if isinstance(question.gold, str) else list(question.gold)
-    if question.kind == "open":
-        said, is_gold = strict.text_or_number(answered.said, golds)
-        return Verdict(said, is_gold, bool(said))
-    letter = strict.choice(answered.said, question.options or dict.fromkeys("ABCD", ""))
-    return Verdict(letter, letter in golds, letter is not None)
 
 
 def official_order(answered: Sequence[Answered]) -> list[Answered]:
@@ -195,11 +185,7 @@ def _answered(path: Path, record: Mapping[str, Any], questions: Mapping[str, Que
                 "options (index2ans); without them a response cannot be read. Give the data set as --answers."
             )
         question = replace(question, options=Row(record, str(path)).lettered_options(column))
-    return Answered(question, _text(record))
-
-
-def _text(record: Mapping[str, Any]) -> str:
-    return record["response"] if isinstance(record["response"], str) else ""
+    return recorded(question, record, record["response"])
 
 
 def _known(path: Path, key: str, questions: Mapping[str, Question]) -> Question:
@@ -218,6 +204,7 @@ def submission(answered: Sequence[Answered]) -> tuple[str, str]:
     A choice without a recognisable letter is left empty: the server is not given draws.
     """
     entries = {
-        one.question.id: one.said if one.question.kind == "open" else judge(one, lambda letters: "") for one in answered
+        one.question.id: one.answer if one.question.kind == "open" else parse_official(one, lambda letters: "")
+        for one in answered
     }
     return "submission.json", json.dumps(entries, ensure_ascii=False, indent=1)

@@ -11,12 +11,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from . import mmmu_pro_rules, strict
+from . import mmmu_pro_rules
 from .data import Row, pictures_of, read_jsonl, read_rows, split_at_markers, warn_of_unshown
 from .mmmu import GROUPS as GROUPS
 from .mmmu import LABELS as LABELS
 from .mmmu_rules import Draw
-from .question import Answered, Marker, PublishedRow, Question, Split, Verdict
+from .question import Answered, Marker, PublishedRow, Question, Split, recorded
 
 NAME = "mmmu-pro"
 HUB_ID = "MMMU/MMMU_Pro"
@@ -76,18 +76,12 @@ def _vision_question(row: Row, style: Style) -> Question:
     return Question(row.id, row.text("subject"), "choice", row.text("answer"), row.lettered_options(), parts, pictures)
 
 
-def judge(answered: Answered, draw: Draw) -> Any:
-    return mmmu_pro_rules.parse_choice(answered.said, answered.question.options, draw)
+def parse_official(answered: Answered, draw: Draw) -> Any:
+    return mmmu_pro_rules.parse_choice(answered.answer, answered.question.options, draw)
 
 
 def is_right(answered: Answered, meaning: Any) -> bool:
     return bool(meaning == answered.question.gold)
-
-
-def judge_strictly(answered: Answered) -> Verdict:
-    behind = answered.said.rsplit("Answer:", 1)[-1].strip() or answered.said
-    letter = strict.choice(behind, answered.question.options) or strict.choice(answered.said, answered.question.options)
-    return Verdict(letter, letter == answered.question.gold, letter is not None)
 
 
 def official_order(answered: Sequence[Answered]) -> list[Answered]:
@@ -119,7 +113,7 @@ def _answered(row: Row, questions: Mapping[str, Question]) -> Answered:
         raise row.error("it was asked with other options than its answer has; is --answers of another variant?")
     if not isinstance(response, (str, dict, type(None))):
         raise row.error(f"its response is a {type(response).__name__}, not text")
-    return Answered(question, response if isinstance(response, str) else "")
+    return recorded(question, row.values, response)
 
 
 def _recorded_question(path: Path, record: Mapping[str, Any]) -> Question:

@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import base64
 import io
-import os
-import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-if TYPE_CHECKING:
-    from PIL import Image
+from .chat_client import DEFAULT_TIMEOUT_SECONDS, ChatClient, Reply, without_secrets
+from .reasoning import has_reasoning
 
+if TYPE_CHECKING:
     from yi_vl.quantize import Scheme
 
 # First bytes -> what an endpoint is told of the format.
@@ -35,14 +34,6 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Reply:
-    """A response, or why there is none."""
-
-    text: str = ""
-    error: str | None = None
-
-
-@dataclass(frozen=True)
 class ModelChoice:
     """Which model is under test: "nano", a folder or hub id, or an endpoint's URL and its model; a Yi-VL quantised
     or as it is."""
@@ -51,11 +42,12 @@ class ModelChoice:
     endpoint_model: str | None = None
     device: str | None = None
     quantize: Scheme | None = None
+    timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS  # an endpoint's
 
     @property
     def title(self) -> str:
         """What results call it; what stands behind "?" or before "@" in a URL is left out, it may be a secret."""
-        source = re.sub(r"\?.*$|(?<=//)[^/@]*@", "", self.source)
+        source = without_secrets(self.source)
         named = f"{self.endpoint_model} at {source}" if self.endpoint_model else source
         return f"{named}, {self.quantize}" if self.quantize else named
 
@@ -75,7 +67,7 @@ def open_model(choice: ModelChoice) -> Answerer:
     """
     if choice.source.startswith(("http://", "https://")):
         _refuse_quantize(choice, "an endpoint, which answers as it is")
-        return Endpoint(choice.source, choice.endpoint_model)
+        return Endpoint(choice.source, choice.endpoint_model, choice.timeout_seconds)
     if choice.endpoint_model is not None:
         raise ValueError(f"--endpoint-model {choice.endpoint_model} is for a URL, but the model is {choice.source}.")
     if choice.source != "nano" and (kind := _model_type(choice.source)) not in ("yi_vl", None):
@@ -136,17 +128,17 @@ class TransformersModel:
     def answer(self, requests: Sequence[Content], settings: Settings) -> list[Reply]:
         contents = [read_pictures(content) for content in requests]
         try:
-            return [Reply(text) for text in self._generate(contents, settings)]
+            return self._generate(contents, settings)
         except ValueError:  # one of them cannot be answered: find out which
             return [self._answer_one(content, settings) for content in contents]
 
     def _answer_one(self, content: Content, settings: Settings) -> Reply:
         try:
-            return Reply(self._generate([content], settings)[0])
+            return self._generate([content], settings)[0]
         except ValueError as error:
             return Reply(error=str(error))
 
-    def _generate(self, contents: Sequence[Content], settings: Settings) -> list[str]:
+    def _generate(self, contents: Sequence[Content], settings: Settings) -> list[Reply]:
         import torch
         from transformers import set_seed
 
@@ -167,49 +159,45 @@ class TransformersModel:
                 max_new_tokens=settings.max_new_tokens,
                 **(sampled if settings.temperature > 0 else {"do_sample": False}),
             )
-        answers = tokens[:, inputs["input_ids"].shape[1] :]
-        return [text.strip() for text in self._processor.batch_decode(answers, skip_special_tokens=True)]
+        return [self._reply(row, settings) for row in tokens[:, inputs["input_ids"].shape[1] :].tolist()]
+
+    def _reply(self, tokens: Sequence[int], settings: Settings) -> Reply:
+        """Special tokens are left out, unless they are what marks reasoning."""
+        tokenizer = self._processor.tokenizer
+        special = set(tokenizer.all_special_ids)
+        num_end = next((n for n, token in enumerate(reversed(tokens)) if token not in special), len(tokens))
+        text = tokenizer.decode(tokens, skip_special_tokens=True)
+        whole = tokenizer.decode(tokens[: len(tokens) - num_end], skip_special_tokens=False)
+        is_marked = has_reasoning(whole) and not has_reasoning(text)
+        is_cut = not num_end and len(tokens) >= settings.max_new_tokens
+        return Reply((whole if is_marked else text).strip(), finish="length" if is_cut else "stop")
 
 
 class Endpoint:
     """An OpenAI-compatible server; the key is taken from OPENAI_API_KEY and never written anywhere."""
 
-    def __init__(self, url: str, model: str | None = None) -> None:
-        from openai import OpenAI, OpenAIError
-
-        self._client = OpenAI(base_url=url, api_key=os.environ.get("OPENAI_API_KEY") or "none", max_retries=3)
-        try:
-            self._model = model or self._client.models.list().data[0].id
-        except (OpenAIError, IndexError) as error:
-            raise ValueError(f"{url} does not list its models ({error}); name one with --endpoint-model.") from error
+    def __init__(self, url: str, model: str | None = None, timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS) -> None:
+        self._client = ChatClient(url, timeout_seconds)
+        self._model = model or self._client.first_model()
 
     def answer(self, requests: Sequence[Content], settings: Settings) -> list[Reply]:
         with ThreadPoolExecutor(len(requests)) as pool:
             return list(pool.map(lambda content: self._answer_one(content, settings), requests))
 
     def _answer_one(self, content: Content, settings: Settings) -> Reply:
-        from openai import APIStatusError
-
         extra: dict[str, Any] = {} if settings.seed is None else {"seed": settings.seed}
-        parts = read_pictures(content)
         try:
-            parts = [_as_url(part) for part in parts]
+            parts = [_as_url(part) for part in read_pictures(content)]
         except ValueError as error:  # an image that cannot be read
             return Reply(error=str(error))
-        try:
-            completion = self._client.chat.completions.create(
-                model=self._model,
-                messages=[{"role": "user", "content": parts}],  # type: ignore[list-item,misc]
-                max_tokens=settings.max_new_tokens,
-                temperature=settings.temperature,
-                top_p=settings.top_p,
-                **extra,
-            )
-        except APIStatusError as error:
-            if error.status_code in (400, 413, 422):  # this request is at fault; the next may be fine
-                return Reply(error=str(error))
-            raise ValueError(f"{self._model} answers {error.status_code}: {error}") from error
-        return Reply((completion.choices[0].message.content or "").strip())
+        return self._client.complete(
+            parts,
+            model=self._model,
+            max_tokens=settings.max_new_tokens,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            **extra,
+        )
 
 
 def read_pictures(content: Content) -> Content:
@@ -218,16 +206,9 @@ def read_pictures(content: Content) -> Content:
 
 
 def _as_images(content: Content) -> Content:
-    return [part | {"image": _as_rgb(part["image"])} if part["type"] == "image" else part for part in content]
+    from yi_vl.image import load_image
 
-
-def _as_rgb(content: bytes) -> Image.Image:
-    """As other models' own code reads images: not turned upright, transparency left out."""
-    from yi_vl.image import open_image
-    from yi_vl.image_samples import decoding
-
-    with open_image(content) as image, decoding(f"the picture of {len(content)} bytes"):
-        return image.convert("RGB")
+    return [part | {"image": load_image(part["image"])} if part["type"] == "image" else part for part in content]
 
 
 def _as_url(part: dict[str, Any]) -> dict[str, Any]:

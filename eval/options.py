@@ -1,20 +1,46 @@
-"""The options that every benchmark's command has: whose answers, generated how, over how many questions.
-
-Called by __main__.py; calls models.py.
-"""
+"""The options that every benchmark's command has: whose answers, generated how, over how many questions."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from yi_vl.cli import QuantizeOption
 
+from .chat_client import DEFAULT_TIMEOUT_SECONDS
 from .models import ModelChoice, Settings
+
+if TYPE_CHECKING:
+    from .judge import JudgeChoice
+
+JudgeOption = Annotated[
+    str | None,
+    typer.Option(
+        help="URL of an OpenAI-compatible endpoint whose model reads the answers, as a further protocol (its key is "
+        "taken from JUDGE_API_KEY, or else OPENAI_API_KEY)."
+    ),
+]
+JudgeModelOption = Annotated[str | None, typer.Option(help="The judge's model.")]
+TimeoutOption = Annotated[
+    float, typer.Option("--timeout", min=0.001, help="Seconds that an endpoint or a judge may take for one try.")
+]
+
+
+def judge_choice(url: str | None, model: str | None, timeout_seconds: float) -> JudgeChoice | None:
+    """The judge that is asked for, if one is."""
+    from .judge import JudgeChoice
+
+    if url is None and model is None:
+        return None
+    if url is None or model is None:
+        raise ValueError("--judge URL and --judge-model NAME go together; give both or neither.")
+    if not url.startswith(("http://", "https://")):
+        raise ValueError(f"--judge is {url!r}, not the URL of an OpenAI-compatible endpoint.")
+    return JudgeChoice(url, model, timeout_seconds)
 
 
 @dataclass(frozen=True)
@@ -49,11 +75,18 @@ class Options:
             help="Show only the first image, before the prompt, as the official LLaVA run does.",
         ),
     ] = False
+    timeout: TimeoutOption = DEFAULT_TIMEOUT_SECONDS
+    judge: JudgeOption = None
+    judge_model: JudgeModelOption = None
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many questions, to try something out.")] = None
 
     @property
     def choice(self) -> ModelChoice:
-        return ModelChoice(self.model, self.endpoint_model, self.device, self.quantize)
+        return ModelChoice(self.model, self.endpoint_model, self.device, self.quantize, self.timeout)
+
+    @property
+    def judge_choice(self) -> JudgeChoice | None:
+        return judge_choice(self.judge, self.judge_model, self.timeout)
 
     @property
     def settings(self) -> Settings:

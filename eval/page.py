@@ -11,7 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .scoring import Scored
+from yi_vl.image import load_image
+
+from .question import Verdict
+from .scoring import RULES, Scored
 
 _SIDE_PX = 640  # longest side of the copies beside the page
 
@@ -33,16 +36,20 @@ def _row(one: Scored, out_dir: Path) -> dict[str, Any]:
         "prompt": question.prompt,
         "said": one.answered.said,
         "gold": question.gold if isinstance(question.gold, str) else " / ".join(question.gold),
-        "official": one.official.is_right,
-        "strict": one.strict.is_right,
-        "parsed": one.strict.is_parsed,
+        "answer": one.answered.answer,
+        **{rules: _shown_verdict(one.verdict(rules)) for rules in RULES},
+        "drawn": one.official.is_guess,
         "pictures": [_copy(picture.read(), out_dir) for picture in question.pictures],
     }
 
 
+def _shown_verdict(verdict: Verdict | None) -> str:
+    """A class of the page's style sheet; "" where a judge was not asked, or failed."""
+    return "" if verdict is None else "right" if verdict.is_right else "wrong"
+
+
 def _copy(content: bytes, out_dir: Path) -> str:
     """A small copy of a picture, by its name relative to the page; "" where it is none."""
-    from yi_vl.image import load_image
 
     path = out_dir / "pictures" / f"{hashlib.sha256(content).hexdigest()[:16]}.jpg"
     if not path.exists():
@@ -69,7 +76,7 @@ _TEMPLATE = """<!doctype html>
   dd { margin: 0; }
   .right::before { content: "✓ right"; color: #0a6b2d; }
   .wrong::before { content: "✗ wrong"; color: #a12020; }
-  .none::after { content: " (no meaning found)"; color: #777; }
+  .drawn::after { content: " (drawn: no answer was recognised)"; color: #777; }
 </style>
 <h1 id="title"></h1>
 <nav>
@@ -77,16 +84,18 @@ _TEMPLATE = """<!doctype html>
   <span id="place"></span>
   <select id="subject"><option value="">all subjects</option></select>
   <select id="verdict"><option value="">all answers</option><option value="wrong">wrong</option><option value="right">right</option>
-    <option value="none">no meaning found</option><option value="differ">the two rules differ</option></select>
+    <option value="drawn">left to the draw</option><option value="differ">the judge differs</option></select>
 </nav>
 <h2 id="id"></h2>
 <div id="pictures"></div>
 <dl>
   <dt>Prompt</dt><dd><pre id="prompt"></pre></dd>
-  <dt>Answer</dt><dd><pre id="said"></pre></dd>
+  <dt>Response</dt><dd><pre id="said"></pre></dd>
+  <dt>Answer in it</dt><dd><pre id="answer"></pre></dd>
   <dt>Gold</dt><dd><pre id="gold"></pre></dd>
   <dt>Official rules</dt><dd id="official"></dd>
-  <dt>Strict rules</dt><dd id="strict"></dd>
+  <dt>Official rules, guesses wrong</dt><dd id="no_guess"></dd>
+  <dt>Judge</dt><dd id="judge"></dd>
 </dl>
 <script id="data" type="application/json">__DATA__</script>
 <script>
@@ -95,7 +104,7 @@ const at = id => document.getElementById(id);
 let shown = rows, place = 0;
 at("title").textContent = document.title = title;
 for (const name of new Set(rows.map(row => row.subject))) at("subject").append(new Option(name, name));
-const wanted = {wrong: row => !row.strict, right: row => row.strict, none: row => !row.parsed, differ: row => row.official !== row.strict};
+const wanted = {wrong: row => row.no_guess === "wrong", right: row => row.no_guess === "right", drawn: row => row.drawn, differ: row => row.judge && row.judge !== row.no_guess};
 function choose() {
   const test = wanted[at("verdict").value], subject = at("subject").value;
   shown = rows.filter(row => (!subject || row.subject === subject) && (!test || test(row)));
@@ -107,9 +116,9 @@ function show() {
   at("place").textContent = shown.length ? `${place + 1} of ${shown.length}` : "none";
   at("id").textContent = row ? row.id : "";
   at("pictures").replaceChildren(...(row ? row.pictures : []).filter(Boolean).map(name => Object.assign(new Image(), {src: name, alt: "picture of the question"})));
-  for (const key of ["prompt", "said", "gold"]) at(key).textContent = row ? row[key] : "";
-  at("official").className = row ? (row.official ? "right" : "wrong") : "";
-  at("strict").className = row ? (row.strict ? "right" : "wrong") + (row.parsed ? "" : " none") : "";
+  for (const key of ["prompt", "said", "answer", "gold"]) at(key).textContent = row ? row[key] : "";
+  for (const key of ["official", "no_guess", "judge"]) at(key).className = row ? row[key] : "";
+  if (row && row.drawn) at("official").classList.add("drawn");
 }
 function step(by) { if (shown.length) { place = (place + by + shown.length) % shown.length; show(); } }
 at("back").onclick = () => step(-1);

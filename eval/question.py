@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from .mmmu_rules import Draw
+from .reasoning import answer_of
 
 Kind = Literal["choice", "open", "judgement", "blank"]
 Form = Literal["response", "answer"]
 Split = Literal["dev", "val", "test"]
+Outcome = Literal["answered", "failed", "refused", "cut"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ class Question:
     options: Mapping[str, str] = field(default_factory=dict)  # letter -> text, in order
     parts: tuple[str | Marker, ...] = ()
     pictures: tuple[Picture, ...] = ()
+    may_have_several: bool = False  # a choice whose answer may be several letters
 
     @property
     def prompt(self) -> str:
@@ -69,20 +73,44 @@ class Question:
 
 @dataclass(frozen=True)
 class Answered:
-    """A question and what was said to it: a model's own words, or an answer that was made out of them already."""
+    """A question and what was said to it: a model's own words, or an answer that was made out of them already.
+
+    Attributes:
+        said: the whole response, reasoning included; what is scored is `answer`.
+        outcome: "failed" where the question could not be asked, "refused" and "cut" where the server said so.
+    """
 
     question: Question
     said: str
     form: Form = "response"
+    outcome: Outcome = "answered"
+
+    @cached_property
+    def answer(self) -> str:
+        """The response without its reasoning; "" where that never ended."""
+        return answer_of(self.said)
+
+
+def recorded(question: Question, record: Mapping[str, Any], said: Any, form: Form = "response") -> Answered:
+    """A question and its record in a prediction file: this harness's own records have their outcome and prompt too.
+
+    An API's error in place of a response (null or an object) says nothing, as in the official scripts.
+    """
+    if not question.parts and isinstance(prompt := record.get("prompt", record.get("question")), str):
+        question = replace(question, parts=(prompt,))
+    is_failed = bool(record.get("error")) or isinstance(said, (dict, type(None)))
+    outcomes: dict[Any, Outcome] = {"refused": "refused", "length": "cut"}
+    outcome = "failed" if is_failed else outcomes.get(record.get("finish"), "answered")
+    return Answered(question, said if isinstance(said, str) else "", form, outcome)
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What an answer was taken to mean and whether that is right; not `is_parsed` where no rule found a meaning."""
+    """What an answer was taken to mean and whether that is right; `is_guess` where the official rules drew it."""
 
     meaning: Any
     is_right: bool
-    is_parsed: bool
+    is_guess: bool
 
 
 class Benchmark(Protocol):
@@ -103,18 +131,18 @@ class Benchmark(Protocol):
 
     def load(self, data: str, split: Split) -> list[Question]: ...
 
-    def judge(self, answered: Answered, draw: Draw) -> Any:
+    def parse_official(self, answered: Answered, draw: Draw) -> Any:
         """What the official rules take an answer to mean; `draw` is called where they leave it to chance."""
 
     def is_right(self, answered: Answered, meaning: Any) -> bool: ...
-    def judge_strictly(self, answered: Answered) -> Verdict: ...
     def official_order(self, answered: Sequence[Answered]) -> list[Answered]: ...
     def read_answers(self, path: Path) -> list[Question]: ...
     def read_predictions(self, path: Path, questions: Mapping[str, Question]) -> list[Answered]: ...
     def printed(self, num_right: int, num: int) -> str:
         """An accuracy as the official script prints it."""
 
-    def submission(self, answered: Sequence[Answered]) -> tuple[str, str]: ...
+    def submission(self, answered: Sequence[Answered]) -> tuple[str, str]:
+        """The name and text of the test server's file; `ValueError` where there is no test server."""
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,13 @@ from typing import Any
 
 from .data import read_jsonl
 from .question import Benchmark, PublishedRow, Split
-from .scoring import RULES, Rules, Scored, chance, compare, summarise
+from .scoring import RULES, Rules, Scored, chance, compare, count_outcomes, summarise
 
-_RULES_TEXT = {"official": "official rules", "strict": "strict rules"}
+_RULES_TEXT: dict[Rules, str] = {
+    "official": "official rules",
+    "no_guess": "official, guesses wrong",
+    "judge": "read by a judge",
+}
 _BAR_COLOURS = ("#0b6e99", "#74b3ce", "#d98324", "#7a7a7a", "#b8b8b8", "#4d4d4d")
 
 
@@ -25,21 +29,24 @@ def write_results(
     out_dir: Path,
     config: Mapping[str, Any],
     split: Split | None = None,
+    judge: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write everything but the page into `out_dir`; what results.json holds is returned.
 
     Args:
         config: how the predictions were made, as far as that is known; must name the "model".
+        judge: who judged, and the "errors" by id where that failed.
     """
     out_dir.mkdir(parents=True, exist_ok=True)
-    results = summarise_all(benchmark, scored, config, split)
+    results = summarise_all(benchmark, scored, config, split, judge)
     has_golds = RULES[0] in results
     results["versions"] = {name: _version(name) for name in ("yi_vl", "torch", "transformers", "open_clip_torch")}
     results["versions"]["python"] = platform.python_version()
     results["git"] = _git_hash()
     _write(out_dir / "results.json", json.dumps(results, ensure_ascii=False, indent=1) + "\n")
     _write(
-        out_dir / "verdicts.jsonl", "".join(json.dumps(_verdict_row(one), ensure_ascii=False) + "\n" for one in scored)
+        out_dir / "verdicts.jsonl",
+        "".join(json.dumps(_verdict_row(one, judge), ensure_ascii=False) + "\n" for one in scored),
     )
     if has_golds:
         _write(out_dir / "results.md", markdown(benchmark, results))
@@ -48,25 +55,37 @@ def write_results(
 
 
 def summarise_all(
-    benchmark: Benchmark, scored: Sequence[Scored], config: Mapping[str, Any], split: Split | None
+    benchmark: Benchmark,
+    scored: Sequence[Scored],
+    config: Mapping[str, Any],
+    split: Split | None,
+    judge: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Both protocols' summaries, where the golds are known, beside chance."""
+    """The protocols' summaries, where the golds are known, beside chance and what became of the questions."""
     results: dict[str, Any] = {"benchmark": benchmark.NAME, "split": split, "config": dict(config)}
     results["chance"] = chance([one.answered.question for one in scored])
+    results["responses"] = count_outcomes([one.answered for one in scored])
     if all(one.answered.question.gold for one in scored):
-        results |= {rules: summarise(benchmark, scored, rules) for rules in RULES}
+        results |= {rules: summarise(benchmark, scored, rules) for rules in RULES if rules != "judge"}
+        if judge is not None:
+            results["judge"] = {**judge, "failed": len(judge["errors"]), **summarise(benchmark, scored, "judge")}
     return results
 
 
+def rules_of(results: Mapping[str, Any]) -> list[Rules]:
+    """The protocols that results have scores by."""
+    return [rules for rules in RULES if results.get(rules, {}).get("num")]
+
+
 def comparison(folders: Sequence[Path]) -> str:
-    """Markdown: every pair of results, paired question by question, under both rules."""
+    """Markdown: every pair of results, paired question by question, under each protocol that both have."""
     verdicts = {str(folder): _read_verdicts(folder) for folder in folders}
     lines = [
         "| | rules | questions | difference | 95% interval | only first right | only second right | p |",
         "|---|---|---:|---:|---|---:|---:|---:|",
     ]
     for first, second in combinations(verdicts, 2):
-        for rules in RULES:
+        for rules in (rules for rules in verdicts[first] if rules in verdicts[second]):
             found = compare(verdicts[first][rules], verdicts[second][rules])
             low, high = (f"{100 * value:+.1f}" for value in found["interval_95"])
             lines.append(
@@ -76,14 +95,21 @@ def comparison(folders: Sequence[Path]) -> str:
     return "\n".join(lines)
 
 
-def _read_verdicts(folder: Path) -> dict[Rules, dict[str, bool]]:
-    rows = read_jsonl(folder / "verdicts.jsonl")
-    return {rules: {row["id"]: row[rules]["right"] for row in rows} for rules in RULES}
+def _read_verdicts(folder: Path) -> dict[str, dict[str, bool]]:
+    """Protocol -> id -> right; a judge's name is part of its protocol, as two judges read differently."""
+    verdicts: dict[str, dict[str, bool]] = {}
+    for row in read_jsonl(folder / "verdicts.jsonl"):
+        for rules in (rules for rules in RULES if row.get(rules, {}).get("right") is not None):
+            by = row[rules].get("by")
+            verdicts.setdefault(f"{rules} {by}" if by else rules, {})[row["id"]] = row[rules]["right"]
+    if not verdicts:
+        raise ValueError(f"{folder / 'verdicts.jsonl'} has no verdicts: no question's right answer is known.")
+    return verdicts
 
 
 def markdown(benchmark: Benchmark, results: Mapping[str, Any]) -> str:
     """The table of disciplines beside published rows, then that of subjects."""
-    official, strict = (results[rules] for rules in RULES)
+    official = results["official"]
     names = list(official["disciplines"])
     lines = [
         f"## {benchmark.NAME} {results['split'] or ''}".rstrip(),
@@ -94,8 +120,9 @@ def markdown(benchmark: Benchmark, results: Mapping[str, Any]) -> str:
         + " | ".join(str(official["disciplines"][n]["num"]) for n in names)
         + " |",
     ]
-    for rules, summary in ((RULES[0], official), (RULES[1], strict)):
-        cells = [_percent(summary["disciplines"][name]["accuracy"]) for name in names]
+    for rules in rules_of(results):
+        summary = results[rules]
+        cells = [_discipline_percent(summary, name) for name in names]
         lines.append(
             f"| **{results['config']['model']}** ({_RULES_TEXT[rules]}) | **{_percent(summary['accuracy'])}** | "
             + " | ".join(cells) + " |"
@@ -105,39 +132,70 @@ def markdown(benchmark: Benchmark, results: Mapping[str, Any]) -> str:
         cells = [f"{row.scores[name]:.1f}" if name in row.scores else "" for name in names]
         lines.append(f"| {row.model} [^{row.model}] | {row.scores['Overall']:.1f} | " + " | ".join(cells) + " |")
     lines += ["", *(f"[^{row.model}]: {row.source}." for row in rows_of(benchmark, results)), ""]
-    low, high = (_percent(value) for value in official["interval_95"])
-    low_strict, high_strict = (_percent(value) for value in strict["interval_95"])
-    lines += [
-        f"Official: {official['right']} of {official['num']} (printed as {official['printed']}), 95% interval {low} to "
-        f"{high}; {len(official['drawn'])} left to the official draw. Strict: {strict['right']}, {low_strict} to "
-        f"{high_strict}; {strict['unparsed']} without a meaning count as wrong.",
-        "",
-    ]
+    lines += [_summary_line(results), _responses_line(results["responses"]), ""]
     if any(len(group["subjects"]) > 1 for group in official["disciplines"].values()):
-        lines += ["| subject | questions | official | strict |", "|---|---:|---:|---:|"]
-        for name, group in official["disciplines"].items():
-            lines.append(_subject_line(f"**{name}**", group, strict["disciplines"][name]))
-            for subject, tally in group["subjects"].items():
-                lines.append(_subject_line(subject, tally, strict["disciplines"][name]["subjects"][subject]))
-        lines.append("")
+        lines += _subject_table(results)
     return "\n".join(lines)
 
 
+def _summary_line(results: Mapping[str, Any]) -> str:
+    official, no_guess = results["official"], results["no_guess"]
+    line = (
+        f"Official: {official['right']} of {official['num']} (printed as {official['printed']}), 95% interval "
+        f"{_interval(official)}; {len(official['drawn'])} left to the official draw. With guesses wrong: "
+        f"{no_guess['right']}, {_interval(no_guess)}."
+    )
+    if (judge := results.get("judge")) is not None:
+        score = f"{judge['right']} of {judge['num']}, {_interval(judge)}" if judge["num"] else "none"
+        line += f" Judged by {judge['model']}: {score}; {judge['failed']} could not be judged and are not counted."
+    return line
+
+
+def _responses_line(counts: Mapping[str, int]) -> str:
+    """What is not a whole answer, or an empty line."""
+    there = [f"{count} {name.replace('_', ' ')}" for name, count in counts.items() if name != "num" and count]
+    return f"Of {counts['num']} responses: {', '.join(there)}." if there else ""
+
+
+def _subject_table(results: Mapping[str, Any]) -> list[str]:
+    rules = rules_of(results)
+    lines = [f"| subject | questions | {' | '.join(rules)} |".replace("_", " "), "|---|---:|" + "---:|" * len(rules)]
+    for name, group in results["official"]["disciplines"].items():
+        cells = [_discipline_percent(results[one], name) for one in rules]
+        lines.append(f"| **{name}** | {group['num']} | {' | '.join(cells)} |")
+        for subject, tally in group["subjects"].items():
+            cells = [_discipline_percent(results[one], name, subject) for one in rules]
+            lines.append(f"| {subject} | {tally['num']} | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def _discipline_percent(summary: Mapping[str, Any], name: str, subject: str | None = None) -> str:
+    """An accuracy in per cent; empty where a judge judged none of its questions."""
+    tally = summary["disciplines"].get(name, {})
+    tally = tally if subject is None else tally.get("subjects", {}).get(subject, {})
+    return _percent(tally["accuracy"]) if tally else ""
+
+
+def _interval(summary: Mapping[str, Any]) -> str:
+    return " to ".join(map(_percent, summary["interval_95"]))
+
+
 def draw_chart(benchmark: Benchmark, results: Mapping[str, Any], path: Path) -> None:
-    """Bars by discipline: this model under both rules, and the published rows that have disciplines or an overall."""
+    """Bars by discipline: this model under each protocol, and the published rows that have disciplines or overall."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    official, strict = (results[rules] for rules in RULES)
+    official = results["official"]
     names = ["Overall", *official["disciplines"]]
     model = results["config"]["model"]
-    bars = []
-    for rules, summary in ((RULES[0], official), (RULES[1], strict)):
-        heights = [summary["accuracy"], *(tally["accuracy"] for tally in summary["disciplines"].values())]
-        bars.append((f"{model}, {_RULES_TEXT[rules]}", [100 * height for height in heights]))
-    bars += [(title, [row.scores.get(name) for name in names]) for title, row in _charted(benchmark, results)]  # type: ignore[misc]
+    bars: list[tuple[str, list[float | None]]] = []
+    for rules in rules_of(results):
+        tallies = {"Overall": results[rules]} | results[rules]["disciplines"]
+        heights = [100 * tallies[name]["accuracy"] if name in tallies else None for name in names]
+        bars.append((f"{model}, {_RULES_TEXT[rules]}", heights))
+    bars += [(title, [row.scores.get(name) for name in names]) for title, row in _charted(benchmark, results)]
     figure, axes = plt.subplots(figsize=(max(7.0, 1.6 * len(names)), 4.2), layout="constrained")
     width = 0.84 / len(bars)
     for index, (label, heights) in enumerate(bars):
@@ -185,28 +243,28 @@ def _charted(benchmark: Benchmark, results: Mapping[str, Any]) -> list[tuple[str
     ]
 
 
-def _verdict_row(one: Scored) -> dict[str, Any]:
+def _verdict_row(one: Scored, judge: Mapping[str, Any] | None) -> dict[str, Any]:
+    """`answer`: what of the response was scored."""
     question = one.answered.question
+    verdicts = {rules: verdict for rules in RULES if (verdict := one.verdict(rules)) is not None}
     return {
         "id": question.id,
         "subject": question.subject,
         "kind": question.kind,
         "gold": question.gold,
         "said": one.answered.said,
+        "answer": one.answered.answer,
+        "outcome": one.answered.outcome,
         **{
             rules: {
                 "meaning": verdict.meaning,
                 "right": verdict.is_right if question.gold else None,
-                "parsed": verdict.is_parsed,
+                **({"by": judge["title"]} if rules == "judge" and judge else {}),
             }
-            for rules, verdict in (("official", one.official), ("strict", one.strict))
+            for rules, verdict in verdicts.items()
         },
-        "drawn": not one.official.is_parsed,
+        "drawn": one.official.is_guess,
     }
-
-
-def _subject_line(name: str, official: Mapping[str, Any], strict: Mapping[str, Any]) -> str:
-    return f"| {name} | {official['num']} | {_percent(official['accuracy'])} | {_percent(strict['accuracy'])} |"
 
 
 def _percent(share: float) -> str:

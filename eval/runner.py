@@ -1,22 +1,22 @@
 """Puts questions to a model, in batches and on several processes, and loses none: the one that knows no benchmark.
 
-Predictions are appended as they come, a line each. A run that was killed goes on with the questions that have none, in
-any number of processes; at the end they stand in one file in the benchmark's order. Called by the commands.
+Predictions are appended as they come, a line each. A run that was killed goes on with the questions that have none or
+that failed, in any number of processes; at the end they stand in one file in the benchmark's order.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from accelerate import PartialState
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from .models import Answerer, Settings
+from .models import Answerer, Reply, Settings
 from .question import Question
 
 PREDICTIONS = "predictions.jsonl"
@@ -40,7 +40,8 @@ def run(
         is_right: for the running accuracy beside the progress bar.
 
     Raises:
-        ValueError: `out_dir` holds predictions that were made otherwise.
+        ValueError: `out_dir` holds predictions that were made otherwise, or an endpoint is gone; what was answered
+            until then is kept.
     """
     state = PartialState()
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -48,37 +49,58 @@ def run(
         question.id: _record(question, model_name, settings, first_picture_only, response="") for question in questions
     }
     found = _read_found(out_dir, blank)
-    todo = [question for question in questions if question.id not in found]
-    mine = sorted(todo, key=_length)[state.process_index :: state.num_processes]
+    todo = [question for question in questions if question.id not in found or "error" in found[question.id]]
+    # What failed before comes last, so that it never holds up the rest.
+    todo.sort(key=lambda question: (question.id in found, _length(question)))
+    mine = todo[state.process_index :: state.num_processes]
     state.wait_for_everyone()  # everyone has read before anyone writes
     if mine:
         path = out_dir / (PREDICTIONS if state.is_main_process else f"predictions-{state.process_index}.jsonl")
-        model = make_model()
+        batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
         with path.open("a", encoding="utf-8") as file, _progress(state.is_main_process) as progress:
-            task = progress.add_task("", total=len(mine), accuracy="")
-            num_right = num_done = 0
-            for start in range(0, len(mine), batch_size):
-                batch = mine[start : start + batch_size]
-                replies = model.answer([question.content(first_picture_only) for question in batch], settings)
-                for question, reply in zip(batch, replies, strict=True):
-                    record = blank[question.id] | {"response": reply.text}
-                    if reply.error:
-                        record["error"] = reply.error
-                    file.write(json.dumps(record, ensure_ascii=False) + "\n")
-                    num_right += bool(is_right and is_right(question, reply.text))
-                file.flush()
-                num_done += len(batch)
-                shown = f"{num_right / num_done:.1%} right" if is_right else ""
-                progress.update(task, advance=len(batch), accuracy=shown)
+            _ask(batches, make_model(), settings, first_picture_only, blank, file, progress, is_right)
     state.wait_for_everyone()
     records = _read_found(out_dir, blank)
     if state.is_main_process:
         missing = [question.id for question in questions if question.id not in records]
         if missing:
             raise ValueError(f"{out_dir}: {len(missing)} questions have no prediction: {', '.join(missing[:5])} ...")
+        if all("error" in record for record in records.values()):
+            raise ValueError(f"None of {len(questions)} questions has a response: {records[questions[0].id]['error']}")
         _write_in_order(out_dir, [records[question.id] for question in questions])
     state.wait_for_everyone()
     return [records[question.id] for question in questions]
+
+
+def _ask(
+    batches: Sequence[Sequence[Question]],
+    model: Answerer,
+    settings: Settings,
+    first_picture_only: bool,
+    blank: Mapping[str, Mapping[str, Any]],
+    file: TextIO,
+    progress: Progress,
+    is_right: Callable[[Question, str], bool] | None,
+) -> None:
+    """Append a record for each question; stop where a server fails a whole batch by itself and more would follow."""
+    num = sum(map(len, batches))
+    task = progress.add_task("", total=num, accuracy="")
+    num_right = num_done = 0
+    for batch in batches:
+        replies = model.answer([question.content(first_picture_only) for question in batch], settings)
+        for question, reply in zip(batch, replies, strict=True):
+            file.write(json.dumps({**blank[question.id], **_response(reply)}, ensure_ascii=False) + "\n")
+            num_right += bool(is_right and is_right(question, reply.text))
+        file.flush()
+        if batch is not batches[-1] and all(reply.is_server_down for reply in replies):
+            reason = (replies[0].error or "").rstrip(".")
+            raise ValueError(
+                f"{reason}. Stopped after {num_done} of {num} questions; their predictions are kept in "
+                f"{Path(file.name).parent}, and the same command asks the rest."
+            )
+        num_done += len(batch)
+        shown = f"{num_right / num_done:.1%} right" if is_right else ""
+        progress.update(task, advance=len(batch), accuracy=shown)
 
 
 def _record(
@@ -99,13 +121,24 @@ def _record(
     }
 
 
+def _response(reply: Reply) -> dict[str, Any]:
+    """What a record says of a reply; its reasoning and refusal only where they came apart from the response."""
+    if reply.error is not None:
+        return {"response": "", "error": reply.error}
+    further = {"finish": reply.finish, "reasoning": reply.reasoning, "refusal": reply.refusal}
+    return {"response": reply.text, **{key: value for key, value in further.items() if value}}
+
+
 def _length(question: Question) -> tuple[int, int]:
     """What decides how many tokens a prompt takes."""
     return len(question.pictures), len(question.prompt.encode())
 
 
 def _read_found(out_dir: Path, blank: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Records of this run that are there already, by id; a last line that was cut short is dropped."""
+    """Records of this run that are there already, by id; a last line that was cut short is dropped.
+
+    Of several records of a question one with a response counts.
+    """
     found: dict[str, dict[str, Any]] = {}
     for path in sorted(out_dir.glob("predictions*.jsonl")):
         for record in _whole_lines(path):
@@ -121,7 +154,8 @@ def _read_found(out_dir: Path, blank: dict[str, dict[str, Any]]) -> dict[str, di
                         f"{path} was made otherwise: {record['id']} has {key} {before!r}, now it is {now!r}. Give "
                         "another --out, or remove it."
                     )
-            found[record["id"]] = record
+            if "error" not in record or "error" in found.get(record["id"], record):
+                found[record["id"]] = record
     return found
 
 

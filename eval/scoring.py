@@ -1,30 +1,37 @@
-"""From answers to scores: both protocols, per subject, discipline and overall, with intervals. Knows no benchmark."""
+"""From answers to scores: per protocol, subject, discipline and overall, with intervals. Knows no benchmark."""
 
 from __future__ import annotations
 
 import math
 import random
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 
 from .question import Answered, Benchmark, Question, Verdict
 
-Rules = Literal["official", "strict"]
-RULES: tuple[Rules, Rules] = ("official", "strict")
+# As the benchmark's own script scores; the same with every draw counted as wrong; as a judge model reads the answers.
+Rules = Literal["official", "no_guess", "judge"]
+RULES: tuple[Rules, ...] = ("official", "no_guess", "judge")
 OFFICIAL_SEED = 42
 _NUM_RESAMPLES = 10_000
 
 
 @dataclass(frozen=True)
 class Scored:
-    """An answer with its verdict under either protocol."""
+    """An answer with its verdict by the official rules, and a judge's where there is one."""
 
     answered: Answered
     official: Verdict
-    strict: Verdict
+    judge: Verdict | None = None
+
+    def verdict(self, rules: Rules) -> Verdict | None:
+        """None where a judge was not asked, or failed."""
+        if rules == "no_guess":
+            return replace(self.official, is_right=self.official.is_right and not self.official.is_guess)
+        return self.official if rules == "official" else self.judge
 
 
 class Draws:
@@ -40,30 +47,43 @@ class Draws:
 
 
 def score(benchmark: Benchmark, answered: Iterable[Answered]) -> list[Scored]:
-    """Every answer judged by both protocols, in the official order: draws depend on it."""
-    draws, scored = Draws(), []
-    for one in benchmark.official_order(list(answered)):
-        before = draws.count
-        meaning = benchmark.judge(one, draws)
-        official = Verdict(meaning, benchmark.is_right(one, meaning), is_parsed=draws.count == before)
-        scored.append(Scored(one, official, benchmark.judge_strictly(one)))
-    return scored
+    """Every answer scored by the official rules, in the official order: draws depend on it."""
+    draws = Draws()
+    return [Scored(one, _official(benchmark, one, draws)) for one in benchmark.official_order(list(answered))]
+
+
+def is_right_without_guess(benchmark: Benchmark, answered: Answered) -> bool:
+    """Whether an answer is right by the official rules and not by their draw."""
+    verdict = _official(benchmark, answered, Draws())
+    return verdict.is_right and not verdict.is_guess
+
+
+def _official(benchmark: Benchmark, answered: Answered, draws: Draws) -> Verdict:
+    before = draws.count
+    meaning = benchmark.parse_official(answered, draws)
+    return Verdict(meaning, benchmark.is_right(answered, meaning), is_guess=draws.count > before)
 
 
 def summarise(benchmark: Benchmark, scored: Sequence[Scored], rules: Rules) -> dict[str, Any]:
     """Accuracy overall, by discipline with their subjects, and by kind of question; micro averages everywhere.
 
-    By the official rules also the ids of the answers that were "drawn": all others are judged as the official script
-    judges them, whatever its random numbers are.
+    By the official rules also the ids of the answers that were "drawn": all others are scored as the official script
+    scores them, whatever its random numbers are. By a judge only the questions that it judged are counted.
     """
+    scored = [one for one in scored if one.verdict(rules) is not None]
+    if not scored:
+        return {"num": 0}
     subjects = dict.fromkeys(one.answered.question.subject for one in scored)
     known = {subject for group in benchmark.GROUPS.values() for subject in group}
     groups = dict(benchmark.GROUPS) if known >= set(subjects) else {subject: (subject,) for subject in subjects}
     whole = _tally(benchmark, scored, rules)
     return whole | {
-        "interval_95": interval([_verdict(one, rules).is_right for one in scored]),
-        "unparsed": sum(not _verdict(one, rules).is_parsed for one in scored),
-        **({"drawn": _drawn_ids(scored)} if rules == "official" else {}),
+        "interval_95": interval([_is_right(one, rules) for one in scored]),
+        **(
+            {"drawn": [one.answered.question.id for one in scored if one.official.is_guess]}
+            if rules == "official"
+            else {}
+        ),
         "disciplines": {
             name: _tally(benchmark, members, rules)
             | {
@@ -83,8 +103,23 @@ def summarise(benchmark: Benchmark, scored: Sequence[Scored], rules: Rules) -> d
     }
 
 
-def _drawn_ids(scored: Sequence[Scored]) -> list[str]:
-    return [one.answered.question.id for one in scored if not one.official.is_parsed]
+def count_outcomes(answered: Sequence[Answered]) -> dict[str, int]:
+    """How many responses are not whole answers; one that was cut may be empty too.
+
+    "refused" and "cut" are known where an endpoint or transformers' `generate` told, not for a Yi-VL's own engine.
+
+    "empty": no text at all; "unfinished_reasoning": text, but no answer behind it. "failed" questions have no response
+    and are in none of the others; the official rules score them as an empty response.
+    """
+    came = [one for one in answered if one.outcome != "failed"]
+    return {
+        "num": len(answered),
+        "failed": len(answered) - len(came),
+        "refused": sum(one.outcome == "refused" for one in came),
+        "cut": sum(one.outcome == "cut" for one in came),
+        "empty": sum(not one.said.strip() for one in came),
+        "unfinished_reasoning": sum(bool(one.said.strip()) and not one.answer.strip() for one in came),
+    }
 
 
 def chance(questions: Iterable[Question]) -> float:
@@ -140,8 +175,9 @@ def compare(first: Mapping[str, bool], second: Mapping[str, bool], seed: int = 0
     }
 
 
-def _verdict(scored: Scored, rules: Rules) -> Verdict:
-    return scored.official if rules == "official" else scored.strict
+def _is_right(scored: Scored, rules: Rules) -> bool:
+    verdict = scored.verdict(rules)
+    return verdict is not None and verdict.is_right
 
 
 def _of_subjects(scored: Sequence[Scored], subjects: Sequence[str]) -> list[Scored]:
@@ -149,7 +185,7 @@ def _of_subjects(scored: Sequence[Scored], subjects: Sequence[str]) -> list[Scor
 
 
 def _tally(benchmark: Benchmark, scored: Sequence[Scored], rules: Rules) -> dict[str, Any]:
-    num_right = sum(_verdict(one, rules).is_right for one in scored)
+    num_right = sum(_is_right(one, rules) for one in scored)
     return {
         "num": len(scored),
         "right": num_right,

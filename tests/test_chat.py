@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ from tiny import IMAGE_TOKEN_ID, NUM_PATCHES, OFFICIAL, official_messages, tiny_
 from tokenizers import Regex
 from tokenizers.pre_tokenizers import Split
 
-from yi_vl.chat import SYSTEM_PROMPT, encode, from_llava, hold_back, render, render_caption, to_text
+import yi_vl
+from yi_vl.chat import CHAT_TEMPLATE, SYSTEM_PROMPT, encode, from_llava, hold_back, render, render_caption, to_text
 from yi_vl.processor import YiVLProcessor
 
 pytestmark = pytest.mark.core
@@ -42,6 +44,12 @@ CONVERSATIONS = {
     "image in turn two": [user("Hi"), assistant("Hello."), user(IMAGE, text("And this?"))],
     "system": [{"role": "system", "content": "Be brief."}, user("Hi")],
     "system in parts": [{"role": "system", "content": [text("Be "), text("brief.")]}, user("Hi")],
+    "image without words": [user(IMAGE)],
+    "images without words": [user(IMAGE, IMAGE), assistant("Two dogs."), user(IMAGE)],
+    "empty texts": [user(text(""), IMAGE, text(""), text("What?"))],
+    "text before an image": [user(text(""), text("What?"), IMAGE, text("And?"))],
+    "image and empty text": [user(IMAGE, text(""))],
+    "assistant first": [assistant("How can I help?"), user(IMAGE, text("What?"))],
     "no system": [{"role": "system", "content": ""}, user("Hi"), assistant("Yes."), user("So?")],
 }
 
@@ -78,6 +86,10 @@ def test_template_equals_render(name: str, is_finished: bool, processor: YiVLPro
     messages = CONVERSATIONS[name] + ([assistant("Answer.")] if is_finished else [])
     rendered = to_text(render(messages, add_generation_prompt=not is_finished))
     assert processor.apply_chat_template(messages, add_generation_prompt=not is_finished, tokenize=False) == rendered
+
+
+def test_the_bundled_model_has_the_template() -> None:
+    assert (Path(yi_vl.__file__).parent / "nano" / "chat_template.jinja").read_text("utf-8") == CHAT_TEMPLATE
 
 
 @pytest.mark.parametrize("name", CONVERSATIONS)
@@ -160,26 +172,27 @@ def test_a_separator_typed_across_parts_stays_text(processor: YiVLProcessor) -> 
         assert ids.count(separator) == 2, parts  # of the form itself: before the question and after it
 
 
-@pytest.mark.parametrize(
-    ("messages", "problem"),
-    [
-        ([], "empty"),
-        ([user("")], "question is empty"),
-        ([user(" \n")], "question is empty"),
-        ([user(IMAGE)], "question is empty"),
-        ([assistant("Hi")], "expected 'user'"),
-        ([user("a"), user("b")], "expected 'assistant'"),
-        ([user("a"), assistant("b")], "nothing to answer"),
-        ([{"role": "system", "content": "S"}], "nothing to answer"),
-        ([{"role": "tool", "content": "a"}], "expected 'user'"),
-        ([user({"type": "audio"})], "text or image"),
-        ([user({"type": "text"})], "under `text`"),
-        ([{"role": "user", "content": 3}], "found int"),
-        ([{"role": "user"}], "found NoneType"),
-        ([{"role": "system", "content": [IMAGE]}, user("a")], "text only"),
-        ([{"role": "system", "content": ["S"]}, user("a")], "text only"),
-    ],
-)
+MALFORMED = [
+    ([], "empty"),
+    ([user("")], "question is empty"),
+    ([user(" \n")], "question is empty"),
+    ([user(text(""), text(" "))], "question is empty"),
+    ([assistant("Hi")], "nothing to answer"),
+    ([assistant("Hi"), assistant("Ho"), user("a")], "expected 'user'"),
+    ([user("a"), user("b")], "expected 'assistant'"),
+    ([user("a"), assistant("b")], "nothing to answer"),
+    ([{"role": "system", "content": "S"}], "nothing to answer"),
+    ([{"role": "tool", "content": "a"}], "expected 'user'"),
+    ([user({"type": "audio"})], "text or image"),
+    ([user({"type": "text"})], "under `text`"),
+    ([{"role": "user", "content": 3}], "found int"),
+    ([{"role": "user"}], "found NoneType"),
+    ([{"role": "system", "content": [IMAGE]}, user("a")], "text only"),
+    ([{"role": "system", "content": ["S"]}, user("a")], "text only"),
+]
+
+
+@pytest.mark.parametrize(("messages", "problem"), MALFORMED)
 def test_malformed_conversations_are_refused(messages: list[dict[str, Any]], problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
         render(messages, add_generation_prompt=True)
@@ -206,9 +219,30 @@ def test_from_llava() -> None:
     assert rendered.startswith(
         "S\n\n### Human: <image_placeholder><image_placeholder>\nCompare.\n### Assistant: Same.\n###"
     )
+    with pytest.raises(ValueError, match="begins with an answer"):  # nothing to learn it from
+        from_llava([conversation[0], conversation[2], conversation[1]])
     for entry in ({"from": "robot", "value": "a"}, {"from": "human"}, {"value": "a"}, "a"):
         with pytest.raises(ValueError, match="conversation entry"):
             from_llava([entry])  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ([IMAGE], "<image_placeholder>"),
+        ([IMAGE, text("")], "<image_placeholder>"),
+        ([text(""), IMAGE, IMAGE, text(""), text("a")], "<image_placeholder><image_placeholder>\na"),
+        ([text(""), text("a"), IMAGE, text("b")], "a<image_placeholder>b"),
+    ],
+)
+def test_images_without_words_and_empty_texts(content: list[Any], said: str) -> None:
+    prompt = to_text(render([{"role": "system", "content": "S"}, user(*content)], add_generation_prompt=True))
+    assert prompt == f"S\n\n### Human: {said}\n### Assistant:"
+
+
+def test_the_assistant_may_speak_first() -> None:
+    messages = [{"role": "system", "content": "S"}, assistant("How can I help?"), user("Hi")]
+    assert to_text(render(messages, True)) == "S\n\n### Assistant: How can I help?\n### Human: Hi\n### Assistant:"
 
 
 def test_default_system_prompt_comes_first() -> None:

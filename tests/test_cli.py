@@ -250,9 +250,8 @@ def test_standard_input_holds_one_image(run: Run, folder: str, monkeypatch: pyte
 
 
 def test_device_and_dtype_reach_every_command(run: Run, folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    import uvicorn
-
     import yi_vl.predict
+    import yi_vl.server.launch
 
     asked: list[tuple[Any, Any]] = []
     load = yi_vl.predict.load
@@ -262,14 +261,14 @@ def test_device_and_dtype_reach_every_command(run: Run, folder: str, monkeypatch
         return load(model, device=device, dtype=dtype, quantize=quantize)
 
     monkeypatch.setattr(yi_vl.predict, "load", watch)
-    monkeypatch.setattr(uvicorn, "run", lambda *_, **__: None)
+    monkeypatch.setattr(yi_vl.server.launch, "run", lambda load, *_, **__: load())
     options = ["--device", "cpu", "--dtype", "bfloat16"]
     assert run("ask", "Hi", "-m", folder, "--max-new-tokens", "1", *options)[0] == 0
     assert run("chat", "-m", folder, *options)[0] == 0
     assert run("serve", folder, *options)[0] == 0
     assert asked == [("cpu", "bfloat16")] * 3
     code, out, err = run("ask", "Hi", "-m", folder, "--device", "cuda:99")
-    assert (code, out, err.count("\n")) == (2, "", 1) and "device is 'cuda:99'" in err
+    assert (code, out, err.count("\n")) == (2, "", 1) and "loaded on 'cuda:99'" in err
     assert run("ask", "Hi", "-m", folder, "--dtype", "int8")[0] == 2
 
 

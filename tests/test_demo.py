@@ -29,6 +29,7 @@ from tiny import IMAGE_SIZE_PX, OFFICIAL, tiny_yi_vl
 
 from demo import chat, texts
 from demo.__main__ import main
+from demo.card import find_card
 from yi_vl.image import load_image, pad_and_resize
 from yi_vl.predict import YiVL, load
 
@@ -121,6 +122,42 @@ def test_documents_hold_the_pictures() -> None:
     assert chat.to_markdown(document, "You") == (
         f"# Yi-VL: nano\n\n**You**\n\n![1][1]\n\nWhat?\n\n**nano 👎**\n\nA *thing*.\n\n[1]: {url}\n"
     )
+
+
+def test_what_a_browser_saved_is_restored_and_nothing_else() -> None:
+    marked = {"metadata": {"id": "Like", "title": "<b>", "log": "x"}, "options": [{"value": "x"}]}
+    history = [user(WIDE), user("# *a*"), bot("b") | marked]
+    typed = {"text": "draft", "files": [{"path": str(TALL), "url": "http://elsewhere/tall.png"}]}
+    saved = json.dumps({"history": history, "typed": typed, "isAnswering": True})
+    restored, unsent, is_answering = chat.restored(saved)
+    assert restored == [*chat.asked("# *a*", [str(WIDE)]), chat.answered("b") | {"metadata": {"id": "Like"}}]
+    assert unsent == {"text": "draft", "files": [str(TALL)]} and is_answering
+    assert chat.image_paths(restored) == [str(WIDE)]
+
+
+@pytest.mark.parametrize(
+    "history",
+    [
+        "null is none",
+        [None],
+        [{"role": "system", "content": []}],
+        [{"role": "user", "content": [{"type": "component", "component": "html", "value": "<b>"}]}],
+        [{"role": "user", "content": [{"type": "file", "file": "/etc/passwd"}]}],
+    ],
+)
+def test_what_no_page_saves_is_refused(history: object) -> None:
+    for saved in (json.dumps({"history": history, "typed": None, "isAnswering": False}), "{}", "[]", "no JSON"):
+        with pytest.raises(ValueError):
+            chat.restored(saved)
+
+
+def test_where_a_model_is_described(tmp_path: Path) -> None:
+    nano = find_card(None)
+    assert nano.text.startswith("# nano") and nano.licence == "apache-2.0" and not nano.url
+    assert find_card("01-ai/Yi-VL-6B").url == "https://huggingface.co/01-ai/Yi-VL-6B"
+    assert find_card(str(tmp_path)) == find_card(str(WIDE))  # neither has a card
+    (tmp_path / "README.md").write_text("# Mine", encoding="utf-8")
+    assert find_card(str(tmp_path)).text == "# Mine" and not find_card(str(tmp_path)).licence
 
 
 def test_figures_show_every_pixel_and_no_markup_of_a_name() -> None:
@@ -320,6 +357,16 @@ def test_too_many_pictures_are_refused_before_they_are_opened(yi_vl: YiVL, pace:
     assert "for 500 images" in shown[-1]["content"][0]["text"]
 
 
+def test_only_what_a_visitor_may_read_is_restored(yi_vl: YiVL) -> None:
+    def restore(path: Path) -> list[str]:
+        saved = json.dumps({"history": [user(path), user("Hi"), bot("Yes")], "typed": None, "isAnswering": False})
+        history, _ = actions_over(yi_vl).restore(saved, "zh", NOBODY)
+        return [part.get("text") or part["path"] for message in history["value"] for part in message["content"]]
+
+    assert restore(WIDE) == [str(WIDE), "Hi", "Yes"]
+    assert restore(TALL) == [texts.TEXTS["zh"]["lost"]]
+
+
 def test_an_error_of_ours_is_logged_and_not_shown(
     yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -432,6 +479,14 @@ class Visitor:
 
     def wait_for_end(self) -> None:
         self.page.get_by_test_id("submit-button").wait_for()
+
+    def reload(self) -> None:
+        self.page.reload()
+        self.page.get_by_test_id("submit-button").wait_for()
+        self.page.wait_for_function("window.isRestored")
+
+    def is_in_box(self) -> bool:
+        return self.page.evaluate("document.activeElement.matches('#typed textarea')")
 
     @property
     def answers(self) -> Any:
@@ -561,9 +616,143 @@ def test_another_answer_an_edited_question_and_a_new_conversation(visit: Any, yi
     assert visitor.answers.count() == 0 and visitor.problems == []
 
 
-def test_an_example_is_one_click_away_and_the_model_shows_what_it_sees(visit: Any) -> None:
+def test_a_keyboard_is_enough(visit: Any, pace: Pace) -> None:
     visitor = visit()
-    visitor.page.locator(".example").first.click()
+    keyboard, box = visitor.page.keyboard, visitor.page.locator("#typed textarea")
+    wait_until_in_browser(visitor.page, visitor.is_in_box)
+    keyboard.type("Hi")
+    keyboard.press("Shift+Enter")
+    keyboard.type("there")
+    assert box.input_value() == "Hi\nthere"
+    keyboard.press("Enter")
+    wait_for_count(visitor.answers, 1)
+    visitor.wait_for_end()
+    wait_until_in_browser(visitor.page, visitor.is_in_box)
+    keyboard.type("And")
+    visitor.page.get_by_role("button", name="Settings").focus()
+    assert visitor.page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
+    pace.num_tokens = 10**6
+    pace.hold(after=3)
+    visitor.attach(WIDE)
+    visitor.send("And on?")
+    wait_for_count(visitor.answers, 2)
+    visitor.page.get_by_role("button", name="New chat").press("Enter")
+    visitor.page.locator(".example").first.wait_for()
+    pace.release()
+    wait_until_in_browser(visitor.page, visitor.is_in_box)
+    visitor.wait_for_end()
+    assert visitor.answers.count() == 0 and box.input_value() == "" and visitor.problems == []
+    visitor.has_thumbnails(0)
+
+
+AS_TYPED = """  # a
+*a* **b** 1_000_000 <b>bold</b> <script>alert(1)</script> <img src="/none.png" onerror="alert(1)"> &lt;i&gt; &amp;
+<!-- c --> [x](javascript:alert(1))
+```py
+x = 1
+```
+$x$ $$y$$
+| a | b |
+|---|---|
+    indented   twice
+
+مرحبا 👩🏽‍🚀 """ + "long" * 60  # fmt: skip
+
+
+def test_what_is_typed_is_shown_as_typed_and_answers_are_harmless(
+    visit: Any, yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def answer(messages: Any, **_: Any) -> Iterator[str]:
+        yield 'A **bold**<script>window.hurt = 1</script><img src="/none.png" onerror="window.hurt = 1"> '
+        yield "![](http://192.0.2.1/spy.png) [x](javascript:window.hurt=1)\n\n1. one\n2. two"
+
+    monkeypatch.setattr(yi_vl, "stream_messages", answer)
+    visitor = visit()
+    spies: list[str] = []
+    visitor.page.route(re.compile("192.0.2.1"), lambda route: (spies.append(route.request.url), route.abort()))
+    visitor.ask(AS_TYPED)
+    shown = visitor.page.locator("#chat [data-testid=user] .md")
+    wait_until_in_browser(visitor.page, lambda: shown.text_content() == AS_TYPED)
+    assert json.loads(visitor.save("JSON"))["messages"][0]["content"] == [text(AS_TYPED)]
+    said = visitor.page.locator("#chat [data-testid=bot] .md")
+    assert said.locator("strong").count() == 1 and said.locator("li").count() == 2
+    assert said.locator("script, [onerror], a[href^=javascript]").count() == 0
+    assert visitor.page.evaluate("window.hurt") is None and not spies
+    assert visitor.page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    visitor.press("Edit")
+    edited = visitor.page.locator("#chat textarea")
+    assert edited.input_value() == AS_TYPED
+    edited.fill("<u>b</u>")
+    visitor.press("Submit")
+    wait_until_in_browser(visitor.page, lambda: shown.text_content() == "<u>b</u>")
+    visitor.wait_for_end()
+    assert visitor.problems == []
+
+
+def test_a_reload_keeps_the_conversation_or_says_that_it_is_lost(
+    visit: Any, served: Served, pace: Pace, yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(served.visitors, "_grace_seconds", 60)
+    visitor = visit()
+    said = visitor.ask("*What* is this?", WIDE)
+    visitor.press("Like")
+    visitor.page.get_by_label("Liked", exact=True).wait_for()
+    visitor.attach(TALL)
+    visitor.page.locator("#typed textarea").fill("draft")
+    visitor.reload()
+    visitor.has_thumbnails(1)
+    assert visitor.answers.last.inner_text() == said and visitor.questions.last.inner_text() == "*What* is this?"
+    assert visitor.page.locator("#typed textarea").input_value() == "draft"
+    image = visitor.page.locator("#chat [data-testid=user] img")
+    wait_until_in_browser(visitor.page, lambda: image.evaluate("(image) => image.naturalWidth > 0"))
+    assert image.get_attribute("alt") == "Image 1: wide.png"
+    visitor.page.get_by_test_id("submit-button").click()
+    wait_for_count(visitor.answers, 2)
+    visitor.wait_for_end()
+    document = json.loads(visitor.save("JSON"))
+    messages = messages_of(document)
+    assert len(messages) == 4 and messages[3]["content"] == yi_vl.answer(messages[:3])
+    assert document["messages"][1]["feedback"] == "Like"
+    other = Visitor(visitor.page.context.new_page(), served.url)
+    assert other.answers.count() == 0
+    other.page.close()
+    pace.num_tokens = 10**6
+    pace.hold(after=4)
+    visitor.send("Tell me a story")
+    wait_for_count(visitor.answers, 3)
+    pace.wait_for(4)
+    visitor.reload()
+    pace.release()
+    visitor.page.get_by_text(texts.TEXTS["en"]["interrupted"]).wait_for()
+    pace.num_tokens = 4
+    assert visitor.ask("Then say this.")
+    served.visitors._paths.clear()
+    visitor.reload()
+    visitor.page.get_by_text(texts.TEXTS["en"]["lost"]).wait_for()
+    assert visitor.answers.count() == 1 and visitor.questions.count() == 0 and visitor.ask("Again")
+    assert visitor.problems == []
+
+
+def test_settings_leave_the_last_answer_in_view(visit: Any) -> None:
+    visitor = visit()
+    for question in ("One\n" * 8, "Two\n" * 8):
+        visitor.ask(question)
+    visitor.page.wait_for_timeout(500)  # Gradio scrolls 0.3 s after a message
+    visitor.page.get_by_text("Settings").click()
+    visitor.page.get_by_text("Greatest length").wait_for()
+    answer, chat_box = visitor.answers.last, visitor.page.locator("#chat")
+
+    def is_in_view() -> bool:
+        box, around = answer.bounding_box(), chat_box.bounding_box()
+        return around["y"] <= box["y"] and box["y"] + box["height"] <= min(around["y"] + around["height"], 800)
+
+    wait_until_in_browser(visitor.page, is_in_view)
+    assert visitor.page.evaluate("window.scrollY") == 0
+
+
+def test_an_example_is_one_key_away_and_the_model_shows_what_it_sees(visit: Any) -> None:
+    visitor = visit()
+    visitor.page.locator(".example").first.press("Enter")
     visitor.answers.first.wait_for()
     visitor.wait_for_end()
     visitor.page.get_by_text("As the model sees it").click()
@@ -596,27 +785,58 @@ def test_pictures_come_by_drop_paste_and_camera(visit: Any) -> None:
     assert visitor.questions.last.inner_text() == texts.TEXTS["en"]["default_question"]
 
 
-def test_the_language_follows_the_browser_and_the_switch(visit: Any) -> None:
-    visitor = visit(locale="zh-CN")
-    visitor.page.get_by_text("给我看一张图片").wait_for()
-    assert visitor.page.get_by_text("它会犯错").count() == 1
-    assert visitor.page.locator("html").get_attribute("lang") == "zh"
-    visitor.page.get_by_text("English", exact=True).click()
-    visitor.page.get_by_text("Show me a picture").wait_for()
-    visitor.page.get_by_text("Settings").click()
-    visitor.page.get_by_text("Greatest length").wait_for()
-    visitor.page.get_by_text("中文", exact=True).click()
-    visitor.page.get_by_text("最大长度").wait_for()
-    assert visitor.page.locator("#typed textarea").get_attribute("placeholder") == texts.TEXTS["zh"]["type_here"]
+ENGLISH = r"""() => [...document.querySelectorAll("[aria-label], [title], [placeholder], [alt], button, label, h1, h2")]
+    .filter((element) => element.checkVisibility())
+    .flatMap((element) => ["aria-label", "title", "placeholder", "alt"].map((name) => element.getAttribute(name))
+        .concat(element.matches("button, label, h1, h2") ? element.innerText : []))
+    .filter((words) => /[a-z]{3}/i.test((words ?? "")
+        .replace(/\w+[.]png|Yi-VL|Top-p|JSON|Markdown|Language|^模型：.*/g, "")))"""
+
+
+def test_everything_is_said_in_the_language_of_the_browser_or_of_the_switch(visit: Any, served: Served) -> None:
+    visitor = visit(locale="zh-CN", permissions=["camera"])
+    page = visitor.page
+    page.get_by_text("给我看一张图片").wait_for()
+    assert page.get_by_text("它会犯错").count() == 1 and page.locator("h1").count() == 1
+    assert page.locator("html").get_attribute("lang") == "zh"
+    assert page.locator("#typed textarea").get_attribute("placeholder") == texts.TEXTS["zh"]["type_here"]
+    examples = page.locator(".example")
+    assert examples.all_inner_texts() == list(texts.EXAMPLES["zh"].values())
+    assert page.evaluate(ENGLISH) == []
+    examples.first.click()
+    wait_for_count(visitor.answers, 1)
+    visitor.wait_for_end()
+    visitor.choose(WIDE)
+    visitor.has_thumbnails(1)
+    page.get_by_text("设置").click()
+    page.get_by_text("最大长度").wait_for()
+    page.get_by_text("拍照").first.click()
+    page.get_by_text("点击以使用摄像头").wait_for()
+    assert page.evaluate(ENGLISH) == []
+    page.get_by_role("link", name="English").click()
+    page.get_by_text("Settings").wait_for()
+    assert page.locator("html").get_attribute("lang") == "en" and page.evaluate("navigator.language") == "en"
+    wait_for_count(visitor.answers, 1)  # the conversation is still there
+    page.get_by_role("button", name="New chat").click()
+    page.get_by_label("Select example 1: What is in this picture?").wait_for()
+    assert page.get_by_role("link", name="English").get_attribute("aria-current") == "true"
+    assert httpx.get(served.url, headers={"accept": "text/html", "accept-language": "fr"}).text.count('lang="en"') == 1
 
 
 def test_the_page_fits_a_phone(visit: Any) -> None:
-    visitor = visit(viewport={"width": 360, "height": 740}, is_mobile=True, has_touch=True)
+    visitor = visit(viewport={"width": 320, "height": 640}, is_mobile=True, has_touch=True, color_scheme="dark")
+    assert not visitor.is_in_box()  # a keyboard would pop up
     visitor.ask("What is this?", WIDE)
+    for name in ("As the model sees it", "Settings"):
+        visitor.page.get_by_text(name).click()
+    visitor.page.get_by_text("Greatest length").wait_for()
     assert visitor.page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
-    for name in ("As the model sees it", "Camera", "Settings"):
-        box = visitor.page.get_by_text(name).bounding_box()
-        assert box["x"] >= 0 and box["x"] + box["width"] <= 360
+    small = """() => [...document.querySelectorAll("button, a, input, textarea")].filter((element) => {
+        const { left, right, width, height } = element.getBoundingClientRect();
+        const isSmall = width < 44 || height < (element.matches("textarea") ? 32 : 44); // the frame belongs to the box
+        return element.checkVisibility() && width && (isSmall || left < 0 || right > 320);
+    }).map((element) => element.outerHTML)"""
+    assert visitor.page.evaluate(small) == []
 
 
 def huge_png() -> bytes:
@@ -641,7 +861,7 @@ def test_a_bad_picture_is_refused_in_plain_words(visit: Any, tmp_path: Path, yi_
     assert visitor.ask("Then this?", WIDE)
     messages = messages_of(json.loads(visitor.save("JSON")))
     assert len(messages) == 2 and messages[1]["content"] == yi_vl.answer(messages[:1])
-    notes, large = tmp_path / "notes.txt", tmp_path / "large.png"
+    notes, large = tmp_path / "*my* <b>notes _1_.txt", tmp_path / "large.png"
     notes.write_text("no picture")
     large.write_bytes(bytes((1 << 20) + 1))
     count = visitor.answers.count()
@@ -649,7 +869,7 @@ def test_a_bad_picture_is_refused_in_plain_words(visit: Any, tmp_path: Path, yi_
     visitor.has_thumbnails(1)  # what can be sent is
     wait_for_count(visitor.answers, count + 1)
     said = visitor.answers.last.inner_text()
-    assert "notes.txt: that is no picture" in said and "large.png: a picture may take 1 MB at most" in said
+    assert "*my* <b>notes _1_.txt: that is no picture" in said and "large.png: a picture may take 1 MB at most" in said
     assert visitor.page.locator(".toast-body").count() == 0
 
 
@@ -708,8 +928,9 @@ def test_a_password_closes_the_page(yi_vl: YiVL) -> None:
 def test_nano_answers_out_of_the_box(browser: Any, tmp_path: Path) -> None:
     """Also retakes the README's picture, into the file that YI_VL_DEMO_PICTURE names."""
     pictures = ROOT / "docs" / "pictures"
-    with app.running(load(), "nano", texts.NANO, server_name="127.0.0.1", share=False) as (url, _):
-        context = browser.new_context(viewport={"width": 900, "height": 1130})
+    running = partial(app.running, load(), "nano", texts.NANO, card=find_card(None), share=False)
+    with running(server_name="127.0.0.1") as (url, _):
+        context = browser.new_context(viewport={"width": 900, "height": 1230})
         context.set_default_timeout(PATIENCE_MS)
         visitor = Visitor(context.new_page(), url)
         for question, name in (("What is in this picture?", "penguin.png"), ("这是哪里的旗帜？", "brazil.png")):
@@ -719,4 +940,7 @@ def test_nano_answers_out_of_the_box(browser: Any, tmp_path: Path) -> None:
         visitor.page.mouse.move(0, 0)
         visitor.page.locator("#chat .bubble-wrap").evaluate("(chat) => chat.scrollTo(0, chat.scrollHeight)")
         visitor.page.screenshot(path=os.environ.get("YI_VL_DEMO_PICTURE", tmp_path / "demo.png"), animations="disabled")
+        with context.expect_page() as opened:
+            visitor.page.get_by_role("link", name="Model card").click()
+        opened.value.get_by_role("heading", name="nano: the smallest Yi-VL", level=1).wait_for()
         context.close()

@@ -168,7 +168,7 @@ def test_impossible_wishes_are_refused(folder: Path, monkeypatch: pytest.MonkeyP
         with pytest.raises(ValueError, match=said):
             yi_vl.load(folder, **options)
 
-    refuse("quantize is 'int3'; there are 'int8' and 'int4'", quantize="int3")
+    refuse("quantize is 'int3'; expected one of int8, int4", quantize="int3")
     refuse("works on CPUs and NVIDIA GPUs, not on 'mps'", device="mps", quantize="int8")
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
     refuse(r"torchao.quantization is missing.*yi_vl\[quantize\]", device="cuda", quantize="int4")

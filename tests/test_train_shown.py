@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ import yi_vl
 from train.answers import HeldOut, read_answers
 from train.config import AnswersConfig, TrainConfig
 from train.loop import train
+from train.nano.measure import read_questions
 from train.report import read_metrics
 
 
@@ -92,3 +94,12 @@ def test_gradient_norms_of_components_make_up_the_whole(configure: Callable[...,
         norms = row["grad_norm_per_component"]
         assert set(norms) == {"vision", "projector", "language"}
         assert sum(norm**2 for norm in norms.values()) == pytest.approx(row["grad_norm"] ** 2, rel=1e-3)
+
+
+def test_lines_of_json_end_at_line_ends_only(tmp_path: Path) -> None:
+    """U+2028 and its like may stand inside a text, and Python's `splitlines` breaks there."""
+    row = {"id": "1", "skill": "x", "lang": "en", "images": [], "question": "a\u2028b\x85c\x1cd", "accepted": []}
+    path = tmp_path / "questions.jsonl"
+    path.write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert read_metrics(path) == read_answers(path) == [row]
+    assert [question.question for question in read_questions(tmp_path)] == [row["question"]]

@@ -126,7 +126,8 @@ def read_answers(path: Path) -> list[dict[str, Any]]:
     """The rows of an answers.jsonl: step, and one answer for each question."""
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = path.read_text(encoding="utf-8").split("\n")  # splitlines would break at U+2028 inside an answer
+    return [json.loads(line) for line in lines if line.strip()]
 
 
 def _question(name: str, segments: list[Segment], pictures: list[bytes], processor: YiVLProcessor) -> Question:

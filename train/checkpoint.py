@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from yi_vl.config import YiVLConfig
+from yi_vl.generation import set_end_tokens_
 from yi_vl.model import YiVLForConditionalGeneration
 from yi_vl.processor import YiVLProcessor
 
@@ -53,6 +54,8 @@ def save_checkpoint(
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
+        if isinstance(model, YiVLForConditionalGeneration) and model.generation_config is not None:
+            set_end_tokens_(model.generation_config, processor.tokenizer)
         model.save_pretrained(temporary, state_dict=weights)
         processor.save_pretrained(temporary)
         (temporary / "config.yaml").write_text(config_yaml, encoding="utf-8")

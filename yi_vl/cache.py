@@ -100,5 +100,5 @@ def gather(parts: Sequence[tuple[Cache, Tensor, Sequence[int]]]) -> tuple[Cache,
             is_taken = is_token.to(keys.device)
             layer.keys[place, :, longest - length :] = keys[row][:, is_taken]  # type: ignore[index]
             layer.values[place, :, longest - length :] = values[row][:, is_taken]  # type: ignore[index]
-    places, lengths = torch.arange(longest), torch.tensor(num_tokens).unsqueeze(1)
+    places, lengths = torch.arange(longest, device="cpu"), torch.tensor(num_tokens, device="cpu").unsqueeze(1)
     return Cache(layers=gathered), (places >= longest - lengths).to(parts[0][1].device)  # type: ignore[arg-type]

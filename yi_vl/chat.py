@@ -27,26 +27,63 @@ SYSTEM_PROMPT = (
 )
 _ROLES = {"user": " Human:", "assistant": " Assistant:"}
 
-# The same walk for tools that only know templates (transformers' pipelines, vLLM); test_chat.py holds it to `render`.
+# The same walk, with the same refusals, for tools that only know templates (transformers' pipelines, vLLM, TRL's
+# assistant mask); test_chat.py compares it with `render`. vLLM reads the form of messages from the template's syntax
+# tree: it must find one plain loop over a slice of `messages`, and in it one over `message['content']`.
 CHAT_TEMPLATE = (
-    "{%- set has_system = messages and messages[0]['role'] == 'system' -%}"
-    "{%- set given = messages[0]['content'] if has_system else '' -%}"
-    "{%- set given = given if given is string else given | map(attribute='text') | join -%}"
-    "{{- (given if has_system else " + repr(SYSTEM_PROMPT) + ") + '\\n\\n###' -}}"
-    "{%- for message in (messages[1:] if has_system else messages) -%}"
-    "{{- ' Human: ' if message['role'] == 'user' else ' Assistant: ' -}}"
-    "{%- if message['content'] is string -%}{{- message['content'] -}}"
+    "{%- if not messages -%}"
+    "{{- raise_exception('The conversation is empty; give at least one message from the user.') -}}"
+    "{%- endif -%}"
+    "{%- set has_system = messages[0]['role'] == 'system' -%}"
+    "{%- set given = messages[0]['content'] if has_system else " + repr(SYSTEM_PROMPT) + " -%}"
+    "{%- if given is not string -%}"
+    "{%- for part in given -%}{%- if part is not mapping or part['type'] != 'text' or part['text'] is not string -%}"
+    "{{- raise_exception('A system message holds text only.') -}}"
+    "{%- endif -%}{%- endfor -%}"
+    "{%- set given = given | map(attribute='text') | join -%}"
+    "{%- endif -%}"
+    "{{- given + '\\n\\n###' -}}"
+    "{%- set first = messages[1 if has_system else 0] -%}"
+    "{%- set is_answer_first = first is defined and first['role'] == 'assistant' -%}"
+    "{%- for message in messages[(1 if has_system else 0):] -%}"
+    "{%- set expected = 'assistant' if (loop.index0 % 2 == 0) == is_answer_first else 'user' -%}"
+    "{%- if message['role'] != expected -%}"
+    "{{- raise_exception('Message ' ~ loop.index ~ ' is by ' ~ message['role'] ~ ', expected ' ~ expected ~ "
+    "': user and assistant take turns, after at most one system message.') -}}"
+    "{%- endif -%}"
+    "{%- set walk = namespace(text='', typed='', has_images=false, has_text=false) -%}"
+    "{%- if message['content'] is string -%}"
+    "{%- set walk.text = message['content'] -%}{%- set walk.typed = message['content'] -%}"
+    "{%- elif message['content'] is mapping or message['content'] is not iterable -%}"
+    "{{- raise_exception('The content of a message is text or a list of parts.') -}}"
     "{%- else -%}"
-    "{%- set walk = namespace(only_images=true) -%}"
     "{%- for part in message['content'] -%}"
-    "{%- if part['type'] == 'text' -%}"
-    "{{- ('\\n' if walk.only_images and not loop.first else '') + part['text'] -}}{%- set walk.only_images = false -%}"
-    "{%- else -%}{{- '" + IMAGE_PLACEHOLDER + "' -}}{%- endif -%}"
+    "{%- if part is mapping and part['type'] == 'image' -%}"
+    "{%- set walk.text = walk.text + '" + IMAGE_PLACEHOLDER + "' -%}{%- set walk.has_images = true -%}"
+    "{%- elif part is mapping and part['type'] == 'text' and part['text'] is string -%}"
+    "{%- if part['text'] -%}"
+    "{%- set walk.text = walk.text + ('\\n' if walk.has_images and not walk.has_text else '') + part['text'] -%}"
+    "{%- set walk.typed = walk.typed + part['text'] -%}{%- set walk.has_text = true -%}"
+    "{%- endif -%}"
+    "{%- else -%}"
+    "{{- raise_exception('A content part is of type text, with its words under `text`, or of type image.') -}}"
+    "{%- endif -%}"
     "{%- endfor -%}"
     "{%- endif -%}"
-    "{{- '\\n###' -}}"
+    "{%- if expected == 'assistant' -%}"
+    "{{- ' Assistant:' -}}{%- generation -%}{{- ' ' + walk.text + '\\n###' -}}{%- endgeneration -%}"
+    "{%- elif walk.has_images or walk.typed | trim -%}"
+    "{{- ' Human: ' + walk.text + '\\n###' -}}"
+    "{%- else -%}"
+    "{{- raise_exception('The question is empty; ask something in words, or show an image.') -}}"
+    "{%- endif -%}"
     "{%- endfor -%}"
-    "{{- ' Assistant:' if add_generation_prompt else '' -}}"
+    "{%- if add_generation_prompt -%}"
+    "{%- if messages[-1]['role'] != 'user' -%}"
+    "{{- raise_exception('There is nothing to answer: the last message must be from the user.') -}}"
+    "{%- endif -%}"
+    "{{- ' Assistant:' -}}"
+    "{%- endif -%}"
 )
 
 
@@ -87,11 +124,15 @@ class Encoded:
 def render(messages: Sequence[dict[str, Any]], add_generation_prompt: bool = False) -> list[Segment]:
     """The `###` chat form. Supervised is each answer with the separator after it: that is how the model learns to stop.
 
+    Leading images and the words after them are separated by a newline; images without words stand alone. Empty text
+    parts are ignored. Either side may begin.
+
     Args:
         add_generation_prompt: end with the assistant's header, for an answer to follow; else with the separator.
 
     Raises:
-        ValueError: a message has an unknown role or part, roles do not alternate, or there is nothing to answer.
+        ValueError: a message has an unknown role or part, roles do not alternate, a question has neither words nor
+            images, or there is nothing to answer.
     """
     system, turns = _split_system(messages)
     _check_order(turns, add_generation_prompt)
@@ -201,7 +242,7 @@ def from_llava(conversations: Sequence[dict[str, str]]) -> list[dict[str, Any]]:
     """LLaVA's `[{"from": "human", "value": "<image>\\nQuestion"}, {"from": "gpt", ...}]` as messages.
 
     Raises:
-        ValueError: an entry has no `from` and `value`, or an unknown speaker.
+        ValueError: an entry has no `from` and `value`, or an unknown speaker, or the assistant speaks first.
     """
     roles = {"human": "user", "gpt": "assistant", "system": "system"}
     messages = []
@@ -221,6 +262,8 @@ def from_llava(conversations: Sequence[dict[str, str]]) -> list[dict[str, Any]]:
                 content.append({"type": "text", "text": text})
                 only_images = False
         messages.append({"role": roles[entry["from"]], "content": content})
+    if [message["role"] for message in messages if message["role"] != "system"][:1] == ["assistant"]:
+        raise ValueError("The conversation begins with an answer, expected a question: nothing led to it.")
     return messages
 
 
@@ -243,6 +286,20 @@ def _check_length(segments: Sequence[Segment], patches_per_image: int, max_token
         raise TooLongError(least, num_images, patches_per_image, max_tokens, is_tokenized=False)
 
 
+def strip_separator(text: str) -> str:
+    """A text without the separator that ends it, and the white space before that; `####` is no separator."""
+    stripped = text.rstrip()
+    if stripped.endswith(STOP_STRING) and not stripped.endswith("#" + STOP_STRING):
+        return stripped.removesuffix(STOP_STRING).rstrip()
+    return text
+
+
+def strip_answer(text: str) -> str:
+    """A generated text without its end and the white space around it; one blank after the header, if that is in it."""
+    prompt, header, answer = strip_separator(text).rpartition(f"\n{STOP_STRING}{_ROLES['assistant']}")
+    return f"{prompt}{header} {answer.strip()}" if header else answer.strip()
+
+
 def _split_system(messages: Sequence[dict[str, Any]]) -> tuple[str, Sequence[dict[str, Any]]]:
     if not messages:
         raise ValueError("The conversation is empty; give at least one message from the user.")
@@ -260,14 +317,15 @@ def _split_system(messages: Sequence[dict[str, Any]]) -> tuple[str, Sequence[dic
 
 
 def _check_order(turns: Sequence[dict[str, Any]], add_generation_prompt: bool) -> None:
-    for index, message in enumerate(turns):
-        expected = ("user", "assistant")[index % 2]
-        if message.get("role") != expected:
+    roles = [message.get("role") for message in turns]
+    for index, role in enumerate(roles):
+        expected = "assistant" if index and roles[index - 1] == "user" else "user"
+        if role != expected and (index or role != "assistant"):
             raise ValueError(
-                f"Message {index + 1} is by {message.get('role')!r}, expected {expected!r}: user and assistant take "
-                "turns, after at most one system message."
+                f"Message {index + 1} is by {role!r}, expected {expected!r}: user and assistant take turns, after at "
+                "most one system message."
             )
-    if add_generation_prompt and len(turns) % 2 == 0:
+    if add_generation_prompt and roles[-1:] != ["user"]:
         raise ValueError("There is nothing to answer: the last message must be the user's.")
 
 
@@ -286,12 +344,14 @@ def _render_content(message: dict[str, Any], is_supervised: bool) -> list[Segmen
             continue
         if not isinstance(part.get("text"), str):
             raise ValueError(f"A part of type text holds its words under `text`, found {str(part)[:200]}.")
+        if not part["text"]:
+            continue
         if segments and only_images:
             segments.append(Segment("\n", is_supervised=is_supervised))
         only_images = False
         segments.append(Segment(part["text"], is_supervised=is_supervised, is_typed=True))
-    if message["role"] == "user" and not any(segment.is_typed and segment.text.strip() for segment in segments):
-        raise ValueError("The question is empty; ask something in words.")
+    if message["role"] == "user" and not any(segment.is_image or segment.text.strip() for segment in segments):
+        raise ValueError("The question is empty; ask something in words, or show an image.")
     return segments
 
 

@@ -6,6 +6,7 @@ Heavy imports happen inside the commands, so that `yi-vl --help` is instant.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import os
 import shlex
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from .sizes import QuantizedSizes
 
 _PRESETS = ("6b", "34b", "nano")
-_SHUTDOWN_SECONDS = 5  # how long answers may go on after Ctrl-C
 _CHAT_HELP = (
     "/image PATH... shows pictures with the next question, /clear starts afresh, /exit leaves; Ctrl-C stops an answer."
 )
@@ -128,6 +128,8 @@ def ask(
     *images, question = words
     if os.path.isfile(question):
         raise ValueError(f'the last argument is the question, but {question} is a file. Add: "What is this?"')
+    if not question.strip():
+        raise ValueError("The question is empty; ask something in words.")
     opened = _open_images(images)
     pieces = _load(model, quantize, device, dtype).stream(
         opened,
@@ -191,29 +193,56 @@ def serve(
     port: Annotated[int, typer.Option(help="The port to listen at.")] = 8000,
     name: Annotated[str | None, typer.Option(help="What clients call the model; by default its folder or id.")] = None,
     api_key: Annotated[
-        str | None, typer.Option(envvar="YI_VL_API_KEY", help="What clients must show as their bearer key.")
+        list[str] | None,
+        typer.Option(
+            envvar="YI_VL_API_KEY",
+            show_envvar=True,
+            help="A bearer key that clients must show; repeat it for several. Other users see options in `ps`.",
+        ),
     ] = None,
+    api_key_file: Annotated[str | None, typer.Option(help="A file of such keys, one a line.")] = None,
+    cors_origin: Annotated[
+        list[str] | None,
+        typer.Option(help="Let web pages of this origin ask, like https://example.org; * for all. Repeatable."),
+    ] = None,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(help="Answer to this name too, *.example.org for all below one, * for all. Repeatable."),
+    ] = None,
+    ssl_certfile: Annotated[str | None, typer.Option(help="A PEM certificate chain: serve https.")] = None,
+    ssl_keyfile: Annotated[str | None, typer.Option(help="Its private key, if that is another file.")] = None,
     allow_remote_images: Annotated[
         bool, typer.Option("--allow-remote-images", help="Fetch pictures from the public internet for clients.")
     ] = False,
     max_waiting: Annotated[int, typer.Option(min=0, help="How many requests may wait while one is answered.")] = 16,
     max_tokens: Annotated[int, typer.Option(min=1, help="The greatest length clients may ask for.")] = 2048,
+    shutdown_seconds: Annotated[int, typer.Option(min=0, help="How long answers may go on after Ctrl-C.")] = 5,
 ) -> None:
     """Answer OpenAI's clients over HTTP: /v1/chat/completions, /v1/models, /healthz, /metrics."""
     try:
-        import uvicorn
-
-        from .server import Limits, create_app
+        for package in ("fastapi", "httpx", "prometheus_client", "uvicorn"):  # before a model is loaded
+            importlib.import_module(package)
+        from .server.launch import run as run_server
+        from .server.protocol import Limits
     except ModuleNotFoundError as error:
         raise ValueError(f'{error.name} is missing; serving needs: pip install "yi_vl[serve]"') from error
-    if api_key == "":
-        raise ValueError("the API key is empty; give one, or leave --api-key out.")
     if name is None:
         name = "nano" if model is None else _name_of(model)
-    limits = Limits(num_waiting=max_waiting, max_tokens=max_tokens)
-    engine = _load(model, quantize, device, dtype)
-    application = create_app(engine, name, api_key=api_key, allow_remote_images=allow_remote_images, limits=limits)
-    uvicorn.run(application, host=host, port=port, timeout_graceful_shutdown=_SHUTDOWN_SECONDS)
+    run_server(
+        lambda: _load(model, quantize, device, dtype),
+        name,
+        host=host,
+        port=port,
+        api_keys=api_key or (),
+        api_key_file=api_key_file,
+        cors_origins=cors_origin or (),
+        allowed_hosts=allowed_host or (),
+        ssl_certfile=ssl_certfile,
+        ssl_keyfile=ssl_keyfile,
+        shutdown_seconds=shutdown_seconds,
+        allow_remote_images=allow_remote_images,
+        limits=Limits(num_waiting=max_waiting, max_tokens=max_tokens),
+    )
 
 
 @app.command()

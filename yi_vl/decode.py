@@ -251,7 +251,7 @@ class Chooser:
         """A row's own source of chance: neighbours change nothing, and the global one is left alone."""
         if self._is_greedy:
             return None
-        generator = torch.Generator()  # on the CPU, for the same draws on every device
+        generator = torch.Generator("cpu")  # on the CPU, for the same draws on every device
         if self._seed is None:
             generator.seed()
         else:

@@ -23,13 +23,16 @@ from PIL import (
     JpegImagePlugin,
     PngImagePlugin,
     UnidentifiedImageError,
+    features,
 )
 
 from .image_samples import ImageError, decoding
 
 MAX_PIXELS = 110_000_000  # more than a 108-megapixel phone's 12,032 x 9,024; RGB of so many takes 0.44 GB
 MAX_SIDE_PX = 65_535  # a JPEG's longest
-WEB_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # what strangers may send
+# What strangers may send: not all that Pillow reads. AVIF comes with most builds of Pillow from 11.3 on.
+_AVIF = ("AVIF",) if "avif" in features.get_supported_modules() else ()
+WEB_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", *_AVIF)
 
 _MAX_PYTHON_PIXELS = 4_000_000  # of what Pillow decodes in Python, at about a microsecond each: QOI, BMP in RLE
 _MAX_ICON_SIDE_PX = 4096  # of an image in an icon

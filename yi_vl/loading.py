@@ -21,20 +21,21 @@ from .arguments import as_choice, as_path, one_line, shown, stat
 from .auto import YiVLConfig, YiVLForConditionalGeneration, YiVLProcessor  # which registers them with transformers
 from .convert import Checkpoint, TowerFrom, base_of, holds_adapters, merge, open_checkpoint, read_configuration
 from .convert.json_files import read_json
+from .generation import set_end_tokens_
 from .quantize import METHOD, Scheme, make_config
 
 _BUNDLED = Path(__file__).parent / "nano"
 _HUB_FILES = ("*.json", "*.model", "*.jinja", "vit/*/*.json")
 _HUB_WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "vit/*/pytorch_model*.bin")
-_SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")
-_DTYPES = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32", "float64")}
+_SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")  # accelerate's ways to place a model
+_SHORT_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 _SMALL_PARAMETERS = 200_000_000  # below this fp32 on a CPU: 4.7 ms per nano token, in bf16 6.2 and on many CPUs more
 
 
 def load_model(
     path: str | os.PathLike | None = None,
     device: str | int | torch.device | None = None,
-    dtype: torch.dtype | str | None = None,
+    dtype: str | torch.dtype | None = None,
     tower_from: TowerFrom | None = "vit",
     quantize: Scheme | None = None,
 ) -> tuple[YiVLForConditionalGeneration, YiVLProcessor]:
@@ -43,9 +44,10 @@ def load_model(
     Args:
         path: a folder or hub id, in any of the three layouts, or of LoRA adapters, which are merged into what they
             adapt; the bundled nano by default.
-        device: "cpu", "cuda:1", ...; "auto" spreads the model over all there is. By default the GPU, else the CPU.
-        dtype: of the weights: "bfloat16", "float16", "float32", or torch's own. By default bfloat16, but float32 for a
-            small model on a CPU.
+        device: "cpu", "cuda:1", ..., or the GPU's number; "auto" spreads the model over all there is. By default the
+            GPU, else the CPU.
+        dtype: of the weights, also by its name ("bfloat16", "bf16"); "auto" is what they are stored in. By default
+            bfloat16, but float32 for a small model on a CPU.
         tower_from: which of its two copies of the vision tower an official release gets, that in `vit/` or that among
             the shards.
         quantize: "int8" or "int4" for the language model's linear layers; what was saved quantised is loaded so.
@@ -54,14 +56,15 @@ def load_model(
         ValueError: there is no such model, it is another kind of model, it is incomplete, its parts do not fit, or
             it cannot be quantised so on this device.
     """
-    device, weight_dtype = _as_device(device), _as_dtype(dtype)
+    device, as_stored = _parse_device(device), isinstance(dtype, str) and dtype == "auto"
+    weights_dtype = None if as_stored else _parse_dtype(dtype)
     tower_from, quantize = _as_copy(tower_from), _as_scheme(quantize)
     folder = fetch(find(path), with_weights=True)
     method = _quantization_method(folder)
     if method and quantize is not None:
         raise ValueError(f"{folder} is quantised already ({method}); leave quantize={quantize!r} out.")
     if method and method != METHOD:
-        return _load_as_quantized(folder, device, weight_dtype)
+        return _load_as_quantized(folder, device, weights_dtype)
     checkpoint = open_model(folder, tower_from)
     how = make_config(quantize, checkpoint.config.text_config, device) if quantize is not None else None
     if method and str(device) not in ("cpu", "auto"):
@@ -69,29 +72,32 @@ def load_model(
             f"{folder} was quantised for CPUs, and {device} is none. Load it with device='cpu', or load the original "
             "with quantize=... there."
         )
-    if method and weight_dtype is None:
-        weight_dtype = _as_dtype(str(checkpoint.config.dtype))  # its scales'
-    if weight_dtype is None:
+    if as_stored or (method and weights_dtype is None):  # that of its scales, where it is quantised
+        weights_dtype = _parse_dtype(str(checkpoint.config.dtype))
+    if weights_dtype is None:
         num_parameters = sum(tensor.shape.numel() for tensor in checkpoint.tensors.values())
         is_small_on_cpu = str(device) == "cpu" and num_parameters < _SMALL_PARAMETERS
-        weight_dtype = torch.float32 if is_small_on_cpu else torch.bfloat16
+        weights_dtype = torch.float32 if is_small_on_cpu else torch.bfloat16
     tensors = {
-        name: replace(tensor, dtype=weight_dtype) if tensor.is_floating_point() else tensor
+        name: replace(tensor, dtype=weights_dtype) if tensor.is_floating_point() else tensor
         for name, tensor in checkpoint.tensors.items()
     }
     try:
-        model = YiVLForConditionalGeneration.from_pretrained(
-            None,
-            config=checkpoint.config,
-            state_dict=tensors,
-            dtype=weight_dtype,
-            device_map=device,
-            quantization_config=how,
-        )
-        model.generation_config = checkpoint.generation_config
+        with torch.device("cpu"):  # whatever torch.set_default_device says
+            model = YiVLForConditionalGeneration.from_pretrained(
+                None,
+                config=checkpoint.config,
+                state_dict=tensors,
+                dtype=weights_dtype,
+                device_map=device,
+                quantization_config=how,
+            )
         processor = checkpoint.make_processor()
+        model.generation_config = checkpoint.generation_config
+        set_end_tokens_(model.generation_config, processor.tokenizer)
     except Exception as error:  # its files may hold anything
-        raise ValueError(f"{checkpoint.folder}: the model cannot be loaded: {one_line(error)}.") from error
+        where = f"{checkpoint.folder}: the model cannot be loaded on {shown(str(device))}"
+        raise ValueError(f"{where}: {one_line(error)}.") from error
     return model.eval(), processor
 
 
@@ -208,42 +214,52 @@ def _load_as_quantized(
     try:
         model = YiVLForConditionalGeneration.from_pretrained(folder, dtype=dtype or "auto", device_map=device)
         processor = YiVLProcessor.from_pretrained(folder)
+        set_end_tokens_(model.generation_config, processor.tokenizer)
     except Exception as error:
         raise ValueError(f"{folder}: the quantised model cannot be loaded: {one_line(error)}") from error
     return model.eval(), processor
+
+
+def _parse_device(device: str | int | torch.device | None) -> str | torch.device:
+    """A device, or one of accelerate's ways to spread a model; a number is a GPU's, and -1 the CPU, as in pipelines."""
+    if device is None:
+        return _default_device()
+    if isinstance(device, dict) or (isinstance(device, str) and device in _SPREAD):
+        return device  # type: ignore[return-value]
+    if isinstance(device, str) and device.removeprefix("-").isdecimal():
+        device = int(device)
+    if isinstance(device, int) and not isinstance(device, bool):
+        device = "cpu" if device == -1 else f"cuda:{device}"
+    try:
+        if isinstance(device, bool):
+            raise TypeError("no device")
+        parsed = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"device is {shown(device)}; expected 'cpu', 'cuda', 'cuda:1', 'mps', 'auto' or a GPU's number."
+        ) from error
+    if parsed.type == "meta":
+        raise ValueError("device is meta, which holds no values; expected 'cpu', 'cuda', 'cuda:1', 'mps' or 'auto'.")
+    return device if isinstance(device, str) else parsed
+
+
+def _parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """A dtype of floating point."""
+    if dtype is None:
+        return None
+    name = dtype.removeprefix("torch.") if isinstance(dtype, str) else dtype
+    parsed = getattr(torch, _SHORT_DTYPES.get(name, name), None) if isinstance(name, str) else name
+    if not isinstance(parsed, torch.dtype) or not parsed.is_floating_point:
+        raise ValueError(
+            f"dtype is {shown(dtype)}; expected a torch dtype or its name: bfloat16, float16, float32, or 'auto'."
+        )
+    return parsed
 
 
 def _default_device() -> str:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def _as_device(device: Any) -> str | torch.device:
-    """A device that is there, or one of transformers' ways to spread a model over several."""
-    if device is None:
-        return _default_device()
-    if isinstance(device, str) and device in _SPREAD:
-        return device
-    try:
-        named = torch.device(device)
-        if named.type == "meta":
-            raise ValueError("it holds no values")
-        torch.empty(0, device=named)
-    except Exception as error:
-        raise ValueError(
-            f"device is {shown(device)}, which is not here: {one_line(error)}. Expected cpu, cuda, cuda:1 ..., or auto."
-        ) from error
-    return named
-
-
-def _as_dtype(dtype: Any) -> torch.dtype | None:
-    if dtype is None:
-        return None
-    named = _DTYPES.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
-    if named not in _DTYPES.values():
-        raise ValueError(f"dtype is {shown(dtype)}; expected one of {', '.join(_DTYPES)}.")
-    return named
 
 
 def _as_copy(tower_from: Any) -> TowerFrom:

@@ -14,6 +14,7 @@ D language width, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoModel, GenerationMixin, PreTrainedModel
+from transformers.generation import LogitsProcessor, LogitsProcessorList
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
@@ -158,6 +160,19 @@ class YiVLModel(YiVLPreTrainedModel):
         return (self.encode_images(blank) * 0.0).sum().to(like.dtype)  # zero first: a sum may overflow
 
 
+class _NeverToken(LogitsProcessor):
+    """Makes one token impossible."""
+
+    def __init__(self, token_id: int) -> None:
+        self._token_id = token_id
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
+        """(B, S), (B, V) -> (B, V)"""
+        scores = scores.clone()
+        scores[:, self._token_id] = -math.inf
+        return scores
+
+
 class YiVLForConditionalGeneration(YiVLPreTrainedModel, GenerationMixin):
     """Yi-VL with its language-model head: what `yi_vl.load` returns inside a `YiVL` and the trainer trains."""
 
@@ -173,6 +188,13 @@ class YiVLForConditionalGeneration(YiVLPreTrainedModel, GenerationMixin):
     def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
         """See `YiVLModel.get_image_features`."""
         return self.model.get_image_features(pixel_values, **kwargs)
+
+    def generate(
+        self, inputs: Any = None, generation_config: Any = None, logits_processor: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:  # type: ignore[override]
+        """As transformers does, but no image token is ever generated, nor drafted (prompt lookup copies the prompt)."""
+        processors = LogitsProcessorList([*(logits_processor or ()), _NeverToken(self.config.image_token_id)])
+        return super().generate(inputs, generation_config, processors, *args, **kwargs)
 
     @can_return_tuple
     def forward(

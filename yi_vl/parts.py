@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from .chat import IMAGE_PLACEHOLDER
 from .config import OpenClipVisionConfig, YiVLConfig
+from .generation import set_end_tokens_
 from .model import YiVLForConditionalGeneration
 from .processor import prepare_tokenizer
 from .projector import Projector
@@ -76,6 +77,7 @@ def from_parts(
     model.model.language_model = language.model
     model.lm_head = language.lm_head
     model.generation_config = language.generation_config
+    set_end_tokens_(model.generation_config, tokenizer)
     return model, tokenizer
 
 

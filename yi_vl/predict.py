@@ -7,6 +7,7 @@ reuse.py.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -27,10 +28,13 @@ from .arguments import as_int, as_path, one_line, shown
 from .batch import Batch, Errors, as_list, attempt
 from .batch import BatchError as BatchError
 from .cache import gather
-from .chat import Encoded
+from .chat import STOP_STRING, Encoded
 from .chat import TooLongError as TooLongError
 from .convert import TowerFrom
 from .decode import Answer, Chooser, Newcomers, Prompts, Rows, Sampling, decode, read_beginning
+from .fingerprint import fingerprint
+from .generation import as_list as as_id_list
+from .generation import end_token_ids, set_end_tokens_
 from .image import ImageSource, check_source
 from .linear import use_vectors_
 from .loading import check_fit, load_model
@@ -45,13 +49,12 @@ Images = ImageSource | Sequence[ImageSource] | Iterator[ImageSource] | None
 _MAX_PREFIX_BYTES = 1 << 30  # of conversations read lately: 16,000 tokens of the 6B's, 4,000 of the 34B's, in bf16
 _MAX_FEATURE_BYTES = 256 << 20  # of pictures seen lately: 31 of the 6B's, in bf16
 _BATCH_SIZE = 8
-_END_TOKENS = ("<|endoftext|>", "<|im_end|>")  # either ends an answer: the 6B and the 34B name one of them each
 
 
 def load(
     path: str | os.PathLike | None = None,
     device: str | int | torch.device | None = None,
-    dtype: torch.dtype | str | None = None,
+    dtype: str | torch.dtype | None = None,
     tower_from: TowerFrom | None = "vit",
     quantize: Scheme | None = None,
 ) -> YiVL:
@@ -73,9 +76,19 @@ class YiVL:
         check_fit(model.config, processor)
         use_vectors_(model.model.language_model)
         use_vectors_(model.lm_head)
-        tokens = torch.arange(model.config.text_config.vocab_size)
+        tokens = torch.arange(model.config.text_config.vocab_size, device="cpu")
         self._forbidden = (tokens >= len(processor.tokenizer)) | (tokens == model.config.image_token_id)  # (V,)
         self._stop_ids = _stop_ids(model, processor.tokenizer)
+        self._weights: int | None = None  # fingerprint of those that what is kept was computed with
+        self.forget()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is copied and pickled: all but what is kept for requests to come."""
+        return {name: value for name, value in vars(self).items() if name not in ("_prefixes", "_features", "_weights")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._weights = None
         self.forget()
 
     def save(self, folder: str | os.PathLike) -> None:
@@ -89,6 +102,8 @@ class YiVL:
             if target.exists():
                 raise ValueError(f"{target} exists already; choose another name, or remove it.")
             target.parent.mkdir(parents=True, exist_ok=True)
+            if self.model.generation_config is not None:
+                set_end_tokens_(self.model.generation_config, self.processor.tokenizer)
             with TemporaryDirectory(prefix=".saving-", dir=target.parent) as partial:
                 whole = Path(partial) / "model"  # appears in its place when it is complete
                 self.model.save_pretrained(whole)
@@ -289,7 +304,7 @@ class YiVL:
             TooLongError: a row leaves no room for an answer.
         """
         self._check_lengths(encoded)
-        rows = [torch.tensor(prompt.input_ids) for prompt in encoded]
+        rows = [torch.tensor(prompt.input_ids, device="cpu") for prompt in encoded]
         pad_id = self.processor.tokenizer.pad_token_id or 0
         input_ids = pad_sequence(rows, batch_first=True, padding_value=pad_id, padding_side="left")
         mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
@@ -306,11 +321,13 @@ class YiVL:
     def generate(self, prompts: Prompts, answers: list[Answer], sampling: Sampling) -> Generator[list[str], None, None]:
         """Every row's new text (often none), step after step until the last answer has ended."""
         newcomers: list[Newcomers] = []
+        kept: list[PrefixCache] = []  # of the weights that the prompts were read with
 
         def read_once(_: int) -> Newcomers | None:
             if newcomers:
                 return None
             newcomers.append((self._read(prompts), answers))
+            kept.append(self._prefixes)
             return newcomers[0]
 
         with closing(decode(read_once, len(answers), self._chooser(sampling))) as steps:
@@ -318,14 +335,21 @@ class YiVL:
                 for pieces in steps:
                     yield [pieces.get(number, "") for number in range(len(answers))]
             except GeneratorExit:  # stopped between two steps: what was read holds; after an error it may not
-                self._remember(prompts, *newcomers[0])
+                _remember(kept[0], prompts, *newcomers[0])
                 raise
-            self._remember(prompts, *newcomers[0])
+            _remember(kept[0], prompts, *newcomers[0])
 
     def forget(self) -> None:
         """Let go of everything that is kept for requests to come: conversations and pictures read lately."""
         self._prefixes = PrefixCache(_MAX_PREFIX_BYTES)
         self._features: LeastRecentlyUsed[Tensor] = LeastRecentlyUsed(_MAX_FEATURE_BYTES)  # picture's key -> (P, D)
+
+    def _forget_other_weights(self) -> None:
+        """`forget` when the weights are not those of the last request: another adapter, another dtype, an edit."""
+        weights = fingerprint(self.model)
+        if weights != self._weights:
+            self.forget()
+            self._weights = weights
 
     @torch.inference_mode()
     def begin(self, prompts: Prompts) -> tuple[Cache, Tensor]:
@@ -333,6 +357,7 @@ class YiVL:
 
         What several rows begin with is read here, once, and remembered.
         """
+        self._forget_other_weights()
         num_rows = len(prompts.keys)
         num_shared = num_common(prompts.keys)
         cache = self._prefixes.find(prompts.keys[0][:num_shared])
@@ -340,7 +365,7 @@ class YiVL:
         if num_rows > 1 and num_shared:
             read_beginning(self.model, prompts, embeddings, cache, num_shared)
             self._prefixes.put(prompts.keys[0][:num_shared], cache)
-            is_token = torch.ones(1, num_shared, dtype=torch.bool)
+            is_token = torch.ones(1, num_shared, dtype=torch.bool, device="cpu")
             cache, _ = gather([(cache, is_token, [0] * num_rows)])
         return cache, embeddings
 
@@ -356,12 +381,6 @@ class YiVL:
 
     def _chooser(self, sampling: Sampling) -> Chooser:
         return Chooser(sampling, self._forbidden.to(self._device))
-
-    def _remember(self, prompts: Prompts, rows: Rows, answers: list[Answer]) -> None:
-        """Keep a single conversation, with its answer as far as that was read again."""
-        if len(answers) == 1:
-            keys = np.concatenate([prompts.keys[0], np.array(answers[0].tokens, dtype=np.int64)])
-            self._prefixes.put(keys[: rows.cache.get_seq_length()], rows.cache)
 
     def _embed(self, prompts: Prompts, num_known: int) -> Tensor:
         """(B, S, D); pictures that lie before place `num_known` are not needed and left out."""
@@ -387,7 +406,7 @@ class YiVL:
             for key, encoded in zip(new, encoded_pictures, strict=True):
                 features[key] = encoded
                 self._features.put(key, encoded.clone(), encoded.nbytes)
-        return torch.stack([features[key] for key in wanted]) if wanted else torch.zeros(0)
+        return torch.stack([features[key] for key in wanted]) if wanted else torch.zeros(0, device="cpu")
 
     def _keys(self, encoded: Sequence[Encoded], squares: Sequence[Tensor]) -> list[Keys]:
         """Of every row's tokens: the ids, and in an image's place negative numbers that stand for its bytes."""
@@ -416,6 +435,12 @@ class Conversation:
         self.messages: list[Message] = [] if system is None else [system_message(system)]
         self._yi_vl = yi_vl
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Conversation:
+        """The same conversation, to go on differently; with the same model, which is large and is not changed by it."""
+        copied = Conversation(self._yi_vl)
+        copied.messages = copy.deepcopy(self.messages, memo)
+        return copied
+
     def ask(self, question: str, images: Images = None, **options: Any) -> str:
         """The answer to the next question, and to the pictures shown with it."""
         return "".join(self.stream(question, images, **options))
@@ -441,12 +466,21 @@ class Conversation:
             raise
 
 
+def _remember(prefixes: PrefixCache, prompts: Prompts, rows: Rows, answers: list[Answer]) -> None:
+    """Keep a single conversation, with its answer as far as that was read again."""
+    if len(answers) == 1:
+        keys = np.concatenate([prompts.keys[0], np.array(answers[0].tokens, dtype=np.int64)])
+        prefixes.put(keys[: rows.cache.get_seq_length()], rows.cache)
+
+
 def _stop_ids(model: YiVLForConditionalGeneration, tokenizer: Any) -> set[int]:
-    """The generation config's end tokens, the tokenizer's, and Yi's two where the tokenizer has them."""
-    configured = model.generation_config.eos_token_id if model.generation_config else None
-    ids = set(configured) if isinstance(configured, (list, tuple)) else {configured}
-    ids |= {tokenizer.eos_token_id, *(tokenizer.get_vocab().get(token) for token in _END_TOKENS)}
-    return {token for token in ids if token is not None}
+    """The generation config's end tokens, the tokenizer's, and Yi's two where the tokenizer has them.
+
+    Not the separator's: `Answer` finds it in the text, whatever tokens it is made of.
+    """
+    configured = as_id_list(model.generation_config.eos_token_id) if model.generation_config else []
+    ids = {*configured, *as_id_list(tokenizer.eos_token_id), *end_token_ids(tokenizer)}
+    return ids - {tokenizer.get_vocab().get(STOP_STRING)}
 
 
 def _request(request: Any, system: Any) -> list[Message]:

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
+from jinja2 import TemplateError
 from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerFast, ProcessorMixin
 from transformers.processing_utils import MultiModalData
 
 from .arguments import as_int
-from .chat import CHAT_TEMPLATE, IMAGE_PLACEHOLDER, Encoded, Segment, encode, render
+from .chat import CHAT_TEMPLATE, IMAGE_PLACEHOLDER, Encoded, Segment, encode, render, strip_answer, strip_separator
 from .image import YiVLImageProcessor
 from .messages import as_messages
 
@@ -41,6 +42,61 @@ class YiVLProcessor(ProcessorMixin):
     def patches_per_image(self) -> int:
         """P: tokens that one image takes in the prompt."""
         return (self.image_processor.size_px // self.patch_size) ** 2
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, padding_side: str = "left", **kwargs: Any) -> Any:
+        """As transformers does. An answer follows its prompt, so padding is in front, whatever an older file says."""
+        return super().from_pretrained(*args, padding_side=padding_side, **kwargs)
+
+    def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
+        """As transformers does; what `chat.render` refuses is refused.
+
+        `return_assistant_tokens_mask` gives the trainer's loss mask: every answer with the separator after it.
+
+        Raises:
+            ValueError: a conversation is malformed.
+        """
+        try:
+            applied = super().apply_chat_template(conversation, *args, **kwargs)
+        except TemplateError as error:
+            raise ValueError(str(error)) from error
+        if kwargs.get("return_assistant_tokens_mask") and not isinstance(applied, str) and "assistant_masks" in applied:
+            self._correct_assistant_masks_(applied, conversation, bool(kwargs.get("add_generation_prompt")))
+        return applied
+
+    def _correct_assistant_masks_(self, applied: Any, conversation: Any, add_generation_prompt: bool) -> None:
+        """transformers before 5.24 places the mask as if an image took the one token of its placeholder."""
+        conversations = [conversation] if isinstance(conversation[0], dict) else conversation
+        for row, messages in enumerate(conversations):
+            encoded = self.encode_messages(messages, add_generation_prompt)
+            is_token = [bool(value) for value in applied["attention_mask"][row]]
+            input_ids = [int(id) for id, is_on in zip(applied["input_ids"][row], is_token) if is_on]
+            if input_ids == encoded.input_ids:  # else it is cut short, or of another template
+                mask = iter(encoded.loss_mask)
+                for place in (place for place, is_on in enumerate(is_token) if is_on):
+                    applied["assistant_masks"][row][place] = int(next(mask))
+
+    def decode(self, token_ids: Any, skip_special_tokens: bool = False, **kwargs: Any) -> Any:
+        """As transformers' tokenizers do; with `skip_special_tokens` without the separator that ended an answer."""
+        decoded = self.tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens, **kwargs)
+        if not skip_special_tokens:
+            return decoded
+        return strip_separator(decoded) if isinstance(decoded, str) else [strip_separator(text) for text in decoded]
+
+    def batch_decode(self, sequences: Any, skip_special_tokens: bool = False, **kwargs: Any) -> list[str]:
+        """`decode` of each sequence."""
+        decoded = self.tokenizer.batch_decode(sequences, skip_special_tokens=skip_special_tokens, **kwargs)
+        return [strip_separator(text) for text in decoded] if skip_special_tokens else list(decoded)
+
+    def post_process_image_text_to_text(
+        self, generated_outputs: Any, skip_special_tokens: bool = True, **kwargs: Any
+    ) -> list[str]:
+        """What `generate` returned as text, its prompt included or cut off; answers as `YiVL.predict` gives them.
+
+        transformers' pipeline decodes prompts and outputs with this, and removes the one from the other.
+        """
+        texts = self.batch_decode(generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs)
+        return [strip_answer(text) for text in texts] if skip_special_tokens else texts
 
     def encode(self, segments: Sequence[Segment], max_tokens: int | None = None) -> Encoded:
         """Token ids, loss mask and image slots of a rendered conversation or caption; see `chat.encode`."""
@@ -81,12 +137,13 @@ def prepare_tokenizer(source: str, image_token_id: int | None = None) -> Any:
     Args:
         image_token_id: of a token that the tokenizer has already, and that becomes `<image_placeholder>`.
     """
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(source)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(source, padding_side="left")
     if image_token_id is not None:
         tokenizer = _renamed(tokenizer, image_token_id)
     elif IMAGE_PLACEHOLDER not in tokenizer.get_added_vocab():
         tokenizer.add_special_tokens({"extra_special_tokens": [IMAGE_PLACEHOLDER]}, replace_extra_special_tokens=False)
-    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     _encode_typed_specials_as_text_(tokenizer)
     return tokenizer
 
@@ -109,16 +166,19 @@ def _encode_typed_specials_as_text_(tokenizer: Any) -> None:
 
 
 def _renamed(tokenizer: Any, image_token_id: int) -> Any:
-    """The same tokenizer with one added token called `<image_placeholder>`."""
+    """The same tokenizer with one added token called `<image_placeholder>`, and none after it (llava-hf's `<pad>`)."""
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     names = {token["id"]: token for token in content["added_tokens"]}
     if image_token_id not in names:
         raise ValueError(f"there is no added token {image_token_id}, which config.json says stands for an image")
     names[image_token_id] |= {"content": IMAGE_PLACEHOLDER, "special": True}
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] <= image_token_id]
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(content)),
         unk_token=tokenizer.unk_token,
         bos_token=tokenizer.bos_token,
         eos_token=tokenizer.eos_token,
         pad_token=tokenizer.unk_token,
+        padding_side="left",
+        extra_special_tokens=[token["content"] for token in content["added_tokens"] if token["special"]],
     )

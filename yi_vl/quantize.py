@@ -387,7 +387,7 @@ class _Quantize(ConversionOps):
 
 def _fbgemm_pack(weight: Tensor, scale: Tensor) -> Any:
     """FBGEMM's form of int8 (N, K) and its rows' scales."""
-    zeros = torch.zeros(len(weight), dtype=torch.int64)
+    zeros = torch.zeros(len(weight), dtype=torch.int64, device="cpu")
     before = torch.backends.quantized.engine
     torch.backends.quantized.engine = "fbgemm"
     try:
@@ -418,9 +418,10 @@ def _fbgemm_product(x: Tensor, packed: Any) -> Tensor:
 @cache
 def _has_fbgemm() -> bool:
     """Whether FBGEMM is here and its sums are exact: on a processor without VNNI they overflow."""
-    x, weight = torch.full((1, 256), 255.0), torch.full((64, 256), 127, dtype=torch.int8)
+    x = torch.full((1, 256), 255.0, device="cpu")
+    weight = torch.full((64, 256), 127, dtype=torch.int8, device="cpu")
     try:
-        y = _fbgemm_product(x, _fbgemm_pack(weight, torch.ones(64)))
+        y = _fbgemm_product(x, _fbgemm_pack(weight, torch.ones(64, device="cpu")))
     except (AttributeError, RuntimeError):
         return False
     return torch.allclose(y, torch.full_like(y, 255 * 127 * 256))
@@ -469,7 +470,9 @@ def _packed_rows() -> int:
         raise ValueError(
             f"int4 needs a processor with AVX2 or AVX512; torch finds {capability} here. Use quantize='int8'."
         )
-    sample = torch.randint(16, (_ROW_MULTIPLE, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    sample = torch.randint(
+        16, (_ROW_MULTIPLE, 32), dtype=torch.uint8, device="cpu", generator=torch.Generator("cpu").manual_seed(0)
+    )
     if not torch.equal(_unpack(_pack(sample), rows), sample):
         raise ValueError(f"torch {torch.__version__} packs int4 in a way that is not known here. Use quantize='int8'.")
     return rows

@@ -191,6 +191,11 @@ class OpenClipTower(PreTrainedModel):
     input_modalities = ["image"]
     supports_gradient_checkpointing = True
     _no_split_modules = ["ResidualAttentionBlock", "EvaBlock", "ConvStem"]
+    # Whatever attention is asked for, the tower's own (torch's, unmasked) computes the same.
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
 
     def __init__(self, config: OpenClipVisionConfig) -> None:
         super().__init__(config)

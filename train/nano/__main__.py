@@ -87,10 +87,13 @@ def export(source: Path = RUNS / "chat-448" / "final", target: Path = PACKAGED) 
     import torch
 
     from yi_vl import YiVLForConditionalGeneration, YiVLProcessor
+    from yi_vl.generation import set_end_tokens_
 
     model = YiVLForConditionalGeneration.from_pretrained(source, dtype=torch.bfloat16)
+    processor = YiVLProcessor.from_pretrained(source)
+    set_end_tokens_(model.generation_config, processor.tokenizer)
     model.save_pretrained(target)
-    YiVLProcessor.from_pretrained(source).save_pretrained(target)
+    processor.save_pretrained(target)
 
 
 if __name__ == "__main__":

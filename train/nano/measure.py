@@ -42,7 +42,8 @@ def read_questions(folder: Path) -> list[Question]:
     path = folder / "questions.jsonl"
     if not path.is_file():
         raise ValueError(f"{path} is not here; `python -m train.nano data` makes it.")
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = path.read_text(encoding="utf-8").split("\n")  # splitlines would break at U+2028 inside a text
+    rows = [json.loads(line) for line in lines if line.strip()]
     return [
         Question(
             id=row["id"],

@@ -16,6 +16,7 @@ import torch
 
 from yi_vl.chat import IMAGE_PLACEHOLDER
 from yi_vl.config import preset
+from yi_vl.generation import set_end_tokens_
 from yi_vl.image import YiVLImageProcessor
 from yi_vl.model import YiVLForConditionalGeneration
 from yi_vl.processor import YiVLProcessor, prepare_tokenizer
@@ -23,7 +24,6 @@ from yi_vl.processor import YiVLProcessor, prepare_tokenizer
 CONTROL_SYMBOLS = ["<|Human|>", "<|Assistant|>", "<|System|>", "<|im_start|>", "<|im_end|>", "<|im_sep|>"]  # ids 3 to 8
 _BOUNDARY = re.compile(r"([\n的，。、：？！“”\ue000-\uf8ff])|(?<=[A-Z])(?=[A-Z])")
 # No piece reaches over these: names and signs stay whole, and words in capitals are spelt letter by letter.
-STOP_IDS = [2, 7]  # `<|endoftext|>`, `<|im_end|>`: the safe set for Yi's tokenizers
 
 
 def train_tokenizer(texts: Iterable[str], out_dir: Path, vocab_size: int) -> None:
@@ -87,8 +87,7 @@ def begin(tokenizer_dir: Path, out_dir: Path, image_size: int = 224, seed: int =
     assert tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER) == config.image_token_id, "preset and tokenizer disagree"
     model = YiVLForConditionalGeneration(config)
     assert model.generation_config is not None
-    model.generation_config.eos_token_id = STOP_IDS
-    model.generation_config.pad_token_id = 0
+    set_end_tokens_(model.generation_config, tokenizer)
     processor = YiVLProcessor(YiVLImageProcessor(image_size), tokenizer, config.vision_config.patch_size)
     model.save_pretrained(out_dir)
     processor.save_pretrained(out_dir)

@@ -80,9 +80,8 @@ class WeightFiles:
         if entry.stride == _strides(entry.shape):
             _read_elements(entry, name, out.view(-1))
             return
-        storage = torch.empty(
-            1 + sum(step * (size - 1) for step, size in zip(entry.stride, entry.shape, strict=True)), dtype=entry.dtype
-        )
+        num_elements = 1 + sum(step * (size - 1) for step, size in zip(entry.stride, entry.shape, strict=True))
+        storage = torch.empty(num_elements, dtype=entry.dtype, device="cpu")
         _read_elements(entry, name, storage)
         out.copy_(storage.as_strided(entry.shape, entry.stride))
 
@@ -96,7 +95,7 @@ def _read_elements(entry: Entry, name: str, out: Tensor) -> None:
     with entry.file.open("rb", buffering=0) as stream:
         stream.seek(entry.byte_offset + entry.first * entry.dtype.itemsize)
         for block in [out] if out.dtype == entry.dtype else out.split(_BLOCK_ELEMENTS):
-            stored = block if block.dtype == entry.dtype else torch.empty(block.shape, dtype=entry.dtype)
+            stored = block if block.dtype == entry.dtype else torch.empty(block.shape, dtype=entry.dtype, device="cpu")
             view = memoryview(stored.view(torch.uint8).numpy())  # type: ignore[arg-type]  # an array is a buffer
             while len(view):
                 num_read = stream.readinto(view)

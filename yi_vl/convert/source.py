@@ -59,7 +59,7 @@ class LazyTensor:
     change: Callable[[Tensor], Tensor] | None = None  # of what is stored, as adapters would have it
 
     def __getitem__(self, index: Any) -> Tensor:
-        tensor = torch.empty(self.shape, dtype=self.dtype)
+        tensor = torch.empty(self.shape, dtype=self.dtype, device="cpu")
         num_stored = 0
         for piece in self.pieces:  # each into its place: copies are what loading would take most memory for
             num_rows = piece.entry.shape[0] if self.shape else 0

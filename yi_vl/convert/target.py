@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..chat import IMAGE_PLACEHOLDER
 from ..config import IMAGE_MEAN, IMAGE_STD, OpenClipVisionConfig
+from ..generation import set_end_tokens_
 from .files import num_bytes
 from .names import EMBEDDING, HEAD, LLAVA_HF, OFFICIAL, OFFICIAL_VIT, TOWER, Layout, from_ours
 from .source import Checkpoint, Kind, LazyTensor
@@ -114,6 +115,7 @@ def _plan_ours(source: Checkpoint, shard_bytes: int) -> _Plan:
         processor = source.make_processor()
         processor.save_pretrained(folder)
         _copy_tokenizer_model(source, folder)
+        set_end_tokens_(source.generation_config, processor.tokenizer)
         source.generation_config.save_pretrained(folder)
         source.config.architectures = ["YiVLForConditionalGeneration"]
         source.config.dtype = source.dtype
@@ -148,7 +150,8 @@ def _plan_official(source: Checkpoint, shard_bytes: int) -> _Plan:
         _write_json(folder / "tokenizer_config.json", _official_tokenizer_config(source))
         _write_json(
             folder / "generation_config.json",
-            {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "max_length": text.max_position_embeddings},
+            {"bos_token_id": 1, "eos_token_id": _end_token_ids(source), "pad_token_id": 0}
+            | {"max_length": text.max_position_embeddings},
         )
         dtype_of_vit = next(output.dtype for output in vit)
         _write_json(folder / _VIT / "config.json", _clip_config(vision, dtype_of_vit))
@@ -201,7 +204,7 @@ def _plan_llava_hf(source: Checkpoint, shard_bytes: int) -> _Plan:
         )
         _write_json(
             folder / "generation_config.json",
-            {"bos_token_id": 1, "eos_token_id": source.generation_config.eos_token_id, "pad_token_id": pad},
+            {"bos_token_id": 1, "eos_token_id": _end_token_ids(source), "pad_token_id": pad},
         )
         _write_json(
             folder / "config.json",
@@ -350,6 +353,12 @@ def _clip_preprocessor(vision: OpenClipVisionConfig) -> dict[str, Any]:
     }
 
 
+def _end_token_ids(source: Checkpoint) -> list[int]:
+    set_end_tokens_(source.generation_config, source.make_processor().tokenizer)
+    ends: list[int] = source.generation_config.eos_token_id  # type: ignore[assignment]
+    return ends
+
+
 def _official_tokenizer_config(source: Checkpoint) -> dict[str, Any]:
     """With all special tokens: without them a reader cannot know that `<|im_end|>` in a text is to stay text."""
     fields = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
@@ -362,13 +371,14 @@ def _official_tokenizer_config(source: Checkpoint) -> dict[str, Any]:
         "add_bos_token": False,
         "add_eos_token": False,
         "added_tokens_decoder": special,
+        "additional_special_tokens": [token["content"] for token in special.values() if token["special"]],
         "bos_token": "<|startoftext|>",
         "clean_up_tokenization_spaces": False,
         "eos_token": "<|endoftext|>",
         "legacy": True,
         "model_max_length": source.config.text_config.max_position_embeddings,
         "pad_token": "<unk>",
-        "padding_side": "right",
+        "padding_side": "left",
         "tokenizer_class": "LlamaTokenizer",
         "unk_token": "<unk>",
     }

@@ -1,13 +1,11 @@
-"""The application: routes, the key, and errors in OpenAI's form.
-
-Called by cli.py; calls completions.py, protocol.py and metrics.py.
-"""
+"""The application: routes, keys, and errors in OpenAI's form."""
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -20,6 +18,7 @@ from starlette.requests import ClientDisconnect
 from ..predict import YiVL
 from .completions import Completions
 from .metrics import CLIENT_LEFT, CountRequests
+from .middleware import add_middleware
 from .protocol import FAILURE, ApiError, Limits
 
 
@@ -27,25 +26,34 @@ def create_app(
     yi_vl: YiVL,
     name: str,
     *,
-    api_key: str | None = None,
+    api_keys: Sequence[str] = (),
     allow_remote_images: bool = False,
     limits: Limits | None = None,
+    cors_origins: Sequence[str] = (),
+    allowed_hosts: Sequence[str] = (),
 ) -> FastAPI:
     """An ASGI application that answers OpenAI's clients; `/healthz` and `/metrics` are open to all.
 
     Args:
         name: what clients call the model.
-        api_key: what they must show under `/v1`; by default nothing.
-        allow_remote_images: fetch pictures from http and https URLs, of the public internet only.
+        api_keys: they must show one of these under `/v1`; by default nothing.
+        allow_remote_images: fetch images from http and https URLs, of the public internet only.
+        cors_origins: of web pages that may ask from browsers, like `https://example.org`; `*` for all.
+        allowed_hosts: the Host headers that are answered, `*.example.org` for all names below one; by default all.
+
+    Raises:
+        ValueError: an origin is malformed.
     """
+    keys = [key.strip().encode() for key in api_keys]
     completions = Completions(yi_vl, name, limits or Limits(), allow_remote_images)
     model = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "yi_vl"}
 
     async def authorize(request: Request) -> None:
-        if api_key is None:
+        if not keys:
             return
         kind, _, given = request.headers.get("Authorization", "").partition(" ")
-        if not secrets.compare_digest(given.encode(), api_key.encode()) or kind.lower() != "bearer":
+        shown = given.strip().encode("latin-1")  # the header's bytes
+        if not any([secrets.compare_digest(shown, key) for key in keys]) or kind.lower() != "bearer":
             message = "The API key is missing or wrong; send `Authorization: Bearer KEY`."
             raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
@@ -65,17 +73,19 @@ def create_app(
     @asynccontextmanager
     async def close_at_end(_: FastAPI) -> AsyncIterator[None]:
         yield
-        completions.close()
+        await asyncio.to_thread(completions.close)  # the loop still tells clients why their answers end
 
+    readable = ["GET", "HEAD"]
     api = APIRouter(prefix="/v1", dependencies=[Depends(authorize)])
     api.add_api_route("/chat/completions", completions.complete, methods=["POST"], response_model=None)
-    api.add_api_route("/models", list_models)
-    api.add_api_route("/models/{wanted:path}", get_model)
-    app = FastAPI(lifespan=close_at_end, openapi_url=None)
+    api.add_api_route("/models", list_models, methods=readable)
+    api.add_api_route("/models/{wanted:path}", get_model, methods=readable)
+    app = FastAPI(lifespan=close_at_end, openapi_url=None, redirect_slashes=False)
     app.include_router(api)
-    app.add_api_route("/healthz", tell_health)
-    app.add_api_route("/metrics", tell_metrics, response_model=None)
+    app.add_api_route("/healthz", tell_health, methods=readable)
+    app.add_api_route("/metrics", tell_metrics, methods=readable, response_model=None)
     app.add_middleware(CountRequests, path="/v1/chat/completions", counter=completions.metrics.requests)
+    add_middleware(app, cors_origins, allowed_hosts)
     for kind, answer in _ANSWERS.items():
         app.add_exception_handler(kind, answer)
     return app

@@ -1,7 +1,4 @@
-"""One chat request on its way: read, checked, prepared, generated, and answered whole or as a stream of events.
-
-Called by app.py; calls predict.py, decode.py, and the other files of the server.
-"""
+"""One chat request on its way: read, checked, prepared, generated, and answered whole or as a stream of events."""
 
 from __future__ import annotations
 
@@ -22,9 +19,11 @@ from starlette.types import Receive, Scope, Send
 
 from ..decode import Prompts, Sampling
 from ..predict import TooLongError, YiVL
+from .body import read_body
+from .conversation import merge_messages
 from .images import open_picture, read_url
 from .metrics import Metrics
-from .protocol import FAILURE, ApiError, ChatRequest, Limits, Reply, parse_request
+from .protocol import FAILURE, SHUTDOWN, ApiError, ChatRequest, Limits, Reply, parse_request
 from .worker import Ahead, Places, Worker
 
 T = TypeVar("T")
@@ -58,9 +57,20 @@ class Completions:
         )  # one at a time: each may unpack to hundreds of megabytes
 
     async def complete(self, request: Request) -> Response:
-        """The answer to a request, or an `ApiError`; when the client leaves, the work for it stops within one step."""
+        """The answer to a request, or an `ApiError`; when the client leaves, the work for it stops within one step.
+
+        What the server cancels, once the time it has for its shutdown is over, gets an error as its answer.
+        """
+        try:
+            return await self._complete(request)
+        except asyncio.CancelledError as error:
+            raise ApiError(503, SHUTDOWN, code="shutting_down") from error
+
+    async def _complete(self, request: Request) -> Response:
         arrival = time.perf_counter()
-        chat = parse_request(await self._read_body(request))
+        with self._reading:
+            body = await read_body(request, self._limits)
+        chat = parse_request(body)
         self.check_name(chat.model)
         chat.check(self._limits)
         pieces = Ahead(self._answer(chat, arrival))
@@ -83,34 +93,13 @@ class Completions:
         self.worker.close()
         self._decoder.shutdown(cancel_futures=True)
 
-    async def _read_body(self, request: Request) -> bytes:
-        limits, body = self._limits, bytearray()
-        too_large = ApiError(413, f"The body is larger than {limits.body_bytes:,} bytes.", code="request_too_large")
-        if request.headers.get("Content-Type", "").partition(";")[0].strip().lower() != "application/json":
-            raise ApiError(400, "Send JSON, with the header `Content-Type: application/json`.")
-        if int(request.headers.get("Content-Length", 0)) > limits.body_bytes:
-            raise too_large
-
-        async def read() -> None:
-            async for chunk in request.stream():
-                body.extend(chunk)
-                if len(body) > limits.body_bytes:
-                    raise too_large
-
-        with self._reading:
-            try:
-                await asyncio.wait_for(read(), limits.body_seconds)
-            except asyncio.TimeoutError as error:
-                raise ApiError(408, f"The body took longer than {limits.body_seconds:g} seconds.") from error
-        return bytes(body)
-
     async def _answer(self, chat: ChatRequest, arrival: float) -> AsyncGenerator[Piece, None]:
         """An empty piece once the prompt is found to be good, then one for every token."""
         with self.worker.places:
             if chat.images:  # a conversation that is too long is refused before its images are decoded
-                await self.worker.call(self._encode, chat.as_messages([None] * len(chat.images)))
+                await self.worker.call(self._encode, merge_messages(chat.as_messages([None] * len(chat.images))))
             pictures = [await self._load_picture(url, param) for url, param in chat.images]
-            prompts = await self.worker.call(self._prepare, chat.as_messages(pictures))
+            prompts = await self.worker.call(self._prepare, merge_messages(chat.as_messages(pictures)))
             yield Piece(0, "", None, {})
             is_first = True
             try:
@@ -158,15 +147,16 @@ class Completions:
                     yield Piece(choice, text, answer.finish_reason, usage)
 
     def _sampling(self, chat: ChatRequest) -> Sampling:
-        asked: dict[str, Any] = {
-            "max_new_tokens": chat.max_tokens if chat.max_completion_tokens is None else chat.max_completion_tokens,
-            "temperature": chat.temperature,
-            "top_p": chat.top_p,
+        limit = self._limits.max_tokens
+        options: dict[str, Any] = {
+            "max_new_tokens": limit if chat.max_new_tokens == -1 else chat.max_new_tokens,
+            "temperature": 0.0 if chat.top_p == 0 else chat.temperature,
+            "top_p": chat.top_p or None,
             "seed": None if chat.seed is None else chat.seed % 2**63,
             "stop": chat.stop,
         }
-        sampling = Sampling(**{name: value for name, value in asked.items() if value is not None})
-        return replace(sampling, max_new_tokens=min(sampling.max_new_tokens, self._limits.max_tokens))
+        sampling = Sampling(**{name: value for name, value in options.items() if value is not None})
+        return replace(sampling, max_new_tokens=min(sampling.max_new_tokens, limit))
 
     async def _whole(self, chat: ChatRequest, pieces: Ahead[Piece]) -> dict[str, Any]:
         texts, finish_reasons, usage = [""] * chat.n, [""] * chat.n, {}
@@ -212,7 +202,10 @@ class Completions:
 
 
 class _EventStream(StreamingResponse):
-    """Server-sent events made from pieces, which are cancelled after the last event, or when the client has left."""
+    """Server-sent events made from pieces, which are cancelled after the last event, or when the client has left.
+
+    A stream that the server cancels at its shutdown ends with an error event, so that it does not look complete.
+    """
 
     media_type = "text/event-stream"
 
@@ -223,6 +216,9 @@ class _EventStream(StreamingResponse):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
+        except asyncio.CancelledError:
+            event = _event(ApiError(503, SHUTDOWN, code="shutting_down").body)
+            await send({"type": "http.response.body", "body": event.encode(), "more_body": False})
         finally:
             self._pieces.cancel()
 

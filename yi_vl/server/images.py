@@ -7,23 +7,20 @@ has must be public, and the connection goes to the address that was checked; eve
 from __future__ import annotations
 
 import asyncio
-import base64
 import functools
 import socket
 import ssl
 from collections.abc import Callable, Sequence
-from ipaddress import IPv4Address, IPv6Network, ip_address
-from urllib.parse import unquote
 
 import httpx
 from PIL import Image
 
 from ..image import WEB_FORMATS
+from ..image_source import decode_data_url
+from .addresses import is_public
 from .protocol import ApiError, Limits
 
 _MAX_REDIRECTS = 3
-_UNICAST = IPv6Network("2000::/3")  # all of IPv6 that is given out to the public
-_NAT64 = IPv6Network("64:ff9b::/96")  # IPv4 addresses, written as IPv6
 
 
 async def read_url(url: str, param: str, limits: Limits, allow_remote: bool) -> bytes:
@@ -35,6 +32,7 @@ async def read_url(url: str, param: str, limits: Limits, allow_remote: bool) -> 
     Raises:
         ApiError: 400: a kind of URL that is not read; 413: the picture is too large; 422: it cannot be had.
     """
+    url = url.strip()
     scheme = url[:8].partition(":")[0].lower()
     if scheme == "data":
         return _decode_data_url(url, param, limits.image_bytes)
@@ -64,26 +62,18 @@ def open_picture(data: bytes, param: str, prepare: Callable[[bytes, Sequence[str
         raise ApiError(422, f"{param}: {error}", param, "invalid_image") from error
 
 
-def is_public(address: str) -> bool:
-    """Whether an IP address is of the public internet; of IPv6 addresses that hold an IPv4 address, only NAT64's."""
-    ip = ip_address(address)
-    if ip in _NAT64:
-        ip = IPv4Address(int(ip) & 0xFFFFFFFF)
-    if ip.version == 6 and (ip not in _UNICAST or ip.sixtofour):
-        return False
-    return ip.is_global and not ip.is_multicast
-
-
 def _decode_data_url(url: str, param: str, max_bytes: int) -> bytes:
-    header, comma, payload = url.partition(",")
-    if not comma or not header.lower().endswith(";base64"):
+    """The bytes in a base64 data: URL of any media type; blanks and line breaks in it and missing padding are fine."""
+    header, comma, _ = url.partition(",")
+    if not comma or not header.rstrip().lower().endswith(";base64"):
         raise ApiError(400, f"{param} must have the form data:image/png;base64,...", param)
-    if len(payload) * 3 // 4 > max_bytes + 3:
-        raise _too_large(param, max_bytes)
     try:
-        return base64.b64decode(unquote(payload) if "%" in payload else payload, validate=True)
+        data = decode_data_url(url, param)
     except ValueError as error:
-        raise ApiError(422, f"{param} is not base64: {error}.", param, "invalid_image") from error
+        raise ApiError(422, str(error), param, "invalid_image") from error
+    if len(data) > max_bytes:
+        raise _too_large(param, max_bytes)
+    return data
 
 
 async def _fetch(url: str, param: str, max_bytes: int) -> bytes:

@@ -1,11 +1,10 @@
-"""One generation at a time: the thread that touches the model, the bounded line before it, and how one leaves it early.
-
-Called by completions.py; calls protocol.py.
-"""
+"""One generation at a time: the thread that touches the model, the bounded line before it, and how to leave it."""
 
 from __future__ import annotations
 
 import asyncio
+import math
+import time
 from collections.abc import AsyncGenerator, Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
@@ -14,20 +13,34 @@ from typing import Generic, TypeVar
 from .protocol import ApiError
 
 T = TypeVar("T")
-_RETRY_SECONDS = 1
+_MAX_RETRY_SECONDS = 60  # OpenAI's client heeds no longer ones
+_NEWEST_SHARE = 0.3  # of the latest answer in the mean duration
+
+
+def retry_seconds(mean: float | None, elapsed: float) -> int:
+    """In how many seconds the running answer has probably ended, and the line has a place again.
+
+    Args:
+        mean: seconds an answer takes; None if none has ended yet: then this one is expected to be half done.
+        elapsed: seconds since the running answer began.
+    """
+    remaining = elapsed if mean is None else mean - elapsed
+    return min(max(1, math.ceil(remaining)), _MAX_RETRY_SECONDS)
 
 
 class Places:
-    """A context that at most `total` requests are in at once; one more is refused."""
+    """A context that at most `total` requests are in at once; one more is refused, and told when to try again."""
 
-    def __init__(self, total: int) -> None:
+    def __init__(self, total: int, retry_seconds: Callable[[], int] = lambda: 1) -> None:
         self.num_taken = 0
         self._total = total
+        self._retry_seconds = retry_seconds
 
     def __enter__(self) -> None:
         if self.num_taken >= self._total:
-            message = f"{self.num_taken} requests are under way already; try again in a moment."
-            raise ApiError(429, message, code="rate_limit_exceeded", headers={"Retry-After": str(_RETRY_SECONDS)})
+            seconds = self._retry_seconds()
+            message = f"{self.num_taken} requests are under way already; try again in {seconds} s."
+            raise ApiError(429, message, code="rate_limit_exceeded", headers={"Retry-After": str(seconds)})
         self.num_taken += 1
 
     def __exit__(self, *_: object) -> None:
@@ -42,7 +55,10 @@ class Worker:
     """
 
     def __init__(self, num_waiting: int) -> None:
-        self.places = Places(1 + num_waiting)
+        self.places = Places(1 + num_waiting, self.retry_seconds)
+        self._mean_seconds: float | None = None  # of the answers so far, the latest ones above all
+        self._turn_began = 0.0
+        self._is_closed = False
         self._turn = asyncio.Lock()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="yi-vl-worker")
 
@@ -54,6 +70,10 @@ class Worker:
     def num_waiting(self) -> int:
         return self.places.num_taken - self.num_running
 
+    def retry_seconds(self) -> int:
+        """When a place in a full line is free again."""
+        return retry_seconds(self._mean_seconds, time.monotonic() - self._turn_began if self.num_running else 0)
+
     async def call(self, function: Callable[..., T], *arguments: object) -> T:
         """A function's result, from the worker's thread."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
@@ -61,13 +81,22 @@ class Worker:
     async def run(self, steps: Generator[T, None, None]) -> AsyncGenerator[T, None]:
         """What a generator yields, once it is its turn. Its last step has ended when the next generator begins."""
         async with self._turn:
+            self._turn_began = time.monotonic()
             try:
                 while (item := await self.call(next, steps, None)) is not None:
                     yield item
             finally:
-                await asyncio.shield(self.call(steps.close))
+                if not self._is_closed:
+                    await asyncio.shield(self.call(steps.close))
+                self._note_duration(time.monotonic() - self._turn_began)
+
+    def _note_duration(self, seconds: float) -> None:
+        mean = seconds if self._mean_seconds is None else self._mean_seconds
+        self._mean_seconds = mean + _NEWEST_SHARE * (seconds - mean)
 
     def close(self) -> None:
+        """Wait until the step under way is over; none begins after it."""
+        self._is_closed = True
         self._thread.shutdown(cancel_futures=True)
 
 

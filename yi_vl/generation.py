@@ -1,0 +1,36 @@
+"""Where an answer ends: what a saved model tells transformers' `generate` and the engines that read its files."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import GenerationConfig
+
+from .chat import STOP_STRING
+
+END_TOKENS = ("<|endoftext|>", "<|im_end|>")  # either ends an answer: the 6B and the 34B name one of them each
+
+
+def end_token_ids(tokenizer: Any) -> list[int]:
+    """Ids of Yi's two end tokens and of the prompt's separator, as far as the tokenizer has each as one token."""
+    vocabulary = tokenizer.get_vocab()
+    return [vocabulary[token] for token in (*END_TOKENS, STOP_STRING) if token in vocabulary]
+
+
+def as_list(eos_token_id: int | list[int] | None) -> list[int]:
+    """A generation config's `eos_token_id`, which may be one id, several, or None."""
+    if eos_token_id is None:
+        return []
+    return list(eos_token_id) if isinstance(eos_token_id, (list, tuple)) else [int(eos_token_id)]
+
+
+def set_end_tokens_(generation_config: GenerationConfig, tokenizer: Any) -> None:
+    """Make engines that take their defaults from `generation_config` stop where an answer ends.
+
+    `eos_token_id` is what they have in common: vLLM ignores `stop_strings`, and transformers wants a tokenizer with
+    them. Ids that are there already are kept.
+    """
+    ends = [*as_list(generation_config.eos_token_id), *end_token_ids(tokenizer)]
+    generation_config.eos_token_id = list(dict.fromkeys(ends))
+    if generation_config.pad_token_id is None:
+        generation_config.pad_token_id = tokenizer.pad_token_id
