@@ -1,7 +1,6 @@
 """What the model says about a few held-out samples as it learns: answers.jsonl, a page to look at, and the trackers.
 
 A sample is asked as it is learned from: everything before its first supervised token is the prompt.
-Called by loop.py; calls data.py, stream.py and yi_vl's engine.
 """
 
 from __future__ import annotations
@@ -28,8 +27,9 @@ from yi_vl.predict import YiVL
 from yi_vl.processor import YiVLProcessor
 
 from .config import AnswersConfig, DataConfig, SourceConfig
-from .data import read_sample, sample_name
-from .stream import expand_shards, read_shard
+from .samples import read_sample, sample_name
+from .shard_reader import read_shard
+from .stream import expand_shards
 
 ANSWERS_FILE, PAGE_FILE = "answers.jsonl", "answers.html"
 _STYLE = """
@@ -64,7 +64,7 @@ class HeldOut:
         source = SourceConfig(name="answers", shards=config.shards)
         samples = itertools.chain.from_iterable(read_shard(shard) for shard in expand_shards(source))
         self.questions = [
-            _question(sample_name(raw), *read_sample(raw, form), processor)
+            _question(sample_name(raw), *read_sample(raw, form, data.ignore), processor)
             for raw in itertools.islice(samples, config.count)
         ]
         if len(self.questions) < config.count:

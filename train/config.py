@@ -1,6 +1,6 @@
 """What a training run is: structured settings, read from YAML and the command line, refused when they make no sense.
 
-Called by everything in train/; calls OmegaConf. Stages of a recipe are files; nothing here knows of them.
+Stages of a recipe are files; nothing here knows of them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
-FORMS = ("caption", "chat")
+FORMS = ("caption", "chat", "text")
 LORA = "lora"
 INT4 = "int4"
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -104,8 +104,9 @@ class SourceConfig:
 class DataConfig:
     """The stream of samples.
 
-    form: for sources that do not say; `caption` (KEY.txt, or the one answer of KEY.json; plain form) or `chat`
-        (KEY.json, `###` form).
+    form: for sources that do not say; `caption` (images with KEY.txt, or the one answer of KEY.json; plain form),
+        `chat` (KEY.json, `###` form) or `text` (KEY.txt alone, plain form).
+    ignore: suffixes of members, and keys of KEY.json, that are not read and would make a sample a broken one.
     workers: loading processes per rank; 0 loads in the training process.
     shuffle_buffer: samples per worker that are permuted together, shared by the sources in proportion to their weights.
     max_broken_fraction: the run stops when more than this part of a worker's samples cannot be used.
@@ -117,6 +118,7 @@ class DataConfig:
     workers: int = 2
     shuffle_buffer: int = 1000
     max_broken_fraction: float = 0.01
+    ignore: list[str] = field(default_factory=list)
     fast_pixels: bool = True
 
 
