@@ -209,7 +209,10 @@ class StepLoader:
         samples_per_step: int, micro_batch: int, states: Sequence[dict[str, Any]] | None = None,
     ) -> None:  # fmt: skip
         num_workers = max(1, data.workers)
-        self._layout = {"workers": num_workers, "world_size": world_size, "sources": _layout(data.sources)}
+        self._layout = {
+            "workers": num_workers, "world_size": world_size, "sources": _layout(data.sources),
+            "seed": seed, "shuffle_buffer": data.shuffle_buffer,
+        }  # fmt: skip
         self.note: str | None = None
         self._states: dict[int, Any] = {}
         self._first = 0
@@ -221,7 +224,13 @@ class StepLoader:
                     "(name, shards, weight, max_samples, what the shards are); continue with the same data, or start "
                     "anew (resume=false, or another run_dir)."
                 )
-            if before == self._layout:
+            for key in ("seed", "shuffle_buffer"):
+                if key in before and before[key] != self._layout[key]:
+                    raise ValueError(
+                        f"The checkpoint's data cursor is for {key} {before[key]}, this run has {self._layout[key]}, "
+                        "which changes the order of the data; set it back, or start anew (another run_dir)."
+                    )
+            if all(before[key] == self._layout[key] for key in ("workers", "world_size")):
                 self._states, self._first = dict(states[rank]["streams"]), states[rank]["first"]
             else:
                 old = [state["streams"].get(worker) for state in states for worker in range(before["workers"])]
