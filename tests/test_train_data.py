@@ -198,6 +198,20 @@ def test_a_loader_goes_on_where_it_stood(
         loader(processor, data, first.state_dict())
 
 
+def test_another_seed_or_buffer_is_refused(processor: YiVLProcessor, tmp_path: Path, write_shard: Writer) -> None:
+    write_shard(tmp_path / "0.tar", [chat_sample(i) for i in range(20)])
+    stream = loader(processor, data_config(f"{tmp_path}/*.tar", shuffle_buffer=7))
+    next(iter(stream))
+    with pytest.raises(ValueError, match="shuffle_buffer 7, this run has 8, which changes the order"):
+        loader(processor, data_config(f"{tmp_path}/*.tar", shuffle_buffer=8), stream.state_dict())
+    with pytest.raises(ValueError, match="seed 1, this run has 0, which changes the order"):
+        loader(processor, data_config(f"{tmp_path}/*.tar", shuffle_buffer=7), _with_seed(stream.state_dict(), 1))
+
+
+def _with_seed(state: dict[str, Any], seed: int) -> dict[str, Any]:
+    return state | {"layout": state["layout"] | {"seed": seed}}
+
+
 def test_other_ranks_and_workers_go_on(processor: YiVLProcessor, tmp_path: Path, write_shard: Writer) -> None:
     for number in range(4):
         write_shard(tmp_path / f"{number}.tar", [caption_sample(12 * number + i) for i in range(12)])

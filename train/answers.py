@@ -1,7 +1,6 @@
 """What the model says about a few held-out samples as it learns: answers.jsonl, a page to look at, and the trackers.
 
 A sample is asked as it is learned from: everything before its first supervised token is the prompt.
-Called by loop.py; calls data.py, stream.py and yi_vl's engine.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from accelerate.tracking import GeneralTracker
 from PIL import Image
 from torch import Tensor
 
-from yi_vl.chat import STOP_STRING, Segment, to_text
+from yi_vl.chat import STOP_STRING, Segment, TooLongError, to_text
 from yi_vl.decode import Sampling
 from yi_vl.linear import use_matrices_
 from yi_vl.model import YiVLForConditionalGeneration
@@ -28,8 +27,9 @@ from yi_vl.predict import YiVL
 from yi_vl.processor import YiVLProcessor
 
 from .config import AnswersConfig, DataConfig, SourceConfig
-from .data import read_sample, sample_name
-from .stream import expand_shards, read_shard
+from .samples import read_sample, sample_name
+from .shard_reader import read_shard
+from .stream import expand_shards
 
 ANSWERS_FILE, PAGE_FILE = "answers.jsonl", "answers.html"
 _STYLE = """
@@ -54,19 +54,35 @@ class Question:
 class HeldOut:
     """The questions of a run, and what was answered to them.
 
+    Args:
+        max_prompt_tokens: tokens that a question may have; None: any number.
+
     Raises:
-        ValueError: the shards are not there, or hold too few samples that can be used.
+        ValueError: the shards are not there, hold too few samples, or one of these is broken or too long.
     """
 
-    def __init__(self, config: AnswersConfig, data: DataConfig, processor: YiVLProcessor, run_dir: Path) -> None:
+    def __init__(
+        self, config: AnswersConfig, data: DataConfig, processor: YiVLProcessor, run_dir: Path,
+        max_prompt_tokens: int | None = None,
+    ) -> None:  # fmt: skip
         self.every_steps = config.every_steps
         form = config.form if config.form is not None else data.form
         source = SourceConfig(name="answers", shards=config.shards)
         samples = itertools.chain.from_iterable(read_shard(shard) for shard in expand_shards(source))
-        self.questions = [
-            _question(sample_name(raw), *read_sample(raw, form), processor)
-            for raw in itertools.islice(samples, config.count)
-        ]
+        self.questions: list[Question] = []
+        for raw in itertools.islice(samples, config.count):
+            try:
+                segments, images = read_sample(raw, form, data.ignore)
+                question = _question(sample_name(raw), segments, images, processor)
+                processor.encode(question.prompt, max_prompt_tokens)
+            except TooLongError as error:
+                raise ValueError(
+                    f"answers: {sample_name(raw)} has a question of {error.num_tokens} tokens or more, the model takes "
+                    f"{max_prompt_tokens}; hold out other samples."
+                ) from error
+            except ValueError as error:
+                raise ValueError(f"answers: {sample_name(raw)} cannot be asked about: {error}") from error
+            self.questions.append(question)
         if len(self.questions) < config.count:
             raise ValueError(f"answers: {config.shards} holds {len(self.questions)} samples, count is {config.count}.")
         stop = "\n" if form == "caption" else STOP_STRING

@@ -4,7 +4,6 @@
 and `training_state.pt` beside the weights, and the sums of all files as `sha256sum -c SHA256SUMS` reads them;
 `run_dir/final/` is the finished model. A directory gets its name when all of it is on the disk, and is gone on from
 only when its sums are right.
-Called by loop.py; calls yi_vl's model and processor.
 """
 
 from __future__ import annotations
@@ -69,6 +68,8 @@ def save_checkpoint(
         _flush(directory.parent)
     except (OSError, RuntimeError, SafetensorError) as error:  # each library reports a full disk as it likes
         shutil.rmtree(temporary, ignore_errors=True)
+        if "DataLoader worker" in str(error):  # torch's signal handler raises wherever the process is when one dies
+            raise
         raise ValueError(
             f"The checkpoint {directory} cannot be written: {error}; earlier ones are untouched."
         ) from error

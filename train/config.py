@@ -1,14 +1,15 @@
 """What a training run is: structured settings, read from YAML and the command line, refused when they make no sense.
 
-Called by everything in train/; calls OmegaConf. Stages of a recipe are files; nothing here knows of them.
+Stages of a recipe are files; nothing here knows of them.
 """
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,7 +19,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandat
 
 from yi_vl.arguments import as_path
 
-FORMS = ("caption", "chat")
+FORMS = ("caption", "chat", "text")
 LORA = "lora"
 INT4 = "int4"
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -106,8 +107,9 @@ class SourceConfig:
 class DataConfig:
     """The stream of samples.
 
-    form: for sources that do not say; `caption` (KEY.txt, or the one answer of KEY.json; plain form) or `chat`
-        (KEY.json, `###` form).
+    form: for sources that do not say; `caption` (images with KEY.txt, or the one answer of KEY.json; plain form),
+        `chat` (KEY.json, `###` form) or `text` (KEY.txt alone, plain form).
+    ignore: suffixes of members, and keys of KEY.json, that are not read and would make a sample a broken one.
     workers: loading processes per rank; 0 loads in the training process.
     shuffle_buffer: samples per worker that are permuted together, shared by the sources in proportion to their weights.
     max_broken_fraction: the run stops when more than this part of a worker's samples cannot be used.
@@ -119,6 +121,7 @@ class DataConfig:
     workers: int = 2
     shuffle_buffer: int = 1000
     max_broken_fraction: float = 0.01
+    ignore: list[str] = field(default_factory=list)
     fast_pixels: bool = True
 
 
@@ -228,6 +231,21 @@ def to_yaml(config: TrainConfig) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
+def flat_settings(config: Any, prefix: str = "") -> dict[str, Any]:
+    """All settings by their full key; those of a source by its name, as in `data.sources.NAME.weight`."""
+    flat: dict[str, Any] = {}
+    for field_ in fields(config):
+        key, value = f"{prefix}{field_.name}", getattr(config, field_.name)
+        if is_dataclass(value):
+            flat |= flat_settings(value, f"{key}.")
+        elif key == "data.sources":
+            for source in value:
+                flat |= flat_settings(source, f"{key}.{source.name}.")
+        else:
+            flat[key] = value
+    return flat
+
+
 def num_steps(config: TrainConfig) -> int:
     """Optimiser steps of the run."""
     if config.steps is not None:
@@ -280,6 +298,7 @@ def _check(config: TrainConfig, where: str) -> None:
         if not holds:
             raise ValueError(f"{where}: {message}")
 
+    _check_numbers(config, require)
     init = config.init_from
     parts = init.tower is not None or init.language_model is not None
     require((init.checkpoint is None) == parts, "init_from needs either checkpoint, or tower and language_model.")
@@ -306,7 +325,12 @@ def _check(config: TrainConfig, where: str) -> None:
         config.precision in PRECISIONS, f"precision is {config.precision!r}; expected one of {', '.join(PRECISIONS)}."
     )
     require(0 <= config.warmup_ratio < 1, f"warmup_ratio is {config.warmup_ratio}; expected 0 to 1.")
-    require(len(config.optimiser.betas) == 2, f"optimiser.betas is {config.optimiser.betas}; expected two numbers.")
+    optimiser = config.optimiser
+    require(len(optimiser.betas) == 2, f"optimiser.betas is {optimiser.betas}; expected two numbers.")
+    require(
+        all(0 <= beta < 1 for beta in optimiser.betas), f"optimiser.betas is {optimiser.betas}; each is 0 to below 1."
+    )
+    require(optimiser.eps > 0, f"optimiser.eps is {optimiser.eps}; it must be positive.")
     require(
         config.checkpoint.every_steps > 0 and config.checkpoint.keep_last > 0,
         "checkpoint.every_steps and checkpoint.keep_last must be positive.",
@@ -335,8 +359,20 @@ def _check(config: TrainConfig, where: str) -> None:
         require(init.checkpoint is not None, "trainable.language: lora adapts a checkpoint; name it in init_from.")
         _check_lora(config.lora, require)
     if config.answers is not None:
-        _check_answers(config.answers, require)
+        _check_answers(config.answers, config.data, require)
     _check_data(config.data, require)
+
+
+def _check_numbers(config: TrainConfig, require: Any) -> None:
+    settings = flat_settings(config)
+    for key, value in settings.items():
+        for number in value if isinstance(value, list) else [value]:
+            require(
+                not isinstance(number, float) or math.isfinite(number), f"{key} is {number}; expected a finite number."
+            )
+    for key in ("lr.vision", "lr.projector", "lr.language", "optimiser.weight_decay"):
+        require(settings[key] >= 0, f"{key} is {settings[key]}; it must not be negative.")
+    require(0 <= config.seed < 1 << 31, f"seed is {config.seed}; expected 0 to {(1 << 31) - 1}.")
 
 
 def _check_lora(lora: LoraConfig, require: Any) -> None:
@@ -345,12 +381,14 @@ def _check_lora(lora: LoraConfig, require: Any) -> None:
     require(0 <= lora.dropout < 1, f"lora.dropout is {lora.dropout}; expected 0 to 1.")
 
 
-def _check_answers(answers: AnswersConfig, require: Any) -> None:
+def _check_answers(answers: AnswersConfig, data: DataConfig, require: Any) -> None:
     for key in ("every_steps", "count", "max_new_tokens"):
         value = getattr(answers, key)
         require(value > 0, f"answers.{key} is {value}; it must be positive.")
     form = answers.form
     require(form in (None, *FORMS), f"answers.form is {form!r}; expected one of {', '.join(FORMS)}.")
+    form = form if form is not None else data.form
+    require(form != "text", "answers: samples of the form text have nothing to ask; set answers.form to another.")
 
 
 def _check_data(data: DataConfig, require: Any) -> None:
@@ -359,6 +397,8 @@ def _check_data(data: DataConfig, require: Any) -> None:
     require(len(set(names)) == len(names), f"data.sources: names repeat ({', '.join(names)}).")
     require(data.workers >= 0, f"data.workers is {data.workers}; 0 or more.")
     require(data.shuffle_buffer >= 1, f"data.shuffle_buffer is {data.shuffle_buffer}; 1 (no shuffling) or more.")
+    fraction = data.max_broken_fraction
+    require(0 <= fraction <= 1, f"data.max_broken_fraction is {fraction}; expected 0 to 1.")
     for source in data.sources:
         form = source.form if source.form is not None else data.form
         require(form in FORMS, f"the form of source {source.name!r} is {form!r}; expected one of {', '.join(FORMS)}.")

@@ -2,13 +2,11 @@
 
 B samples of a micro-batch, S tokens, N images, H, W pixels. A worker makes whole steps: it encodes the samples of its
 rank's part of a global batch, sorts them by length and cuts them into micro-batches, so that little is padded and yet
-the step's gradient is that of the unsorted batch. Called by loop.py, preview.py and the speed_*.py; calls stream.py,
-reshare.py, pixels.py and yi_vl.
+the step's gradient is that of the unsorted batch.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import zlib
@@ -21,16 +19,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from yi_vl.chat import Encoded, Segment, TooLongError, from_llava, render, render_caption
+from yi_vl.chat import Encoded, Segment, TooLongError
 from yi_vl.processor import YiVLProcessor
 
 from .config import DataConfig, SourceConfig
 from .pixels import square
 from .reshare import reshare
-from .stream import Mixture, RawSample, expand_shards
+from .samples import read_sample, sample_name
+from .shard_reader import RawSample
+from .stream import Mixture, expand_shards
 
 IGNORE = -100
-_IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 _MIN_SEEN = 100  # samples before a broken fraction means anything
 _MAX_LONG_FRACTION = 0.5
 
@@ -80,6 +79,7 @@ class SampleEncoder:
     def __init__(self, processor: YiVLProcessor, data: DataConfig, max_tokens: int) -> None:
         self._processor = processor
         self._forms = [source.form if source.form is not None else data.form for source in data.sources]
+        self._ignore = frozenset(data.ignore)
         self._max_tokens = max_tokens
         self._is_fast = data.fast_pixels
 
@@ -89,7 +89,7 @@ class SampleEncoder:
             TooLong: it has more than max_tokens tokens.
             ValueError: it cannot be learned from, and why.
         """
-        segments, pictures = read_sample(raw, self._forms[source])
+        segments, pictures = read_sample(raw, self._forms[source], self._ignore)
         try:
             encoded = self._processor.encode(segments, self._max_tokens)
         except TooLongError as error:
@@ -103,29 +103,6 @@ class SampleEncoder:
         else:
             images = [image_processor.square(picture) for picture in pictures]
         return Sample(sample_name(raw), source, segments, encoded, images)
-
-
-def read_sample(raw: RawSample, form: str) -> tuple[list[Segment], list[bytes]]:
-    """The text of a sample in a form of `DataConfig`, and its encoded pictures, as many as the text has places for.
-
-    Raises:
-        ValueError: it cannot be learned from, and why.
-    """
-    if "__error__" in raw:
-        raise ValueError(raw["__error__"])
-    pictures = _pictures(raw)
-    if form == "caption":
-        segments = _caption(raw, len(pictures))
-    else:
-        segments = render(from_llava(_conversations(_text(raw, "json"))))
-    for segment in segments:
-        segment.text.encode()  # half a surrogate pair, which JSON can spell, is no text
-    num_slots = sum(segment.is_image for segment in segments)
-    if num_slots != len(pictures):
-        raise ValueError(f"{num_slots} <image> in the text but {len(pictures)} pictures beside it")
-    if not any(segment.is_supervised for segment in segments):
-        raise ValueError("no answer to learn from")
-    return segments, pictures
 
 
 class StepStream(IterableDataset[StepBatch]):
@@ -144,6 +121,8 @@ class StepStream(IterableDataset[StepBatch]):
         self._num_streams = world_size * self._num_workers
         self._samples_per_step, self._micro_batch, self._pad_id = samples_per_step, micro_batch, pad_id
         self._states, self._first = states if states is not None else {}, first
+        self._noted: set[str] = set()  # shards whose note was reported
+        self._last_broken = self._last_too_long = "before the run was stopped"
 
     def __iter__(self) -> Iterator[StepBatch]:
         worker = get_worker_info()
@@ -177,30 +156,36 @@ class StepStream(IterableDataset[StepBatch]):
         samples: list[Sample] = []
         while len(samples) < self._samples_per_step:
             source, raw = mixture.next_sample()
-            counts["seen"] += 1
+            if (note := raw.get("__note__")) is not None and raw["__url__"] not in self._noted:
+                self._noted.add(raw["__url__"])
+                reports.append(note)
+            num_lost = raw.get("__lost__", 1)
+            counts["seen"] += num_lost
             try:
                 samples.append(self._encoder.encode(raw, source))
             except TooLong as error:
                 counts["too_long"] += 1
-                reports.append(f"{sample_name(raw)}: skipped, {error}")
+                self._last_too_long = f"{sample_name(raw)}: skipped, {error}"
+                reports.append(self._last_too_long)
             except ValueError as error:
-                counts["broken"] += 1
-                reports.append(f"{sample_name(raw)}: skipped, {error}")
-            self._check(counts, reports)
+                counts["broken"] += num_lost
+                self._last_broken = f"{sample_name(raw)}: skipped, {error}"
+                reports.append(self._last_broken)
+            self._check(counts)
         return samples
 
-    def _check(self, counts: Counter[str], reports: list[str]) -> None:
+    def _check(self, counts: Counter[str]) -> None:
         seen, broken, too_long = counts["seen"], counts["broken"], counts["too_long"]
         if seen < _MIN_SEEN:
             return
-        if broken > self._data.max_broken_fraction * seen:
+        if broken > self._data.max_broken_fraction * seen or broken + too_long == seen > too_long:
             raise ValueError(
                 f"{broken} of {seen} samples are broken, more than data.max_broken_fraction "
-                f"{self._data.max_broken_fraction:g} allows; the last: {reports[-1]}"
+                f"{self._data.max_broken_fraction:g} allows; the last: {self._last_broken}"
             )
         if too_long > _MAX_LONG_FRACTION * seen:
             raise ValueError(
-                f"{too_long} of {seen} samples are longer than max_tokens; the last: {reports[-1]}. "
+                f"{too_long} of {seen} samples are longer than max_tokens; the last: {self._last_too_long}. "
                 "Raise max_tokens (an image alone takes (image_size / patch size)^2)."
             )
 
@@ -224,7 +209,10 @@ class StepLoader:
         samples_per_step: int, micro_batch: int, states: Sequence[dict[str, Any]] | None = None,
     ) -> None:  # fmt: skip
         num_workers = max(1, data.workers)
-        self._layout = {"workers": num_workers, "world_size": world_size, "sources": _layout(data.sources)}
+        self._layout = {
+            "workers": num_workers, "world_size": world_size, "sources": _layout(data.sources),
+            "seed": seed, "shuffle_buffer": data.shuffle_buffer,
+        }  # fmt: skip
         self.note: str | None = None
         self._states: dict[int, Any] = {}
         self._first = 0
@@ -236,7 +224,13 @@ class StepLoader:
                     "(name, shards, weight, max_samples, what the shards are); continue with the same data, or start "
                     "anew (resume=false, or another run_dir)."
                 )
-            if before == self._layout:
+            for key in ("seed", "shuffle_buffer"):
+                if key in before and before[key] != self._layout[key]:
+                    raise ValueError(
+                        f"The checkpoint's data cursor is for {key} {before[key]}, this run has {self._layout[key]}, "
+                        "which changes the order of the data; set it back, or start anew (another run_dir)."
+                    )
+            if all(before[key] == self._layout[key] for key in ("workers", "world_size")):
                 self._states, self._first = dict(states[rank]["streams"]), states[rank]["first"]
             else:
                 old = [state["streams"].get(worker) for state in states for worker in range(before["workers"])]
@@ -311,11 +305,6 @@ def num_supervised(labels: Tensor) -> int:
     return int((labels[:, 1:] != IGNORE).sum())
 
 
-def sample_name(raw: RawSample) -> str:
-    """Shard and key, for people to find the sample again."""
-    return f"{raw['__url__']} {raw['__key__'] or '(tar)'}"
-
-
 def _common_prefix(samples: Sequence[Sample], input_ids: Tensor, labels: Tensor) -> int:
     """Length of the text that all rows begin with, such as the system prompt, less its last token."""
     shortest = min(len(sample.encoded.input_ids) for sample in samples)
@@ -323,66 +312,6 @@ def _common_prefix(samples: Sequence[Sample], input_ids: Tensor, labels: Tensor)
     differs = (input_ids != input_ids[:1]).any(0) | (labels != IGNORE).any(0)  # (S,)
     first = int(differs.int().argmax()) if differs.any() else shortest
     return max(0, min(first, first_image, shortest) - 1)
-
-
-def _pictures(raw: RawSample) -> list[bytes]:
-    """Images in order: `jpg`, or `0.jpg`, `1.jpg`, ..."""
-    numbered: dict[int, bytes] = {}
-    for suffix, content in raw.items():
-        number, _, extension = suffix.rpartition(".")
-        if extension not in _IMAGE_SUFFIXES:
-            continue
-        if number and not number.isdecimal():
-            raise ValueError(f"the member name .{suffix} is neither .{extension} nor .<number>.{extension}")
-        if int(number or 0) in numbered:
-            raise ValueError(f"two pictures are number {number or 0}")
-        numbered[int(number or 0)] = content
-    if sorted(numbered) != list(range(len(numbered))):
-        raise ValueError(f"pictures are numbered {sorted(numbered)}; expected 0, 1, ...")
-    return [numbered[index] for index in sorted(numbered)]
-
-
-def _text(raw: RawSample, suffix: str) -> str:
-    if suffix not in raw:
-        members = ", ".join("." + name for name in raw if not name.startswith("__"))
-        raise ValueError(f"it has no .{suffix}, only {members or 'nothing'}")
-    text = raw[suffix].decode("utf-8-sig").strip()
-    if not text:
-        raise ValueError(f"its .{suffix} is empty")
-    return text
-
-
-def _caption(raw: RawSample, num_pictures: int) -> list[Segment]:
-    """A caption in the plain form: KEY.txt (beside which KEY.json is metadata), else the one answer of KEY.json.
-
-    A conversation's question is left out, as LLaVA does, but for samples without a picture, where it tells what the
-    caption is of.
-    """
-    if "txt" in raw or "json" not in raw:
-        return render_caption(_text(raw, "txt"), num_pictures)
-    messages = from_llava(_conversations(_text(raw, "json")))
-    if [message["role"] for message in messages] != ["user", "assistant"]:
-        raise ValueError("its .json is not one question and one answer, which the caption form wants")
-    question, answer = (_words(message["content"]) for message in messages)
-    if not answer:
-        raise ValueError("the answer in its .json is empty")
-    return render_caption(answer, num_pictures, "" if num_pictures else question)
-
-
-def _words(content: str | list[dict[str, str]]) -> str:
-    """The text of a message."""
-    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
-
-
-def _conversations(text: str) -> list[dict[str, str]]:
-    try:
-        content = json.loads(text)
-    except RecursionError as error:
-        raise ValueError("its .json is nested too deeply") from error
-    conversations = content.get("conversations") if isinstance(content, dict) else content
-    if not isinstance(conversations, list):
-        raise ValueError("its .json has no list of `conversations`")
-    return conversations
 
 
 def _layout(sources: Sequence[SourceConfig]) -> list[tuple[str, str, float, int | None, str]]:

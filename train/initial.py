@@ -1,7 +1,4 @@
-"""What a run starts from: the model and processor that its `init_from` and `image_size` describe.
-
-Called by loop.py and preview.py; calls yi_vl, checkpoint.py and int4.py.
-"""
+"""What a run starts from: the model and processor that its `init_from` and `image_size` describe."""
 
 from __future__ import annotations
 
@@ -42,10 +39,18 @@ def initial_model(config: TrainConfig, device: torch.device) -> tuple[YiVLForCon
         model.model.vision_tower.resize_grid_(config.image_size)
         model.config.vision_config.image_size = config.image_size
     processor.image_processor.size_px = config.image_size
+    check_positions(model, config)
+    return model, processor
+
+
+def check_positions(model: YiVLForConditionalGeneration, config: TrainConfig) -> None:
+    """
+    Raises:
+        ValueError: samples may be longer than what the language model has positions for.
+    """
     limit = model.config.text_config.max_position_embeddings
     if config.max_tokens > limit:
         raise ValueError(f"max_tokens is {config.max_tokens}, but the language model has {limit} positions.")
-    return model, processor
 
 
 def initial_processor(config: TrainConfig) -> YiVLProcessor:

@@ -24,7 +24,7 @@ from .cpu import keep_memory, use_short_attention_
 from .data import IGNORE, MicroBatch, StepBatch, StepLoader, num_supervised
 from .flops import batch_flops
 from .guard import GradientGuard
-from .initial import initial_model
+from .initial import check_positions, initial_model
 from .objective import Objective
 from .optim import (
     build_optimiser,
@@ -38,6 +38,7 @@ from .optim import (
 from .packing import use_varlen_attention_
 from .parallel import build_accelerator, gather_optimiser, gather_weights, is_sharded, load_optimiser_, ranks_line
 from .report import Reporter, component_table, draw_loss_curve
+from .resume import check_finished, check_resumed
 from .signals import StopSignals
 from .stream import expand_shards
 
@@ -54,6 +55,7 @@ def train(config: TrainConfig) -> Path:
     if not config.resume and (final.is_dir() or checkpoint.checkpoints(run_dir)):
         raise ValueError(f"{run_dir} holds an earlier run; delete it, take another run_dir, or go on with resume=true.")
     if final.is_dir():
+        check_finished(final, config)
         console.print(f"{final} is finished already; another run_dir trains anew.", markup=False)
         return final
     for source in config.data.sources:
@@ -86,10 +88,14 @@ class Trainer:
         is_main = self.accelerator.is_main_process
         state = checkpoint.load_state(found, lazily=not is_main) if found is not None else None
         self.done_steps: int = state["step"] if state is not None else 0
+        self.is_checkpoint_due = False
+        if found is not None:
+            self._check_resumed(found)
         if found is None or wants_adapters(config):
             self.model, self.processor = initial_model(config, self.accelerator.device)
         else:
             self.model, self.processor = checkpoint.load_model(found)
+            check_positions(self.model, config)
         self.saved = add_adapters_(self.model, config, found) if wants_adapters(config) else self.model
         set_trainable_(self.model, config)
         keep_frozen_low_(self.model, config.precision)
@@ -132,11 +138,13 @@ class Trainer:
                     self._train_on(batch, reporter)
                     stopped_by = self._largest(signals.received)
                     is_last = self.done_steps == self.num_steps
-                    if self.held_out is not None and (is_last or self.done_steps % self.held_out.every_steps == 0):
-                        self._show_answers(self.held_out)
-                    is_due = self.done_steps % self.config.checkpoint.every_steps == 0 and not self.guard.num_in_a_row
+                    self.is_checkpoint_due |= self.done_steps % self.config.checkpoint.every_steps == 0
+                    is_due = self.is_checkpoint_due and not self.guard.num_in_a_row  # else after the next good step
                     if not is_last and (is_due or stopped_by):
                         self.save(checkpoint.checkpoint_path(self.run_dir, self.done_steps), with_state=True)
+                        self.is_checkpoint_due = False
+                    if self.held_out is not None and (is_last or self.done_steps % self.held_out.every_steps == 0):
+                        self._show_answers(self.held_out)
                     if not is_last and stopped_by:
                         name = signal.Signals(stopped_by).name
                         self._say(f"{name} at step {self.done_steps}: {self._last_good()}")
@@ -230,7 +238,8 @@ class Trainer:
             raise ValueError(
                 "answers: a model that is spread over ranks cannot be asked; leave `answers` out with FSDP."
             )
-        held_out = HeldOut(self.config.answers, self.config.data, self.processor, self.run_dir)
+        max_prompt_tokens = self.model.config.text_config.max_position_embeddings - 1  # an answer takes one at least
+        held_out = HeldOut(self.config.answers, self.config.data, self.processor, self.run_dir, max_prompt_tokens)
         return held_out if self.accelerator.is_main_process else None
 
     def _show_answers(self, held_out: HeldOut) -> None:
@@ -307,6 +316,17 @@ class Trainer:
             self._say(line)
         return path
 
+    def _check_resumed(self, found: Path) -> None:
+        error, lines = "", []
+        if self.accelerator.is_main_process:
+            try:
+                lines = check_resumed(found, self.done_steps, self.config)
+            except ValueError as refused:
+                error = str(refused)
+        self._raise_together(error)
+        for line in lines:
+            self._say(line)
+
     def _last_good(self) -> str:
         """Where the run can go on, for people."""
         found = checkpoint.checkpoints(self.run_dir)
@@ -350,13 +370,18 @@ class Trainer:
         set_seed(self.config.seed + self.done_steps, device_specific=True)
         if state is None:
             return
+        settings = [
+            {key: value for key, value in group.items() if key != "params"} for group in self.optimiser.param_groups
+        ]
         load_optimiser_(self.accelerator, self.objective, self.optimiser, state["optimiser"])
+        for group, of_this_run in zip(self.optimiser.param_groups, settings, strict=True):
+            group.update(of_this_run)  # the checkpoint's rates and decay would hold else
         self.guard.load_state_dict(state["guard"])
         if len(state["ranks"]) == self.accelerator.num_processes:
             mine = state["ranks"][self.accelerator.process_index]
             checkpoint.set_rng_state(mine["rng"])
             self.log.load_state_dict(mine["log"])
-        if self.accelerator.scaler is not None:
+        if self.accelerator.scaler is not None and "scaler" in state:  # not when it was of another precision
             self.accelerator.scaler.load_state_dict(state["scaler"])
 
 

@@ -1,7 +1,7 @@
 """What the model will see: `python -m train.preview CONFIG.yaml [key.sub=value ...] [--samples 12] [--out FILE]`.
 
 One page without outside files: each picture after the transform, the text with what is supervised coloured, token
-counts, source, shard and key. Called from the command line; calls data.py, stream.py and initial.py.
+counts, source, shard and key.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from PIL import Image
 from torch import Tensor
 
 from .config import TrainConfig, exit_on_user_error, load_config
-from .data import Sample, SampleEncoder, TooLong, sample_name
+from .data import Sample, SampleEncoder, TooLong
 from .initial import initial_processor
+from .samples import sample_name
 from .stream import Mixture
 
 _STYLE = """

@@ -6,6 +6,7 @@ Samples are read with the trainer's own functions, so that what is counted here 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,9 +17,9 @@ from yi_vl.chat import Segment
 from yi_vl.image import load_image, open_image
 
 from .config import FORMS
-from .data import read_sample, sample_name
+from .samples import read_sample, sample_name
 from .shard_files import Manifest, digest
-from .stream import RawSample, read_shard
+from .shard_reader import RawSample, read_shard
 
 
 @dataclass
@@ -31,6 +32,7 @@ class Contents:
     sides_px: Counter[int] = field(default_factory=Counter)  # the pictures' longer sides
     broken: list[str] = field(default_factory=list)  # samples, each with its reason
     unreadable: list[str] = field(default_factory=list)  # shards, likewise
+    notes: list[str] = field(default_factory=list)  # what the reader says of them
 
     def __iadd__(self, other: Contents) -> Contents:
         self.shards |= other.shards
@@ -39,19 +41,21 @@ class Contents:
         self.sides_px += other.sides_px
         self.broken += other.broken
         self.unreadable += other.unreadable
+        self.notes += other.notes
         return self
 
 
-def inspect(path: Path) -> Contents:
-    """One shard: every sample is read in both forms, every picture decoded."""
+def inspect(path: Path, ignore: Collection[str] = ()) -> Contents:
+    """One shard: every sample is read in all forms, every picture decoded."""
     contents = Contents()
     for raw in read_shard(str(path)):
-        if "__error__" in raw:
+        if "__lost__" in raw:
             contents.unreadable.append(f"{path.name} cannot be read to its end: {raw['__error__']}")
             continue
-        contents.counts["samples"] += 1
+        contents.notes += [raw["__note__"]] if "__note__" in raw else []
+        contents.counts["samples"] += "__error__" not in raw
         try:
-            forms, pictures = _usable_forms(raw)
+            forms, pictures = _usable_forms(raw, ignore)
             for picture in pictures:
                 with open_image(picture) as image:
                     load_image(image)
@@ -98,6 +102,7 @@ def contents_table(folder: Path, contents: Contents, manifest: Manifest | None, 
     table.add_row("samples", f"{counts['samples']:,}")
     table.add_row("captions", f"{counts['caption']:,} can be learned from in the form caption")
     table.add_row("conversations", f"{counts['chat']:,} in the form chat")
+    table.add_row("texts", f"{counts['text']:,} in the form text")
     table.add_row("without a picture", f"{counts['without a picture']:,}")
     table.add_row("pictures", f"{sides.total():,}: {formats}" if sides else "0")
     if sides:
@@ -107,7 +112,7 @@ def contents_table(folder: Path, contents: Contents, manifest: Manifest | None, 
     return table
 
 
-def _usable_forms(raw: RawSample) -> tuple[list[str], list[bytes]]:
+def _usable_forms(raw: RawSample, ignore: Collection[str]) -> tuple[list[str], list[bytes]]:
     """The forms a sample can be learned from in, and its pictures.
 
     Raises:
@@ -117,7 +122,7 @@ def _usable_forms(raw: RawSample) -> tuple[list[str], list[bytes]]:
     errors: dict[str, ValueError] = {}
     for form in FORMS:
         try:
-            read[form] = read_sample(raw, form)
+            read[form] = read_sample(raw, form, ignore)
         except ValueError as error:
             errors[form] = error
     if not read:

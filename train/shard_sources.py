@@ -1,4 +1,4 @@
-"""What shards are made from: a LLaVA-style JSON file with its image folder, or parquet files.
+"""What shards are made from: conversations in JSON or JSON lines with their image folder, or parquet files.
 
 A source is cut into chunks, one for each shard. A chunk is small, is sent to another process, and there yields its
 samples: a name for people, and a function that reads the sample or says why it cannot be used.
@@ -6,10 +6,14 @@ samples: a name for people, and a function that reads the sample or says why it 
 
 from __future__ import annotations
 
+import base64
+import binascii
+import gzip
 import io
 import json
+import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PureWindowsPath
@@ -17,6 +21,8 @@ from typing import Any, Protocol
 
 from yi_vl.image import load_image, open_image
 
+from .conversations import Conversation, has_text, is_empty, read_conversation
+from .samples import parse_json
 from .shard_files import Members, digest
 
 Reader = Callable[[], Members]  # raises ValueError
@@ -55,6 +61,7 @@ class LlavaChunk:
     first: int
     entries: list[Any]
     images: Path
+    ignore: frozenset[str]
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -64,39 +71,80 @@ class LlavaChunk:
             name = f"entry {index}"
             if isinstance(entry, dict) and "id" in entry:
                 name += f", id {str(entry['id'])[:80]!r}"
-            yield name, partial(_from_llava_entry, entry, self.images)
+            yield name, partial(_from_entry, entry, self.images, self.ignore)
+
+
+@dataclass(frozen=True)
+class BadLine:
+    """A line of JSON lines that is no JSON, and why."""
+
+    reason: str
 
 
 class LlavaSource:
-    """A JSON list of {"id", "image", "conversations"}; `image` is a path inside the folder, a list of such, or absent.
+    """Conversations as `read_conversation` reads them, in a JSON list or in JSON lines, compressed by gzip or not.
 
-    Samples are numbered in order, so an id may come twice without two samples becoming one.
+    Their images are paths inside the folder, or `data:` URLs. Samples are numbered in order, so an id may come twice
+    without two samples becoming one.
+
+    Args:
+        ignore: keys that may be there without being read.
 
     Raises:
-        ValueError: there is no such file or folder, or the file is not a JSON list.
+        ValueError: there is no such file or folder, or the file is neither a JSON list nor JSON lines.
     """
 
     form = "chat"
 
-    def __init__(self, path: Path, images: Path) -> None:
+    def __init__(self, path: Path, images: Path, ignore: Collection[str] = ()) -> None:
         if not path.is_file():
             raise ValueError(f"{path}: there is no such file.")
         if not images.is_dir():
             raise ValueError(f"{images}: there is no such image folder.")
-        try:
-            entries = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path} is not JSON: {error}") from error
-        if not isinstance(entries, list):
-            raise ValueError(f"{path}: expected a list of conversations, found {type(entries).__name__}.")
-        self._entries, self._images = entries, images
+        self._entries, self._images, self._ignore = _read_entries(path), images, frozenset(ignore)
         self.identity = {"llava": path.name, "sha256": digest(path)}
-        ids = Counter(str(entry["id"]) for entry in entries if isinstance(entry, dict) and "id" in entry)
+        if ignore:
+            self.identity["ignore"] = ",".join(sorted(ignore))
+        ids = Counter(str(entry["id"]) for entry in self._entries if isinstance(entry, dict) and "id" in entry)
         self.num_repeated_ids = sum(count - 1 for count in ids.values())
 
     def chunks(self, size: int) -> list[Chunk]:
         starts = range(0, len(self._entries), size)
-        return [LlavaChunk(start, self._entries[start : start + size], self._images) for start in starts]
+        return [LlavaChunk(start, self._entries[start : start + size], self._images, self._ignore) for start in starts]
+
+
+def _read_entries(path: Path) -> list[Any]:
+    content = path.read_bytes()
+    try:
+        if content.startswith(b"\x1f\x8b"):
+            content = gzip.decompress(content)
+        text = content.decode(json.detect_encoding(content))
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    lines = [line for line in text.split("\n") if line.strip()]
+    if len(lines) > 1 and _is_record(lines[0]):
+        return [_parse_line(line, number) for number, line in enumerate(lines, 1)]
+    entries = parse_json(text, str(path))
+    if isinstance(entries, dict) and len(lines) == 1 and entries:
+        return [entries]  # JSON lines of one line
+    if not isinstance(entries, list):
+        raise ValueError(f"{path}: expected a list of conversations, found {type(entries).__name__}.")
+    return entries
+
+
+def _is_record(line: str) -> bool:
+    """Whether the first of several lines is a whole JSON object or list."""
+    try:
+        return isinstance(json.loads(line), (dict, list))
+    except (ValueError, RecursionError):
+        return False
+
+
+def _parse_line(line: str, number: int) -> Any:
+    try:
+        return parse_json(line, f"line {number}")
+    except ValueError as error:
+        return BadLine(str(error))
 
 
 @dataclass(frozen=True)
@@ -121,6 +169,7 @@ class ParquetChunk:
     start: int
     stop: int
     columns: Columns
+    ignore: frozenset[str]
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -143,7 +192,8 @@ class ParquetChunk:
                 return
             wanted = batch.slice(max(0, self.start - row), max(0, self.stop - max(row, self.start)))
             for index, values in enumerate(wanted.to_pylist(), max(row, self.start)):
-                yield f"{self.path.name} row {index}", partial(_from_row, values, self.columns, self.path.parent)
+                read = partial(_from_row, values, self.columns, self.path.parent, self.ignore)
+                yield f"{self.path.name} row {index}", read
             row += batch.num_rows
 
 
@@ -154,13 +204,14 @@ class ParquetSource:
         ValueError: a file is missing or not parquet, or a column is not in it.
     """
 
-    def __init__(self, paths: list[Path], columns: Columns) -> None:
+    def __init__(self, paths: list[Path], columns: Columns, ignore: Collection[str] = ()) -> None:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         self.form = "caption" if columns.conversations is None else "chat"
-        self._columns = columns
+        self._columns, self._ignore = columns, frozenset(ignore)
         self._num_rows: dict[Path, int] = {}
+        self.unread_columns: list[str] = []
         for path in paths:
             try:
                 schema, metadata = pq.read_schema(path), pq.read_metadata(path)
@@ -169,8 +220,12 @@ class ParquetSource:
             if missing := [name for name in columns.names if name not in schema.names]:
                 raise ValueError(f"{path} has no column {missing[0]!r}; it has {', '.join(schema.names)}.")
             self._num_rows[path] = metadata.num_rows
+            unread = [name for name in schema.names if name not in (*columns.names, *self.unread_columns)]
+            self.unread_columns += unread
         files = [[path.name, path.stat().st_size, num_rows] for path, num_rows in self._num_rows.items()]
         self.identity = {"parquet": files, "columns": columns.names, "form": self.form}
+        if ignore:
+            self.identity["ignore"] = ",".join(sorted(ignore))
 
     def chunks(self, size: int) -> list[Chunk]:
         chunks: list[Chunk] = []
@@ -178,53 +233,69 @@ class ParquetSource:
         for path, num_rows in self._num_rows.items():  # a shard is of one file
             for start in range(0, num_rows, size):
                 stop = min(start + size, num_rows)
-                chunks.append(ParquetChunk(first + start, path, start, stop, self._columns))
+                chunks.append(ParquetChunk(first + start, path, start, stop, self._columns, self._ignore))
             first += num_rows
         return chunks
 
 
-def _from_llava_entry(entry: Any, images: Path) -> Members:
-    if not isinstance(entry, dict):
-        raise ValueError(f"it is a {type(entry).__name__}; expected an object with `conversations`")
-    names = entry.get("image")
-    names = [names] if isinstance(names, str) and names else names if names else []
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ValueError("its `image` is neither a path nor a list of paths")
-    kept = {key: entry[key] for key in ("id", "conversations") if key in entry}
-    return _pictures([_read_inside(images, name) for name in names]) | {"json": _json(kept)}
+def _from_entry(entry: Any, images: Path, ignore: frozenset[str]) -> Members:
+    if isinstance(entry, BadLine):
+        raise ValueError(entry.reason)
+    conversation = read_conversation(entry, ignore)
+    contents = [_image_bytes(image, images) for image in conversation.images or ()]
+    identity = {"id": entry["id"]} if isinstance(entry, dict) and "id" in entry else {}
+    return _image_members(contents) | {"json": _json(identity, conversation)}
 
 
-def _from_row(values: dict[str, Any], columns: Columns, folder: Path) -> Members:
+def _from_row(values: dict[str, Any], columns: Columns, folder: Path, ignore: frozenset[str]) -> Members:
     found = values[columns.image]
-    found = found if isinstance(found, list) else [] if found is None else [found]
-    members = _pictures([_picture_bytes(picture, folder) for picture in found])
+    found = found if isinstance(found, list) else [] if is_empty(found) else [found]
     if columns.caption is not None:
         caption = values[columns.caption]
         if not isinstance(caption, str):
             raise ValueError(f"its {columns.caption!r} is {type(caption).__name__}, not text")
+        if not has_text(caption):
+            raise ValueError(f"its {columns.caption!r} is empty")
         if not found:
             raise ValueError("it has no picture")
-        return members | {"txt": caption.encode()}
+        return _image_members([_image_bytes(image, folder) for image in found]) | {"txt": caption.encode()}
     assert columns.conversations is not None
-    conversations = values[columns.conversations]
-    if isinstance(conversations, str):
-        conversations = json.loads(conversations)
-    return members | {"json": _json({"conversations": conversations})}
+    record = values[columns.conversations]
+    if isinstance(record, str):
+        record = parse_json(record, f"its {columns.conversations!r}")
+    conversation = read_conversation(record, ignore)
+    if conversation.images is not None and found and len(conversation.images) != len(found):
+        num_named = len(conversation.images)
+        raise ValueError(f"its {columns.image!r} holds {len(found)} pictures, but its text names {num_named}")
+    members = _image_members([_image_bytes(image, folder) for image in found or conversation.images or ()])
+    return members | {"json": _json({}, conversation)}
 
 
-def _picture_bytes(value: Any, folder: Path) -> bytes:
-    """Those of a cell: bytes, or {"bytes", "path"}, of which the path counts when there are no bytes."""
+def _image_bytes(value: Any, folder: Path) -> bytes:
+    """Those of a cell or a key: bytes, a path, a data: URL, or {"bytes", "path"}, whose path counts without bytes."""
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, str):
-        return _read_inside(folder, value)
+        return _decode_data_url(value) if value.startswith("data:") else _read_inside(folder, value)
     if not isinstance(value, bytes):
         raise ValueError(f"its picture is {type(value).__name__}; expected bytes or {{bytes, path}}")
     return value
 
 
+def _decode_data_url(url: str) -> bytes:
+    head, _, coded = url.partition(",")
+    if not head.endswith(";base64"):
+        raise ValueError(f"its image is the URL {url[:40]!r}...; of data: URLs those in base64 are read")
+    try:
+        return base64.b64decode(coded, validate=True)
+    except binascii.Error as error:
+        raise ValueError(f"its image is a data: URL that is damaged: {error}") from error
+
+
 def _read_inside(folder: Path, name: str) -> bytes:
     """A file of the folder. Links in it are followed: they were put there by its owner, unlike the name."""
+    if re.match(r"[a-z][a-z0-9+.-]+://", name, re.IGNORECASE):
+        raise ValueError(f"the image {name[:200]!r} is a URL, and nothing is downloaded; put it into the image folder")
     path = PureWindowsPath(name)  # knows the separators and roots of all systems
     if path.anchor or ".." in path.parts:
         raise ValueError(f"the image path {name!r} leads out of the image folder")
@@ -234,7 +305,7 @@ def _read_inside(folder: Path, name: str) -> bytes:
         raise ValueError(f"the image {name!r} cannot be read: {error.strerror}") from error
 
 
-def _pictures(contents: list[bytes]) -> Members:
+def _image_members(contents: list[bytes]) -> Members:
     """The members of some encoded pictures, each decoded once to see that it can be."""
     members: Members = {}
     for index, content in enumerate(contents):
@@ -249,5 +320,5 @@ def _pictures(contents: list[bytes]) -> Members:
     return members
 
 
-def _json(value: Any) -> bytes:
-    return json.dumps(value, ensure_ascii=False).encode()
+def _json(identity: dict[str, Any], conversation: Conversation) -> bytes:
+    return json.dumps(identity | {"messages": conversation.messages}, ensure_ascii=False).encode()

@@ -1,8 +1,7 @@
 """Make shards and look into them: `python -m train.shards llava | parquet | check`.
 
 A shard is a pure function of its chunk of the source. It gets its name when it is complete, and its line in the
-manifest after that, so a command that was stopped anywhere goes on when it is given again. Called from the command
-line; calls shard_sources.py, shard_files.py, shard_check.py and data.py's reading of samples.
+manifest after that, so a command that was stopped anywhere goes on when it is given again.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from .config import exit_on_user_error
-from .data import read_sample
+from .samples import read_sample
 from .shard_check import Contents, contents_table, inspect, problems
 from .shard_files import Manifest, Members, Shard, digest, write_tar
 from .shard_sources import Chunk, Columns, LlavaSource, ParquetSource, Source
@@ -39,19 +38,25 @@ ProcessesOption = Annotated[int | None, typer.Option(min=1, help="How many at on
 BrokenOption = Annotated[
     float, typer.Option(min=0, max=1, help="Stop when more than this part of the samples cannot be used.")
 ]
+IgnoreOption = Annotated[
+    list[str] | None, typer.Option(help="A key of the samples that is not read and may be there; again for more.")
+]
 
 
 @app.command()
 def llava(
-    file: Annotated[Path, typer.Argument(metavar="FILE.json", help="A list of {id, image, conversations}.")],
-    images: Annotated[Path, typer.Argument(metavar="IMAGES", help="The folder that `image` is a path in.")],
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE.json", help="Conversations as LLaVA, ShareGPT or OpenAI write them.")
+    ],
+    images: Annotated[Path, typer.Argument(metavar="IMAGES", help="The folder that images are paths in.")],
     out: OutArgument,
     samples_per_shard: SizeOption = 1000,
     processes: ProcessesOption = None,
     max_broken: BrokenOption = 0.01,
+    ignore: IgnoreOption = None,
 ) -> None:
-    """From LLaVA-style JSON and its image folder. Given again, an interrupted command goes on."""
-    source = LlavaSource(file, images)
+    """From JSON or JSON lines and their image folder. Given again, an interrupted command goes on."""
+    source = LlavaSource(file, images, ignore or ())
     if source.num_repeated_ids:
         _say(f"{file}: {source.num_repeated_ids:,} ids come again; the samples are kept apart by their numbers.")
     build(source, out, samples_per_shard, processes, max_broken)
@@ -65,17 +70,18 @@ def parquet(
         str, typer.Option(help="The column of pictures: bytes, {bytes, path}, or lists of them.")
     ] = "image",
     caption: Annotated[str | None, typer.Option(help="The column of captions.")] = None,
-    conversations: Annotated[
-        str | None, typer.Option(help="The column of LLaVA-style conversations, as lists or as JSON.")
-    ] = None,
+    conversations: Annotated[str | None, typer.Option(help="The column of conversations, as lists or as JSON.")] = None,
     samples_per_shard: SizeOption = 1000,
     processes: ProcessesOption = None,
     max_broken: BrokenOption = 0.01,
+    ignore: IgnoreOption = None,
 ) -> None:
     """From parquet files, with --caption or --conversations. Given again, an interrupted command goes on."""
     if (caption is None) == (conversations is None):
         raise ValueError("say which column holds the text: --caption NAME, or --conversations NAME.")
-    source = ParquetSource(files, Columns(image, caption, conversations))
+    source = ParquetSource(files, Columns(image, caption, conversations), ignore or ())
+    if source.unread_columns:
+        _say(f"columns that are not read: {', '.join(source.unread_columns)}")
     build(source, out, samples_per_shard, processes, max_broken)
 
 
@@ -83,6 +89,7 @@ def parquet(
 def check(
     folder: Annotated[Path, typer.Argument(help="A folder of tars: ours, img2dataset's, or anybody's.")],
     processes: ProcessesOption = None,
+    ignore: IgnoreOption = None,
 ) -> None:
     """What a folder of shards holds, and whether it is what its manifest says; if not, the exit code is 2."""
     paths = sorted(folder.glob("*.tar"))
@@ -91,13 +98,14 @@ def check(
     manifest = Manifest.read(folder)
     contents = Contents()
     with _pool(processes) as pool:
-        jobs = [pool.submit(inspect, path) for path in paths]
+        jobs = [pool.submit(inspect, path, ignore or ()) for path in paths]
         with _progress("shards", len(paths)) as advance:
             for job in as_completed(jobs):
                 contents += job.result()
                 advance()
     found = problems(contents, manifest)
     Console().print(contents_table(folder, contents, manifest, found))
+    _list("skipped", sorted(contents.notes))
     _list("cannot be used", sorted(contents.broken))
     _list("mismatch", found)
     if found:

@@ -1,7 +1,7 @@
 """Which raw sample comes next: shards of several sources as one endless, shuffled, exactly resumable stream.
 
 A run has S streams (ranks x workers). Every order is a pure function of (seed, epoch, ...), so a stream's place is a
-few integers; loading them again gives the very next sample. Called by data.py; reads tars with webdataset.
+few integers; loading them again gives the very next sample.
 """
 
 from __future__ import annotations
@@ -15,11 +15,9 @@ from typing import Any, NamedTuple, overload
 
 import numpy as np
 from webdataset.shardlists import expand_urls
-from webdataset.tariterators import tarfile_samples
 
 from .config import SourceConfig
-
-RawSample = dict[str, Any]  # __url__, __key__, and member name -> bytes; or __error__, a shard that cannot be read
+from .shard_reader import RawSample, read_shard
 
 
 class Share(NamedTuple):
@@ -128,25 +126,6 @@ def share_of(number: int | None, stream: int, num_streams: int) -> int | None: .
 def share_of(number: int | None, stream: int, num_streams: int) -> int | None:
     """A stream's part of a number of things; all parts add up to it."""
     return None if number is None else len(range(stream, number, num_streams))
-
-
-def read_shard(url: str) -> Iterator[RawSample]:
-    """The samples of a tar. What cannot be read comes as a sample with `__error__`, in its place."""
-    errors: list[str] = []
-
-    def note(error: Exception) -> bool:
-        text = str(error.args[0]) if error.args else ""
-        errors.append(f"{type(error).__name__}: {' '.join(text.split())[:200]}")
-        return True
-
-    def noted() -> Iterator[RawSample]:
-        while errors:
-            yield {"__url__": url, "__key__": "", "__error__": errors.pop(0)}
-
-    for sample in tarfile_samples([{"url": url}], handler=note):
-        yield from noted()
-        yield sample
-    yield from noted()
 
 
 class SourceStream:

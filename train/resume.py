@@ -1,0 +1,127 @@
+"""What other settings mean to a run that is resumed or finished: the settings beside a checkpoint, compared key by key.
+
+A key takes effect from the next step, or would change the order of the data, or cannot take effect because the
+checkpoint's own value holds. The last two are refused; the first is reported.
+"""
+
+from __future__ import annotations
+
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from .config import LORA, TrainConfig, flat_settings, load_config, num_steps
+
+_ORDER = "which changes the order of the data: samples would come again or be left out"
+_REFUSED = {  # keys, or patterns of them, and why they cannot change
+    "seed": _ORDER,
+    "data.shuffle_buffer": _ORDER,
+    "data.sources": _ORDER,
+    "data.sources.*.shards": _ORDER,
+    "data.sources.*.weight": _ORDER,
+    "data.sources.*.max_samples": _ORDER,
+    "image_size": "but the checkpoint's position grid has its own size",
+    "init_from.*": "but the weights are the checkpoint's, and nothing else is read",
+    "trainable.*": "but the checkpoint holds the optimizer's state of what was trained",
+    "lora.rank": "but the checkpoint's adapters have their own rank",
+}
+_NOT_COMPARED = ("run_dir", "resume")
+_NO_RESULT = (  # keys that do not change what is learned
+    "checkpoint.*", "answers", "answers.*", "log_every", "log_samples", "trackers", "micro_batch", "compile",
+    "activation_checkpointing", "data.workers", "data.max_broken_fraction", "bad_steps.stop_after",
+)  # fmt: skip
+
+
+def check_resumed(checkpoint: Path, done_steps: int, config: TrainConfig) -> list[str]:
+    """Lines for people about settings that take effect from now on.
+
+    Args:
+        done_steps: steps behind the checkpoint.
+
+    Raises:
+        ValueError: settings differ that cannot change in the middle of a run.
+    """
+    before = _settings_of(checkpoint)
+    if before is None:
+        return [f"{checkpoint} has no settings beside it that can be read; it is not known whether they are the same."]
+    if done_steps > num_steps(config):
+        raise ValueError(
+            f"{checkpoint} is at step {done_steps}, but this run has {num_steps(config)} steps; give it more, or take "
+            "another run_dir."
+        )
+    differing = _differences(before, config)
+    refused = []
+    for key, (old, new) in differing.items():
+        reason = _refusal(key, before, config)
+        if reason is not None:
+            refused.append(f"{key} {_show(old)}, this run has {_show(new)}, {reason}")
+    if refused:
+        raise ValueError(
+            f"{checkpoint} was trained with {'; with '.join(refused)}. Set it back, or start a new run in another "
+            "run_dir."
+        )
+    changed = [f"{key} {_show(new)} instead of {_show(old)}" for key, (old, new) in differing.items()]
+    return [f"From step {done_steps + 1} on: {', '.join(changed)}."] if changed else []
+
+
+def check_finished(final: Path, config: TrainConfig) -> None:
+    """
+    Raises:
+        ValueError: the finished model was trained with settings that make another model.
+    """
+    before = _settings_of(final)
+    differing = {} if before is None else _differences(before, config)
+    changed = [
+        f"{key} {_show(old)}, this run has {_show(new)}"
+        for key, (old, new) in differing.items()
+        if not any(fnmatch(key, pattern) for pattern in _NO_RESULT)
+    ]
+    if changed:
+        raise ValueError(
+            f"{final} is finished already, with {'; with '.join(changed)}. Set it back, or take another run_dir; "
+            f"init_from.checkpoint={final} trains a finished model further."
+        )
+
+
+def _settings_of(checkpoint: Path) -> TrainConfig | None:
+    try:
+        return load_config(checkpoint / "config.yaml")
+    except (OSError, ValueError):  # of another version
+        return None
+
+
+def _differences(before: TrainConfig, config: TrainConfig) -> dict[str, tuple[Any, Any]]:
+    """Settings that differ, with both values; the length of a run is one setting, `steps`."""
+    old, new = flat_settings(before), flat_settings(config)
+    for settings, run in ((old, before), (new, config)):
+        settings["data.sources"] = [source.name for source in run.data.sources]
+        settings["steps"] = num_steps(run)
+        for key in (*_NOT_COMPARED, "epochs", "samples"):
+            settings.pop(key, None)
+    names = set(old["data.sources"]) ^ set(new["data.sources"])
+    return {
+        key: (old.get(key), new.get(key))
+        for key in dict.fromkeys((*old, *new))
+        if not _is_same(key, old.get(key), new.get(key))
+        and not any(key.startswith(f"data.sources.{name}.") for name in names)  # told by data.sources
+        and (not key.startswith("lora.") or LORA in (before.trainable.language, config.trainable.language))
+    }
+
+
+def _is_same(key: str, old: Any, new: Any) -> bool:
+    if key.startswith("init_from.") and isinstance(old, str) and isinstance(new, str):
+        return old == new or Path(old).expanduser().resolve() == Path(new).expanduser().resolve()
+    return bool(old == new)
+
+
+def _refusal(key: str, before: TrainConfig, config: TrainConfig) -> str | None:
+    """Why a key cannot change; None when it can."""
+    if key == "init_from.checkpoint" and config.trainable.language == LORA == before.trainable.language:
+        return None  # the model that is adapted is read again, and may have been moved
+    if key == "global_batch" and config.epochs is not None:
+        return "but the epochs' steps that are done were of another size; give `steps` instead of `epochs`"
+    return next((reason for pattern, reason in _REFUSED.items() if fnmatch(key, pattern)), None)
+
+
+def _show(value: Any) -> str:
+    return "null" if value is None else "true" if value is True else "false" if value is False else str(value)

@@ -1,0 +1,149 @@
+"""A raw sample of a shard, the members `KEY.suffix` of a tar, as the text and the encoded images that are learned.
+
+Every member is read, or known to hold nothing to learn from, or an error that names it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from typing import Any
+
+from yi_vl.chat import Segment, render, render_caption
+
+from .conversations import Conversation, has_text, read_conversation
+from .shard_reader import RawSample
+
+# Whether an image can be read its content says, when it is opened: HEIC and others are named here so that they are not
+# taken for no image.
+IMAGE_SUFFIXES = {
+    "jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "dib", "tif", "tiff", "avif", "jp2", "j2k", "jpx",
+    "ppm", "pgm", "pbm", "pnm", "ico", "tga", "qoi", "heic", "heif", "jxl", "svg",
+}  # fmt: skip
+_HARMLESS_SUFFIXES = {"url", "id", "key", "uid", "md5", "sha256"}
+
+
+def read_sample(raw: RawSample, form: str, ignore: Collection[str] = ()) -> tuple[list[Segment], list[bytes]]:
+    """The text of a sample in a form of `DataConfig`, and its encoded images, as many as the text has places for.
+
+    Args:
+        ignore: suffixes of members and keys of .json that may be there without being read.
+
+    Raises:
+        ValueError: it cannot be learned from, and why.
+    """
+    if "__error__" in raw:
+        raise ValueError(raw["__error__"])
+    images = _images(raw, ignore)
+    _refuse_unread(raw, form, ignore)
+    if form == "chat":
+        segments = render(_conversation(raw, images, ignore).messages)
+    elif form == "caption":
+        segments = _caption(raw, images, ignore)
+    else:
+        segments = render_caption(_text(raw), 0)
+    for segment in segments:
+        segment.text.encode()  # half a surrogate pair, which JSON can spell, is no text
+    num_slots = sum(segment.is_image for segment in segments)
+    if num_slots != len(images):
+        raise ValueError(f"{num_slots} <image> in the text but {len(images)} pictures beside it")
+    if not any(segment.is_supervised for segment in segments):
+        raise ValueError("no answer to learn from")
+    return segments, images
+
+
+def sample_name(raw: RawSample) -> str:
+    """Shard and key, for people to find the sample again."""
+    return f"{raw['__url__']} {raw['__key__'] or '(tar)'}"
+
+
+def parse_json(content: bytes | str, what: str) -> Any:
+    """JSON in UTF-8, -16 or -32, with a byte order mark or without.
+
+    Raises:
+        ValueError: it is none; the line begins with `what`.
+    """
+    try:
+        return json.loads(content)
+    except RecursionError as error:
+        raise ValueError(f"{what} is nested too deeply") from error
+    except ValueError as error:
+        raise ValueError(f"{what} is not JSON: {error}") from error
+
+
+def _images(raw: RawSample, ignore: Collection[str]) -> list[bytes]:
+    """Images in order: `jpg`, or `0.jpg`, `1.jpg`, ..."""
+    numbered: dict[int, bytes] = {}
+    for suffix, content in raw.items():
+        number, _, extension = suffix.rpartition(".")
+        if extension not in IMAGE_SUFFIXES or suffix in ignore:
+            continue
+        if number and not number.isdecimal():
+            raise ValueError(f"the member name .{suffix} is neither .{extension} nor .<number>.{extension}")
+        if int(number or 0) in numbered:
+            raise ValueError(f"two pictures are number {number or 0}")
+        numbered[int(number or 0)] = content
+    if sorted(numbered) != list(range(len(numbered))):
+        raise ValueError(f"pictures are numbered {sorted(numbered)}; expected 0, 1, ...")
+    return [numbered[index] for index in sorted(numbered)]
+
+
+def _refuse_unread(raw: RawSample, form: str, ignore: Collection[str]) -> None:
+    """The form says which text is learned: .txt and .json may lie beside each other, as img2dataset writes them."""
+    for suffix in raw:
+        is_image = suffix.rpartition(".")[2] in IMAGE_SUFFIXES
+        if is_image and form == "text" and suffix not in ignore:
+            raise ValueError(f"its member .{suffix} is an image, and samples of the form text have none")
+        if is_image or suffix in ("txt", "json") or suffix.startswith("__"):
+            continue
+        if suffix not in _HARMLESS_SUFFIXES and suffix not in ignore:
+            members = ", ".join(f".{name}" for name in raw if not name.startswith("__"))
+            raise ValueError(
+                f"its member .{suffix} is not read (of {members}); leave it out, or ignore it by name (data.ignore)"
+            )
+
+
+def _member(raw: RawSample, suffix: str) -> bytes:
+    if suffix not in raw:
+        members = ", ".join("." + name for name in raw if not name.startswith("__"))
+        raise ValueError(f"it has no .{suffix}, only {members or 'nothing'}")
+    content: bytes = raw[suffix]
+    if not content.strip():
+        raise ValueError(f"its .{suffix} is empty")
+    return content
+
+
+def _text(raw: RawSample) -> str:
+    text = _member(raw, "txt").decode("utf-8-sig").strip()
+    if not has_text(text):
+        raise ValueError("its .txt is empty")
+    return text
+
+
+def _conversation(raw: RawSample, images: list[bytes], ignore: Collection[str]) -> Conversation:
+    conversation = read_conversation(parse_json(_member(raw, "json"), "its .json"), ignore)
+    if conversation.images is not None and len(conversation.images) != len(images):
+        raise ValueError(f"its .json names {len(conversation.images)} pictures but {len(images)} lie beside it")
+    return conversation
+
+
+def _caption(raw: RawSample, images: list[bytes], ignore: Collection[str]) -> list[Segment]:
+    """A caption in the plain form: KEY.txt (beside which KEY.json is metadata), else the one answer of KEY.json.
+
+    A conversation's question is left out, as LLaVA does, but for samples without an image, where it tells what the
+    caption is of.
+    """
+    if "txt" in raw or "json" not in raw:
+        text = _text(raw)
+        if not images:
+            raise ValueError("its .txt is a caption of no picture; a source of nothing but text has the form text")
+        return render_caption(text, len(images))
+    conversation = _conversation(raw, images, ignore)
+    if [message["role"] for message in conversation.messages] != ["user", "assistant"]:
+        raise ValueError("its .json is not one question and one answer, which the caption form wants")
+    if conversation.num_slots and conversation.num_slots != len(images):
+        raise ValueError(f"{conversation.num_slots} <image> in the text but {len(images)} pictures beside it")
+    question, answer = (
+        "".join(part.get("text", "") for part in message["content"]) for message in conversation.messages
+    )
+    return render_caption(answer, len(images), "" if images else question)
