@@ -149,6 +149,7 @@ def turns(answer: Any, **more: Any) -> dict[str, Any]:
         (llava(image=""), "1 <image> in the text but 0 pictures"),
         (llava(messages=[{}]), "both `conversations` and `messages`"),
         (llava(system={"x": 1}), "`system` is dict"),
+        ({"messages": [{"role": "assistant", "content": "A."}]}, "begins with an answer"),
         (turns(""), "answer in message 2 is empty"),
         (turns(" \n\u200b"), "answer in message 2 is empty"),
         (turns(None), "no text"),

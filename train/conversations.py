@@ -73,6 +73,8 @@ def read_conversation(record: Any, ignore: Collection[str] = ()) -> Conversation
     _refuse_unread(record, (*_LISTS, *_IMAGE_KEYS, "system"), HARMLESS_KEYS.union(ignore), "its")
     part_images: list[Any] = []
     messages = [_message(entry, f"message {number}", part_images, ignore) for number, entry in enumerate(entries, 1)]
+    if [message["role"] for message in messages if message["role"] != "system"][:1] == ["assistant"]:
+        raise ValueError("the conversation begins with an answer, expected a question: nothing led to it")
     conversation = Conversation(_with_system(messages, record.get("system")), _images(record, part_images))
     if conversation.images is not None and len(conversation.images) != conversation.num_slots:
         raise ValueError(

@@ -242,7 +242,7 @@ def from_llava(conversations: Sequence[dict[str, str]]) -> list[dict[str, Any]]:
     """LLaVA's `[{"from": "human", "value": "<image>\\nQuestion"}, {"from": "gpt", ...}]` as messages.
 
     Raises:
-        ValueError: an entry has no `from` and `value`, or an unknown speaker, or the assistant speaks first.
+        ValueError: an entry has no `from` and `value`, or an unknown speaker.
     """
     roles = {"human": "user", "gpt": "assistant", "system": "system"}
     messages = []
@@ -262,8 +262,6 @@ def from_llava(conversations: Sequence[dict[str, str]]) -> list[dict[str, Any]]:
                 content.append({"type": "text", "text": text})
                 only_images = False
         messages.append({"role": roles[entry["from"]], "content": content})
-    if [message["role"] for message in messages if message["role"] != "system"][:1] == ["assistant"]:
-        raise ValueError("The conversation begins with an answer, expected a question: nothing led to it.")
     return messages
 
 
