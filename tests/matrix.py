@@ -1,4 +1,5 @@
 """The core tests (`pytest -m core`) on the oldest and the newest libraries that are allowed, and on each Python.
+
 `python tests/matrix.py` makes a throw-away environment for every row, runs the tests in it, and prints what ran:
 
     oldest    the lowest torch and transformers of pyproject.toml, on this Python
@@ -75,14 +76,13 @@ def long_rows() -> Iterator[Row]:
         "--python",
         "{python}",
         "--editable",
-        ".[train,eval,serve,quantize,test]",
+        ".[train,nano,eval,quantize,serve,demo,test]",
     ]
     yield Row("oldest", sys.executable, [[*install, *lowest_requirements()]])
     yield Row("newest", sys.executable, [[*install, "--upgrade"]])
     for version in PYTHONS:
-        found = subprocess.run([*_uv(), "python", "find", version], capture_output=True, text=True, check=False)
-        if found.returncode == 0:
-            yield Row("lock", found.stdout.strip(), [[*install, "--constraint", "constraints.txt"]])
+        if python := _find_python(version):
+            yield Row("lock", python, [[*install, "--constraint", "constraints.txt"]])
         else:
             print(f"lock      Python {version} was not found; skipped", flush=True)
 
@@ -108,6 +108,15 @@ def run(row: Row) -> bool:
         if tests.returncode:
             print(tests.stdout[-6000:], tests.stderr[-2000:], sep="\n")
         return tests.returncode == 0
+
+
+def _find_python(version: str) -> str | None:
+    """Where uv finds it, or among pyenv's, of which only the chosen ones are on the path."""
+    found = subprocess.run([*_uv(), "python", "find", version], capture_output=True, text=True, check=False)
+    if found.returncode == 0:
+        return found.stdout.strip()
+    pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
+    return next(map(str, sorted(pyenv.glob(f"versions/{version}.*/bin/python"))), None)
 
 
 def _purelib(python: Path) -> str:
