@@ -25,7 +25,7 @@ demo: $(VENV)/.ready-for-demo
 	$(BIN)/python -m demo $(if $(MODEL),--model "$(MODEL)")
 
 test: $(VENV)/.ready-for-tests
-	$(BIN)/python -m pytest -q -n auto
+	$(BIN)/python -m pytest -q -n auto --dist loadfile
 
 lint: $(VENV)/.ready-for-tests
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""The parts of `python -m eval gpu` that train: `python -m train`, as a user starts it, on samples made on the fly.
+"""The parts of `python -m eval gpu` that train, as `python -m train` does, on samples made on the fly.
 
 Speed, memory and losses are what the trainer writes to metrics.jsonl, of the steps after the first two.
 """
@@ -11,8 +11,6 @@ import json
 import math
 import os
 import shutil
-import subprocess
-import sys
 import tarfile
 from collections.abc import Iterator
 from functools import partial
@@ -20,7 +18,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from .gpu_guard import Measured, Part, Settings, Skipped, first_line, last_line
+from .gpu_guard import Measured, Part, Settings, Skipped
 from .gpu_parts import MATRIX_RATE, checkpoint
 
 _NUM_STEPS = {"6b": 10, "nano": 3}
@@ -68,7 +66,7 @@ def train(settings: Settings, shared: dict[str, Any], stage: str, variant: str) 
 
     Raises:
         Skipped: the trainer needs a package that is not installed.
-        ValueError: the trainer failed, with the last that it said; or a loss is not finite.
+        ValueError: a loss is not finite.
     """
     packages = [*_PACKAGES, *(["peft"] if "LoRA" in variant else []), *(["bitsandbytes"] if variant == "QLoRA" else [])]
     if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
@@ -77,14 +75,13 @@ def train(settings: Settings, shared: dict[str, Any], stage: str, variant: str) 
     run_dir = settings.work / "runs" / name
     config_path = settings.work / f"{name}.yaml"
     config_path.write_text(json.dumps(_config(settings, run_dir, stage, variant), indent=1), encoding="utf-8")
-    log = settings.logs / f"train-{name}-trainer.log"
-    environment = os.environ | ({} if settings.is_cuda else {"CUDA_VISIBLE_DEVICES": ""})
-    with log.open("w", encoding="utf-8") as file:
-        command = [sys.executable, "-m", "train", str(config_path)]
-        code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment).returncode
+    if not settings.is_cuda:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # of this process, which is the part's own
+    from train.config import load_config
+    from train.loop import train as run
+
     try:
-        if code:
-            raise ValueError(f"python -m train ended with code {code}: {first_line(last_line(log))}")
+        run(load_config(config_path))
         yield from _measured(settings, run_dir)
     finally:
         shutil.rmtree(run_dir, ignore_errors=True)  # gigabytes

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -15,6 +13,7 @@ from typing import Any
 import pytest
 from benchmark_rows import picture, write_parquet
 from PIL import Image
+from processes import run_program
 from tiny import tiny_model, tiny_processor
 from typer.testing import CliRunner
 
@@ -310,21 +309,8 @@ def test_predictions_do_not_depend_on_batches_or_processes(small_mmmu: str, tiny
     common = ["mmmu", "--model", str(tiny_folder), "--data", small_mmmu, "--max-new-tokens", "6"]
     run_cli(*common, "--out", str(tmp_path / "one"), "--batch-size", "1")
     run_cli(*common, "--out", str(tmp_path / "four"), "--batch-size", "4")
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-    ]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "eval"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    subprocess.run(
-        [*launch, *common, "--out", str(tmp_path / "two")], cwd=ROOT, env=environment, check=True, timeout=300
-    )
+    ranks = run_program(tmp_path, "eval", *common, "--out", str(tmp_path / "two"), num_ranks=2)
+    assert [rank.code for rank in ranks] == [0, 0], ranks[0].stderr
     texts = {(tmp_path / name / "predictions.jsonl").read_text() for name in ("one", "four", "two")}
     assert len(texts) == 1
     records = [json.loads(line) for line in texts.pop().splitlines()]
@@ -573,11 +559,9 @@ def test_the_page_shows_text_as_text(small_mmmu: str, tmp_path: Path) -> None:
         (["compare", "."], "two folders or more"),
     ],
 )
-def test_a_users_mistake_is_one_line(arguments: list[str], message: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "eval", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+def test_a_users_mistake_is_one_line(arguments: list[str], message: str, tmp_path: Path) -> None:
+    (done,) = run_program(tmp_path, "eval", *arguments)
+    assert done.code == 2 and message in done.stderr and "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
 
 

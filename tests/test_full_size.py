@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from processes import CONTEXT
 from tiny import OFFICIAL, tiny_config
 
 from eval import full_size
@@ -22,6 +23,7 @@ def _small(_: str) -> YiVLConfig:
 
 def test_a_random_release_is_made_loaded_and_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(full_size, "preset", _small)
+    monkeypatch.setattr(full_size.multiprocessing, "get_context", lambda method: CONTEXT)  # starts soon
     folder = tmp_path / "release"
     full_size.make(folder, "6b", OFFICIAL / "checkpoint")
     made = open_checkpoint(folder)

@@ -13,11 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import CONTEXT, run_program
+from typer.testing import CliRunner
 
-from eval import gpu
+from eval import gpu, gpu_guard
+from eval.__main__ import app
 from eval.gpu_guard import Measured, Part, Settings, Skipped
 
-ROOT = Path(__file__).parents[1]
+
+@pytest.fixture(autouse=True)
+def processes_that_start_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes of parts are forked from a server, instead of importing everything themselves."""
+    monkeypatch.setattr(gpu_guard.multiprocessing, "get_context", lambda method: CONTEXT)
 
 
 def works(settings: Settings, shared: dict[str, Any]) -> Iterator[Measured]:
@@ -113,11 +120,9 @@ def test_when_the_time_is_over_the_rest_is_skipped(tmp_path: Path) -> None:
 
 def test_the_parts_themselves_at_nanos_size(tmp_path: Path) -> None:
     """Through the command line; the parts that take longest are tried with the whole command."""
-    command = [sys.executable, "-m", "eval", "gpu", "--device", "cpu", "--size", "nano", "--out", str(tmp_path)]
-    names = "stream,flash-attn,train align-224"
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, "--parts", names], cwd=ROOT, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
+    command = ["gpu", "--device", "cpu", "--size", "nano", "--out", str(tmp_path)]
+    done = CliRunner().invoke(app, [*command, "--parts", "stream,flash-attn,train align-224"])
+    assert done.exit_code == 0, done.output
     written = json.loads((tmp_path / gpu.JSON_FILE).read_text(encoding="utf-8"))
     parts = written["parts"]
     assert {name: part["status"] for name, part in parts.items()} == {
@@ -137,8 +142,7 @@ def test_the_parts_themselves_at_nanos_size(tmp_path: Path) -> None:
     [(["--parts", "nonsense"], "there is no part 'nonsense'"), (["--device", "cuda"], "finds no CUDA device")],
 )
 def test_a_users_mistake_is_one_line(arguments: list[str], said: str, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "eval", "gpu", "--out", str(tmp_path / "out"), "--size", "nano", *arguments]
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
-    assert done.returncode == 2 and said in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    out = str(tmp_path / "out")
+    (done,) = run_program(tmp_path, "eval", "gpu", "--out", out, "--size", "nano", *arguments, CUDA_VISIBLE_DEVICES="")
+    assert done.code == 2 and said in done.stderr and len(done.stderr.strip().splitlines()) == 1
     assert not (tmp_path / "out").exists()

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from processes import run_program
 
 from train.config import TrainConfig, load_config, num_steps, to_yaml
 
@@ -72,10 +71,9 @@ def test_a_mistake_in_a_file_names_the_file(tmp_path: Path) -> None:
         load_config(tmp_path / "none.yaml")
 
 
-def test_the_command_exits_with_one_line() -> None:
-    command = [sys.executable, "-m", "train", str(NANO), "data.workrs=3"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 2
+def test_the_command_exits_with_one_line(tmp_path: Path) -> None:
+    (result,) = run_program(tmp_path, "train", str(NANO), "data.workrs=3")
+    assert result.code == 2
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1 and "workrs" in result.stderr
 
 

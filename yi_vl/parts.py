@@ -84,15 +84,16 @@ def from_parts(
 def _load_tower(name: str, pretrained: str | None) -> OpenClipTower:
     import open_clip
 
-    tower = OpenClipTower(OpenClipVisionConfig.from_open_clip(name))
-    if pretrained is None:
-        return tower
+    config = OpenClipVisionConfig.from_open_clip(name)
     tags = open_clip.list_pretrained_tags_by_model(name)
-    if not Path(pretrained).exists() and pretrained not in tags:
+    if pretrained is not None and not Path(pretrained).exists() and pretrained not in tags:
         raise ValueError(
             f"There are no weights {pretrained!r} for the tower {name!r}: no such file, and open_clip's tags are "
             f"{', '.join(tags) or 'none'}."
         )
+    tower = OpenClipTower(config)
+    if pretrained is None:
+        return tower
     try:
         weights = open_clip.create_model(name, pretrained=pretrained).visual.state_dict()
     except (OSError, RuntimeError) as error:

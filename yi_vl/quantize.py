@@ -271,7 +271,7 @@ class Int4Linear(PackedLinear):
 
     def _packed(self) -> tuple[Tensor, Tensor]:
         missing = -self.out_features % _ROW_MULTIPLE
-        weight = torch.cat([_pack(_split(rows)) for rows in self.weight.split(_CHUNK_ROWS)])
+        weight = torch.cat([_pack(_split(rows)) for rows in _chunks(self.weight)])
         return weight, F.pad(self.weight_scale, (0, 0, 0, missing)).contiguous()
 
     def _unpacked(self) -> tuple[Tensor, Tensor]:
@@ -431,6 +431,11 @@ def _largest(weight: Tensor) -> Tensor:
     """Of every row, without a copy of the matrix: (N, K) -> (N,) float32"""
     low, high = weight.aminmax(dim=1)
     return torch.maximum(-low, high).float()
+
+
+def _chunks(weight: Tensor) -> tuple[Tensor, ...]:
+    """Rows at a time, so that copies of them take little; on the meta device copies take nothing."""
+    return (weight,) if weight.is_meta else weight.split(_CHUNK_ROWS)
 
 
 def _join(q: Tensor) -> Tensor:
