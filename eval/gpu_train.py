@@ -1,4 +1,4 @@
-"""The parts of `python -m eval gpu` that train, as `python -m train` does, on samples made on the fly.
+"""The parts of `python -m eval gpu` that train: `python -m train`, as a user starts it, on samples made on the fly.
 
 Speed, memory and losses are what the trainer writes to metrics.jsonl, of the steps after the first two.
 """
@@ -10,7 +10,9 @@ import io
 import json
 import math
 import os
+import runpy
 import shutil
+import sys
 import tarfile
 from collections.abc import Iterator
 from functools import partial
@@ -18,7 +20,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from .gpu_guard import Measured, Part, Settings, Skipped
+from .gpu_guard import Measured, Part, Settings, Skipped, last_line
 from .gpu_parts import MATRIX_RATE, checkpoint
 
 _NUM_STEPS = {"6b": 10, "nano": 3}
@@ -66,7 +68,7 @@ def train(settings: Settings, shared: dict[str, Any], stage: str, variant: str) 
 
     Raises:
         Skipped: the trainer needs a package that is not installed.
-        ValueError: a loss is not finite.
+        ValueError: the trainer failed, or a loss is not finite.
     """
     packages = [*_PACKAGES, *(["peft"] if "LoRA" in variant else []), *(["bitsandbytes"] if variant == "QLoRA" else [])]
     if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
@@ -77,12 +79,13 @@ def train(settings: Settings, shared: dict[str, Any], stage: str, variant: str) 
     config_path.write_text(json.dumps(_config(settings, run_dir, stage, variant), indent=1), encoding="utf-8")
     if not settings.is_cuda:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # of this process, which is the part's own
-    from train.config import load_config
-    from train.loop import train as run
-
+    sys.argv = ["train", str(config_path)]
     try:
-        run(load_config(config_path))
+        runpy.run_module("train", run_name="__main__", alter_sys=True)
         yield from _measured(settings, run_dir)
+    except SystemExit as ended:
+        last = last_line(settings.logs / f"train-{name}.log")  # this process's output
+        raise ValueError(f"python -m train ended with code {ended.code}: {last}") from ended
     finally:
         shutil.rmtree(run_dir, ignore_errors=True)  # gigabytes
 
