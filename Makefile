@@ -25,7 +25,7 @@ demo: $(VENV)/.ready-for-demo
 	$(BIN)/python -m demo $(if $(MODEL),--model "$(MODEL)")
 
 test: $(VENV)/.ready-for-tests
-	$(BIN)/python -m pytest -q -n auto --dist loadfile
+	$(BIN)/python -m pytest -q -n auto --dist loadgroup
 
 lint: $(VENV)/.ready-for-tests
 	$(BIN)/ruff check .

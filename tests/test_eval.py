@@ -23,6 +23,8 @@ from eval.models import Content, Endpoint, ModelChoice, Reply, Settings, Transfo
 from eval.question import Answered, Question
 from yi_vl.quantize import packed_layers
 
+pytestmark = pytest.mark.xdist_group("processes")  # they share a server, tests/processes.py
+
 ROOT = Path(__file__).parents[1]
 REFERENCE = Path(os.environ.get("YI_VL_REFERENCE", ROOT.parent / "shared" / "reference"))
 with_reference = pytest.mark.skipif(

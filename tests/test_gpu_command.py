@@ -20,6 +20,8 @@ from eval import gpu, gpu_guard
 from eval.__main__ import app
 from eval.gpu_guard import Measured, Part, Settings, Skipped
 
+pytestmark = pytest.mark.xdist_group("processes")  # they share a server, tests/processes.py
+
 
 @pytest.fixture(autouse=True)
 def processes_that_start_soon(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,8 +7,6 @@ import json
 import os
 import resource
 import struct
-import subprocess
-import sys
 import time
 import zlib
 from collections.abc import Callable
@@ -18,10 +16,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import CONTEXT, finish
 from tiny import tiny_yi_vl
 
 from yi_vl.chat import TooLongError, from_llava, render
 from yi_vl.image import WEB_FORMATS, YiVLImageProcessor, load_image
+
+pytestmark = pytest.mark.xdist_group("processes")  # they share a server, tests/processes.py
 
 HERE = Path(__file__).parent
 ROOM_BYTES = 1 << 30  # of address space, for the largest image besides what importing takes
@@ -135,7 +136,7 @@ FILES: dict[str, tuple[Callable[[], bytes], str]] = {  # name -> content, and th
 }
 
 
-def read_all() -> None:
+def read_all(outcomes: Path) -> None:
     """Read every file, in a process of its own, whose address space is hardly larger than imports have made it."""
     torch.set_num_threads(1)
     processor = YiVLImageProcessor(size_px=112)
@@ -143,24 +144,25 @@ def read_all() -> None:
     contents = {name: make() for name, (make, _) in FILES.items()}
     reserved = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     resource.setrlimit(resource.RLIMIT_AS, (reserved + ROOM_BYTES, reserved + ROOM_BYTES))
-    for name, content in contents.items():
-        start, outcome = time.process_time(), ""
-        try:
-            assert processor.prepare(content).size == (112, 112)
-        except ValueError as error:
-            outcome = str(error)
-        print(json.dumps([name, outcome, time.process_time() - start]), flush=True)
+    with outcomes.open("w", encoding="utf-8") as file:
+        for name, content in contents.items():
+            start, outcome = time.process_time(), ""
+            try:
+                assert processor.prepare(content).size == (112, 112)
+            except ValueError as error:
+                outcome = str(error)
+            file.write(json.dumps([name, outcome, time.process_time() - start]) + "\n")
     assert load_image(contents["16-bit grey"]).size == (10_000, 10_000)
     assert load_image(contents["phone, upright"]).height > load_image(contents["phone, upright"]).width
 
 
 @pytest.fixture(scope="module")
-def outcomes() -> dict[str, tuple[str, float]]:
-    command = [sys.executable, "-c", "import test_image_hostile; test_image_hostile.read_all()"]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)]), "OMP_NUM_THREADS": "1"}
-    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert process.returncode == 0, process.stderr[-2000:]
-    rows = map(json.loads, process.stdout.splitlines())
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, float]]:
+    written = tmp_path_factory.mktemp("hostile") / "outcomes.jsonl"
+    process = CONTEXT.Process(target=read_all, args=(written,))
+    process.start()
+    assert finish([process]) == [0]
+    rows = map(json.loads, written.read_text(encoding="utf-8").splitlines())
     return {name: (outcome, seconds) for name, outcome, seconds in rows}
 
 

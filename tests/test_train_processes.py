@@ -26,6 +26,8 @@ from train.loop import Trainer
 from train.optim import set_learning_rates_
 from train.report import read_metrics
 
+pytestmark = pytest.mark.xdist_group("processes")  # they share a server, tests/processes.py
+
 Configure = Callable[..., TrainConfig]
 
 
