@@ -26,6 +26,7 @@ from transformers.cache_utils import Cache
 from .arguments import as_bool, as_int, as_path, one_line, shown
 from .batch import Batch, Errors, as_list, attempt
 from .batch import BatchError as BatchError
+from .batch import Generation as Generation
 from .cache import gather
 from .chat import STOP_STRING, Encoded
 from .chat import TooLongError as TooLongError
@@ -181,7 +182,7 @@ class YiVL:
     ) -> list[str] | list[str | ValueError]:
         """The answers to many `(images, question)`, in their order, `batch_size` at once; see `answer_batch`."""
         conversations = [attempt(_request, request, system) for request in as_list(requests, "requests")]
-        return self._answer_batch(conversations, "requests", batch_size, errors, options)
+        return _texts(self._generate_batch(conversations, "requests", batch_size, errors, options))
 
     @overload
     def answer_batch(
@@ -226,17 +227,28 @@ class YiVL:
             BatchError: an image could not be fetched, or turned out to be damaged when it was decoded; it holds the
                 answers that are ready.
         """
-        given = [attempt(as_messages, messages) for messages in as_list(conversations, "conversations")]
-        return self._answer_batch(given, "conversations", batch_size, errors, options)
+        return _texts(self.generate_batch(conversations, batch_size=batch_size, errors=errors, **options))
 
-    def _answer_batch(
+    def generate_batch(
+        self,
+        conversations: Iterable[Iterable[Message]],
+        *,
+        batch_size: int | None = 8,
+        errors: Errors = "raise",
+        **options: Any,
+    ) -> list[Generation | ValueError]:
+        """`answer_batch`, whose arguments and errors it has, with why each answer ended and how many tokens it took."""
+        given = [attempt(as_messages, messages) for messages in as_list(conversations, "conversations")]
+        return self._generate_batch(given, "conversations", batch_size, errors, options)
+
+    def _generate_batch(
         self,
         conversations: list[list[Message] | ValueError],
         name: str,
         batch_size: int | None,
         errors: Errors,
         options: dict[str, Any],
-    ) -> list[Any]:
+    ) -> list[Generation | ValueError]:
         sampling = Sampling(**options)
         num_slots = _BATCH_SIZE if batch_size is None else as_int(batch_size, "batch_size", 1)
         batch = Batch(conversations, name, errors, self._check)
@@ -501,6 +513,10 @@ def _stop_ids(model: YiVLForConditionalGeneration, tokenizer: Any) -> set[int]:
     configured = as_id_list(model.generation_config.eos_token_id) if model.generation_config else []
     ids = {*configured, *as_id_list(tokenizer.eos_token_id), *end_token_ids(tokenizer)}
     return ids - {tokenizer.get_vocab().get(STOP_STRING)}
+
+
+def _texts(results: list[Generation | ValueError]) -> list[Any]:
+    return [result if isinstance(result, ValueError) else result.text for result in results]
 
 
 def _request(request: Any, system: Any) -> list[Message]:
