@@ -127,8 +127,10 @@ class YiVLImageProcessor(BaseImageProcessor):
         self, images: Any, return_tensors: str | None = None, **_: Any
     ) -> BatchFeature:
         """An image, a list, or a list of lists (a batch); their pixels in reading order."""
+        none = torch.zeros(0, self.size_px, self.size_px, 3, dtype=torch.uint8)
         squares = [self.square(image) for image in _flatten(images)]
-        return BatchFeature({"pixel_values": self.normalise(torch.stack(squares))}, tensor_type=return_tensors)
+        pixel_values = self.normalise(torch.stack(squares) if squares else none)
+        return BatchFeature({"pixel_values": pixel_values}, tensor_type=return_tensors)
 
     def prepare(
         self, image: ImageSource, formats: Sequence[str] | None = None, allow_remote_images: bool = False

@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerFast, ProcessorMixin
 from transformers.processing_utils import MultiModalData
 
-from .arguments import as_int
+from .arguments import as_float, as_int
 from .chat import CHAT_TEMPLATE, IMAGE_PLACEHOLDER, Encoded, Segment, encode, render, strip_answer, strip_separator
 from .image import YiVLImageProcessor
 from .messages import as_messages
@@ -38,6 +38,7 @@ class YiVLProcessor(ProcessorMixin):
         **kwargs: Any,
     ) -> None:
         self.patch_size = as_int(patch_size, "patch_size", 1)
+        as_float(tokenizer.model_max_length, "model_max_length of the tokenizer")  # which transformers compares
         self.image_token = IMAGE_PLACEHOLDER
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER)
         super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE, **kwargs)
