@@ -19,7 +19,7 @@ from typing import Any
 import gradio as gr
 
 from yi_vl.image import WEB_FORMATS
-from yi_vl.predict import YiVL
+from yi_vl.predict import TooLongError, YiVL
 
 from . import chat
 from .chat import BadPictureError, Message
@@ -128,6 +128,9 @@ class Actions:
                     yield [*history, chat.answered(said)]
         except BadPictureError as error:
             yield [*history, chat.complained(_explained(texts["bad_picture"], name=error.name, error=error))]
+        except TooLongError as error:
+            values = {"num_tokens": error.num_tokens, "num_images": error.num_images, "limit": error.max_tokens + 1}
+            yield [*history, chat.complained(_explained(texts["too_long"], **values))]
         except ValueError as error:
             yield [*history, chat.complained(_explained(texts["refused"], error=error))]
         except Exception:

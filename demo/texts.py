@@ -47,6 +47,8 @@ TEXTS: dict[Language, dict[str, str]] = {
         "bad_picture": "⚠️ **{name}** cannot be shown to the model.\n\n{error}\n\nTry another picture.",
         "not_a_picture": "⚠️ **{names}**: that is no picture. PNG, JPEG and WebP are understood, and others.",
         "too_large": "⚠️ **{names}**: a picture may take {limit} MB at most. Save it smaller and try again.",
+        "too_long": "⚠️ This is too much to read at once: at least {num_tokens} tokens with {num_images} images; "
+        "the model holds {limit}, the answer included. Give fewer images or a shorter text, or begin a new chat.",
         "refused": "⚠️ That cannot be answered: {error}",
         "silent": "⚠️ The model had nothing to say. Ask in other words.",
         "failed": "⚠️ Something went wrong here, not with your question. Try again, or begin a new conversation.",
@@ -81,10 +83,12 @@ TEXTS: dict[Language, dict[str, str]] = {
         "length": "最大长度",
         "length_info": "一个回答最多多少词元。",
         "you": "你",
-        "bad_picture": "⚠️ **{name}** 无法给模型看：可能已损坏、过大，或者不是图片。请换一张。\n\n{error}",
+        "bad_picture": "⚠️ **{name}** 无法给模型看：可能已损坏、过大，或者不是图片。请换一张。\n\n详细原因：{error}",
         "not_a_picture": "⚠️ **{names}** 不是图片。PNG、JPEG、WebP 等格式都可以。",
         "too_large": "⚠️ **{names}** 太大了：一张图片最多 {limit} MB。请缩小后再试。",
-        "refused": "⚠️ 无法回答：{error}",
+        "too_long": "⚠️ 内容太长：至少 {num_tokens} 个词元（含 {num_images} 张图片），模型连同回答最多容纳 {limit} 个。"
+        "请减少图片或缩短文字，或者开始新的对话。",
+        "refused": "⚠️ 无法回答。详细原因：{error}",
         "silent": "⚠️ 模型没有回答。请换一种问法。",
         "failed": "⚠️ 这里出了问题，与你的提问无关。请再试一次，或开始新的对话。",
         "interrupted": "⚠️ 回答还没完成，页面就离开了。请再问一次。",

@@ -16,6 +16,7 @@ from .chat_client import DEFAULT_TIMEOUT_SECONDS, ChatClient, Reply, without_sec
 from .reasoning import has_reasoning
 
 if TYPE_CHECKING:
+    from yi_vl.batch import Generation
     from yi_vl.quantize import Scheme
 
 # First bytes -> what an endpoint is told of the format.
@@ -92,20 +93,14 @@ class YiVLModel:
         self.yi_vl = yi_vl.load(None if name == "nano" else name, device=device, quantize=quantize)
 
     def answer(self, requests: Sequence[Content], settings: Settings) -> list[Reply]:
-        conversations = [[{"role": "user", "content": read_pictures(content)}] for content in requests]
-        try:
-            return [Reply(text) for text in self._answer(conversations, settings)]
-        except ValueError:  # one of them cannot be answered: find out which
-            return [self._answer_one(conversation, settings) for conversation in conversations]
+        from yi_vl.batch import attempt
 
-    def _answer(self, conversations: Sequence[Any], settings: Settings) -> list[str]:
-        return self.yi_vl.answer_batch(conversations, batch_size=len(conversations), **vars(settings))
-
-    def _answer_one(self, conversation: Any, settings: Settings) -> Reply:
-        try:
-            return Reply(self._answer([conversation], settings)[0])
-        except ValueError as error:
-            return Reply(error=str(error))
+        contents = [attempt(read_pictures, content) for content in requests]
+        conversations = [[{"role": "user", "content": c}] for c in contents if not isinstance(c, ValueError)]
+        results = iter(
+            self.yi_vl.generate_batch(conversations, batch_size=len(requests), errors="return", **vars(settings))
+        )
+        return [_own_reply(content if isinstance(content, ValueError) else next(results)) for content in contents]
 
 
 class TransformersModel:
@@ -126,11 +121,10 @@ class TransformersModel:
         self._processor.tokenizer.padding_side = "left"
 
     def answer(self, requests: Sequence[Content], settings: Settings) -> list[Reply]:
-        contents = [read_pictures(content) for content in requests]
         try:
-            return self._generate(contents, settings)
+            return self._generate(requests, settings)
         except ValueError:  # one of them cannot be answered: find out which
-            return [self._answer_one(content, settings) for content in contents]
+            return [self._answer_one(content, settings) for content in requests]
 
     def _answer_one(self, content: Content, settings: Settings) -> Reply:
         try:
@@ -143,7 +137,7 @@ class TransformersModel:
         from transformers import set_seed
 
         inputs = self._processor.apply_chat_template(
-            [[{"role": "user", "content": _as_images(content)}] for content in contents],
+            [[{"role": "user", "content": _as_images(read_pictures(content))}] for content in contents],
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
@@ -200,9 +194,24 @@ class Endpoint:
         )
 
 
+def _own_reply(result: Generation | ValueError) -> Reply:
+    if isinstance(result, ValueError):
+        return Reply(error=str(result))
+    return Reply(result.text, finish=result.finish_reason)
+
+
 def read_pictures(content: Content) -> Content:
-    """Pictures as bytes."""
-    return [{"type": "image", "image": part["image"].read()} if part["type"] == "image" else part for part in content]
+    """Pictures as bytes.
+
+    Raises:
+        ValueError: one cannot be read.
+    """
+    try:
+        return [
+            {"type": "image", "image": part["image"].read()} if part["type"] == "image" else part for part in content
+        ]
+    except OSError as error:
+        raise ValueError(f"{error.filename} cannot be read: {error.strerror}.") from error
 
 
 def _as_images(content: Content) -> Content:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 
 # Opening and closing mark of reasoning, as regular expressions; upper and lower case are the same.
-_NAMES = r"(?:[a-z]+[:_])?(?:think|thinking|thoughts?|reasoning|reflection|analysis)"
+_NAMES = r"(?:[a-z]+[:_])?(?:think|thinking|thoughts?|reason(?:ing)?|reflection|analysis|scratchpad)"
 _REASONING = (
     # DeepSeek-R1, Qwen, GLM, InternVL; <thinking>; LLaVA-CoT's <REASONING>; Keye-VL's <analysis>; <seed:think>
     (rf"<\s*{_NAMES}\s*>", rf"<\s*/\s*{_NAMES}\s*>"),
@@ -23,6 +23,7 @@ _REASONING = (
     (r"<\|channel\|>\s*(?:analysis|commentary)", r"<\|channel\|>\s*final[^<]*<\|message\|>"),  # gpt-oss
     (r"\A\s*(?-i:analysis(?=[A-Z]))", r"(?-i:assistantfinal)"),  # gpt-oss without its special tokens
     (r"\[unused16\]", r"\[unused17\]"),  # openPangu
+    (r"<unused94>", r"<unused95>"),  # MedGemma
     (r"\A\s*Here(?: is|'s) my thought process:", r"Here(?: is|'s) my response:"),  # Granite 3.2
     (r"\A\s*## Thinking$", r"^## Final Response$"),  # HuatuoGPT-o1
 )

@@ -106,7 +106,7 @@ def summarise(benchmark: Benchmark, scored: Sequence[Scored], rules: Rules) -> d
 def count_outcomes(answered: Sequence[Answered]) -> dict[str, int]:
     """How many responses are not whole answers; one that was cut may be empty too.
 
-    "refused" and "cut" are known where an endpoint or transformers' `generate` told, not for a Yi-VL's own engine.
+    "refused" is known where an endpoint told.
 
     "empty": no text at all; "unfinished_reasoning": text, but no answer behind it. "failed" questions have no response
     and are in none of the others; the official rules score them as an empty response.

@@ -256,9 +256,9 @@ def test_device_and_dtype_reach_every_command(run: Run, folder: str, monkeypatch
     asked: list[tuple[Any, Any]] = []
     load = yi_vl.predict.load
 
-    def watch(model: str, device: Any, dtype: Any, quantize: Any) -> YiVL:
+    def watch(model: str, device: Any, dtype: Any, **options: Any) -> YiVL:
         asked.append((device, dtype))
-        return load(model, device=device, dtype=dtype, quantize=quantize)
+        return load(model, device=device, dtype=dtype, **options)
 
     monkeypatch.setattr(yi_vl.predict, "load", watch)
     monkeypatch.setattr(yi_vl.server.launch, "run", lambda load, *_, **__: load())

@@ -7,6 +7,7 @@ import os
 import pickle
 import re
 import shutil
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,19 @@ def test_every_layout_goes_round_bit_for_bit(to: Kind, tmp_path: Path, official:
         processor = open_checkpoint(tmp_path / folder).make_processor()
         assert processor.encode_messages(typed).input_ids == official.processor.encode_messages(typed).input_ids
     assert again.model.config.text_config.use_cache
+
+
+def test_a_saved_model_keeps_its_sentencepiece_file(tmp_path: Path, official: yi_vl.YiVL) -> None:
+    """By `save`, or as the trainer writes it, with the folder gone that it was loaded from."""
+    official.save(tmp_path / "first")
+    loaded = yi_vl.load(tmp_path / "first", device="cpu")
+    shutil.rmtree(tmp_path / "first")
+    loaded.save(tmp_path / "second")
+    deepcopy(loaded.processor).save_pretrained(tmp_path / "third")
+    expected = (CHECKPOINT / "tokenizer.model").read_bytes()
+    assert all((tmp_path / name / "tokenizer.model").read_bytes() == expected for name in ("second", "third"))
+    convert(open_checkpoint(tmp_path / "second"), tmp_path / "official", "official")
+    assert (tmp_path / "official" / "tokenizer.model").read_bytes() == expected
 
 
 def test_a_conversion_holds_two_shards_at_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -328,7 +328,8 @@ def test_an_answer_that_is_left_alone_keeps_nobody_waiting(yi_vl: YiVL, pace: Pa
     [
         ([user(TALL, "What?")], "en", "tall.png.* cannot be shown.* never yours"),
         ([user(Path("/etc/passwd"), "What?")], "zh", "passwd.*无法给模型看.*不属于你"),
-        ([user("word " * 4000)], "en", "cannot be answered: The prompt takes"),
+        ([user("word " * 4000)], "en", "too much to read at once: at least [0-9]+ tokens with 0 images"),
+        ([user(*[WIDE] * 500, "What?")], "zh", "^[^a-zA-Z]*含 500 张图片[^a-zA-Z]*$"),
     ],
 )
 def test_what_goes_wrong_is_said_in_the_chat(yi_vl: YiVL, history: list[Any], language: str, words: str) -> None:
@@ -354,7 +355,7 @@ def test_too_many_pictures_are_refused_before_they_are_opened(yi_vl: YiVL, pace:
     actions = actions_over(yi_vl)
     actions._prepare = lambda path: pytest.fail("a picture was opened")
     (shown,) = actions.answer([user(*[WIDE] * 500, "What?")], *SETTINGS, NOBODY)
-    assert "for 500 images" in shown[-1]["content"][0]["text"]
+    assert "with 500 images" in shown[-1]["content"][0]["text"]
 
 
 def test_only_what_a_visitor_may_read_is_restored(yi_vl: YiVL) -> None:

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from eval import cmmmu, mmmu, runner, scoring
 from eval.__main__ import app
 from eval.models import Content, Endpoint, ModelChoice, Reply, Settings, TransformersModel, YiVLModel, open_model
-from eval.question import Answered, Question
+from eval.question import Answered, Picture, Question
 from yi_vl.quantize import packed_layers
 
 pytestmark = pytest.mark.xdist_group("processes")  # they share a server, tests/processes.py
@@ -375,15 +375,23 @@ def test_any_transformers_model_is_asked_through_its_own_template(small_mmmu: st
     assert [reply.text for reply in ours] == [reply.text for reply in theirs] and len(
         {reply.text for reply in ours}
     ) > 1
-    assert {reply.finish for reply in theirs} == {"length"}
+    assert {reply.finish for reply in [*ours, *theirs]} == {"length"}
 
 
 def test_a_question_that_cannot_be_asked_is_recorded_and_the_others_are_asked(tiny_folder: Path) -> None:
-    too_long = [{"type": "text", "text": "word " * 2000}]
-    replies = YiVLModel(str(tiny_folder)).answer(
-        [[{"type": "text", "text": "Hi"}], too_long], Settings(max_new_tokens=4)
-    )
-    assert replies[0].error is None and replies[1].error is not None and "tokens" in replies[1].error
+    def content(text: str, read: Any = None) -> Content:
+        images = [{"type": "image", "image": Picture("x.png", read)}] if read else []
+        return [*images, {"type": "text", "text": text}]
+
+    gone = content("Hi", Path("/nowhere/x.png").read_bytes)
+    requests = [content("Hi"), content("word " * 2000), gone, content("Hi", lambda: b"no image"), content("Hi")]
+    for model in (YiVLModel(str(tiny_folder)), TransformersModel(str(tiny_folder), "cpu")):
+        replies = model.answer(requests, Settings(max_new_tokens=4))
+        assert replies[0] == replies[4] and replies[0].error is None
+        assert "/nowhere/x.png cannot be read: No such file" in (replies[2].error or "")
+        assert "not a picture" in (replies[3].error or "")
+        if isinstance(model, YiVLModel):  # which knows its context's length
+            assert "tokens" in (replies[1].error or "")
 
 
 @pytest.fixture

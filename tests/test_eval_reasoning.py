@@ -41,6 +41,8 @@ OPTIONS = {"A": "red", "B": "green", "C": "blue", "D": "black"}
         ("<|inner_prefix|>(A)<|inner_suffix|>B", "B"),
         ("<|channel>thought\n(A)<channel|>B", "B"),
         ("[unused16](A)[unused17]B", "B"),
+        ("<unused94>thought\n(A)<unused95>B", "B"),
+        ("<scratchpad>(A)</scratchpad><reason>(C)</reason>B", "B"),
         ("<|channel|>analysis<|message|>(A)<|end|><|start|>assistant<|channel|>final<|message|>B<|return|>", "B"),
         ("analysisThe user asks; (A)?assistantfinalB", "B"),
         ("Here is my thought process: (A)\n\nHere is my response: B", "B"),

@@ -14,8 +14,9 @@ ROOT = Path(__file__).parents[1]
 
 # Inside yi_vl a module imports only modules of earlier lines. `config <- vision, ... <- model, ...` in DESIGN.md.
 LAYERS = (
-    {"arguments", "config", "machine", "image_samples", "fingerprint"},
-    {"image_file", "image_resize", "image_source"},
+    {"addresses", "arguments", "config", "machine", "image_samples", "fingerprint"},
+    {"image_file", "image_resize", "image_remote"},
+    {"image_source"},
     {"vision", "projector", "image", "chat", "messages", "cache", "linear"},
     {"model", "processor", "reuse", "quantize", "generation"},
     {"auto", "decode"},

@@ -136,6 +136,16 @@ def test_the_pipeline_answers_as_predict_does_alone_and_in_a_batch(nano: YiVL) -
     assert pipe(CHATS[0])[0]["generated_text"][-1] == {"role": "assistant", "content": expected[0]}
 
 
+def test_no_images_are_as_none_at_all(nano: YiVL) -> None:
+    bare = nano.processor(text="Hello", return_tensors="pt")
+    empty = nano.processor(text="Hello", images=[], return_tensors="pt")
+    size_px = nano.processor.image_processor.size_px
+    assert empty["pixel_values"].shape == (0, 3, size_px, size_px) and "pixel_values" not in bare
+    answers = [nano.model.generate(**inputs, max_new_tokens=4, do_sample=False) for inputs in (bare, empty)]
+    assert torch.equal(*answers)
+    assert torch.equal(nano.model(**bare).logits, nano.model(**empty).logits)
+
+
 def test_generate_stops_by_itself_and_the_processor_decodes_answers(nano: YiVL) -> None:
     processor = nano.processor
     inputs = processor.apply_chat_template(

@@ -17,7 +17,7 @@ from PIL import Image
 from tiny import OFFICIAL, tiny_yi_vl
 
 import yi_vl as package
-from yi_vl.batch import BatchError
+from yi_vl.batch import BatchError, Generation
 from yi_vl.decode import Sampling
 from yi_vl.image import load_image
 from yi_vl.predict import YiVL
@@ -339,3 +339,13 @@ def test_an_image_that_is_closed_or_a_pillow_mode_apart_is_one_line() -> None:
     image = Image.open(WIDE)
     image.close()
     refuse("cannot be decoded", load_image, image)
+
+
+def test_batches_say_why_answers_ended(yi_vl: YiVL) -> None:
+    conversations = [[{"role": "user", "content": question}] for question in ("Hi", "", "Who are you?")]
+    texts = yi_vl.answer_batch(conversations, errors="return", max_new_tokens=4)
+    cut = yi_vl.generate_batch(conversations, errors="return", max_new_tokens=4)
+    assert [cut[0], cut[2]] == [Generation(texts[0], "length", 4), Generation(texts[2], "length", 4)]
+    assert isinstance(cut[1], ValueError) and cut[1].args == texts[1].args
+    ended = yi_vl.generate_batch(conversations[:1], stop=[texts[0][:2]], max_new_tokens=4)
+    assert ended == [Generation("", "stop", 1)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import json
 import socket
@@ -287,8 +288,8 @@ def read_events(address: str, events: list[str], **fields: Any) -> None:
 def test_answers_that_the_shutdown_cuts_end_with_an_error(
     yi_vl: YiVL, gate: Gate, caplog: pytest.LogCaptureFixture
 ) -> None:
-    config = uvicorn.Config(create_app(yi_vl, "tiny"), port=0, log_config=None, timeout_graceful_shutdown=1)
-    server = uvicorn.Server(config)
+    app = create_app(yi_vl, "tiny")
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, timeout_graceful_shutdown=1))
     thread = threading.Thread(target=server.run)
     thread.start()
     until(lambda: server.started)
@@ -319,3 +320,9 @@ def test_answers_that_the_shutdown_cuts_end_with_an_error(
     assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == [
         "Cancel 2 running task(s), timeout graceful shutdown exceeded"
     ]
+
+    async def last_metrics() -> str:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url=address) as client:
+            return (await client.get("/metrics")).text
+
+    assert 'yi_vl_requests_total{status="503"} 2.0' in asyncio.run(last_metrics())

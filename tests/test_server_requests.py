@@ -270,11 +270,11 @@ def test_lengths() -> None:
 @pytest.mark.parametrize(
     ("fields", "param", "problem"),
     [
-        ({"messages": HI * 100_000}, "messages", "100,000 parts"),
-        ({"messages": [said("user", [])] * 100_000}, "messages", "100,000 parts"),
-        ({"messages": [said("user", ["a"] * 500_000)]}, "messages", "500,000 parts"),
+        ({"messages": HI * 50_000}, "messages", "50,000 parts"),
+        ({"messages": [said("user", [])] * 50_000}, "messages", "50,000 parts"),
+        ({"messages": [said("user", ["a"] * 200_000)]}, "messages", "200,000 parts"),
         ({"messages": [said("user", ["a"] * 60)] * 100}, "messages", "6,000 parts"),
-        ({"stop": [1] * 500_000}, "stop", "500,000 strings"),
+        ({"stop": [1] * 200_000}, "stop", "200,000 strings"),
         ({f"k{i}": 1 for i in range(50_000)}, "k0", "not supported"),
         ({"messages": [said("user", "a", **{f"k{i}": 1 for i in range(50_000)})]}, "messages[0].k0", "not supported"),
         ({"metadata": {f"k{i}": 1 for i in range(50_000)}}, None, ""),

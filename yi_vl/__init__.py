@@ -12,11 +12,13 @@ if TYPE_CHECKING:
     from .auto import YiVLForConditionalGeneration as YiVLForConditionalGeneration
     from .auto import YiVLProcessor as YiVLProcessor
     from .batch import BatchError as BatchError
+    from .batch import Generation as Generation
     from .predict import YiVL as YiVL
     from .predict import load as load
 
 _HOMES = {
     "BatchError": ".batch",
+    "Generation": ".batch",
     "YiVLConfig": ".auto",
     "YiVLForConditionalGeneration": ".auto",
     "YiVLProcessor": ".auto",

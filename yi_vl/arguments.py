@@ -48,6 +48,16 @@ def as_float(value: Any, name: str) -> float:
     return result
 
 
+def as_bool(value: Any, name: str) -> bool:
+    """
+    Raises:
+        ValueError: it is no bool; "False" would be true.
+    """
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} is {shown(value)}; expected True or False.")
+    return value
+
+
 def as_text(value: Any, name: str) -> str:
     """A text that can be encoded.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal, TypeVar
 
@@ -25,6 +26,21 @@ class BatchError(ValueError):
             f"{message} ({sum(answer is not None for answer in answers)} answers are ready, as `answers`.)"
         )
         self.answers = answers
+
+
+@dataclass(frozen=True)
+class Generation:
+    """An answer and why it ended.
+
+    Args:
+        finish_reason: "stop" at its own end or a stop string, "length" where it was cut at its greatest length or at
+            the context's.
+        num_tokens: generated, the one that ended it included.
+    """
+
+    text: str
+    finish_reason: Literal["stop", "length"]
+    num_tokens: int
 
 
 class Batch:
@@ -96,9 +112,13 @@ class Batch:
         for number, piece in pieces.items():
             self._texts[self._answers[number][0]] += piece
 
-    def results(self) -> list[Any]:
-        """An answer or a `ValueError` for each conversation, in their order."""
-        return [self._errors.get(index, text) for index, text in enumerate(self._texts)]
+    def results(self) -> list[Generation | ValueError]:
+        """What each conversation led to, in their order; a `ValueError` only with `errors="return"`."""
+        results: dict[int, Generation | ValueError] = dict(self._errors)
+        for index, answer in self._answers:
+            assert answer.finish_reason is not None
+            results[index] = Generation(self._texts[index], answer.finish_reason, answer.num_tokens)
+        return [results[index] for index in range(len(self._texts))]
 
     def _finished(self) -> list[str | None]:
         ready = {index for index, answer in self._answers if answer.finish_reason}

@@ -94,6 +94,7 @@ class TooLongError(ValueError):
         self, num_tokens: int, num_images: int, patches_per_image: int, max_tokens: int, is_tokenized: bool = True
     ) -> None:
         self.num_tokens, self.is_tokenized = num_tokens, is_tokenized
+        self.num_images, self.max_tokens = num_images, max_tokens
         takes = "takes" if is_tokenized else "takes at least"
         super().__init__(
             f"The prompt {takes} {num_tokens} tokens, {num_images * patches_per_image} of them for {num_images} images "

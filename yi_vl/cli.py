@@ -9,6 +9,7 @@ import contextlib
 import importlib
 import io
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -53,6 +54,9 @@ DeviceOption = Annotated[
 DtypeOption = Annotated[
     Literal["bfloat16", "float16", "float32"] | None,
     typer.Option(help="Of the weights; by default bfloat16, but float32 for a small model on a CPU."),
+]
+RemoteImagesOption = Annotated[
+    bool, typer.Option("--allow-remote-images", help="Fetch pictures given as http(s) URLs, from the public internet.")
 ]
 SystemOption = Annotated[str | None, typer.Option(help="Text before the conversation; Yi-VL's own by default.")]
 LengthOption = Annotated[int, typer.Option(help="The answer's greatest length, in tokens.")]
@@ -123,15 +127,18 @@ def ask(
     temperature: TemperatureOption = 0.0,
     top_p: TopPOption = 1.0,
     seed: SeedOption = None,
+    allow_remote_images: RemoteImagesOption = False,
 ) -> None:
     """Answer one question about some pictures, or about none."""
     *images, question = words
     if os.path.isfile(question):
         raise ValueError(f'the last argument is the question, but {question} is a file. Add: "What is this?"')
+    if re.fullmatch(r"https?://\S+", question, re.IGNORECASE):
+        raise ValueError('the last argument is the question, but it is a URL. Add: "What is this?"')
     if not question.strip():
         raise ValueError("The question is empty; ask something in words.")
     opened = _open_images(images)
-    pieces = _load(model, quantize, device, dtype).stream(
+    pieces = _load(model, quantize, device, dtype, allow_remote_images).stream(
         opened,
         question,
         system=system,
@@ -155,11 +162,11 @@ def chat(
     temperature: TemperatureOption = 0.0,
     top_p: TopPOption = 1.0,
     seed: SeedOption = None,
+    allow_remote_images: RemoteImagesOption = False,
 ) -> None:
     """Talk about pictures; the model remembers the conversation."""
-    yi_vl = _load(model, quantize, device, dtype)
-    prepare = yi_vl.processor.image_processor.prepare
-    pictures = [prepare(image) for image in images or ()]
+    yi_vl = _load(model, quantize, device, dtype, allow_remote_images)
+    pictures = [yi_vl.prepare_image(image) for image in images or ()]
     options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
     conversation = yi_vl.chat(system)
     print(_CHAT_HELP)
@@ -171,7 +178,7 @@ def chat(
             if command == "/clear":
                 conversation, pictures = yi_vl.chat(system), []
             elif command == "/image":
-                pictures += [prepare(path) for path in _split_paths(argument.strip())]
+                pictures += [yi_vl.prepare_image(path) for path in _split_paths(argument.strip())]
             elif command.startswith("/"):
                 print(_CHAT_HELP)
             else:
@@ -392,12 +399,16 @@ def _table(title: str, *columns: str) -> Table:
 
 
 def _load(
-    model: str | None, quantize: Literal["int8", "int4"] | None, device: str | None = None, dtype: str | None = None
+    model: str | None,
+    quantize: Literal["int8", "int4"] | None,
+    device: str | None = None,
+    dtype: str | None = None,
+    allow_remote_images: bool = False,
 ) -> YiVL:
     _silence()
     from .predict import load
 
-    return load(model, device=device, dtype=dtype, quantize=quantize)
+    return load(model, device=device, dtype=dtype, quantize=quantize, allow_remote_images=allow_remote_images)
 
 
 def _name_of(model: str) -> str:

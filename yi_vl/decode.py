@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import islice
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -288,7 +288,7 @@ class Answer:
         stop_ids: Collection[int],
         stop_strings: Sequence[str] = (STOP_STRING,),
     ) -> None:
-        self.finish_reason: str | None = None
+        self.finish_reason: Literal["stop", "length"] | None = None
         self.tokens: list[int] = []
         self._tokenizer = tokenizer
         self._max_tokens = max_tokens
@@ -345,6 +345,6 @@ class Answer:
         self._has_begun = self._has_begun or bool(text)
         return text
 
-    def _finish(self, reason: str) -> str:
+    def _finish(self, reason: Literal["stop", "length"]) -> str:
         self.finish_reason = reason
         return self._show(self._pending.rstrip())

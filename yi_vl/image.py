@@ -29,15 +29,17 @@ from .image_file import check_image, check_size, halve_large_jpeg_, open_file
 from .image_resize import resize_strips
 from .image_samples import ImageError, RgbStrips, channels_last, decoding, strips_of_array, strips_of_image
 from .image_source import ImageSource as ImageSource
-from .image_source import describe, is_stream, resolve
+from .image_source import check_url, describe, is_stream, is_url, resolve
 
 _MAX_SIZE_PX = 1 << 14
 _LARGE_IMAGE_PIXELS = 1 << 25
 _one_large_image = threading.Lock()  # large images are decoded one at a time: together they would take gigabytes
 
 
-def load_image(source: ImageSource, formats: Sequence[str] | None = None) -> Image.Image:
-    """An upright RGB image from a path, encoded bytes, a `data:` URL, a file object, a PIL image or an array.
+def load_image(
+    source: ImageSource, formats: Sequence[str] | None = None, allow_remote_images: bool = False
+) -> Image.Image:
+    """An upright RGB image from a path, encoded bytes, a URL, a file object, a PIL image or an array.
 
     A file object is read from where it stands, a pipe to its end. Arrays are (H, W), (H, W, 1|3|4), or as tensors also
     (1|3|4, H, W); a tensor that may be either is refused. What samples of more than 8 bits and floats mean
@@ -48,23 +50,27 @@ def load_image(source: ImageSource, formats: Sequence[str] | None = None) -> Ima
     Args:
         formats: of files, those that are read, as Pillow calls them; `WEB_FORMATS` for those of strangers. By default
             all of raster images.
+        allow_remote_images: fetch http and https URLs, from the public internet only; see image_remote.py. `data:`
+            URLs are always read.
 
     Raises:
-        ValueError: there is no such file, it is not an image, it is damaged, it has more than `MAX_PIXELS` or a side of
-            more than `MAX_SIDE_PX`, or its samples are none of an image.
+        ValueError: there is no such file, it cannot be fetched, it is not an image, it is damaged, it has more than
+            `MAX_PIXELS` or a side of more than `MAX_SIDE_PX`, or its samples are none of an image.
     """
-    with _reading(source, formats) as strips:
+    with _reading(source, formats, allow_remote_images) as strips:
         return strips.read_all()
 
 
 @contextmanager
-def open_image(source: ImageSource, formats: Sequence[str] | None = None) -> Iterator[Image.Image]:
+def open_image(
+    source: ImageSource, formats: Sequence[str] | None = None, allow_remote_images: bool = False
+) -> Iterator[Image.Image]:
     """An image as Pillow opens it, found to be within bounds before it is decoded; the arguments are `load_image`'s.
 
     Raises:
         ValueError: as `load_image`, but for damage that only shows when it is decoded.
     """
-    name, found = describe(source), resolve(source)
+    name, found = describe(source), resolve(source, allow_remote_images)
     if isinstance(found, (Path, bytes)):
         with open_file(found, name, formats) as image:
             yield image
@@ -75,14 +81,16 @@ def open_image(source: ImageSource, formats: Sequence[str] | None = None) -> Ite
         raise ImageError(f"{name} holds samples, not an image in a file's format.")
 
 
-def check_source(source: ImageSource) -> None:
-    """Find what is wrong with an image without decoding it; of what can be read only once nothing is read.
+def check_source(source: ImageSource, allow_remote_images: bool = False) -> None:
+    """Find what is wrong with an image without decoding it; what can be read only once is not read, nor is a URL.
 
     Raises:
         ValueError: as `load_image`, but for damage that only shows when it is decoded.
     """
     if isinstance(source, (np.ndarray, Tensor)):
         _samples(source)
+    elif is_url(source):
+        check_url(source, allow_remote_images)
     elif not is_stream(source):
         with open_image(source):
             pass
@@ -119,17 +127,21 @@ class YiVLImageProcessor(BaseImageProcessor):
         self, images: Any, return_tensors: str | None = None, **_: Any
     ) -> BatchFeature:
         """An image, a list, or a list of lists (a batch); their pixels in reading order."""
+        none = torch.zeros(0, self.size_px, self.size_px, 3, dtype=torch.uint8)
         squares = [self.square(image) for image in _flatten(images)]
-        return BatchFeature({"pixel_values": self.normalise(torch.stack(squares))}, tensor_type=return_tensors)
+        pixel_values = self.normalise(torch.stack(squares) if squares else none)
+        return BatchFeature({"pixel_values": pixel_values}, tensor_type=return_tensors)
 
-    def prepare(self, image: ImageSource, formats: Sequence[str] | None = None) -> Image.Image:
+    def prepare(
+        self, image: ImageSource, formats: Sequence[str] | None = None, allow_remote_images: bool = False
+    ) -> Image.Image:
         """The image as the model sees it: upright, RGB, padded to a square, resized; arguments as of `load_image`."""
-        with _reading(image, formats) as strips:
+        with _reading(image, formats, allow_remote_images) as strips:
             return resize_strips(strips.size, strips.read, self.size_px)
 
-    def square(self, image: ImageSource) -> Tensor:
+    def square(self, image: ImageSource, allow_remote_images: bool = False) -> Tensor:
         """A prepared image's bytes, (H, W, 3) uint8: what the trainer's workers send, a quarter of `pixel_values`."""
-        return torch.from_numpy(np.array(self.prepare(image)))
+        return torch.from_numpy(np.array(self.prepare(image, allow_remote_images=allow_remote_images)))
 
     def normalise(self, squares: Tensor) -> Tensor:
         """(N, H, W, 3) uint8 -> pixel_values (N, 3, H, W) float32"""
@@ -151,7 +163,7 @@ def _flatten(images: Any) -> list[ImageSource]:
 
 
 @contextmanager
-def _reading(source: ImageSource, formats: Sequence[str] | None) -> Iterator[RgbStrips]:
+def _reading(source: ImageSource, formats: Sequence[str] | None, allow_remote_images: bool) -> Iterator[RgbStrips]:
     """An image of any source, found to be within bounds, to be read while the context lasts."""
     name = describe(source)
     if isinstance(source, (np.ndarray, Tensor)):
@@ -159,7 +171,7 @@ def _reading(source: ImageSource, formats: Sequence[str] | None) -> Iterator[Rgb
             strips = strips_of_array(_samples(source), name)
         yield strips
         return
-    with open_image(source, formats) as image:
+    with open_image(source, formats, allow_remote_images) as image:
         if not isinstance(source, Image.Image):  # which is its owner's
             halve_large_jpeg_(image)
         is_large = image.width * image.height > _LARGE_IMAGE_PIXELS

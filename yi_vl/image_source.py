@@ -1,6 +1,7 @@
 """Whatever a caller hands over as an image, as what is opened: a path to a file, bytes, a PIL image or an array.
 
-Streams (file objects and named pipes, as `/dev/fd/63` is one) are read once, to their end, and within bounds.
+Streams (file objects and named pipes, as `/dev/fd/63` is one) are read once, to their end, and within bounds. http and
+https URLs are fetched only when the caller allows it.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ import re
 import stat as file_types
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
-from urllib.parse import unquote_to_bytes
+from typing import Any, Protocol, TypeGuard
+from urllib.parse import unquote_to_bytes, urlsplit
 
 import numpy as np
 from PIL import Image
@@ -36,16 +37,20 @@ class Readable(Protocol):
 ImageSource = str | os.PathLike | bytes | bytearray | memoryview | Readable | Image.Image | np.ndarray | Tensor
 
 
-def resolve(source: ImageSource) -> Path | bytes | Image.Image | np.ndarray | Tensor:
-    """An image's source with streams read and `data:` URLs decoded; paths lead to a file that is not empty.
+def resolve(source: ImageSource, allow_remote_images: bool = False) -> Path | bytes | Image.Image | np.ndarray | Tensor:
+    """An image's source with streams read, `data:` URLs decoded and others fetched; paths lead to a file that is not
+    empty.
 
     Raises:
-        ImageError: there is no such file, or what was handed over is no image's source.
+        ImageError: there is no such file, it cannot be fetched, or what was handed over is no image's source.
     """
     if isinstance(source, (Image.Image, np.ndarray, Tensor)):
         return source
     name = describe(source)
-    if isinstance(source, (str, os.PathLike)):
+    if is_url(source):
+        check_url(source, allow_remote_images)
+        found: Path | bytes = _fetch(source, name)
+    elif isinstance(source, (str, os.PathLike)):
         found = _resolve_text(source, name)
     elif isinstance(source, (bytes, bytearray, memoryview)):
         found = bytes(source)
@@ -53,11 +58,31 @@ def resolve(source: ImageSource) -> Path | bytes | Image.Image | np.ndarray | Te
         found = read_stream(read, name)
     else:
         raise ImageError(
-            f"{name} is no picture: expected a path, bytes, a data: URL, a file object, a PIL image or an array."
+            f"{name} is no picture: expected a path, bytes, a URL, a file object, a PIL image or an array."
         )
     if isinstance(found, bytes) and not found:
         raise ImageError(f"{name} is empty (0 bytes), not a picture.")
     return found
+
+
+def is_url(source: object) -> TypeGuard[str]:
+    """Whether a source is a URL, but not a `data:` URL, which holds the image itself."""
+    return isinstance(source, str) and _URL.match(source) is not None
+
+
+def check_url(url: str, allow_remote_images: bool) -> None:
+    """
+    Raises:
+        ImageError: the URL is not of http or https, or URLs are not to be fetched.
+    """
+    name, scheme = describe(url), url.lstrip().partition(":")[0].lower()
+    if scheme not in ("http", "https"):
+        raise ImageError(f"{name} is a URL of {scheme}:, of which none are read; fetch it, and give its bytes.")
+    if not allow_remote_images:
+        raise ImageError(
+            f"{name} is a URL, and is fetched only with allow_remote_images=True (of yi_vl.load and load_image) or "
+            "--allow-remote-images."
+        )
 
 
 def is_stream(source: ImageSource) -> bool:
@@ -119,6 +144,8 @@ def describe(source: object) -> str:
     """A source's name in errors, on one line."""
     if isinstance(source, str) and _is_data_url(source):
         return f"the data: URL of {len(source)} characters"
+    if is_url(source):
+        return _printable(_without_secrets(source))
     if isinstance(source, (str, os.PathLike)):
         return _printable(str(source))
     for attribute in ("filename", "name"):  # of a PIL image that was opened from a file, of a file object
@@ -132,8 +159,6 @@ def describe(source: object) -> str:
 def _resolve_text(source: str | os.PathLike, name: str) -> Path | bytes:
     if isinstance(source, str) and _is_data_url(source):
         return decode_data_url(source, name)
-    if isinstance(source, str) and _URL.match(source):
-        raise ImageError(f"{name} is a URL; of these only data: URLs are read here. Fetch it, and give its bytes.")
     try:
         path = as_path(source, "the picture's path")
         status = stat(path, name)
@@ -156,6 +181,24 @@ def _read_pipe(path: Path, name: str) -> bytes:
             return read_stream(pipe.read, name)
     except OSError as error:
         raise ImageError(f"{name} cannot be read: {error.strerror}.") from error
+
+
+def _fetch(url: str, name: str) -> bytes:
+    try:
+        from .image_remote import fetch_blocking
+    except ModuleNotFoundError as error:
+        raise ImageError(f'{name}: {error.name} is missing; fetching needs: pip install "yi_vl[serve]"') from error
+    return fetch_blocking(url.strip(), name)
+
+
+def _without_secrets(url: str) -> str:
+    """A URL without its password, query and fragment."""
+    try:
+        parts = urlsplit(url.strip())
+    except ValueError:  # a bracket that is not closed
+        return f"the URL of {len(url)} characters"
+    hidden = "?..." if parts.query else ""
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}{hidden}"
 
 
 def _is_data_url(text: str) -> bool:

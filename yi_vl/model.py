@@ -125,8 +125,10 @@ class YiVLModel(YiVLPreTrainedModel):
             inputs_embeds = self.get_input_embeddings()(input_ids)  # (B, S, D)
 
         image_features = None
-        if mm_encoder_outputs and mm_encoder_outputs.get("image") is not None:
-            image_features = torch.stack(tuple(mm_encoder_outputs["image"].pooler_output))  # type: ignore[arg-type]
+        encoded = mm_encoder_outputs.get("image") if mm_encoder_outputs else None
+        if encoded is not None:
+            if features := tuple(encoded.pooler_output):  # type: ignore[arg-type]
+                image_features = torch.stack(features)
         elif pixel_values is not None and len(pixel_values):
             image_features = self.encode_images(pixel_values)
         if image_features is not None:

@@ -1,8 +1,6 @@
 """The Python API: `load()` gives a `YiVL`, which answers questions about pictures.
 
 B conversations answered at once, S prompt tokens, V vocabulary, N images of P patches, D language width.
-Called by server/, cli.py, the demo and the evaluation; calls processor.py, model.py, linear.py, decode.py, cache.py and
-reuse.py.
 """
 
 from __future__ import annotations
@@ -19,14 +17,16 @@ from typing import Any, Literal, overload
 
 import numpy as np
 import torch
+from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import Cache
 
-from .arguments import as_int, as_path, one_line, shown
+from .arguments import as_bool, as_int, as_path, one_line, shown
 from .batch import Batch, Errors, as_list, attempt
 from .batch import BatchError as BatchError
+from .batch import Generation as Generation
 from .cache import gather
 from .chat import STOP_STRING, Encoded
 from .chat import TooLongError as TooLongError
@@ -57,9 +57,14 @@ def load(
     dtype: str | torch.dtype | None = None,
     tower_from: TowerFrom | None = "vit",
     quantize: Scheme | None = None,
+    allow_remote_images: bool = False,
 ) -> YiVL:
-    """A model that is ready to answer; the arguments and errors are those of `loading.load_model`."""
-    return YiVL(*load_model(path, device, dtype, tower_from, quantize))
+    """A model that is ready to answer; the other arguments and the errors are those of `loading.load_model`.
+
+    Args:
+        allow_remote_images: fetch images that are given as http or https URLs, from the public internet only.
+    """
+    return YiVL(*load_model(path, device, dtype, tower_from, quantize), allow_remote_images=allow_remote_images)
 
 
 class YiVL:
@@ -70,9 +75,12 @@ class YiVL:
     raised as a `ValueError` before the model works on it.
     """
 
-    def __init__(self, model: YiVLForConditionalGeneration, processor: YiVLProcessor) -> None:
+    def __init__(
+        self, model: YiVLForConditionalGeneration, processor: YiVLProcessor, *, allow_remote_images: bool = False
+    ) -> None:
         self.model = model
         self.processor = processor
+        self.allow_remote_images = as_bool(allow_remote_images, "allow_remote_images")
         check_fit(model.config, processor)
         use_vectors_(model.model.language_model)
         use_vectors_(model.lm_head)
@@ -174,7 +182,7 @@ class YiVL:
     ) -> list[str] | list[str | ValueError]:
         """The answers to many `(images, question)`, in their order, `batch_size` at once; see `answer_batch`."""
         conversations = [attempt(_request, request, system) for request in as_list(requests, "requests")]
-        return self._answer_batch(conversations, "requests", batch_size, errors, options)
+        return _texts(self._generate_batch(conversations, "requests", batch_size, errors, options))
 
     @overload
     def answer_batch(
@@ -208,26 +216,39 @@ class YiVL:
 
         `batch_size` of them are answered at once: where one has ended, the next begins. Before the first is, all are
         checked: their form, their length, and that every image is there, of a format that is read, and within bounds.
-        Images are decoded when their turn comes, so that memory does not grow with the number of conversations.
+        Images are decoded (and URLs fetched) when their turn comes, so that memory does not grow with the number of
+        conversations.
 
         Args:
             errors: "return" gives a `ValueError` in the place of an answer and answers all others.
 
         Raises:
             ValueError: with `errors="raise"`, one of them cannot be answered. Nothing was generated yet.
-            BatchError: an image turned out to be damaged when it was decoded; it holds the answers that are ready.
+            BatchError: an image could not be fetched, or turned out to be damaged when it was decoded; it holds the
+                answers that are ready.
         """
-        given = [attempt(as_messages, messages) for messages in as_list(conversations, "conversations")]
-        return self._answer_batch(given, "conversations", batch_size, errors, options)
+        return _texts(self.generate_batch(conversations, batch_size=batch_size, errors=errors, **options))
 
-    def _answer_batch(
+    def generate_batch(
+        self,
+        conversations: Iterable[Iterable[Message]],
+        *,
+        batch_size: int | None = 8,
+        errors: Errors = "raise",
+        **options: Any,
+    ) -> list[Generation | ValueError]:
+        """`answer_batch`, whose arguments and errors it has, with why each answer ended and how many tokens it took."""
+        given = [attempt(as_messages, messages) for messages in as_list(conversations, "conversations")]
+        return self._generate_batch(given, "conversations", batch_size, errors, options)
+
+    def _generate_batch(
         self,
         conversations: list[list[Message] | ValueError],
         name: str,
         batch_size: int | None,
         errors: Errors,
         options: dict[str, Any],
-    ) -> list[Any]:
+    ) -> list[Generation | ValueError]:
         sampling = Sampling(**options)
         num_slots = _BATCH_SIZE if batch_size is None else as_int(batch_size, "batch_size", 1)
         batch = Batch(conversations, name, errors, self._check)
@@ -275,17 +296,28 @@ class YiVL:
         encoded = self.encode(conversations)  # before images are decoded
         images = [image for messages in conversations for image in images_of(messages)]
         with ThreadPoolExecutor() as threads:  # Pillow decodes and resizes without holding the interpreter's lock
-            images_uint8 = list(threads.map(self.processor.image_processor.square, images))
+            images_uint8 = list(threads.map(self._decode_image, images))
         return self.prompts(encoded, images_uint8)
 
+    def prepare_image(self, image: ImageSource) -> Image.Image:
+        """An image as the model sees it, to be shown later on, when its file may be gone.
+
+        Raises:
+            ValueError: it cannot be read.
+        """
+        return self.processor.image_processor.prepare(image, allow_remote_images=self.allow_remote_images)
+
     def _check(self, messages: list[Message]) -> None:
-        """Find what is wrong with a conversation, but for images whose damage only shows when they are decoded."""
+        """Find what is wrong with a conversation, but for what shows when images are fetched and decoded."""
         self.encode([messages])
         for image in images_of(messages):
-            check_source(image)
+            check_source(image, self.allow_remote_images)
 
     def _decode_images(self, messages: list[Message]) -> list[Tensor]:
-        return [self.processor.image_processor.square(image) for image in images_of(messages)]
+        return [self._decode_image(image) for image in images_of(messages)]
+
+    def _decode_image(self, image: ImageSource) -> Tensor:
+        return self.processor.image_processor.square(image, self.allow_remote_images)
 
     def encode(self, conversations: Sequence[Sequence[Message]]) -> list[Encoded]:
         """Conversations that await an answer as tokens; their images are not looked at.
@@ -447,7 +479,7 @@ class Conversation:
 
     def stream(self, question: str, images: Images = None, **options: Any) -> Generator[str, None, None]:
         """`ask` piece by piece. An answer that is stopped is remembered as far as it went, a failed turn not at all."""
-        prepare = self._yi_vl.processor.image_processor.prepare  # once: the file may be gone by the next turn
+        prepare = self._yi_vl.prepare_image  # once: the file may be gone by the next turn
         message = user_message([prepare(image) for image in as_images(images)], question)
         messages = [*as_messages(self.messages), message]
         return self._record(messages, self._yi_vl.stream_messages(messages, **options))
@@ -481,6 +513,10 @@ def _stop_ids(model: YiVLForConditionalGeneration, tokenizer: Any) -> set[int]:
     configured = as_id_list(model.generation_config.eos_token_id) if model.generation_config else []
     ids = {*configured, *as_id_list(tokenizer.eos_token_id), *end_token_ids(tokenizer)}
     return ids - {tokenizer.get_vocab().get(STOP_STRING)}
+
+
+def _texts(results: list[Generation | ValueError]) -> list[Any]:
+    return [result if isinstance(result, ValueError) else result.text for result in results]
 
 
 def _request(request: Any, system: Any) -> list[Message]:

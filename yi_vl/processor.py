@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
@@ -12,10 +14,12 @@ from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerFast, ProcessorMixin
 from transformers.processing_utils import MultiModalData
 
-from .arguments import as_int
+from .arguments import as_float, as_int
 from .chat import CHAT_TEMPLATE, IMAGE_PLACEHOLDER, Encoded, Segment, encode, render, strip_answer, strip_separator
 from .image import YiVLImageProcessor
 from .messages import as_messages
+
+_SENTENCEPIECE_FILE = "tokenizer.model"
 
 
 class YiVLProcessor(ProcessorMixin):
@@ -34,6 +38,7 @@ class YiVLProcessor(ProcessorMixin):
         **kwargs: Any,
     ) -> None:
         self.patch_size = as_int(patch_size, "patch_size", 1)
+        as_float(tokenizer.model_max_length, "model_max_length of the tokenizer")  # which transformers compares
         self.image_token = IMAGE_PLACEHOLDER
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER)
         super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE, **kwargs)
@@ -44,9 +49,29 @@ class YiVLProcessor(ProcessorMixin):
         return (self.image_processor.size_px // self.patch_size) ** 2
 
     @classmethod
-    def from_pretrained(cls, *args: Any, padding_side: str = "left", **kwargs: Any) -> Any:
-        """As transformers does. An answer follows its prompt, so padding is in front, whatever an older file says."""
-        return super().from_pretrained(*args, padding_side=padding_side, **kwargs)
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *args: Any, padding_side: str = "left", **kwargs: Any
+    ) -> Any:
+        """As transformers does. An answer follows its prompt, so padding is in front, whatever an older file says.
+
+        Raises:
+            ValueError: a folder holds tokenizer.model alone, of which transformers would make another tokenizer.
+        """
+        processor = super().from_pretrained(pretrained_model_name_or_path, *args, padding_side=padding_side, **kwargs)
+        folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+        _keep_sentencepiece_model_(processor.tokenizer, folder)
+        if folder.is_dir() and not (folder / "tokenizer.json").is_file():
+            raise ValueError(f"{folder} has no tokenizer.json; copy it there from where the model was saved.")
+        return processor
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        """As transformers does, with the `tokenizer.model` that the tokenizer was made of, for the engines and layouts
+        that read that file."""
+        sentencepiece_model = getattr(self.tokenizer, "sentencepiece_model", None)
+        if sentencepiece_model is not None:
+            os.makedirs(save_directory, exist_ok=True)
+            (Path(save_directory) / _SENTENCEPIECE_FILE).write_bytes(sentencepiece_model)
+        return super().save_pretrained(save_directory, *args, **kwargs)
 
     def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
         """As transformers does; what `chat.render` refuses is refused.
@@ -145,7 +170,14 @@ def prepare_tokenizer(source: str, image_token_id: int | None = None) -> Any:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     _encode_typed_specials_as_text_(tokenizer)
+    _keep_sentencepiece_model_(tokenizer, Path(source))
     return tokenizer
+
+
+def _keep_sentencepiece_model_(tokenizer: Any, folder: Path) -> None:
+    """Remember the bytes of a folder's `tokenizer.model` (1 MB of Yi's): it may be gone when the tokenizer is saved."""
+    if (folder / _SENTENCEPIECE_FILE).is_file():
+        tokenizer.sentencepiece_model = (folder / _SENTENCEPIECE_FILE).read_bytes()
 
 
 def _encode_typed_specials_as_text_(tokenizer: Any) -> None:

@@ -215,6 +215,9 @@ class OpenClipTower(PreTrainedModel):
                 "use the model's own processor, or resize the tower's position grid (`resize_grid_`)."
             )
         pixel_values = pixel_values.to(next(self.visual.parameters()).dtype)
+        if not len(pixel_values):
+            shape = (0, self.config.num_patches, self.config.hidden_size)
+            return BaseModelOutput(last_hidden_state=pixel_values.new_zeros(shape))
         return BaseModelOutput(last_hidden_state=self.visual(pixel_values, self.config.feature_layer))
 
     def resize_grid_(self, image_size: int) -> None:

@@ -222,6 +222,8 @@ def _native_config(folder: Path, config: dict[str, Any]) -> YiVLConfig:
             raise ValueError(
                 f"image_token_id is {native.image_token_id}, beyond the {native.text_config.vocab_size} of vocab_size"
             )
+        num_layers = native.vision_config.num_hidden_layers
+        as_int(native.vision_config.feature_layer, "vision_config.feature_layer", -num_layers, num_layers - 1)
         return native
 
 

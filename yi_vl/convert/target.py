@@ -114,7 +114,6 @@ def _plan_ours(source: Checkpoint, shard_bytes: int) -> _Plan:
     def write_rest(folder: Path) -> None:
         processor = source.make_processor()
         processor.save_pretrained(folder)
-        _copy_tokenizer_model(source, folder)
         set_end_tokens_(source.generation_config, processor.tokenizer)
         source.generation_config.save_pretrained(folder)
         source.config.architectures = ["YiVLForConditionalGeneration"]

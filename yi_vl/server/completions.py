@@ -77,7 +77,7 @@ class Completions:
         try:
             await _unless_gone(request, anext(pieces))  # from here on nothing is wrong with the request
             if chat.stream:
-                return _EventStream(self._events(chat, pieces), pieces)
+                return _EventStream(self._events(chat, pieces, request), pieces)
             return JSONResponse(await _unless_gone(request, self._whole(chat, pieces)))
         except BaseException:
             pieces.cancel()
@@ -175,7 +175,7 @@ class Completions:
         ]
         return Reply(self._name).whole(choices, usage)
 
-    async def _events(self, chat: ChatRequest, pieces: Ahead[Piece]) -> AsyncGenerator[str, None]:
+    async def _events(self, chat: ChatRequest, pieces: Ahead[Piece], request: Request) -> AsyncGenerator[str, None]:
         reply, num_begun, usage = Reply(self._name), 0, {}
         tells_usage = chat.stream_options is not None and chat.stream_options.include_usage
 
@@ -194,6 +194,7 @@ class Completions:
                 if piece.finish_reason:
                     yield delta(piece, {}, piece.finish_reason)
         except ApiError as error:
+            request.state.final_status = error.status
             yield _event(error.body)
             return
         if tells_usage:
@@ -217,7 +218,9 @@ class _EventStream(StreamingResponse):
         try:
             await super().__call__(scope, receive, send)
         except asyncio.CancelledError:
-            event = _event(ApiError(503, SHUTDOWN, code="shutting_down").body)
+            error = ApiError(503, SHUTDOWN, code="shutting_down")
+            Request(scope).state.final_status = error.status
+            event = _event(error.body)
             await send({"type": "http.response.body", "body": event.encode(), "more_body": False})
         finally:
             self._pieces.cancel()

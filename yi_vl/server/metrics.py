@@ -1,7 +1,4 @@
-"""What Prometheus reads at `/metrics`: requests, tokens, time to first token, the queue.
-
-Called by completions.py and app.py; calls worker.py.
-"""
+"""What Prometheus reads at `/metrics`: requests, tokens, time to first token, the queue."""
 
 from __future__ import annotations
 
@@ -42,7 +39,10 @@ class Metrics:
 
 
 class CountRequests:
-    """ASGI middleware: counts the requests to one path by the status they ended with."""
+    """ASGI middleware: counts the requests to one path by the status they ended with.
+
+    A stream that fails has begun with 200; whatever ends it says so in `request.state.final_status`.
+    """
 
     def __init__(self, app: ASGIApp, path: str, counter: Counter) -> None:
         self._app, self._path, self._counter = app, path, counter
@@ -52,6 +52,7 @@ class CountRequests:
             await self._app(scope, receive, send)
             return
         started, ended = 500, CLIENT_LEFT
+        state = scope.setdefault("state", {})
 
         async def watch(message: Message) -> None:
             nonlocal started, ended
@@ -67,4 +68,4 @@ class CountRequests:
             ended = 500
             raise
         finally:
-            self._counter.labels(ended).inc()
+            self._counter.labels(state.get("final_status", ended)).inc()
