@@ -1,6 +1,7 @@
 # make ask     a question about an image: IMAGE=... QUESTION=... ; the first call creates .venv
 # make demo    a chat in the browser; MODEL=... for another than the bundled nano
-# make test    all tests;  make lint: style and types;  make nano: train the bundled model from nothing, and measure it
+# make test    the tests;  make test-slow: those in a browser and in many processes;  make lint: style and types
+# make nano    train the bundled model from nothing, and measure it
 # make matrix  the core tests on the oldest and the newest libraries, and on each Python;  make lock: constraints.txt anew
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,7 +10,7 @@ IMAGE ?= docs/pictures/penguin.png
 # Exact versions, so that these commands give the same thing next year. `pip install yi_vl` takes pyproject's ranges.
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
-.PHONY: ask demo test lint matrix lock nano clean
+.PHONY: ask demo test test-slow lint matrix lock nano clean
 
 ask: $(VENV)/.ready
 ifdef QUESTION
@@ -25,7 +26,10 @@ demo: $(VENV)/.ready-for-demo
 	$(BIN)/python -m demo $(if $(MODEL),--model "$(MODEL)")
 
 test: $(VENV)/.ready-for-tests
-	$(BIN)/python -m pytest -q -n auto --dist loadgroup
+	$(BIN)/python -m pytest -q -n auto --dist loadfile -m "not slow"
+
+test-slow: $(VENV)/.ready-for-tests
+	$(BIN)/python -m pytest -q -n auto -m slow
 
 lint: $(VENV)/.ready-for-tests
 	$(BIN)/ruff check .

@@ -19,14 +19,6 @@ COLOURS = {"red": (220, 30, 30), "green": (30, 180, 60), "blue": (40, 60, 220), 
 Members = dict[str, bytes]  # member name -> content, of one sample
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A file's tests run on one worker of pytest-xdist, which makes their fixtures once."""
-    for item in items:
-        if not item.get_closest_marker("xdist_group"):
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
-
-
 @pytest.fixture(scope="session")
 def toy_language_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of a Llama of 2 layers, width 32, with a tokenizer of 400 entries; Yi's special ids 0 to 2."""

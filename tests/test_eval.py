@@ -23,8 +23,6 @@ from eval.models import Content, Endpoint, ModelChoice, Reply, Settings, Transfo
 from eval.question import Answered, Picture, Question
 from yi_vl.quantize import packed_layers
 
-pytestmark = pytest.mark.xdist_group("processes")  # they share a server, tests/processes.py
-
 ROOT = Path(__file__).parents[1]
 REFERENCE = Path(os.environ.get("YI_VL_REFERENCE", ROOT.parent / "shared" / "reference"))
 with_reference = pytest.mark.skipif(
@@ -307,6 +305,7 @@ def run_cli(*arguments: str) -> str:
     return CliRunner().invoke(app, arguments, catch_exceptions=False).stdout
 
 
+@pytest.mark.slow
 def test_predictions_do_not_depend_on_batches_or_processes(small_mmmu: str, tiny_folder: Path, tmp_path: Path) -> None:
     common = ["mmmu", "--model", str(tiny_folder), "--data", small_mmmu, "--max-new-tokens", "6"]
     run_cli(*common, "--out", str(tmp_path / "one"), "--batch-size", "1")

@@ -22,8 +22,6 @@ from tiny import tiny_yi_vl
 from yi_vl.chat import TooLongError, from_llava, render
 from yi_vl.image import WEB_FORMATS, YiVLImageProcessor, load_image
 
-pytestmark = pytest.mark.xdist_group("processes")  # they share a server, tests/processes.py
-
 HERE = Path(__file__).parent
 ROOM_BYTES = 1 << 30  # of address space, for the largest image besides what importing takes
 PATIENCE_SECONDS = 20  # of a processor's time, for what takes one or two; what is meant took minutes

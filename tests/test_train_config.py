@@ -10,8 +10,6 @@ from processes import run_program
 
 from train.config import TrainConfig, load_config, num_steps, to_yaml
 
-pytestmark = pytest.mark.xdist_group("processes")  # they share a server, tests/processes.py
-
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "train/configs").glob("*/*-[0-9]*.yaml"))
 NANO = ROOT / "train/configs/nano/align-224.yaml"

@@ -26,7 +26,7 @@ from train.loop import Trainer
 from train.optim import set_learning_rates_
 from train.report import read_metrics
 
-pytestmark = pytest.mark.xdist_group("processes")  # they share a server, tests/processes.py
+pytestmark = pytest.mark.slow
 
 Configure = Callable[..., TrainConfig]
 
