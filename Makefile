@@ -1,6 +1,6 @@
 # make ask     a question about an image: IMAGE=... QUESTION=... ; the first call creates .venv
 # make demo    a chat in the browser; MODEL=... for another than the bundled nano
-# make test    the tests;  make test-slow: those in a browser and in many processes;  make lint: style and types
+# make test    the tests;  make test-slow: those in a browser and in several processes;  make lint: style and types
 # make nano    train the bundled model from nothing, and measure it
 # make matrix  the core tests on the oldest and the newest libraries, and on each Python;  make lock: constraints.txt anew
 PYTHON ?= python3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import tarfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -14,6 +15,8 @@ from PIL import Image
 
 if TYPE_CHECKING:
     from train.config import TrainConfig
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # tests ask no hub
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 180, 60), "blue": (40, 60, 220), "yellow": (230, 220, 40)}
 Members = dict[str, bytes]  # member name -> content, of one sample

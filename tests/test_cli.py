@@ -85,6 +85,7 @@ def test_ask_takes_options_and_no_image(run: Run, folder: str, yi_vl: YiVL) -> N
 
 
 @pytest.mark.core
+@pytest.mark.slow
 def test_ask_is_quiet_as_a_program(folder: str) -> None:
     """As a user starts it: transformers' own warnings and progress bars would come from the fresh process."""
     command = [sys.executable, "-m", "yi_vl", "ask", WIDE, "What?", "-m", folder, "--max-new-tokens", "3"]

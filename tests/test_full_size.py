@@ -14,6 +14,8 @@ from eval import full_size
 from yi_vl.config import YiVLConfig
 from yi_vl.convert import largest_difference, open_checkpoint
 
+pytestmark = pytest.mark.slow
+
 
 def _small(_: str) -> YiVLConfig:
     config = tiny_config(max_position_embeddings=1024)

@@ -20,6 +20,8 @@ from eval import gpu, gpu_guard
 from eval.__main__ import app
 from eval.gpu_guard import Measured, Part, Settings, Skipped
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def processes_that_start_soon(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,7 +120,6 @@ def test_when_the_time_is_over_the_rest_is_skipped(tmp_path: Path) -> None:
     assert outcomes["late"].reason == "the 0.05 minutes were over"
 
 
-@pytest.mark.slow
 def test_the_parts_themselves_at_nanos_size(tmp_path: Path) -> None:
     """Through the command line; the parts that take longest are tried with the whole command."""
     command = ["gpu", "--device", "cpu", "--size", "nano", "--out", str(tmp_path)]

@@ -56,6 +56,7 @@ def test_auto_classes_give_ours(folder: Path) -> None:
     assert type(AutoModel.from_pretrained(folder)) is YiVLModel
 
 
+@pytest.mark.slow
 def test_registration_is_one_import(folder: Path, tmp_path: Path) -> None:
     """`import yi_vl.auto` is all that Auto classes need; trust_remote_code finds it through the saved folder."""
     script = (

@@ -645,6 +645,7 @@ def test_remote_pictures_have_limits(
     assert (caught.value.status_code, caught.value.param, len(web.asked)) == (status, URL, num_asked)
 
 
+@pytest.mark.slow
 def test_many_clients_at_once(yi_vl: YiVL) -> None:
     """120 requests, 20 at once; a third leaves, a tenth is malformed. Afterwards everything is as it was before."""
     chats: list[Turns] = [[("user", [WIDE] * (i % 3), f"Question {i}?")] for i in range(8)]

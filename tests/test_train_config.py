@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from processes import run_program
 
-from train.config import TrainConfig, load_config, num_steps, to_yaml
+from train.__main__ import main
+from train.config import TrainConfig, exit_on_user_error, load_config, num_steps, to_yaml
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "train/configs").glob("*/*-[0-9]*.yaml"))
@@ -71,10 +72,13 @@ def test_a_mistake_in_a_file_names_the_file(tmp_path: Path) -> None:
         load_config(tmp_path / "none.yaml")
 
 
-def test_the_command_exits_with_one_line(tmp_path: Path) -> None:
-    (result,) = run_program(tmp_path, "train", str(NANO), "data.workrs=3")
-    assert result.code == 2
-    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1 and "workrs" in result.stderr
+def test_the_command_exits_with_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["train", str(NANO), "data.workrs=3"])
+    with pytest.raises(SystemExit) as ended:
+        exit_on_user_error(main)
+    said = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert said.startswith("error: ") and said.count("\n") == 1 and "workrs" in said
 
 
 def test_adapters_need_a_checkpoint_and_a_rank() -> None:

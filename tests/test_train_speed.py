@@ -18,6 +18,8 @@ from train.speed_data import drift, make_shards, ours, plain, processor_for, res
 from train.speed_step import Form, compare, make_work
 from yi_vl.image import YiVLImageProcessor
 
+pytestmark = pytest.mark.slow
+
 
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:
     """Smooth, with edges, as photographs are."""

@@ -5,10 +5,13 @@ import sys
 import zipfile
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 MAX_BYTES = 30_000_000
 
 
+@pytest.mark.slow
 def test_wheel_holds_the_library_and_nothing_else(tmp_path: Path) -> None:
     built = subprocess.run(
         [
