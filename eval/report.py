@@ -20,6 +20,7 @@ _RULES_TEXT: dict[Rules, str] = {
     "no_guess": "official, guesses wrong",
     "judge": "read by a judge",
 }
+_LABEL_CHARACTERS = 30  # of a model, so that the legend fits
 _BAR_COLOURS = ("#0b6e99", "#74b3ce", "#d98324", "#7a7a7a", "#b8b8b8", "#4d4d4d")
 
 
@@ -190,11 +191,12 @@ def draw_chart(benchmark: Benchmark, results: Mapping[str, Any], path: Path) -> 
     official = results["official"]
     names = ["Overall", *official["disciplines"]]
     model = results["config"]["model"]
+    shown = model if len(model) <= _LABEL_CHARACTERS else f"…{model[1 - _LABEL_CHARACTERS :]}"  # of a path, its end
     bars: list[tuple[str, list[float | None]]] = []
     for rules in rules_of(results):
         tallies = {"Overall": results[rules]} | results[rules]["disciplines"]
         heights = [100 * tallies[name]["accuracy"] if name in tallies else None for name in names]
-        bars.append((f"{model}, {_RULES_TEXT[rules]}", heights))
+        bars.append((f"{shown}, {_RULES_TEXT[rules]}", heights))
     bars += [(title, [row.scores.get(name) for name in names]) for title, row in _charted(benchmark, results)]
     figure, axes = plt.subplots(figsize=(max(7.0, 1.6 * len(names)), 4.2), layout="constrained")
     width = 0.84 / len(bars)

@@ -138,6 +138,7 @@ def _merged_and_pefts(base: Path, folder: Path) -> tuple[torch.Tensor, torch.Ten
 
 @pytest.mark.filterwarnings("ignore:.*fan_in_fan_out|.*save_embedding_layers|.*bias=|.*set to:UserWarning")
 @pytest.mark.parametrize("name", MERGED)
+@pytest.mark.filterwarnings("ignore:::peft")  # what it says of our odd options
 def test_merged_they_are_what_peft_makes_of_them(base: Path, tmp_path: Path, name: str) -> None:
     _trained(base, tmp_path / "adapters", **MERGED[name])
     merged, expected = _merged_and_pefts(base, tmp_path / "adapters")
@@ -167,6 +168,7 @@ def test_options_of_peft_that_are_not_merged_are_refused(base: Path, tmp_path: P
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.filterwarnings("ignore:::peft")
 def test_pissa_is_merged_when_peft_made_it_plain(base: Path, tmp_path: Path) -> None:
     model = get_peft_model(
         yi_vl.load(base, dtype=torch.float32, device="cpu").model,

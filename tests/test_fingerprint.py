@@ -112,6 +112,7 @@ def test_changed_weights_answer_for_themselves(change: str) -> None:
     _is_as_new(yi_vl, before)
 
 
+@pytest.mark.filterwarnings("ignore:::peft")
 def test_adapters_that_are_switched_scaled_or_merged_answer_for_themselves() -> None:
     yi_vl = tiny_yi_vl()
     adapted = _attach(yi_vl.model)
