@@ -6,7 +6,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
-IMAGE ?= docs/pictures/penguin.png
+IMAGE ?= docs/images/penguin.png
 # Exact versions, so that these commands give the same thing next year. `pip install yi_vl` takes pyproject's ranges.
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 

@@ -16,7 +16,7 @@ from yi_vl.arguments import as_path
 from yi_vl.cli import DeviceOption, DtypeOption, QuantizeOption, run
 
 from .card import find_card
-from .texts import ANY_YI_VL, LANGUAGES, NANO
+from .i18n import ANY_YI_VL, LANGUAGES, NANO
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 

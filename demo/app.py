@@ -18,17 +18,17 @@ from starlette.middleware import Middleware
 
 from yi_vl.predict import YiVL
 
-from .actions import Actions
 from .card import Card
+from .handlers import Actions
+from .i18n import EXAMPLES, GRADIO_IN_CHINESE, LANGUAGES, TEXTS, Language
 from .language import language_layer
-from .texts import EXAMPLES, GRADIO_IN_CHINESE, LANGUAGES, TEXTS, Language
-from .visitors import Visitors
+from .uploads import Visitors
 
 _MAX_WAITING = 32  # questions in the queue
 
 _HERE = Path(__file__).parent
 _CARD_PATH = "card"
-_PICTURES = _HERE.parent / "docs" / "pictures"
+_PICTURES = _HERE.parent / "docs" / "images"
 _THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]).set(  # no font is fetched
     block_info_text_color="*neutral_600",
     input_placeholder_color="*neutral_500",

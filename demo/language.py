@@ -11,7 +11,7 @@ from urllib.parse import parse_qs
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .texts import LANGUAGES, Language, preferred
+from .i18n import LANGUAGES, Language, preferred
 
 _GRADIO_LOCALES: dict[Language, str] = {"en": "en", "zh": "zh-CN"}
 _POLICY = (  # an answer's Markdown may name images of other sites, which would learn of the visitor

@@ -13,16 +13,16 @@ import typer
 
 from yi_vl.arguments import as_path
 from yi_vl.cli import QuantizeOption
-from yi_vl.machine import use_large_pages
+from yi_vl.hardware import use_large_pages
 
 from .chat_client import DEFAULT_TIMEOUT_SECONDS
 from .options import JudgeModelOption, JudgeOption, Options, TimeoutOption, judge_choice, with_options
-from .speed import app as speed
+from .speed.commands import app as speed
 
 if TYPE_CHECKING:
     from .judge import JudgeChoice
-    from .question import Answered, Benchmark, Question
     from .scoring import Scored
+    from .types import Answered, Benchmark, Question
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(speed, name="speed")
@@ -70,7 +70,7 @@ def mmmu_pro(
     out: Out = Path("runs/eval/mmmu-pro"),
 ) -> None:
     """Run a model over MMMU-Pro and score it."""
-    from . import mmmu_pro as benchmark
+    from .benchmarks import mmmu_pro as benchmark
 
     questions = benchmark.load(data, "test", variant, prompt)
     _run(benchmark, questions, "test", out, options, {"variant": variant, "prompt": prompt})
@@ -195,7 +195,7 @@ def gpu_(
     minutes: Annotated[float, typer.Option(help="No part begins or lasts longer.")] = 10,
 ) -> None:
     """Load, answer, stream, batch, quantize and train on a GPU, and tell how fast; a part that fails is recorded."""
-    from .gpu import TABLE_FILE, measure
+    from .gpu.measure import TABLE_FILE, measure
 
     outcomes = measure(out, device, size, [name.strip() for name in parts.split(",") if name.strip()], minutes)
     typer.echo((out / TABLE_FILE).read_text(encoding="utf-8"))
@@ -210,12 +210,12 @@ def full_size(
     tokenizer: Annotated[
         Path, typer.Option(help="A folder with tokenizer.model and tokenizer_config.json, for a checkpoint to be made.")
     ] = Path("tests/official_tiny/checkpoint"),
-    image: Annotated[Path, typer.Option(help="What is asked about.")] = Path("docs/pictures/penguin.png"),
+    image: Annotated[Path, typer.Option(help="What is asked about.")] = Path("docs/images/penguin.png"),
     new_tokens: Annotated[int, typer.Option(help="How many tokens to say.")] = 16,
     quantize: QuantizeOption = None,
 ) -> None:
     """Load a checkpoint of the released shapes and layout and answer with it: seconds, peak memory, tokens a second."""
-    from .full_size import make, measure
+    from .speed.full_size import make, measure
 
     if not folder.exists():
         typer.echo(f"Writing {folder}: random weights in the shapes and layout of Yi-VL-{size.upper()} ...", err=True)
@@ -236,10 +236,10 @@ def _run(
     from accelerate import PartialState
 
     from .models import open_model
-    from .page import write_page
-    from .question import Answered, recorded
     from .runner import run
     from .scoring import is_right_without_guess, score
+    from .types import Answered, recorded
+    from .viewer import write_page
 
     def is_right(question: Question, said: str) -> bool:
         return is_right_without_guess(benchmark, Answered(question, said))
@@ -322,7 +322,7 @@ def _write(
 
 
 def _benchmark(name: Name) -> Benchmark:
-    from . import cmmmu, mmmu, mmmu_pro
+    from .benchmarks import cmmmu, mmmu, mmmu_pro
 
     found: dict[str, Benchmark] = {module.NAME: module for module in (mmmu, mmmu_pro, cmmmu)}
     return found[name]
@@ -331,7 +331,7 @@ def _benchmark(name: Name) -> Benchmark:
 def _answers(
     name: Name, source: str, split: SplitName, variant: VariantName = "standard (10 options)"
 ) -> list[Question]:
-    from . import mmmu_pro
+    from .benchmarks import mmmu_pro
 
     if Path(source).is_file():
         return _benchmark(name).read_answers(Path(source))

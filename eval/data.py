@@ -17,7 +17,7 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
-from .question import Marker, Picture, Question
+from .types import Marker, Picture, Question
 
 logger = logging.getLogger(__name__)
 

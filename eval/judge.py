@@ -16,12 +16,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from .benchmarks.cmmmu_official import FALSE, TRUE
 from .chat_client import DEFAULT_TIMEOUT_SECONDS, ChatClient, Reply, without_secrets
-from .cmmmu_rules import FALSE, TRUE
 from .data import read_jsonl
-from .question import Answered, Verdict
 from .reasoning import answer_of
 from .scoring import Scored
+from .types import Answered, Verdict
 
 JUDGEMENTS = "judgements.jsonl"
 PROMPT_VERSION = "1"  # to be raised whenever a prompt below changes

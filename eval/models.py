@@ -16,7 +16,7 @@ from .chat_client import DEFAULT_TIMEOUT_SECONDS, ChatClient, Reply, without_sec
 from .reasoning import has_reasoning
 
 if TYPE_CHECKING:
-    from yi_vl.batch import Generation
+    from yi_vl.engine.batch import Generation
     from yi_vl.quantize import Scheme
 
 # First bytes -> what an endpoint is told of the format.
@@ -93,7 +93,7 @@ class YiVLModel:
         self.yi_vl = yi_vl.load(None if name == "nano" else name, device=device, quantize=quantize)
 
     def answer(self, requests: Sequence[Content], settings: Settings) -> list[Reply]:
-        from yi_vl.batch import attempt
+        from yi_vl.engine.batch import attempt
 
         contents = [attempt(read_pictures, content) for content in requests]
         conversations = [[{"role": "user", "content": c}] for c in contents if not isinstance(c, ValueError)]
@@ -215,7 +215,7 @@ def read_pictures(content: Content) -> Content:
 
 
 def _as_images(content: Content) -> Content:
-    from yi_vl.image import load_image
+    from yi_vl.image.transform import load_image
 
     return [part | {"image": load_image(part["image"])} if part["type"] == "image" else part for part in content]
 
@@ -223,7 +223,7 @@ def _as_images(content: Content) -> Content:
 def _as_url(part: dict[str, Any]) -> dict[str, Any]:
     if part["type"] == "text":
         return part
-    from yi_vl.image import load_image
+    from yi_vl.image.transform import load_image
 
     content, image = part["image"], load_image(part["image"])
     kind = next((kind for start, kind in _SENT_AS_IT_IS.items() if content.startswith(start)), None)
@@ -237,7 +237,7 @@ def _as_url(part: dict[str, Any]) -> dict[str, Any]:
 
 def _model_type(name: str) -> str | None:
     """ "yi_vl" for a Yi-VL in any layout, another name for another kind of model, None where there is no telling."""
-    from yi_vl.loading import read_config
+    from yi_vl.checkpoint.load import read_config
 
     try:
         return str(read_config(name).model_type)

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from .data import read_jsonl
-from .question import Benchmark, PublishedRow, Split
 from .scoring import RULES, Rules, Scored, chance, compare, count_outcomes, summarise
+from .types import Benchmark, PublishedRow, Split
 
 _RULES_TEXT: dict[Rules, str] = {
     "official": "official rules",

@@ -17,7 +17,7 @@ from accelerate import PartialState
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from .models import Answerer, Reply, Settings
-from .question import Question
+from .types import Question
 
 PREDICTIONS = "predictions.jsonl"
 _IDENTITY = ("model", "settings", "first_picture_only", "prompt")

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from .question import Answered, Benchmark, Question, Verdict
+from .types import Answered, Benchmark, Question, Verdict
 
 # As the benchmark's own script scores; the same with every draw counted as wrong; as a judge model reads the answers.
 Rules = Literal["official", "no_guess", "judge"]

@@ -15,7 +15,7 @@ from pathlib import Path
 from train.config import TrainConfig, to_yaml
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["train.loop", "eval.runner", "processes"])
+CONTEXT.set_forkserver_preload(["train.trainer", "eval.runner", "processes"])
 TIMEOUT_SECONDS = 300
 
 

@@ -10,10 +10,10 @@ from tiny import tiny_model
 from torch import nn
 from transformers import DynamicCache
 
-from yi_vl import cache as cache_module
-from yi_vl.cache import RoomyLayer, gather, layers_of, new_cache
-from yi_vl.linear import VectorLinear, use_matrices_, use_vectors_
-from yi_vl.machine import use_large_pages
+from yi_vl.engine import kv_cache as cache_module
+from yi_vl.engine.gemv import VectorLinear, use_matrices_, use_vectors_
+from yi_vl.engine.kv_cache import RoomyLayer, gather, layers_of, new_cache
+from yi_vl.hardware import use_large_pages
 
 
 def states(num_rows: int, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from yi_vl.checkpoint.summary import measure
 from yi_vl.config import OpenClipVisionConfig, YiVLConfig, preset
-from yi_vl.sizes import measure
 
 
 @pytest.mark.parametrize(

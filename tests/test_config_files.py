@@ -16,7 +16,7 @@ import torch
 from tiny import OFFICIAL, tiny_yi_vl
 
 import yi_vl
-from yi_vl.loading import read_config
+from yi_vl.checkpoint.load import read_config
 
 pytestmark = pytest.mark.core
 

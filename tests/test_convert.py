@@ -19,11 +19,11 @@ from safetensors.torch import save_file
 from tiny import OFFICIAL, official_messages, tiny_model, tiny_processor
 
 import yi_vl
+from yi_vl.checkpoint import Kind, convert, largest_difference, open_checkpoint
+from yi_vl.checkpoint import weight_files as files_module
+from yi_vl.checkpoint.key_map import LLAVA_HF, from_ours, to_ours
+from yi_vl.checkpoint.key_map import OFFICIAL as OFFICIAL_NAMES
 from yi_vl.config import preset
-from yi_vl.convert import Kind, convert, largest_difference, open_checkpoint
-from yi_vl.convert import files as files_module
-from yi_vl.convert.names import LLAVA_HF, from_ours, to_ours
-from yi_vl.convert.names import OFFICIAL as OFFICIAL_NAMES
 
 pytestmark = pytest.mark.core
 
@@ -127,7 +127,7 @@ def test_a_saved_model_keeps_its_sentencepiece_file(tmp_path: Path, official: yi
 
 def test_a_conversion_holds_two_shards_at_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     held: list[int] = []
-    import yi_vl.convert.target as target
+    import yi_vl.checkpoint.write as target
 
     def save(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
         held.append(sum(tensor.nbytes for tensor in tensors.values()))

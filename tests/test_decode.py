@@ -10,9 +10,9 @@ import torch
 from tiny import IMAGE_TOKEN_ID, OFFICIAL, tiny_yi_vl
 
 from yi_vl.chat import STOP_STRING
-from yi_vl.decode import Answer, Chooser, Prompts, Rows, Sampling
+from yi_vl.engine.engine import Answer, Chooser, Prompts, Rows, Sampling
+from yi_vl.engine.prefix_cache import num_common
 from yi_vl.predict import YiVL
-from yi_vl.reuse import num_common
 
 VOCABULARY = 960
 NO_TOKENS_FORBIDDEN = torch.zeros(VOCABULARY, dtype=torch.bool)

@@ -17,16 +17,17 @@ from demo_pace import PATIENCE_MS, TALL, WIDE, Pace, pace, pixels_of, text, yi_v
 from PIL import Image
 from test_image_hostile import FILES
 
-from demo import chat, texts
+from demo import chat
+from demo import i18n as texts
 from demo.__main__ import main
 from demo.card import find_card
-from yi_vl.image import load_image
+from yi_vl.image.transform import load_image
 from yi_vl.predict import YiVL
 
 pytest.importorskip("gradio")
 
-from demo.actions import Actions
-from demo.visitors import Visitors
+from demo.handlers import Actions
+from demo.uploads import Visitors
 
 ROOT = Path(__file__).parents[1]
 
@@ -166,7 +167,7 @@ def test_both_languages_say_the_same_things() -> None:
 
 
 def test_pure_modules_need_no_gradio() -> None:
-    check = "import sys, demo.chat, demo.texts, demo.__main__; print('gradio' in sys.modules)"
+    check = "import sys, demo.chat, demo.i18n, demo.__main__; print('gradio' in sys.modules)"
     command = [sys.executable, "-c", check]
     assert subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout.strip() == "False"
 

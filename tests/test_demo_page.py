@@ -20,15 +20,15 @@ import pytest
 from demo_pace import PATIENCE_MS, TALL, WIDE, Pace, pace, pixels_of, text, wait_until, yi_vl
 from tiny import IMAGE_SIZE_PX
 
-from demo import texts
+from demo import i18n as texts
 from demo.card import find_card
-from yi_vl.image import load_image, pad_and_resize
+from yi_vl.image.transform import load_image, pad_and_resize
 from yi_vl.predict import YiVL, load
 
 pytest.importorskip("gradio")
 
 from demo import app
-from demo.visitors import Visitors
+from demo.uploads import Visitors
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
@@ -414,7 +414,7 @@ def test_an_example_is_one_key_away_and_the_model_shows_what_it_sees(visit: Any)
     visitor.page.get_by_text("As the model sees it").click()
     picture = visitor.page.locator(".seen img")
     seen = pixels_of(picture.get_attribute("src"))
-    penguin = load_image(ROOT / "docs" / "pictures" / "penguin.png")
+    penguin = load_image(ROOT / "docs" / "images" / "penguin.png")
     assert seen == pad_and_resize(penguin, IMAGE_SIZE_PX).tobytes()
 
 
@@ -583,7 +583,7 @@ def test_a_password_closes_the_page(yi_vl: YiVL) -> None:
 
 def test_nano_answers_out_of_the_box(browser: Any, tmp_path: Path) -> None:
     """Also retakes the README's picture, into the file that YI_VL_DEMO_PICTURE names."""
-    pictures = ROOT / "docs" / "pictures"
+    pictures = ROOT / "docs" / "images"
     running = partial(app.running, load(), "nano", texts.NANO, card=find_card(None), share=False)
     with running(server_name="127.0.0.1") as (url, _):
         context = browser.new_context(viewport={"width": 900, "height": 1230})

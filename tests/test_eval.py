@@ -18,10 +18,11 @@ from processes import run_program
 from tiny import tiny_model, tiny_processor
 from typer.testing import CliRunner
 
-from eval import cmmmu, mmmu, runner, scoring
+from eval import runner, scoring
 from eval.__main__ import app, main
+from eval.benchmarks import cmmmu, mmmu
 from eval.models import Content, Endpoint, ModelChoice, Reply, Settings, TransformersModel, YiVLModel, open_model
-from eval.question import Answered, Picture, Question
+from eval.types import Answered, Picture, Question
 from yi_vl.quantize import packed_layers
 
 ROOT = Path(__file__).parents[1]
@@ -551,7 +552,7 @@ def test_test_server_files(small_mmmu: str, tmp_path: Path) -> None:
 
 
 def test_the_page_shows_text_as_text(small_mmmu: str, tmp_path: Path) -> None:
-    from eval.page import write_page
+    from eval.viewer import write_page
 
     question = mmmu.load(small_mmmu, "val")[0]
     said = "</script><script>alert(1)</script>"
@@ -580,13 +581,13 @@ def test_a_users_mistake_is_one_line(
 
 
 def test_speed_is_measured_over_the_same_answers(small_mmmu: str, tiny_folder: Path) -> None:
-    from eval.speed_engine import compare_chat, compare_prefill
-    from eval.speed_runner import compare_runner
+    from eval.speed.engine import compare_chat, compare_prefill
+    from eval.speed.runner import compare_runner
 
     found = compare_runner(ModelChoice(str(tiny_folder)), mmmu.load(small_mmmu, "val"), 4, 6)
     assert found["same_answers"] == "7 of 7" and found["ratio"] > 0
     model = YiVLModel(str(tiny_folder)).yi_vl
-    chat = compare_chat(model, ROOT / "docs" / "pictures" / "penguin.png", 3, 4)
+    chat = compare_chat(model, ROOT / "docs" / "images" / "penguin.png", 3, 4)
     assert all(list(way) == ["turn_1_ms", "turn_2_ms", "turn_3_ms"] for way in chat["ways"].values())
     prefill = compare_prefill(model, 100)
     assert prefill["ways"]["yi_vl"]["of_the_limit"] > 0 and abs(int(prefill["what"].split()[0]) - 100) < 10

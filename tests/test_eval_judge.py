@@ -11,10 +11,11 @@ from fake_openai import completion, fake_openai, prompt_of
 from typer.testing import CliRunner
 
 from eval import judge as judging
-from eval import mmmu, scoring
+from eval import scoring
 from eval.__main__ import app
+from eval.benchmarks import mmmu
 from eval.data import read_jsonl
-from eval.question import Answered, Kind, Question
+from eval.types import Answered, Kind, Question
 
 OPTIONS = {"A": "red", "B": "green", "C": "blue"}
 

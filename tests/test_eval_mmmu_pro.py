@@ -12,8 +12,10 @@ from benchmark_rows import picture, write_parquet
 from tiny import tiny_model, tiny_processor
 from typer.testing import CliRunner
 
-from eval import mmmu_pro, mmmu_pro_rules, scoring
+from eval import scoring
 from eval.__main__ import app
+from eval.benchmarks import mmmu_pro
+from eval.benchmarks import mmmu_pro_official as mmmu_pro_rules
 from eval.data import read_jsonl
 
 NESTED = "[['A', 'B', 'Not enough information']]"

@@ -9,11 +9,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from eval import cmmmu, mmmu, mmmu_pro, scoring
+from eval import scoring
+from eval.benchmarks import cmmmu, mmmu, mmmu_pro
 from eval.chat_client import Reply
 from eval.models import Settings, TransformersModel
-from eval.question import Answered, Question
 from eval.reasoning import answer_of
+from eval.types import Answered, Question
 
 OPTIONS = {"A": "red", "B": "green", "C": "blue", "D": "black"}
 

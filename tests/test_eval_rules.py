@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 
-from eval import cmmmu_rules, mmmu_pro_rules, mmmu_rules
+from eval.benchmarks import cmmmu_official as cmmmu_rules
+from eval.benchmarks import mmmu_official as mmmu_rules
+from eval.benchmarks import mmmu_pro_official as mmmu_pro_rules
 
 ROOT = Path(__file__).parents[1]
 REFERENCE = Path(os.environ.get("YI_VL_REFERENCE", ROOT.parent / "shared" / "reference"))

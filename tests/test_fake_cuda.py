@@ -14,12 +14,17 @@ from packaging.version import Version
 from tiny import IMAGE_TOKEN_ID, OFFICIAL, tiny_model, tiny_processor, tiny_yi_vl
 
 import yi_vl
-from eval import full_size, gpu_parts, random_models, speed_engine, speed_quantize, speed_runner
-from eval.gpu_guard import Settings as GpuSettings
+from eval.gpu import parts as gpu_parts
+from eval.gpu.guard import Settings as GpuSettings
 from eval.models import ModelChoice, Settings, TransformersModel
-from eval.question import Picture, Question
-from yi_vl import YiVL, machine
-from yi_vl.image import YiVLImageProcessor
+from eval.speed import engine as speed_engine
+from eval.speed import full_size, random_models
+from eval.speed import quantize as speed_quantize
+from eval.speed import runner as speed_runner
+from eval.types import Picture, Question
+from yi_vl import YiVL
+from yi_vl import hardware as machine
+from yi_vl.image.transform import YiVLImageProcessor
 from yi_vl.quantize import Scheme
 
 WIDE, TALL = OFFICIAL / "wide.png", OFFICIAL / "tall.png"

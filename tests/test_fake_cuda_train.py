@@ -16,13 +16,16 @@ from fake_cuda import CUDA, FakeCuda, device_of, fake_cuda
 from tiny import tiny_model, tiny_processor
 from toy_runs import losses, trainer
 
-from train import loop, objective, packing, speed_step
+from train import loss as objective
+from train import trainer as loop
+from train.attention import packing
+from train.attention.packing import Packing
 from train.config import TrainConfig
-from train.loop import train
-from train.objective import Objective
-from train.packing import Packing
-from train.report import read_metrics
-from yi_vl import machine
+from train.loss import Objective
+from train.metrics import read_metrics
+from train.speed import step as speed_step
+from train.trainer import train
+from yi_vl import hardware as machine
 
 Configure = Callable[..., TrainConfig]
 FORMS = {

@@ -13,7 +13,7 @@ from peft.tuners.lora import LoraLayer
 from tiny import OFFICIAL, tiny_yi_vl
 from torch import nn
 
-from yi_vl.fingerprint import fingerprint
+from yi_vl.engine.fingerprint import fingerprint
 from yi_vl.model import YiVLForConditionalGeneration
 from yi_vl.predict import YiVL
 

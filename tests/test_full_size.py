@@ -10,9 +10,9 @@ import torch
 from processes import CONTEXT
 from tiny import OFFICIAL, tiny_config
 
-from eval import full_size
+from eval.speed import full_size
+from yi_vl.checkpoint import largest_difference, open_checkpoint
 from yi_vl.config import YiVLConfig
-from yi_vl.convert import largest_difference, open_checkpoint
 
 pytestmark = pytest.mark.slow
 

@@ -16,9 +16,10 @@ import pytest
 from processes import CONTEXT, run_program
 from typer.testing import CliRunner
 
-from eval import gpu, gpu_guard
 from eval.__main__ import app
-from eval.gpu_guard import Measured, Part, Settings, Skipped
+from eval.gpu import guard as gpu_guard
+from eval.gpu import measure as gpu
+from eval.gpu.guard import Measured, Part, Settings, Skipped
 
 pytestmark = pytest.mark.slow
 

@@ -13,8 +13,9 @@ import torch
 from PIL import Image, ImageOps
 from tiny import OFFICIAL
 
-from yi_vl import image_resize, image_samples
-from yi_vl.image import MAX_PIXELS, YiVLImageProcessor, load_image, pad_and_resize
+from yi_vl.image import resize as image_resize
+from yi_vl.image import samples as image_samples
+from yi_vl.image.transform import MAX_PIXELS, YiVLImageProcessor, load_image, pad_and_resize
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)
 

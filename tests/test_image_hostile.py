@@ -20,7 +20,7 @@ from processes import CONTEXT, finish
 from tiny import tiny_yi_vl
 
 from yi_vl.chat import TooLongError, from_llava, render
-from yi_vl.image import WEB_FORMATS, YiVLImageProcessor, load_image
+from yi_vl.image.transform import WEB_FORMATS, YiVLImageProcessor, load_image
 
 HERE = Path(__file__).parent
 ROOM_BYTES = 1 << 30  # of address space, for the largest image besides what importing takes
@@ -222,7 +222,7 @@ def test_ordinary_files_of_the_same_kinds_are_read() -> None:
 
 
 def test_training_reads_within_the_same_bounds() -> None:
-    from train.pixels import square
+    from train.data.fast_image import square
 
     for name in ("1 x 300,000", "icon", "GIF comments", "JPEG of 400 scans", "PostScript"):
         make, reason = FILES[name]

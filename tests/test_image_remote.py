@@ -19,12 +19,13 @@ from PIL import Image
 from tiny import tiny_yi_vl
 from web import WIDE, serving_images
 
-from yi_vl import cli, image_remote, load
-from yi_vl.addresses import is_public
-from yi_vl.batch import BatchError
-from yi_vl.image import check_source, load_image
-from yi_vl.image_remote import UnavailableError, _resolve
-from yi_vl.image_source import describe
+from yi_vl import cli, load
+from yi_vl.engine.batch import BatchError
+from yi_vl.image import remote as image_remote
+from yi_vl.image.addresses import is_public
+from yi_vl.image.remote import UnavailableError, _resolve
+from yi_vl.image.source import describe
+from yi_vl.image.transform import check_source, load_image
 from yi_vl.predict import YiVL
 
 PUBLIC = [
@@ -230,7 +231,7 @@ def test_the_command_fetches_when_asked(
 
 def test_without_httpx_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "httpx", None)
-    monkeypatch.delitem(sys.modules, "yi_vl.image_remote")
+    monkeypatch.delitem(sys.modules, "yi_vl.image.remote")
     with pytest.raises(ValueError, match=r'httpx is missing; .* pip install "yi_vl\[serve\]"'):
         load_image("https://example.org/a.png", allow_remote_images=True)
 

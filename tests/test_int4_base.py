@@ -21,10 +21,10 @@ from toy_runs import losses, trainer
 
 import yi_vl
 from train.config import TrainConfig
-from train.data import num_supervised
-from train.int4 import num_weights
-from train.loop import Trainer, train
-from train.report import component_table
+from train.data.loader import num_supervised
+from train.metrics import component_table
+from train.qlora import num_weights
+from train.trainer import Trainer, train
 
 Lora = Callable[..., TrainConfig]
 
@@ -141,7 +141,7 @@ def test_what_cannot_be_is_refused(lora: Lora, tmp_path: Path, monkeypatch: pyte
         with pytest.raises(ValueError, match=r'bitsandbytes is missing.* pip install -e "\.\[train\]"$'):
             trainer(config)
     with monkeypatch.context() as patch:
-        patch.setattr("train.parallel.is_sharded", lambda _: True)
+        patch.setattr("train.distributed.is_sharded", lambda _: True)
         patch.setattr(Accelerator, "is_fsdp2", True)
         with pytest.raises(ValueError, match="does not go with FSDP"):
             trainer(config)

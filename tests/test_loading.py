@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tiny import OFFICIAL, tiny_yi_vl
 
 import yi_vl
-from yi_vl import loading
+from yi_vl.checkpoint import load as loading
 
 pytestmark = pytest.mark.core
 

@@ -12,7 +12,7 @@ from yi_vl.predict import YiVL
 pytestmark = pytest.mark.core
 
 ROOT = Path(__file__).parents[1]
-PICTURES = ROOT / "docs" / "pictures"
+PICTURES = ROOT / "docs" / "images"
 MAX_BYTES = 25_000_000
 
 

@@ -25,7 +25,7 @@ from transformers.utils.chat_template_utils import _compile_jinja_template
 
 import yi_vl
 from yi_vl.chat import CHAT_TEMPLATE, STOP_STRING, strip_answer, strip_separator
-from yi_vl.convert import Kind, convert, open_checkpoint
+from yi_vl.checkpoint import Kind, convert, open_checkpoint
 from yi_vl.model import YiVLForConditionalGeneration
 from yi_vl.predict import YiVL
 from yi_vl.processor import YiVLProcessor
@@ -34,7 +34,7 @@ from yi_vl.vision import OpenClipTower
 pytestmark = pytest.mark.core
 
 WIDE, TALL = OFFICIAL / "wide.png", OFFICIAL / "tall.png"
-IMAGES = Path(__file__).parents[1] / "docs" / "pictures"
+IMAGES = Path(__file__).parents[1] / "docs" / "images"
 QUESTIONS = [
     ("penguin.png", "What is in this picture?", "It is a penguin."),
     ("scene.png", "How many items are there? Give me their number, please.", None),

@@ -12,8 +12,8 @@ import torch
 from tiny import OFFICIAL, tiny_config
 from transformers import LlamaForCausalLM
 
+from yi_vl.checkpoint.assemble import from_parts
 from yi_vl.config import IMAGE_MEAN, OpenClipVisionConfig
-from yi_vl.parts import from_parts
 
 TEXT = {"context_length": 8, "vocab_size": 16, "width": 16, "heads": 2, "layers": 1}
 OWN = {"image_size": 56, "layers": 3, "width": 32, "head_width": 16, "patch_size": 14}

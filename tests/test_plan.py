@@ -26,9 +26,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from train.adapters import add_adapters_
 from train.config import InitConfig, LoraConfig, TrainableConfig, TrainConfig, exit_on_user_error
-from train.costs import (
+from train.lora import add_adapters_
+from train.loss import Objective
+from train.optim import build_optimiser, checkpoint_activations_, keep_frozen_low_, set_trainable_
+from train.plan.__main__ import USABLE, Hardware, Plan, app, make_plan, verdict
+from train.plan.estimate import (
     Elements,
     activation_bytes,
     count_parameters,
@@ -38,11 +41,8 @@ from train.costs import (
     strategies,
     tower_block_bytes,
 )
-from train.flops import Row, batch_flops, step_flops
-from train.int4 import read_int4
-from train.objective import Objective
-from train.optim import build_optimiser, checkpoint_activations_, keep_frozen_low_, set_trainable_
-from train.plan import USABLE, Hardware, Plan, app, make_plan, verdict
+from train.plan.flops import Row, batch_flops, step_flops
+from train.qlora import read_int4
 from yi_vl.config import OpenClipVisionConfig, YiVLConfig, preset
 from yi_vl.model import YiVLForConditionalGeneration
 

@@ -15,10 +15,10 @@ from PIL import Image
 from tiny import IMAGE_TOKEN_ID, NUM_PATCHES, OFFICIAL, tiny_model, tiny_processor, tiny_yi_vl
 from transformers.cache_utils import Cache
 
-from yi_vl.cache import CACHE_ARGUMENT
-from yi_vl.decode import Chooser, Rows
+from yi_vl.engine.engine import Chooser, Rows
+from yi_vl.engine.kv_cache import CACHE_ARGUMENT
+from yi_vl.engine.prefix_cache import LeastRecentlyUsed
 from yi_vl.predict import YiVL
-from yi_vl.reuse import LeastRecentlyUsed
 
 WIDE, TALL = OFFICIAL / "wide.png", OFFICIAL / "tall.png"
 REQUESTS = [
@@ -364,7 +364,7 @@ def test_system_and_history_are_read(yi_vl: YiVL) -> None:
 
 
 def test_answers_tell_why_they_ended_and_how_long_they_are(yi_vl: YiVL, script: Script) -> None:
-    from yi_vl.decode import Sampling
+    from yi_vl.engine.engine import Sampling
 
     script([[*ids_of(yi_vl, " dog"), 2], ids_of(yi_vl, " dog")])
     prompts = yi_vl.prepare([[{"role": "user", "content": "Hi"}]] * 2)

@@ -17,13 +17,15 @@ from tiny import OFFICIAL, tiny_yi_vl
 from torch import nn
 
 import yi_vl
-from yi_vl import loading, quantize, sizes
-from yi_vl.convert import convert, open_checkpoint
-from yi_vl.convert.files import WeightFiles
-from yi_vl.parts import from_parts
+from yi_vl import quantize
+from yi_vl.checkpoint import convert, open_checkpoint
+from yi_vl.checkpoint import load as loading
+from yi_vl.checkpoint import summary as sizes
+from yi_vl.checkpoint.assemble import from_parts
+from yi_vl.checkpoint.weight_files import WeightFiles
 from yi_vl.quantize import SCHEMES, Int4Linear, Int8Linear, PackedConfig, packed_layers
 
-PENGUIN = Path(__file__).parents[1] / "docs/pictures/penguin.png"
+PENGUIN = Path(__file__).parents[1] / "docs/images/penguin.png"
 QUESTION = "What is in this picture?"
 
 
@@ -280,7 +282,7 @@ def test_the_command_line(run: Run, folder: Path, tmp_path: Path) -> None:  # no
 
 
 def test_measuring(folder: Path) -> None:
-    from eval.speed_quantize import compare_quantize, measure_load
+    from eval.speed.quantize import compare_quantize, measure_load
 
     ways = compare_quantize(folder, prompt_tokens=20, new_tokens=3)["ways"]
     assert list(ways) == ["bf16", "int8", "int4"]

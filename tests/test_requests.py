@@ -17,9 +17,9 @@ from PIL import Image
 from tiny import OFFICIAL, tiny_yi_vl
 
 import yi_vl as package
-from yi_vl.batch import BatchError, Generation
-from yi_vl.decode import Sampling
-from yi_vl.image import load_image
+from yi_vl.engine.batch import BatchError, Generation
+from yi_vl.engine.engine import Sampling
+from yi_vl.image.transform import load_image
 from yi_vl.predict import YiVL
 
 pytestmark = pytest.mark.core

@@ -38,8 +38,8 @@ from transformers import DynamicCache
 from web import serving_images
 
 from yi_vl import cli
-from yi_vl.decode import Prompts, Sampling
-from yi_vl.image import MAX_PIXELS
+from yi_vl.engine.engine import Prompts, Sampling
+from yi_vl.image.transform import MAX_PIXELS
 from yi_vl.predict import YiVL
 from yi_vl.server import Limits, create_app
 from yi_vl.server.worker import Ahead

@@ -22,13 +22,13 @@ from conftest import COLOURS, Members, caption_sample, chat_sample, png
 from PIL import Image
 
 from train.config import DataConfig, SourceConfig, exit_on_user_error
-from train.data import Sample, SampleEncoder
-from train.shard_files import MANIFEST, Manifest
-from train.shard_sources import Chunk, LlavaSource, Reader
-from train.shards import build, main
-from train.stream import expand_shards, read_shard
+from train.data.loader import Sample, SampleEncoder
+from train.data.stream import expand_shards, read_shard
+from train.shards.__main__ import build, main
+from train.shards.files import MANIFEST, Manifest
+from train.shards.sources import Chunk, LlavaSource, Reader
 from yi_vl.chat import from_llava, render, to_text
-from yi_vl.image import YiVLImageProcessor
+from yi_vl.image.transform import YiVLImageProcessor
 from yi_vl.processor import YiVLProcessor, prepare_tokenizer
 
 Run = Callable[..., tuple[int, str, str]]

@@ -13,8 +13,8 @@ import torch
 from conftest import caption_sample, chat_sample, png
 
 from train.config import DataConfig, SourceConfig
-from train.data import IGNORE, SampleEncoder, StepLoader, TooLong, collate, num_supervised
-from yi_vl.image import YiVLImageProcessor
+from train.data.loader import IGNORE, SampleEncoder, StepLoader, TooLong, collate, num_supervised
+from yi_vl.image.transform import YiVLImageProcessor
 from yi_vl.processor import YiVLProcessor, prepare_tokenizer
 
 Writer = Callable[..., Path]

@@ -17,9 +17,9 @@ from toy_runs import losses, trainer
 
 from train import checkpoint
 from train.config import BadStepsConfig, TrainConfig
-from train.guard import GradientGuard
-from train.loop import Trainer, train
-from train.report import read_metrics
+from train.metrics import read_metrics
+from train.spike_guard import GradientGuard
+from train.trainer import Trainer, train
 from yi_vl.model import YiVLForConditionalGeneration
 
 Configure = Callable[..., TrainConfig]

@@ -15,13 +15,14 @@ from tiny import tiny_config
 from torch import nn
 from toy_runs import losses, trainer
 
-from train import loop, objective
+from train import loss as objective
+from train import trainer as loop
+from train.attention.packing import Packing
 from train.config import TrainConfig, load_config
-from train.data import num_supervised
-from train.loop import train
-from train.objective import Objective
+from train.data.loader import num_supervised
+from train.loss import Objective
 from train.optim import components, parameter_groups, schedule, set_learning_rates_
-from train.packing import Packing
+from train.trainer import train
 from yi_vl.model import YiVLForConditionalGeneration
 
 

@@ -21,10 +21,10 @@ from rich.console import Console
 
 from train import checkpoint
 from train.config import TrainConfig, load_config
-from train.data import StepBatch, StepLoader
-from train.loop import Trainer
+from train.data.loader import StepBatch, StepLoader
+from train.metrics import read_metrics
 from train.optim import set_learning_rates_
-from train.report import read_metrics
+from train.trainer import Trainer
 
 pytestmark = pytest.mark.slow
 

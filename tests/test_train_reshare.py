@@ -10,8 +10,8 @@ import pytest
 from conftest import caption_sample
 
 from train.config import DataConfig, SourceConfig
-from train.reshare import reshare
-from train.stream import Mixture
+from train.data.reshard import reshare
+from train.data.stream import Mixture
 
 Writer = Callable[..., Path]
 SEED, BUFFER = 3, 8

@@ -13,7 +13,7 @@ from toy_runs import losses, trainer
 
 from train import checkpoint
 from train.config import TrainConfig
-from train.loop import Trainer, train
+from train.trainer import Trainer, train
 
 Configure = Callable[..., TrainConfig]
 Writer = Callable[..., Path]

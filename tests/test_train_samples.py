@@ -17,15 +17,15 @@ from conftest import COLOURS, caption_sample, chat_sample, png
 from PIL import Image
 
 from train.config import DataConfig, SourceConfig
-from train.data import SampleEncoder, StepLoader
-from train.samples import read_sample
-from train.shard_check import inspect
-from train.shard_files import Manifest, Shard
-from train.shard_reader import read_shard
-from train.shard_sources import LlavaSource
-from train.shards import build
+from train.data.loader import SampleEncoder, StepLoader
+from train.data.samples import read_sample
+from train.data.shard_reader import read_shard
+from train.shards.__main__ import build
+from train.shards.check import inspect
+from train.shards.files import Manifest, Shard
+from train.shards.sources import LlavaSource
 from yi_vl.chat import SYSTEM_PROMPT, to_text
-from yi_vl.image import YiVLImageProcessor
+from yi_vl.image.transform import YiVLImageProcessor
 from yi_vl.processor import YiVLProcessor, prepare_tokenizer
 
 Writer = Callable[..., Path]

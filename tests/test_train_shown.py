@@ -12,11 +12,11 @@ import torch
 from toy_runs import losses, trainer
 
 import yi_vl
-from train.answers import HeldOut, read_answers
 from train.config import AnswersConfig, TrainConfig
-from train.loop import train
+from train.generations import HeldOut, read_answers
+from train.metrics import read_metrics
 from train.nano.measure import read_questions
-from train.report import read_metrics
+from train.trainer import train
 
 
 def test_lora_learns_saves_little_resumes_exactly_and_loads_merged(

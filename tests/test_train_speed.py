@@ -12,11 +12,11 @@ from PIL import Image
 from tiny import tiny_model, tiny_processor
 
 from train.config import DataConfig, SourceConfig
-from train.data import SampleEncoder
-from train.pixels import square
-from train.speed_data import drift, make_shards, ours, plain, processor_for, resident_memory
-from train.speed_step import Form, compare, make_work
-from yi_vl.image import YiVLImageProcessor
+from train.data.fast_image import square
+from train.data.loader import SampleEncoder
+from train.speed.data import drift, make_shards, ours, plain, processor_for, resident_memory
+from train.speed.step import Form, compare, make_work
+from yi_vl.image.transform import YiVLImageProcessor
 
 pytestmark = pytest.mark.slow
 
@@ -62,11 +62,11 @@ def test_a_scaled_jpeg_may_be_turned_or_grey(mode: str, orientation: int) -> Non
 
 
 def test_a_large_jpeg_is_decoded_scaled_and_a_small_one_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    import train.pixels
+    import train.data.fast_image
 
     decoded: list[tuple[int, int]] = []
-    load = train.pixels.load_image
-    monkeypatch.setattr(train.pixels, "load_image", lambda image: decoded.append(image.size) or load(image))
+    load = train.data.fast_image.load_image
+    monkeypatch.setattr(train.data.fast_image, "load_image", lambda image: decoded.append(image.size) or load(image))
     for side in (139, 141, 447, 449, 895, 897):
         square(encoded(picture(side, side // 2), "JPEG"), 56)
     assert [size[0] for size in decoded] == [139, 71, 224, 113, 224, 113]

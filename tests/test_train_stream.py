@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from train.config import SourceConfig
-from train.stream import Mixture, Share, SourceStream, expand_shards, read_shard, share_out
+from train.data.stream import Mixture, Share, SourceStream, expand_shards, read_shard, share_out
 
 Writer = Callable[..., Path]
 

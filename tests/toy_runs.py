@@ -7,8 +7,8 @@ from pathlib import Path
 from rich.console import Console
 
 from train.config import TrainConfig
-from train.loop import Trainer
-from train.report import read_metrics
+from train.metrics import read_metrics
+from train.trainer import Trainer
 
 
 def trainer(config: TrainConfig) -> Trainer:

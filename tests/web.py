@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from tiny import OFFICIAL
 
-from yi_vl import image_remote
+from yi_vl.image import remote as image_remote
 
 WIDE = OFFICIAL / "wide.png"
 

@@ -23,7 +23,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     from transformers.utils import logging as transformers_logging
 
-    from .loop import train  # torch and transformers, after the settings are known to be right
+    from .trainer import train  # torch and transformers, after the settings are known to be right
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

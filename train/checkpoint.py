@@ -27,7 +27,7 @@ from yi_vl.model import YiVLForConditionalGeneration
 from yi_vl.processor import YiVLProcessor
 
 if TYPE_CHECKING:
-    from .adapters import Adapters
+    from .lora import Adapters
 
 STATE_FILE = "training_state.pt"
 SUMS_FILE = "SHA256SUMS"

@@ -17,10 +17,10 @@ from PIL import Image
 from torch import Tensor
 
 from .config import TrainConfig, exit_on_user_error, load_config
-from .data import Sample, SampleEncoder, TooLong
-from .initial import initial_processor
-from .samples import sample_name
-from .stream import Mixture
+from .data.loader import Sample, SampleEncoder, TooLong
+from .data.samples import sample_name
+from .data.stream import Mixture
+from .init import initial_processor
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 70em; color: #222; background: #fafafa; }

@@ -5,10 +5,9 @@
 
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
-from . import quantize as quantize  # registers its quantizer with transformers
 from .config import OpenClipVisionConfig as OpenClipVisionConfig
 from .config import YiVLConfig as YiVLConfig
-from .image import YiVLImageProcessor as YiVLImageProcessor
+from .image.transform import YiVLImageProcessor as YiVLImageProcessor
 from .model import YiVLForConditionalGeneration as YiVLForConditionalGeneration
 from .model import YiVLModel as YiVLModel
 from .processor import YiVLProcessor as YiVLProcessor

@@ -19,14 +19,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from .arguments import as_path
-from .machine import use_large_pages
+from .hardware import use_large_pages
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from .checkpoint.summary import QuantizedSizes
     from .config import YiVLConfig
     from .predict import Conversation, YiVL
-    from .sizes import QuantizedSizes
 
 _PRESETS = ("6b", "34b", "nano")
 _CHAT_HELP = (
@@ -261,9 +261,9 @@ def info(
     _silence()
     from rich.console import Console
 
+    from .checkpoint.load import fetch, find, read_config
+    from .checkpoint.summary import tensor_shapes
     from .config import preset
-    from .loading import fetch, find, read_config
-    from .sizes import tensor_shapes
 
     folder = None if model in _PRESETS else fetch(find(model), with_weights=False)
     config = preset(model) if folder is None else read_config(str(folder))
@@ -298,8 +298,8 @@ def convert_command(
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
 
-    from .convert import convert, largest_difference
-    from .loading import open_model
+    from .checkpoint import convert, largest_difference
+    from .checkpoint.load import open_model
 
     if target is None and not verify:
         raise ValueError("say where to write to: yi-vl convert SRC DST --to " + to)
@@ -331,8 +331,8 @@ def convert_command(
 
 
 def _config_table(name: str, config: YiVLConfig, folder: Path | None) -> Table:
-    from .convert import base_of, holds_adapters
-    from .sizes import scheme_of
+    from .checkpoint import base_of, holds_adapters
+    from .checkpoint.summary import scheme_of
 
     vision, text = config.vision_config, config.text_config
     table = _table(name, "", "")
@@ -361,7 +361,7 @@ def _config_table(name: str, config: YiVLConfig, folder: Path | None) -> Table:
 
 def _size_tables(config: YiVLConfig, folder: Path | None) -> Iterator[Table]:
     """Parameters and tensors, in our layout and the official one; then memory."""
-    from .sizes import measure, measure_quantized, scheme_of
+    from .checkpoint.summary import measure, measure_quantized, scheme_of
 
     if scheme_of(config):
         yield _quantized_table(measure_quantized(config, folder))

@@ -28,7 +28,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutp
 from transformers.utils import can_return_tuple
 
 from .config import YiVLConfig
-from .projector import Projector
+from .connector import Projector
 from .vision import OpenClipTower
 
 

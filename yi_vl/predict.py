@@ -24,25 +24,25 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import Cache
 
 from .arguments import as_bool, as_int, as_path, one_line, shown
-from .batch import Batch, Errors, as_list, attempt
-from .batch import BatchError as BatchError
-from .batch import Generation as Generation
-from .cache import gather
 from .chat import STOP_STRING, Encoded
 from .chat import TooLongError as TooLongError
-from .convert import TowerFrom
-from .decode import Answer, Chooser, Newcomers, Prompts, Rows, Sampling, decode, read_beginning
-from .fingerprint import fingerprint
+from .checkpoint import TowerFrom
+from .checkpoint.load import check_fit, load_model
+from .engine.batch import Batch, Errors, as_list, attempt
+from .engine.batch import BatchError as BatchError
+from .engine.batch import Generation as Generation
+from .engine.engine import Answer, Chooser, Newcomers, Prompts, Rows, Sampling, decode, read_beginning
+from .engine.fingerprint import fingerprint
+from .engine.gemv import use_vectors_
+from .engine.kv_cache import gather
+from .engine.prefix_cache import Keys, LeastRecentlyUsed, PrefixCache, num_common
 from .generation import as_list as as_id_list
 from .generation import end_token_ids, set_end_tokens_
-from .image import ImageSource, check_source
-from .linear import use_vectors_
-from .loading import check_fit, load_model
+from .image.transform import ImageSource, check_source
 from .messages import Message, as_images, as_messages, conversation, images_of, system_message, user_message
 from .model import YiVLForConditionalGeneration
 from .processor import YiVLProcessor
 from .quantize import Scheme
-from .reuse import Keys, LeastRecentlyUsed, PrefixCache, num_common
 
 Images = ImageSource | Sequence[ImageSource] | Iterator[ImageSource] | None
 

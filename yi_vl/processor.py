@@ -16,7 +16,7 @@ from transformers.processing_utils import MultiModalData
 
 from .arguments import as_float, as_int
 from .chat import CHAT_TEMPLATE, IMAGE_PLACEHOLDER, Encoded, Segment, encode, render, strip_answer, strip_separator
-from .image import YiVLImageProcessor
+from .image.transform import YiVLImageProcessor
 from .messages import as_messages
 
 _SENTENCEPIECE_FILE = "tokenizer.model"

@@ -27,7 +27,7 @@ from train.nano.compose import Composer
 from train.nano.mosaic import SIGNS, Shares, imagine, tell
 from train.nano.names import FLAGS, LANGS, THINGS
 from train.nano.picture import Kind, Picture, Truth
-from train.shard_files import write_tar
+from train.shards.files import write_tar
 
 SAMPLES_PER_SHARD = 1000
 _SHARES_224: dict[Kind, float] = {"thing": 0.36, "flag": 0.34, "digit": 0.1, "scene": 0.2}  # too coarse for letters

@@ -17,7 +17,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from ..decode import Prompts, Sampling
+from ..engine.engine import Prompts, Sampling
 from ..predict import TooLongError, YiVL
 from .body import read_body
 from .conversation import merge_messages

@@ -1,0 +1,249 @@
+"""What happens when the page is used: each method answers one of Gradio's events.
+
+The conversation lives in the visitor's browser and comes along with every event, so visitors cannot mix; the model
+reads only what is new of it, because yi_vl remembers prefixes.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import secrets
+import threading
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import closing
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from yi_vl.image.transform import WEB_FORMATS
+from yi_vl.predict import TooLongError, YiVL
+
+from . import chat
+from .chat import BadPictureError, Message
+from .i18n import TEXTS, Language
+from .uploads import Visitors
+
+_NUM_REMEMBERED_PICTURES = 64  # prepared ones, by path, which Gradio makes of the content; 0.6 MB each at 448 px
+
+logger = logging.getLogger(__name__)
+Update = dict[str, Any]
+
+
+class Actions:
+    """Over one model, which answers one question at a time.
+
+    Args:
+        name: of the model, for the visitors; `about` says what it is good for, in every language.
+        keep: a folder for the conversations; None keeps nothing.
+    """
+
+    def __init__(
+        self, yi_vl: YiVL, name: str, about: Mapping[Language, str], visitors: Visitors, keep: Path | None = None
+    ) -> None:
+        self.yi_vl = yi_vl
+        self.name = name
+        self.about = about
+        self.visitors = visitors
+        self.keep = keep
+        self._lock = threading.Lock()
+        prepare = partial(yi_vl.processor.image_processor.prepare, formats=WEB_FORMATS)
+        self._prepare = lru_cache(_NUM_REMEMBERED_PICTURES)(prepare)
+
+    def restore(self, saved: str, language: Language, request: gr.Request) -> tuple[Update, Update]:
+        """The page was opened: the conversation and the unsent message that its tab had before, or why they are lost.
+
+        Args:
+            saved: JSON by page.js, from the browser, so of any content; empty in a new tab.
+        """
+        if not saved:
+            return gr.skip(), gr.skip()
+        try:
+            history, typed, is_answering = chat.restored(saved)
+            for path in [*chat.image_paths(history), *typed["files"]]:
+                self._check(request, language, path)
+        except ValueError as error:
+            logger.info("A conversation is not restored: %s", error)
+            return _shown([chat.complained(TEXTS[language]["lost"])]), gr.skip()
+        if history and (is_answering or history[-1]["role"] == "user"):
+            history = [*history, chat.complained(TEXTS[language]["interrupted"])]
+        return _shown(history), gr.update(value=typed)
+
+    def introduce(self, language: Language) -> str:
+        """Which model answers, and what it is good for."""
+        num_parameters = self.yi_vl.model.num_parameters()
+        parameters = f"{num_parameters / 1e9:.1f} B" if num_parameters >= 1e9 else f"{num_parameters / 1e6:.1f} M"
+        size_px = self.yi_vl.processor.image_processor.size_px
+        words = TEXTS[language]["introduction"].format(
+            name=chat.escaped(self.name), parameters=parameters, size_px=size_px, about=self.about[language]
+        )
+        return f"{words} {TEXTS[language]['kept']}" if self.keep else words
+
+    def ask(self, typed: Message, history: list[Message], language: Language) -> Update:
+        """A message was sent; pictures without words get the obvious question."""
+        text, paths = typed["text"].rstrip(), typed["files"]
+        if text or paths:
+            history = [*history, *chat.asked(text or TEXTS[language]["default_question"], paths)]
+        return _shown(history)
+
+    def try_example(self, example: gr.SelectData) -> Update:
+        """An example was clicked."""
+        return _shown(chat.asked(example.value["text"], [file["path"] for file in example.value["files"]]))
+
+    def ask_again(self, history: list[Message], where: gr.RetryData) -> Update:
+        """Another answer was asked for."""
+        return _shown(history[: _place(where) + 1])
+
+    def ask_differently(self, history: list[Message], edit: gr.EditData) -> Update:
+        """A question was edited."""
+        return _shown([*history[: _place(edit)], *chat.asked(edit.value)])
+
+    def answer(
+        self,
+        history: list[Message],
+        conversation_id: str,
+        language: Language,
+        temperature: float,
+        top_p: float,
+        max_new_tokens: int,
+        request: gr.Request,
+    ) -> Iterator[list[Message]]:
+        """The history with an answer that grows; what goes wrong is said in plain words in its place.
+
+        Gradio closes this generator when the visitor stops it or leaves, and that ends the model's work.
+        """
+        options = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens}
+        texts, said = TEXTS[language], ""
+        try:
+            messages = chat.to_messages(history, lambda path: path)
+            if not messages or messages[-1]["role"] != "user":
+                return
+            self.yi_vl.encode([messages])  # what is too long is refused before its images are decoded
+            messages = chat.to_messages(history, partial(self._open, request, language))
+            with closing(self._one_at_a_time(self.yi_vl.stream_messages(messages, **options))) as pieces:
+                for piece in pieces:
+                    said += piece
+                    yield [*history, chat.answered(said)]
+        except BadPictureError as error:
+            yield [*history, chat.complained(_explained(texts["bad_picture"], name=error.name, error=error))]
+        except TooLongError as error:
+            values = {"num_tokens": error.num_tokens, "num_images": error.num_images, "limit": error.max_tokens + 1}
+            yield [*history, chat.complained(_explained(texts["too_long"], **values))]
+        except ValueError as error:
+            yield [*history, chat.complained(_explained(texts["refused"], error=error))]
+        except Exception:
+            logger.exception("An answer failed.")
+            yield [*history, chat.complained(texts["failed"])]
+        else:
+            if said:
+                self._keep([*history, chat.answered(said)], conversation_id, request)
+            else:
+                yield [*history, chat.complained(texts["silent"])]
+
+    def like(self, history: list[Message], conversation_id: str, mark: gr.LikeData, request: gr.Request) -> Update:
+        """An answer was liked or disliked; from now on the conversation says so."""
+        history = chat.marked(history, _place(mark), mark.liked)
+        self._keep(history, conversation_id, request)
+        return _shown(history)
+
+    def clear(self) -> tuple[str, Update, Update, str]:
+        """The conversation was thrown away: another begins, under another id, with nothing typed and no images."""
+        typed = gr.update(value=None, interactive=True, submit_btn=True, stop_btn=False)
+        return secrets.token_hex(8), _shown([]), typed, ""
+
+    def refuse(self, refused: str, history: list[Message], language: Language) -> Update:
+        """Files were chosen that are not sent: `refused` is JSON, from the key of TEXTS that says why to names."""
+        names, limit = json.loads(refused), self.visitors.max_picture_bytes >> 20
+        words = [
+            _explained(TEXTS[language][reason], names=", ".join(names[reason]), limit=limit)
+            for reason in ("not_a_picture", "too_large")
+            if names[reason]
+        ]
+        return _shown([*history, chat.complained("\n\n".join(words))])
+
+    def add_photo(self, photo: Message | None, typed: Message) -> tuple[Message, None]:
+        """The camera's picture joins the message that is being written."""
+        return typed | {"files": [*typed["files"], *([photo["path"]] if photo else [])]}, None
+
+    def show_pictures(self, history: list[Message], language: Language, request: gr.Request) -> str:
+        """The conversation's pictures as the model sees them, in HTML."""
+        texts, pictures = TEXTS[language], []
+        for path in chat.picture_paths(history)[:_NUM_REMEMBERED_PICTURES]:
+            try:
+                pictures.append((Path(path).name, self._open(request, language, path)))
+            except ValueError as error:
+                logger.info("%s is not shown: %s", path, error)
+        return chat.to_figures(pictures, texts["seen_caption"]) if pictures else texts["seen_nothing"]
+
+    def save_json(self, history: list[Message], language: Language, request: gr.Request) -> str:
+        """The conversation as a JSON document; empty when a picture of it is gone."""
+        document = self._document(history, language, request)
+        return json.dumps(document, ensure_ascii=False, indent=1) if document else ""
+
+    def save_markdown(self, history: list[Message], language: Language, request: gr.Request) -> str:
+        """The conversation as a page to read; empty when a picture of it is gone."""
+        document = self._document(history, language, request)
+        return chat.to_markdown(document, TEXTS[language]["you"]) if document else ""
+
+    def _one_at_a_time(self, pieces: Generator[str, None, None]) -> Generator[str, None, None]:
+        """The same pieces, none of which is made while another answer's is.
+
+        The model is held for a step, never between two: when a step takes a minute Gradio gives up closing the answer.
+        """
+        try:
+            while True:
+                with self._lock:
+                    piece = next(pieces, None)
+                if piece is None:
+                    return
+                yield piece
+        finally:
+            with self._lock:
+                pieces.close()
+
+    def _document(self, history: list[Message], language: Language, request: gr.Request) -> dict[str, Any] | None:
+        try:
+            return chat.to_document(history, partial(self._read, request, language), self.name)
+        except BadPictureError as error:
+            gr.Warning(TEXTS[language]["bad_picture"].format(name=error.name, error=error))
+            return None
+
+    def _keep(self, history: list[Message], conversation_id: str, request: gr.Request) -> None:
+        if self.keep and (document := self._document(history, "en", request)):
+            text = json.dumps(document, ensure_ascii=False, indent=1)
+            try:
+                (self.keep / f"{conversation_id}.json").write_text(text, encoding="utf-8")
+            except OSError:  # no reason to take the visitor's answer away
+                logger.exception("A conversation was not kept.")
+
+    def _open(self, request: gr.Request, language: Language, path: str) -> Any:
+        self._check(request, language, path)
+        return self._prepare(path)
+
+    def _read(self, request: gr.Request, language: Language, path: str) -> bytes:
+        self._check(request, language, path)
+        try:
+            return Path(path).read_bytes()
+        except OSError as error:
+            raise ValueError(TEXTS[language]["foreign"]) from error
+
+    def _check(self, request: gr.Request, language: Language, path: str) -> None:
+        """A browser may name any path; only the visitor's own uploads and the examples are opened."""
+        if not self.visitors.may_read(request.cookies, path):
+            raise ValueError(TEXTS[language]["foreign"])
+
+
+def _place(event: gr.RetryData | gr.EditData | gr.LikeData) -> int:
+    """Which message of the history; only of components in two dimensions it is a pair."""
+    assert isinstance(event.index, int)
+    return event.index
+
+
+def _explained(words: str, **values: object) -> str:
+    return words.format(**{name: chat.escaped(str(value)) for name, value in values.items()})
+
+
+def _shown(history: list[Message]) -> Update:
+    return gr.update(value=history, feedback_value=chat.thumbs(history))

@@ -1,0 +1,142 @@
+"""`python -m eval speed WHAT`: ratios, each measured side by side in one run on this machine.
+
+Called by __main__.py; calls speed_engine.py, speed_quantize.py, speed_runner.py and random_models.py.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from yi_vl.cli import QuantizeOption
+from yi_vl.hardware import machine
+
+app = typer.Typer(help="Measure speed, side by side in one run.", no_args_is_help=True)
+PresetOption = Annotated[
+    Literal["nano", "1b", "6b"], typer.Option(help="Whose size; all but nano have random weights.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+@app.command()
+def chat(
+    preset: PresetOption = "1b",
+    image: Annotated[Path, typer.Option(help="What the chat is about.")] = Path("docs/images/scene.png"),
+    turns: Annotated[int, typer.Option(min=2)] = 5,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Length of every answer.")] = 32,
+    as_json: AsJson = False,
+) -> None:
+    """Time to the first token, turn by turn: what was read is kept, or the whole prompt is read again."""
+    from .engine import compare_chat
+    from .random_models import make
+
+    show(compare_chat(make(preset), image, turns, new_tokens) | {"model": preset}, as_json)
+
+
+@app.command("runner")
+def runner_(
+    model: Annotated[str, typer.Option(help='"nano", or a folder or hub id of a Yi-VL.')] = "nano",
+    data: Annotated[str, typer.Option(help="Questions in MMMU's schema.")] = "data/nano/heldout/mmmu",
+    num_questions: Annotated[int, typer.Option(min=1, help="So many of them, spread evenly.")] = 96,
+    batch_size: Annotated[int, typer.Option(min=1)] = 16,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 32,
+    quantize: QuantizeOption = None,
+    as_json: AsJson = False,
+) -> None:
+    """The evaluation's questions per second against a plain loop of transformers' `generate`, one by one."""
+    from ..benchmarks import mmmu
+    from ..models import ModelChoice
+    from .runner import compare_runner
+
+    if not Path(data).is_dir() and "/" in data and Path(data).parts[0] == "data":
+        raise ValueError(f"{data} is not here. `python -m train.nano data` makes it, or name another with --data.")
+    found = mmmu.load(data, "val")
+    questions = [found[index * len(found) // num_questions] for index in range(min(num_questions, len(found)))]
+    show(compare_runner(ModelChoice(model, quantize=quantize), questions, batch_size, max_new_tokens), as_json)
+
+
+@app.command()
+def decode(
+    preset: PresetOption = "1b",
+    prompt_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    new_tokens: Annotated[int, typer.Option(min=2)] = 32,
+    as_json: AsJson = False,
+) -> None:
+    """Tokens per second of one answer, beside transformers' `generate` and what the memory's bandwidth allows."""
+    from .engine import compare_decode
+    from .random_models import make
+
+    show(compare_decode(make(preset), prompt_tokens, new_tokens) | {"model": preset}, as_json)
+
+
+@app.command()
+def batch(
+    preset: PresetOption = "1b",
+    rows: Annotated[int, typer.Option(min=2)] = 8,
+    prompt_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    new_tokens: Annotated[int, typer.Option(min=2)] = 32,
+    as_json: AsJson = False,
+) -> None:
+    """Tokens per second of several answers at once, beside one."""
+    from .engine import compare_batch
+    from .random_models import make
+
+    show(compare_batch(make(preset), rows, prompt_tokens, new_tokens) | {"model": preset}, as_json)
+
+
+@app.command()
+def prefill(
+    preset: PresetOption = "1b",
+    tokens: Annotated[int, typer.Option(min=1)] = 1100,
+    as_json: AsJson = False,
+) -> None:
+    """Reading a prompt, beside the machine's rate for matrix products of the same shapes."""
+    from .engine import compare_prefill
+    from .random_models import make
+
+    show(compare_prefill(make(preset), tokens) | {"model": preset}, as_json)
+
+
+@app.command()
+def quantize(
+    preset: PresetOption = "1b",
+    prompt_tokens: Annotated[int, typer.Option(min=1)] = 512,
+    new_tokens: Annotated[int, typer.Option(min=2)] = 32,
+    as_json: AsJson = False,
+) -> None:
+    """int8 and int4 beside bf16: tokens per second, reading a prompt, memory, and how far predictions move."""
+    from .quantize import checkpoint_of, compare_quantize
+
+    with checkpoint_of(preset) as folder:
+        show(compare_quantize(folder, prompt_tokens, new_tokens) | {"model": preset}, as_json)
+
+
+@app.command()
+def load(
+    preset: PresetOption = "1b",
+    as_json: AsJson = False,
+) -> None:
+    """Loading a checkpoint in bf16, int8 and int4: seconds, and the most memory held at once."""
+    from .quantize import checkpoint_of, compare_load
+
+    with checkpoint_of(preset) as folder:
+        show(compare_load(folder) | {"model": preset}, as_json)
+
+
+def show(measured: dict[str, Any], as_json: bool) -> None:
+    """Print a measurement as a table of its ways, or as JSON, and the machine that it was taken on."""
+    measured = {"machine": machine(), **measured}
+    if as_json:
+        typer.echo(json.dumps(measured, indent=1))
+        return
+    typer.echo(f"{measured['what']}; {measured['machine']}\n")
+    columns = list(next(iter(measured["ways"].values())))
+    typer.echo("| | " + " | ".join(name.replace("_", " ") for name in columns) + " |\n|---|" + "---:|" * len(columns))
+    for name, values in measured["ways"].items():
+        typer.echo(f"| {name} | " + " | ".join(f"{values[column]:.3g}" for column in columns) + " |")
+    rest = {key: value for key, value in measured.items() if key not in ("what", "machine", "ways")}
+    for name, value in rest.items():
+        typer.echo(f"\n{name.replace('_', ' ')}: " + (f"{value:.2f}" if isinstance(value, float) else str(value)))

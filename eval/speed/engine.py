@@ -1,0 +1,181 @@
+"""How fast the engine is: chats, single answers, batches and prompts, each beside what it is to be measured against."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.generation import BaseStreamer
+
+from yi_vl import YiVL
+from yi_vl.engine.engine import Answer, Sampling
+from yi_vl.engine.gemv import use_matrices_, use_vectors_
+from yi_vl.hardware import matrix_rate, read_bandwidth, synchronized_seconds
+
+Conversation = list[dict[str, Any]]
+
+
+def compare_chat(model: YiVL, image: Path, turns: int, new_tokens: int) -> dict[str, Any]:
+    """A chat about one picture, once as it is and once with everything forgotten before each turn."""
+    ways: dict[str, dict[str, float]] = {}
+    for name, forgets in (("whole prompt read again", True), ("prefix kept", False)):
+        model.forget()
+        messages: list[dict[str, Any]] = []
+        seconds = {}
+        for turn in range(1, turns + 1):
+            content: list[dict[str, Any]] = [{"type": "image", "image": image}] if turn == 1 else []
+            messages.append(
+                {"role": "user", "content": [*content, {"type": "text", "text": f"Question {turn}: what is it?"}]}
+            )
+            if forgets:
+                model.forget()
+            started = synchronized_seconds(model.model.device)
+            prompts, sampling = model.prepare([messages]), Sampling(max_new_tokens=new_tokens)
+            steps = model.generate(prompts, model.begin_answers(prompts, sampling), sampling)
+            pieces = [next(steps)[0]]
+            seconds[f"turn_{turn}_ms"] = 1000 * (synchronized_seconds(model.model.device) - started)
+            pieces += [piece for (piece,) in steps]
+            messages.append({"role": "assistant", "content": "".join(pieces) or "Yes."})
+        ways[name] = seconds
+    slow, fast = (way[f"turn_{turns}_ms"] for way in ways.values())
+    return {
+        "what": f"time to the first token, about one picture of {model.processor.patches_per_image} tokens",
+        "ways": ways,
+        "ratio": slow / fast,
+    }
+
+
+def compare_decode(model: YiVL, prompt_tokens: int, new_tokens: int) -> dict[str, Any]:
+    """The limit: every weight of the language model and its head is read once for each token."""
+    conversation = text_of(model, prompt_tokens)
+    num_bytes = bytes_per_token(model)
+    engine_rate(model, [conversation], 3)
+    _generate_rate(model, conversation, 3)
+    rounds = [  # in turns, as another process may slow any of them
+        (
+            read_bandwidth(model.model.device),
+            _generate_rate(model, conversation, new_tokens),
+            engine_rate(model, [conversation], new_tokens),
+        )
+        for _ in range(3)
+    ]
+    bandwidth, theirs, ours = (max(rates) for rates in zip(*rounds, strict=True))
+    limit = bandwidth / num_bytes
+    ways = {
+        "memory's bandwidth": {"tokens_per_second": limit, "of_the_limit": 1.0},
+        "transformers' generate": _shares(theirs, limit),
+        "yi_vl": _shares(ours, limit),
+    }
+    return {
+        "what": f"{num_bytes / 1e9:.2f} GB of weights a token, {bandwidth / 1e9:.1f} GB/s",
+        "ways": ways,
+        "ratio": ways["yi_vl"]["tokens_per_second"] / ways["transformers' generate"]["tokens_per_second"],
+    }
+
+
+def compare_batch(model: YiVL, num_rows: int, prompt_tokens: int, new_tokens: int) -> dict[str, Any]:
+    """The same answers, one alone and several at once."""
+    conversations = [text_of(model, prompt_tokens, str(row)) for row in range(num_rows)]
+    engine_rate(model, conversations, 3)
+    rounds = [[engine_rate(model, some, new_tokens) for some in (conversations[:1], conversations)] for _ in range(3)]
+    one, many = (max(rates) for rates in zip(*rounds, strict=True))
+    ways = {"one": {"tokens_per_second": one}, f"{num_rows} at once": {"tokens_per_second": many}}
+    return {"what": f"{new_tokens} new tokens each", "ways": ways, "ratio": many / one}
+
+
+def compare_prefill(model: YiVL, num_tokens: int) -> dict[str, Any]:
+    """Products of the layers' matrices and of attention count; softmax, norms and the one row of logits do not."""
+    text = model.model.config.text_config
+    conversation = text_of(model, min(num_tokens, text.max_position_embeddings - 16))
+    (num_tokens,) = model.prepare([conversation]).num_tokens
+    layers = model.model.model.language_model.layers
+    per_token = sum(p.numel() for p in layers.parameters() if p.ndim > 1)
+    flops = 2 * per_token * num_tokens + 2 * num_tokens**2 * text.hidden_size * text.num_hidden_layers  # causal: half
+    shape = num_tokens, text.hidden_size, text.intermediate_size
+    rounds = [
+        (matrix_rate(*shape, model.model.dtype, model.model.device), first_token_seconds(model, conversation))
+        for _ in range(3)
+    ]
+    rate, seconds = max(rate for rate, _ in rounds), min(seconds for _, seconds in rounds)
+    ways = {
+        "matrix products alone": {"tflops": rate / 1e12, "of_the_limit": 1.0},
+        "yi_vl": {"tflops": flops / seconds / 1e12, "of_the_limit": flops / seconds / rate},
+    }
+    return {"what": f"{num_tokens} tokens in {seconds:.2f} s", "ways": ways}
+
+
+def bytes_per_token(model: YiVL) -> int:
+    """Of the weights that each token of one answer reads: the language model's layers and its head."""
+    layers = [p for name, p in model.model.model.language_model.named_parameters() if "embed_tokens" not in name]
+    return sum(parameter.nbytes for parameter in (*layers, model.model.lm_head.weight))
+
+
+def text_of(model: YiVL, num_tokens: int, begin: str = "") -> Conversation:
+    """A conversation without a picture whose prompt takes about so many tokens."""
+
+    def messages(words: int) -> Conversation:
+        return [{"role": "system", "content": "."}, {"role": "user", "content": f"{begin} " + "word " * words}]
+
+    few, many = (model.prepare([messages(words)]).num_tokens[0] for words in (1, 11))
+    return messages(max(1, 1 + round((num_tokens - few) * 10 / (many - few))))
+
+
+def first_token_seconds(model: YiVL, conversation: Conversation) -> float:
+    """From a conversation whose tokens are ready, and of which nothing is known, to its answer's first token."""
+    model.forget()
+    prompts, sampling = model.prepare([conversation]), Sampling(max_new_tokens=2)
+    started = synchronized_seconds(model.model.device)
+    next(model.generate(prompts, model.begin_answers(prompts, sampling), sampling))
+    return synchronized_seconds(model.model.device) - started
+
+
+def engine_rate(model: YiVL, conversations: list[Conversation], new_tokens: int) -> float:
+    """Tokens per second after the first, with answers that nothing ends."""
+    model.forget()
+    prompts, sampling = model.prepare(conversations), Sampling(max_new_tokens=new_tokens)
+    answers = [Answer(model.processor.tokenizer, new_tokens, stop_ids=()) for _ in conversations]
+    steps = model.generate(prompts, answers, sampling)
+    next(steps)
+    started = synchronized_seconds(model.model.device)
+    num_steps = sum(1 for _ in steps)
+    return num_steps * len(conversations) / (synchronized_seconds(model.model.device) - started)
+
+
+def _generate_rate(model: YiVL, conversation: Conversation, new_tokens: int) -> float:
+    """Tokens per second after the first, of transformers alone: its cache, and `nn.Linear` as it is."""
+    prompts = model.prepare([conversation])
+    watch = _Watch()
+    use_matrices_(model.model)
+    try:
+        model.model.generate(  # type: ignore[misc]  # transformers annotates `self` as a protocol that its own models do not fit
+            input_ids=prompts.input_ids,
+            attention_mask=prompts.attention_mask,
+            max_new_tokens=new_tokens,
+            min_new_tokens=new_tokens,
+            do_sample=False,
+            streamer=watch,
+        )
+    finally:
+        use_vectors_(model.model.model.language_model)
+        use_vectors_(model.model.lm_head)
+    first, *_, last = watch.times[1:]  # the first is the prompt's
+    return (new_tokens - 1) / (last - first)
+
+
+class _Watch(BaseStreamer):
+    """When `generate` handed over the prompt, and then each token."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Nothing is left to do."""
+
+
+def _shares(rate: float, limit: float) -> dict[str, float]:
+    return {"tokens_per_second": rate, "of_the_limit": rate / limit}

@@ -1,0 +1,86 @@
+"""Yi-VLs of random weights, for what does not depend on their values: time and memory.
+
+Called by speed.py's commands; calls yi_vl.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Literal
+
+import torch
+from transformers import GenerationConfig, LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+import yi_vl
+from yi_vl import YiVLConfig, YiVLForConditionalGeneration, YiVLProcessor
+from yi_vl.config import OpenClipVisionConfig, preset
+from yi_vl.image.transform import YiVLImageProcessor
+from yi_vl.predict import YiVL
+from yi_vl.processor import prepare_tokenizer
+
+Preset = Literal["nano", "1b", "6b"]
+_TOKENIZER = Path("tests/official_tiny/checkpoint")
+_WORD = re.compile("▁[a-z]{2,}")
+_NUM_DRAWN = (1 << 20) - 3  # no multiple of a row's length, lest all rows be alike
+
+
+def make(name: Preset, dtype: torch.dtype = torch.bfloat16, device: str | None = None) -> YiVL:
+    """A Yi-VL of a preset's size; "nano" is the bundled one, the others answer nonsense.
+
+    "1b" has the real recipe's image side (448 px, 1024 tokens) with a tower and a language model scaled down.
+
+    Raises:
+        ValueError: there is no tokenizer to borrow, because this is not run from a checkout.
+    """
+    if name == "nano":
+        return yi_vl.load(device=device, dtype=dtype)
+    if not _TOKENIZER.exists():
+        raise ValueError(f"{_TOKENIZER} is not here; run this from a checkout of the project.")
+    config = preset("6b") if name == "6b" else _one_billion()
+    tokenizer = prepare_tokenizer(str(_TOKENIZER))
+    config.image_token_id = tokenizer.convert_tokens_to_ids("<image_placeholder>")
+    with torch.device("meta"):
+        model = YiVLForConditionalGeneration(config)
+    model.to(dtype)  # type: ignore[arg-type]  # wrapped by transformers as if it were no method
+    model.to_empty(device=device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+    generator = torch.Generator(model.device).manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            _repeat(parameter, generator) if parameter.ndim > 1 else parameter.fill_(1.0)
+        words = [number for piece, number in tokenizer.get_vocab().items() if _WORD.fullmatch(piece)]
+        said = torch.zeros(len(model.lm_head.weight), 1, dtype=dtype).index_fill_(0, torch.tensor(words), 1)
+        model.lm_head.weight.mul_(said.to(model.device))  # only words: an answer's text then has the tokens it had
+        for module in model.modules():  # computed, not random
+            if isinstance(module, LlamaRotaryEmbedding):
+                module.inv_freq.copy_(LlamaRotaryEmbedding(config.text_config).inv_freq)
+    model.generation_config = GenerationConfig(eos_token_id=2, pad_token_id=0)
+    processor = YiVLProcessor(
+        YiVLImageProcessor(config.vision_config.image_size), tokenizer, config.vision_config.patch_size
+    )
+    return YiVL(model, processor)
+
+
+def _repeat(parameter: torch.Tensor, generator: torch.Generator) -> None:
+    """Fill with the same few random numbers over and over: drawing billions takes minutes."""
+    drawn = torch.empty(_NUM_DRAWN, dtype=parameter.dtype, device=parameter.device)
+    drawn.normal_(std=0.02, generator=generator)
+    for part in parameter.view(-1).split(_NUM_DRAWN):
+        part.copy_(drawn[: len(part)])
+
+
+def _one_billion() -> YiVLConfig:
+    vision = OpenClipVisionConfig(hidden_size=512, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=8)
+    text = LlamaConfig(
+        vocab_size=64064,
+        hidden_size=2048,
+        intermediate_size=5632,
+        num_hidden_layers=22,
+        num_attention_heads=16,
+        num_key_value_heads=4,
+        max_position_embeddings=4096,
+        rms_norm_eps=1e-5,
+        pad_token_id=0,
+    )
+    return YiVLConfig(vision_config=vision, text_config=text)

@@ -1,0 +1,77 @@
+"""The evaluation's runner against what a plain script would do: questions per second, over the same questions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from yi_vl.hardware import synchronized_seconds
+
+from ..models import ModelChoice, Settings, YiVLModel, read_pictures
+from ..types import Question
+
+if TYPE_CHECKING:
+    from yi_vl import YiVL
+
+
+def compare_runner(
+    choice: ModelChoice, questions: Sequence[Question], batch_size: int, max_new_tokens: int
+) -> dict[str, Any]:
+    """Both ways over the same questions, greedily; the first batch of each is not counted."""
+    answerer = YiVLModel(choice.source, choice.device, choice.quantize)
+    ordered = sorted(questions, key=lambda question: (len(question.pictures), len(question.prompt.encode())))
+    settings, device = Settings(max_new_tokens), answerer.yi_vl.model.device
+
+    def in_batches(some: Sequence[Question]) -> list[str]:
+        return [
+            reply.text
+            for start in range(0, len(some), batch_size)
+            for reply in answerer.answer([one.content() for one in some[start : start + batch_size]], settings)
+        ]
+
+    def one_by_one(some: Sequence[Question]) -> list[str]:
+        return [_generate(answerer.yi_vl, question, max_new_tokens) for question in some]
+
+    results, said = {}, {}
+    for name, way in (
+        ("transformers' generate, one by one", one_by_one),
+        (f"eval's runner, batch {batch_size}", in_batches),
+    ):
+        way(ordered[:batch_size])
+        answerer.yi_vl.forget()
+        started = synchronized_seconds(device)
+        said[name] = way(ordered)
+        seconds = synchronized_seconds(device) - started
+        results[name] = {"questions_per_second": len(ordered) / seconds, "seconds": seconds}
+    slow, fast = (entry["questions_per_second"] for entry in results.values())
+    first, second = said.values()
+    same = sum(a == b for a, b in zip(first, second, strict=True))
+    return {
+        "what": f"{len(ordered)} questions, at most {max_new_tokens} new tokens, {choice.title}",
+        "ways": results,
+        "ratio": fast / slow,
+        "same_answers": f"{same} of {len(ordered)}",
+    }
+
+
+def _generate(yi_vl: YiVL, question: Question, max_new_tokens: int) -> str:
+    """What a script for one question does: processor, `generate`, decode."""
+    prompts = yi_vl.prepare([[{"role": "user", "content": read_pictures(question.content())}]])
+    pixels: dict[str, Any] = {}
+    if prompts.squares is not None:
+        images_uint8 = prompts.squares.to(prompts.input_ids.device)
+        pixels["pixel_values"] = yi_vl.processor.image_processor.normalise(images_uint8)
+    with torch.inference_mode():
+        tokens = yi_vl.model.generate(  # type: ignore[misc]  # transformers annotates `self` as a protocol that its own models do not fit
+            input_ids=prompts.input_ids,
+            attention_mask=prompts.attention_mask,
+            **pixels,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            stop_strings=["###"],
+            tokenizer=yi_vl.processor.tokenizer,
+        )
+    text: str = yi_vl.processor.tokenizer.decode(tokens[0, prompts.input_ids.shape[1] :], skip_special_tokens=True)
+    return text.split("###")[0].strip()

@@ -1,0 +1,326 @@
+"""From raw samples to the batches of an optimiser step.
+
+B samples of a micro-batch, S tokens, N images, H, W pixels. A worker makes whole steps: it encodes the samples of its
+rank's part of a global batch, sorts them by length and cuts them into micro-batches, so that little is padded and yet
+the step's gradient is that of the unsorted batch.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from yi_vl.chat import Encoded, Segment, TooLongError
+from yi_vl.processor import YiVLProcessor
+
+from ..config import DataConfig, SourceConfig
+from .fast_image import square
+from .reshard import reshare
+from .samples import read_sample, sample_name
+from .shard_reader import RawSample
+from .stream import Mixture, expand_shards
+
+IGNORE = -100
+_MIN_SEEN = 100  # samples before a broken fraction means anything
+_MAX_LONG_FRACTION = 0.5
+
+
+class TooLong(ValueError):
+    """A sample with more than max_tokens tokens."""
+
+
+@dataclass
+class Sample:
+    """A sample as the model takes it, with its segments for people to look at."""
+
+    name: str  # shard and key
+    source: int
+    segments: list[Segment]
+    encoded: Encoded
+    images: list[Tensor]  # (H, W, 3) uint8 each
+
+
+@dataclass
+class MicroBatch:
+    """What one forward pass takes. The first `prefix` tokens are the same in all rows, text only, unsupervised."""
+
+    input_ids: Tensor  # (B, S) int64
+    attention_mask: Tensor  # (B, S) int64, 1 on real tokens
+    labels: Tensor  # (B, S) int64, unshifted, IGNORE off the loss mask
+    images: Tensor | None  # (N, H, W, 3) uint8
+    sources: Tensor  # (B,) int64, index into data.sources
+    prefix: int
+
+
+@dataclass
+class StepBatch:
+    """One rank's part of an optimiser step, and where the stream stands after it; or why the stream cannot go on."""
+
+    micros: list[MicroBatch]
+    names: list[str]
+    stream: int
+    state: dict[str, Any]
+    reports: list[str]
+    error: str | None = None
+
+
+class SampleEncoder:
+    """Raw members of a tar to a `Sample`."""
+
+    def __init__(self, processor: YiVLProcessor, data: DataConfig, max_tokens: int) -> None:
+        self._processor = processor
+        self._forms = [source.form if source.form is not None else data.form for source in data.sources]
+        self._ignore = frozenset(data.ignore)
+        self._max_tokens = max_tokens
+        self._is_fast = data.fast_pixels
+
+    def encode(self, raw: RawSample, source: int) -> Sample:
+        """
+        Raises:
+            TooLong: it has more than max_tokens tokens.
+            ValueError: it cannot be learned from, and why.
+        """
+        segments, pictures = read_sample(raw, self._forms[source], self._ignore)
+        try:
+            encoded = self._processor.encode(segments, self._max_tokens)
+        except TooLongError as error:
+            least = "" if error.is_tokenized else "at least "
+            raise TooLong(f"{least}{error.num_tokens} tokens, max_tokens is {self._max_tokens}") from error
+        if not any(encoded.loss_mask[1:]):
+            raise ValueError("no answer to learn from")
+        image_processor = self._processor.image_processor
+        if self._is_fast:
+            images = [square(picture, image_processor.size_px) for picture in pictures]
+        else:
+            images = [image_processor.square(picture) for picture in pictures]
+        return Sample(sample_name(raw), source, segments, encoded, images)
+
+
+class StepStream(IterableDataset[StepBatch]):
+    """The steps of one stream, without end; in a DataLoader each worker is a stream of its own.
+
+    Args:
+        states: of this rank's streams, by number in the rank; `first` is the one whose turn it is.
+    """
+
+    def __init__(
+        self, encoder: SampleEncoder, data: DataConfig, seed: int, rank: int, world_size: int,
+        samples_per_step: int, micro_batch: int, pad_id: int, states: dict[int, Any] | None = None, first: int = 0,
+    ) -> None:  # fmt: skip
+        self._encoder, self._data, self._seed = encoder, data, seed
+        self._rank, self._num_workers = rank, max(1, data.workers)
+        self._num_streams = world_size * self._num_workers
+        self._samples_per_step, self._micro_batch, self._pad_id = samples_per_step, micro_batch, pad_id
+        self._states, self._first = states if states is not None else {}, first
+        self._noted: set[str] = set()  # shards whose note was reported
+        self._last_broken = self._last_too_long = "before the run was stopped"
+
+    def __iter__(self) -> Iterator[StepBatch]:
+        worker = get_worker_info()
+        number = ((worker.id if worker else 0) + self._first) % self._num_workers
+        stream = self._rank * self._num_workers + number
+        mixture = Mixture(self._data.sources, self._data.shuffle_buffer, self._seed, stream, self._num_streams)
+        counts: Counter[str] = Counter()
+        if number in self._states:
+            mixture.load_state_dict(self._states[number]["mixture"])
+            counts.update(self._states[number]["counts"])
+        while True:
+            reports: list[str] = []
+            try:
+                samples = self._gather(mixture, counts, reports)
+            except ValueError as error:
+                yield StepBatch([], [], number, {}, reports, error=str(error))
+                return
+            names = [sample.name for sample in samples]
+            samples.sort(key=lambda sample: len(sample.encoded.input_ids))  # stable
+            cuts = range(0, len(samples), self._micro_batch)
+            micros = [collate(samples[cut : cut + self._micro_batch], self._pad_id) for cut in cuts]
+            state = {"mixture": mixture.state_dict(), "counts": dict(counts)}
+            yield StepBatch(micros, names, number, state, reports)
+
+    def _gather(self, mixture: Mixture, counts: Counter[str], reports: list[str]) -> list[Sample]:
+        """The samples of one step; what is broken is counted and reported.
+
+        Raises:
+            ValueError: too many are broken, or there are none.
+        """
+        samples: list[Sample] = []
+        while len(samples) < self._samples_per_step:
+            source, raw = mixture.next_sample()
+            if (note := raw.get("__note__")) is not None and raw["__url__"] not in self._noted:
+                self._noted.add(raw["__url__"])
+                reports.append(note)
+            num_lost = raw.get("__lost__", 1)
+            counts["seen"] += num_lost
+            try:
+                samples.append(self._encoder.encode(raw, source))
+            except TooLong as error:
+                counts["too_long"] += 1
+                self._last_too_long = f"{sample_name(raw)}: skipped, {error}"
+                reports.append(self._last_too_long)
+            except ValueError as error:
+                counts["broken"] += num_lost
+                self._last_broken = f"{sample_name(raw)}: skipped, {error}"
+                reports.append(self._last_broken)
+            self._check(counts)
+        return samples
+
+    def _check(self, counts: Counter[str]) -> None:
+        seen, broken, too_long = counts["seen"], counts["broken"], counts["too_long"]
+        if seen < _MIN_SEEN:
+            return
+        if broken > self._data.max_broken_fraction * seen or broken + too_long == seen > too_long:
+            raise ValueError(
+                f"{broken} of {seen} samples are broken, more than data.max_broken_fraction "
+                f"{self._data.max_broken_fraction:g} allows; the last: {self._last_broken}"
+            )
+        if too_long > _MAX_LONG_FRACTION * seen:
+            raise ValueError(
+                f"{too_long} of {seen} samples are longer than max_tokens; the last: {self._last_too_long}. "
+                "Raise max_tokens (an image alone takes (image_size / patch size)^2)."
+            )
+
+
+class StepLoader:
+    """The steps of one rank, made by worker processes, with the cursor of the last one consumed.
+
+    Args:
+        samples_per_step: this rank's part of the global batch.
+        states: the earlier `state_dict` of every rank, to go on behind them.
+
+    Attributes:
+        note: what going on with another number of streams means, for people; or None.
+
+    Raises:
+        ValueError: the states are of other data.
+    """
+
+    def __init__(
+        self, processor: YiVLProcessor, data: DataConfig, max_tokens: int, seed: int, rank: int, world_size: int,
+        samples_per_step: int, micro_batch: int, states: Sequence[dict[str, Any]] | None = None,
+    ) -> None:  # fmt: skip
+        num_workers = max(1, data.workers)
+        self._layout = {
+            "workers": num_workers, "world_size": world_size, "sources": _layout(data.sources),
+            "seed": seed, "shuffle_buffer": data.shuffle_buffer,
+        }  # fmt: skip
+        self.note: str | None = None
+        self._states: dict[int, Any] = {}
+        self._first = 0
+        if states is not None:
+            before = states[0]["layout"]
+            if before["sources"] != self._layout["sources"]:
+                raise ValueError(
+                    f"The checkpoint's data cursor is for {before['sources']}, this run has {self._layout['sources']} "
+                    "(name, shards, weight, max_samples, what the shards are); continue with the same data, or start "
+                    "anew (resume=false, or another run_dir)."
+                )
+            for key in ("seed", "shuffle_buffer"):
+                if key in before and before[key] != self._layout[key]:
+                    raise ValueError(
+                        f"The checkpoint's data cursor is for {key} {before[key]}, this run has {self._layout[key]}, "
+                        "which changes the order of the data; set it back, or start anew (another run_dir)."
+                    )
+            if all(before[key] == self._layout[key] for key in ("workers", "world_size")):
+                self._states, self._first = dict(states[rank]["streams"]), states[rank]["first"]
+            else:
+                old = [state["streams"].get(worker) for state in states for worker in range(before["workers"])]
+                new, num_again = reshare(old, world_size * num_workers, data, seed)
+                self._states = dict(enumerate(new[rank * num_workers : (rank + 1) * num_workers]))
+                self.note = (
+                    f"The checkpoint is of {before['world_size']} ranks x {before['workers']} workers, this run has "
+                    f"{world_size} x {num_workers}: what is left of the epoch is shared out anew; at most {num_again} "
+                    f"samples come again, which lay in shuffle buffers of {data.shuffle_buffer}, and none is left out."
+                )
+        pad_id = processor.tokenizer.pad_token_id
+        dataset = StepStream(
+            SampleEncoder(processor, data, max_tokens), data, seed, rank, world_size, samples_per_step, micro_batch,
+            pad_id if pad_id is not None else 0, dict(self._states), self._first,
+        )  # fmt: skip
+        self._loader = DataLoader(
+            dataset,
+            batch_size=None,
+            num_workers=data.workers,
+            # Its children, and not those of a server of Python's, which would outlive a trainer that is killed.
+            multiprocessing_context="fork" if data.workers and sys.platform == "linux" else None,
+            worker_init_fn=_leave_process_group,
+            generator=torch.Generator(),  # else it draws from the one that dropout draws from, and a resume differs
+        )
+
+    def __iter__(self) -> Iterator[StepBatch]:
+        """
+        Raises:
+            ValueError: a worker cannot go on; see `StepBatch.error`.
+        """
+        for batch in self._loader:
+            if batch.error is not None:
+                raise ValueError(batch.error)
+            self._states[batch.stream] = batch.state
+            self._first = (batch.stream + 1) % self._layout["workers"]
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream stands after the batch that was given out last."""
+        return {"layout": self._layout, "streams": dict(self._states), "first": self._first}
+
+    def counts(self) -> Counter[str]:
+        """Samples seen, broken and too long up to the batch that was given out last."""
+        return sum((Counter(state["counts"]) for state in self._states.values()), Counter())
+
+
+def _leave_process_group(_worker: int) -> None:
+    """Ctrl-C and what else is sent to a whole group must not end a worker: the step under way still needs it."""
+    os.setpgrp()
+
+
+def collate(samples: Sequence[Sample], pad_id: int) -> MicroBatch:
+    """Right-padded tensors of some samples."""
+    width = max(len(sample.encoded.input_ids) for sample in samples)
+    input_ids = torch.full((len(samples), width), pad_id)
+    attention_mask = torch.zeros(len(samples), width, dtype=torch.long)
+    labels = torch.full((len(samples), width), IGNORE)
+    for row, sample in enumerate(samples):
+        ids = torch.tensor(sample.encoded.input_ids)
+        input_ids[row, : len(ids)] = ids
+        attention_mask[row, : len(ids)] = 1
+        labels[row, : len(ids)] = torch.where(torch.tensor(sample.encoded.loss_mask), ids, IGNORE)
+    images = [image for sample in samples for image in sample.images]
+    return MicroBatch(
+        input_ids, attention_mask, labels, torch.stack(images) if images else None,
+        torch.tensor([sample.source for sample in samples]), _common_prefix(samples, input_ids, labels),
+    )  # fmt: skip
+
+
+def num_supervised(labels: Tensor) -> int:
+    """Tokens that are predicted: the first of a row never is."""
+    return int((labels[:, 1:] != IGNORE).sum())
+
+
+def _common_prefix(samples: Sequence[Sample], input_ids: Tensor, labels: Tensor) -> int:
+    """Length of the text that all rows begin with, such as the system prompt, less its last token."""
+    shortest = min(len(sample.encoded.input_ids) for sample in samples)
+    first_image = min((start for sample in samples for start in sample.encoded.image_starts[:1]), default=shortest)
+    differs = (input_ids != input_ids[:1]).any(0) | (labels != IGNORE).any(0)  # (S,)
+    first = int(differs.int().argmax()) if differs.any() else shortest
+    return max(0, min(first, first_image, shortest) - 1)
+
+
+def _layout(sources: Sequence[SourceConfig]) -> list[tuple[str, str, float, int | None, str]]:
+    """What a place in the data depends on."""
+    return [
+        (source.name, source.shards, source.weight, source.max_samples, _fingerprint(expand_shards(source)))
+        for source in sources
+    ]
+
+
+def _fingerprint(shards: Sequence[str]) -> str:
+    return f"{len(shards)} shards, {zlib.crc32(chr(10).join(shards).encode()):08x}"

@@ -1,0 +1,74 @@
+"""What a run starts from: the model and processor that its `init_from` and `image_size` describe."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from yi_vl.checkpoint.assemble import from_parts
+from yi_vl.config import OpenClipVisionConfig
+from yi_vl.image.transform import YiVLImageProcessor
+from yi_vl.model import YiVLForConditionalGeneration
+from yi_vl.processor import YiVLProcessor, prepare_tokenizer
+
+from .checkpoint import load_model, load_processor, read_float32
+from .config import INT4, TrainConfig
+from .qlora import read_int4
+
+
+def initial_model(config: TrainConfig, device: torch.device) -> tuple[YiVLForConditionalGeneration, YiVLProcessor]:
+    """The model, its position grid resized to `image_size` where that differs, and its processor.
+
+    It is in float32 on the CPU; around an int4 base as `read_int4` says, on `device`.
+
+    Raises:
+        ValueError: the weights are not there or do not fit, or cannot be quantised.
+    """
+    init = config.init_from
+    if init.checkpoint is not None:
+        read = partial(read_int4, precision=config.precision, device=device)
+        model, processor = load_model(init.checkpoint, read if config.lora.base == INT4 else read_float32)
+    else:
+        assert init.tower is not None and init.language_model is not None  # config.load_config sees to it
+        model, tokenizer = from_parts(init.tower.name, init.tower.pretrained, init.language_model, config.image_size)
+        image_processor = YiVLImageProcessor(config.image_size)
+        processor = YiVLProcessor(image_processor, tokenizer, patch_size=model.config.vision_config.patch_size)
+    if model.config.vision_config.image_size != config.image_size:
+        model.model.vision_tower.resize_grid_(config.image_size)
+        model.config.vision_config.image_size = config.image_size
+    processor.image_processor.size_px = config.image_size
+    check_positions(model, config)
+    return model, processor
+
+
+def check_positions(model: YiVLForConditionalGeneration, config: TrainConfig) -> None:
+    """
+    Raises:
+        ValueError: samples may be longer than what the language model has positions for.
+    """
+    limit = model.config.text_config.max_position_embeddings
+    if config.max_tokens > limit:
+        raise ValueError(f"max_tokens is {config.max_tokens}, but the language model has {limit} positions.")
+
+
+def initial_processor(config: TrainConfig) -> YiVLProcessor:
+    """The processor alone: no weights are read.
+
+    Raises:
+        ValueError: it is not there.
+    """
+    init = config.init_from
+    if init.checkpoint is not None:
+        processor = load_processor(Path(init.checkpoint))
+        processor.image_processor.size_px = config.image_size
+        return processor
+    assert init.tower is not None and init.language_model is not None
+    try:
+        tokenizer = prepare_tokenizer(init.language_model)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"The tokenizer of {init.language_model!r} cannot be loaded: {reason}") from error
+    patch_size = OpenClipVisionConfig.from_open_clip(init.tower.name).patch_size
+    return YiVLProcessor(YiVLImageProcessor(config.image_size), tokenizer, patch_size=patch_size)

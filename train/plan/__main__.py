@@ -1,0 +1,290 @@
+"""What runs will take: `python -m train.plan CONFIG... [key.sub=value ...] --gpus 128 --gpu-memory 80`.
+
+For each config what it trains, its steps and tokens, the memory of a GPU by what holds it under DDP, FSDP and ZeRO-3,
+and GPU-hours; then their sum. No weights are read. Called from the command line; calls costs.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoConfig
+
+from yi_vl.checkpoint.load import find, read_config
+from yi_vl.config import OpenClipVisionConfig, YiVLConfig, preset
+
+from ..checkpoint import FINAL
+from ..config import INT4, InitConfig, TrainConfig, exit_on_user_error, load_config, num_steps
+from ..lora import wants_adapters
+from ..qlora import BYTES_PER_WEIGHT
+from .estimate import Memory, Parameters, Strategy, count_parameters, step_memory, strategies
+from .flops import Row, step_flops
+
+app = typer.Typer(add_completion=False)
+
+_PRESETS = ("6b", "34b", "nano")
+_LANGUAGE_MODELS = {"01-ai/Yi-6B-Chat": "6b", "01-ai/Yi-34B-Chat": "34b"}  # whose shapes are known without the hub
+_PUBLISHED_GPU_HOURS = {"6b": 9_216, "34b": 30_720}  # all three stages: 3 and 10 days on 128 GPUs; Yi-VL's model card
+USABLE = 0.9  # of a GPU's memory; the rest is CUDA's, NCCL's and lost between blocks
+_SECONDS_PER_HOUR = 3600
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """`tflops` of a GPU at its peak, of which `utilisation` is reached, recomputation included."""
+
+    num_gpus: int
+    memory_bytes: float
+    tflops: float
+    utilisation: float
+
+    def gpu_hours(self, flops: float) -> float:
+        return flops / (self.tflops * 1e12 * self.utilisation) / _SECONDS_PER_HOUR
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A config with the model it is for, and an average row of its batches."""
+
+    path: str
+    config: TrainConfig
+    model: YiVLConfig
+    parameters: Parameters
+    row: Row
+
+    @property
+    def num_samples(self) -> int:
+        return num_steps(self.config) * self.config.global_batch
+
+    def rows_per_gpu(self, hardware: Hardware) -> int:
+        """Of a micro-batch."""
+        if self.config.global_batch % hardware.num_gpus:
+            raise ValueError(
+                f"{self.path}: global_batch {self.config.global_batch} does not divide by {hardware.num_gpus} GPUs."
+            )
+        return min(self.config.micro_batch, self.config.global_batch // hardware.num_gpus)
+
+    def memory(self, hardware: Hardware, strategy: Strategy, row: Row, is_checkpointed: bool) -> Memory:
+        """Of a GPU whose rows are all like `row`."""
+        num_gpus, num_rows = hardware.num_gpus, self.rows_per_gpu(hardware)
+        return step_memory(
+            self.model, self.parameters, self.config.trainable, strategy, num_gpus, num_rows, row, is_checkpointed,
+            self.config.lora if wants_adapters(self.config) else None,
+        )  # fmt: skip
+
+    def flops(self, is_checkpointed: bool) -> int:
+        """Of all its steps on all GPUs."""
+        return self.num_samples * step_flops(self.model, self.config.trainable, self.row, is_checkpointed)
+
+
+@app.command()
+def plan(
+    configs: Annotated[
+        list[str], typer.Argument(metavar="CONFIG... [key.sub=value]...", help="YAML files, and settings for all.")
+    ],
+    gpus: Annotated[int, typer.Option(min=1, help="How many GPUs.")] = 128,
+    gpu_memory: Annotated[float, typer.Option(min=1, help="GB of one.")] = 80,
+    tflops: Annotated[float, typer.Option(min=1, help="Its peak in bf16; 312 is an A100's.")] = 312,
+    utilisation: Annotated[float, typer.Option(min=0.01, max=1, help="The part of the peak that is reached.")] = 0.4,
+    caption_tokens: Annotated[int, typer.Option(min=1, help="Text of an average sample in the form caption.")] = 32,
+    chat_tokens: Annotated[int, typer.Option(min=1, help="Likewise in the form chat.")] = 256,
+    model: Annotated[
+        str | None, typer.Option(help="6b, 34b, nano or a model folder, where the config does not tell.")
+    ] = None,
+) -> None:
+    """What runs will take: parameters, steps, tokens, memory and GPU-hours. No weights are read.
+
+    Give the stages of a recipe together for their sum.
+    """
+    hardware = Hardware(gpus, gpu_memory * 1e9, tflops, utilisation)
+    paths = [argument for argument in configs if "=" not in argument]
+    overrides = [argument for argument in configs if "=" in argument]
+    if not paths:
+        raise ValueError("name at least one config file; the recipes are in train/configs/.")
+    plans = [make_plan(path, overrides, model, caption_tokens, chat_tokens) for path in paths]
+    console = Console()
+    for made in plans:
+        for line in describe(made, hardware):
+            console.print(line, highlight=False, soft_wrap=True)
+        console.print(memory_table(made, hardware))
+    console.print(sum_table(plans, hardware))
+    for line in assumptions(plans, hardware, caption_tokens, chat_tokens):
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+def make_plan(
+    path: str | Path, overrides: Sequence[str], model: str | None, caption_tokens: int, chat_tokens: int
+) -> Plan:
+    """
+    Raises:
+        ValueError: the config is wrong, or does not tell what model it is for.
+    """
+    config = load_config(path, overrides)
+    shape = _read_model(model) if model is not None else _model_of(config.init_from, Path(path))
+    shape.vision_config.image_size = config.image_size
+    text_tokens = {"caption": caption_tokens, "chat": chat_tokens}
+    sources = config.data.sources
+    forms = [source.form if source.form is not None else config.data.form for source in sources]
+    weighted = sum(source.weight * text_tokens[form] for source, form in zip(sources, forms))
+    num_text = round(weighted / sum(source.weight for source in sources))
+    row = Row(shape.vision_config.num_patches + num_text, num_text)
+    if row.tokens > config.max_tokens:
+        raise ValueError(f"{path}: an image and {num_text} tokens of text exceed max_tokens {config.max_tokens}.")
+    return Plan(str(path), config, shape, count_parameters(shape, config), row)
+
+
+def describe(made: Plan, hardware: Hardware) -> list[str]:
+    """What a config trains, on how much."""
+    config, parameters = made.config, made.parameters
+    trained = ", ".join(f"{name} {count / 1e6:,.1f} M" for name, count in parameters.trained.items() if count)
+    share = (
+        f"{sum(parameters.trained.values()) / 1e6:,.1f} M of {sum(parameters.total.values()) / 1e6:,.1f} M parameters"
+    )
+    steps, batch, rows = num_steps(config), config.global_batch, made.rows_per_gpu(hardware)
+    bits = 8 * BYTES_PER_WEIGHT
+    int4 = f"  {parameters.int4 / 1e6:,.1f} M frozen weights in {bits:.3f} bits each, which FSDP cannot spread"
+    which = "the rows `checkpointed`" if config.activation_checkpointing else "the rows named by a strategy"
+    return [
+        f"\n{made.path}",
+        f"  trains {trained}: {share}",
+        f"  {steps:,} steps of {batch:,} samples, {rows} at once on a GPU; {made.row.tokens:,} tokens a sample, "
+        f"{made.model.vision_config.num_patches:,} of them its image's",
+        f"  activation_checkpointing: {str(config.activation_checkpointing).lower()}, so {which} hold",
+        *([int4] if parameters.int4 else []),
+    ]
+
+
+def memory_table(made: Plan, hardware: Hardware) -> Table:
+    """GB per GPU, by strategy."""
+    table = _table("GB per GPU", "weights", "grads", "optimiser", "activations", "logits", "total", "fits")
+    for strategy in strategies(made.config.precision, made.config.lora.base == INT4):
+        for is_checkpointed in (False, True):
+            memory = made.memory(hardware, strategy, made.row, is_checkpointed)
+            held = (memory.weights, memory.gradients, memory.optimiser, memory.activations, memory.logits, memory.total)
+            name = "checkpointed" if is_checkpointed else strategy.name
+            cells = [f"{num_bytes / 1e9:,.1f}" for num_bytes in held]
+            table.add_row(name, *cells, verdict(made, hardware, strategy, is_checkpointed))
+    return table
+
+
+def verdict(made: Plan, hardware: Hardware, strategy: Strategy, is_checkpointed: bool) -> str:
+    """`yes`; `no`; or how long rows may be. Memory grows with their tokens at a constant rate, or an increasing one."""
+    limit, patches = made.config.max_tokens, made.model.vision_config.num_patches
+    usable = USABLE * hardware.memory_bytes
+    average = made.memory(hardware, strategy, made.row, is_checkpointed).total
+    most = made.memory(hardware, strategy, Row(limit, limit - patches), is_checkpointed).total
+    if most <= usable:
+        return "yes"
+    if average > usable:
+        return "no"
+    return f"to {made.row.tokens + int((limit - made.row.tokens) * (usable - average) / (most - average)):,}"
+
+
+def sum_table(plans: Sequence[Plan], hardware: Hardware) -> Table:
+    """GPU-hours of each config and of all, beside the published ones."""
+    table = _table(f"{hardware.num_gpus} GPUs", "samples", "tokens", "GPU-hours", "checkpointed", "days")
+    sums = [0.0] * 4
+    for made in plans:
+        hours = [hardware.gpu_hours(made.flops(is_checkpointed)) for is_checkpointed in (False, True)]
+        numbers = [made.num_samples / 1e6, made.num_samples * made.row.tokens / 1e9, *hours]
+        sums = [total + number for total, number in zip(sums, numbers)]
+        table.add_row(Path(made.path).stem, *_sum_cells(numbers, hardware))
+    table.add_row("together", *_sum_cells(sums, hardware))
+    if (name := _released(plans)) is not None:
+        published = _PUBLISHED_GPU_HOURS[name]
+        table.add_row("published, 3 stages", "", "", f"{published:,}", "", f"{published / hardware.num_gpus / 24:.1f}")
+    return table
+
+
+def assumptions(plans: Sequence[Plan], hardware: Hardware, caption_tokens: int, chat_tokens: int) -> list[str]:
+    """What the numbers rest on."""
+    lines = [
+        f"Assumed: one image and {caption_tokens} tokens of text in a caption, {chat_tokens} in a chat; "
+        f"{hardware.utilisation:.0%} of {hardware.tflops:g} TFLOP/s; {1 - USABLE:.0%} of the memory kept free; "
+        "what is frozen was released in bf16.",
+        "`to N` fits as long as the longest row of a micro-batch has at most N tokens.",
+    ]
+    if (name := _released(plans)) is not None:
+        hours = sum(hardware.gpu_hours(made.flops(is_checkpointed=False)) for made in plans)
+        reached = hardware.utilisation * hours / _PUBLISHED_GPU_HOURS[name]
+        lines.append(
+            f"In the published {_PUBLISHED_GPU_HOURS[name]:,} GPU-hours this work is {reached:.0%} of the peak."
+        )
+    return lines
+
+
+def _table(*headings: str) -> Table:
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for index, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if index else "left")
+    return table
+
+
+def _sum_cells(numbers: Sequence[float], hardware: Hardware) -> list[str]:
+    samples, tokens, plain, checkpointed = numbers
+    days = " to ".join(f"{hours / hardware.num_gpus / 24:.1f}" for hours in (plain, checkpointed))
+    return [f"{samples:,.1f} M", f"{tokens:,.1f} B", f"{plain:,.0f}", f"{checkpointed:,.0f}", days]
+
+
+def _model_of(init: InitConfig, path: Path) -> YiVLConfig:
+    """The model that a config at `path` starts from: its checkpoint's, or that of the config beside it that makes it.
+
+    Raises:
+        ValueError: neither is there.
+    """
+    if init.checkpoint is None:
+        assert init.tower is not None and init.language_model is not None  # config.load_config sees to it
+        text = _text_config(init.language_model)
+        tower = OpenClipVisionConfig.from_open_clip(init.tower.name)
+        return YiVLConfig(vision_config=tower, text_config=text, tie_word_embeddings=text.tie_word_embeddings)
+    if Path(init.checkpoint).is_dir():
+        return read_config(find(init.checkpoint))
+    for other in sorted(set(path.parent.glob("*.yaml")) - {path}):
+        maker = load_config(other)
+        if Path(maker.run_dir) / FINAL == Path(init.checkpoint):
+            return _model_of(maker.init_from, other)
+    raise ValueError(
+        f"{path}: {init.checkpoint} is not there yet, nor a config beside this one that makes it; say --model 6b, 34b, "
+        "nano or a folder."
+    )
+
+
+def _read_model(name: str) -> YiVLConfig:
+    return preset(name) if name in _PRESETS else read_config(find(name))
+
+
+def _text_config(language_model: str) -> Any:
+    if language_model in _LANGUAGE_MODELS:
+        return preset(_LANGUAGE_MODELS[language_model]).text_config
+    try:
+        config = AutoConfig.from_pretrained(language_model)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"The language model {language_model!r} cannot be found ({reason}); say --model.") from error
+    if config.model_type != "llama":
+        raise ValueError(f"{language_model!r} is a {config.model_type} model; the language model must be a llama.")
+    return config
+
+
+def _released(plans: Sequence[Plan]) -> str | None:
+    """The release whose dimensions all have."""
+    for name in _PUBLISHED_GPU_HOURS:
+        if all(_dimensions(made.model) == _dimensions(preset(name)) for made in plans):
+            return name
+    return None
+
+
+def _dimensions(model: YiVLConfig) -> list[int]:
+    keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    return [getattr(part, key, 0) for part in (model.vision_config, model.text_config) for key in keys]
+
+
+if __name__ == "__main__":
+    exit_on_user_error(app)

@@ -1,0 +1,243 @@
+"""Make shards and look into them: `python -m train.shards llava | parquet | check`.
+
+A shard is a pure function of its chunk of the source. It gets its name when it is complete, and its line in the
+manifest after that, so a command that was stopped anywhere goes on when it is given again.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from ..config import exit_on_user_error
+from ..data.samples import read_sample
+from .check import Contents, contents_table, inspect, problems
+from .files import Manifest, Members, Shard, digest, write_tar
+from .sources import Chunk, Columns, LlavaSource, ParquetSource, Source
+
+app = typer.Typer(help="Make WebDataset shards for the trainer, and look into them.", add_completion=False)
+
+_MIN_SEEN = 100  # samples before a broken fraction means anything
+_NUM_SHOWN = 10  # of a long list
+
+OutArgument = Annotated[Path, typer.Argument(metavar="OUT", help="The folder for the shards.")]
+SizeOption = Annotated[int, typer.Option(min=1, help="How many samples a shard holds.")]
+ProcessesOption = Annotated[int | None, typer.Option(min=1, help="How many at once; by default all cores.")]
+BrokenOption = Annotated[
+    float, typer.Option(min=0, max=1, help="Stop when more than this part of the samples cannot be used.")
+]
+IgnoreOption = Annotated[
+    list[str] | None, typer.Option(help="A key of the samples that is not read and may be there; again for more.")
+]
+
+
+@app.command()
+def llava(
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE.json", help="Conversations as LLaVA, ShareGPT or OpenAI write them.")
+    ],
+    images: Annotated[Path, typer.Argument(metavar="IMAGES", help="The folder that images are paths in.")],
+    out: OutArgument,
+    samples_per_shard: SizeOption = 1000,
+    processes: ProcessesOption = None,
+    max_broken: BrokenOption = 0.01,
+    ignore: IgnoreOption = None,
+) -> None:
+    """From JSON or JSON lines and their image folder. Given again, an interrupted command goes on."""
+    source = LlavaSource(file, images, ignore or ())
+    if source.num_repeated_ids:
+        _say(f"{file}: {source.num_repeated_ids:,} ids come again; the samples are kept apart by their numbers.")
+    build(source, out, samples_per_shard, processes, max_broken)
+
+
+@app.command()
+def parquet(
+    files: Annotated[list[Path], typer.Argument(metavar="FILES...", help="Parquet files, in order.")],
+    out: OutArgument,
+    image: Annotated[
+        str, typer.Option(help="The column of pictures: bytes, {bytes, path}, or lists of them.")
+    ] = "image",
+    caption: Annotated[str | None, typer.Option(help="The column of captions.")] = None,
+    conversations: Annotated[str | None, typer.Option(help="The column of conversations, as lists or as JSON.")] = None,
+    samples_per_shard: SizeOption = 1000,
+    processes: ProcessesOption = None,
+    max_broken: BrokenOption = 0.01,
+    ignore: IgnoreOption = None,
+) -> None:
+    """From parquet files, with --caption or --conversations. Given again, an interrupted command goes on."""
+    if (caption is None) == (conversations is None):
+        raise ValueError("say which column holds the text: --caption NAME, or --conversations NAME.")
+    source = ParquetSource(files, Columns(image, caption, conversations), ignore or ())
+    if source.unread_columns:
+        _say(f"columns that are not read: {', '.join(source.unread_columns)}")
+    build(source, out, samples_per_shard, processes, max_broken)
+
+
+@app.command()
+def check(
+    folder: Annotated[Path, typer.Argument(help="A folder of tars: ours, img2dataset's, or anybody's.")],
+    processes: ProcessesOption = None,
+    ignore: IgnoreOption = None,
+) -> None:
+    """What a folder of shards holds, and whether it is what its manifest says; if not, the exit code is 2."""
+    paths = sorted(folder.glob("*.tar"))
+    if not paths:
+        raise ValueError(f"{folder} holds no .tar files.")
+    manifest = Manifest.read(folder)
+    contents = Contents()
+    with _pool(processes) as pool:
+        jobs = [pool.submit(inspect, path, ignore or ()) for path in paths]
+        with _progress("shards", len(paths)) as advance:
+            for job in as_completed(jobs):
+                contents += job.result()
+                advance()
+    found = problems(contents, manifest)
+    Console().print(contents_table(folder, contents, manifest, found))
+    _list("skipped", sorted(contents.notes))
+    _list("cannot be used", sorted(contents.broken))
+    _list("mismatch", found)
+    if found:
+        raise typer.Exit(2)
+
+
+def build(source: Source, out: Path, samples_per_shard: int, processes: int | None, max_broken: float) -> None:
+    """Write the shards of a source that are not complete yet.
+
+    Raises:
+        ValueError: there is nothing to write, OUT holds something else, too many samples cannot be used, or the disk
+            is full. Complete shards stay.
+    """
+    chunks = {f"{number:05d}.tar": chunk for number, chunk in enumerate(source.chunks(samples_per_shard))}
+    total = sum(map(len, chunks.values()))
+    if not total:
+        raise ValueError("the source holds no samples.")
+    made_from = source.identity | {"samples_per_shard": samples_per_shard, "num_shards": len(chunks)}
+    manifest = _open_manifest(out, made_from)
+    manifest.shards = {name: manifest.shards[name] for name in chunks if manifest.has(name)}
+    manifest.write()
+    left = {name: chunk for name, chunk in chunks.items() if name not in manifest.shards}
+    if len(left) < len(chunks):
+        _say(f"{out}: {len(chunks) - len(left):,} of {len(chunks):,} shards are complete and kept.")
+
+    broken = [line for shard in manifest.shards.values() for line in shard.broken]
+    seen = sum(len(chunks[name]) for name in manifest.shards)
+    num_new, started = total - seen, time.perf_counter()
+    _stop_if_broken(broken, seen, total, max_broken)
+    with _pool(processes) as pool:
+        jobs = [pool.submit(_write_shard, out / name, chunk, source.form) for name, chunk in left.items()]
+        with _progress("samples", total, seen) as advance:
+            for job in as_completed(jobs):
+                shard = job.result()
+                manifest.add(shard)
+                broken += shard.broken
+                seen += len(chunks[shard.name])
+                advance(len(chunks[shard.name]))
+                _stop_if_broken(broken, seen, total, max_broken)
+    seconds = time.perf_counter() - started
+    _list("left out", broken)
+    num_bytes = sum(shard.bytes for shard in manifest.shards.values())
+    print(
+        f"{out}: {total - len(broken):,} samples in {len(chunks):,} shards, {num_bytes / 1e6:,.1f} MB; "
+        f"{len(broken):,} left out; {num_new / seconds:,.0f} samples/s."
+    )
+
+
+def _write_shard(path: Path, chunk: Chunk, form: str) -> Shard:
+    """In a process of its own: the samples that the trainer would take, and why it would not take the others."""
+    num_samples, broken = 0, []
+
+    def samples() -> Iterator[tuple[str, Members]]:
+        nonlocal num_samples
+        for index, (name, read) in enumerate(chunk, chunk.first):
+            try:
+                members = read()
+                read_sample(members, form)
+            except ValueError as error:
+                broken.append(f"{name}: {' '.join(str(error).split())}")
+                continue
+            num_samples += 1
+            yield f"{index:09d}", members
+
+    try:
+        write_tar(path, samples())
+        return Shard(path.name, num_samples, path.stat().st_size, digest(path), broken)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be made: {error}. Given again, the command goes on.") from error
+
+
+def _open_manifest(out: Path, made_from: dict[str, object]) -> Manifest:
+    manifest = Manifest.read(out)
+    if manifest is None:
+        if any(out.glob("*.tar")):
+            raise ValueError(f"{out} holds shards that were not made here (there is no manifest); take another folder.")
+        return Manifest(out, made_from)
+    if manifest.made_from != made_from:
+        raise ValueError(
+            f"{out} holds shards made from {manifest.made_from}, this would be {made_from}; take another folder, or "
+            "delete it."
+        )
+    return manifest
+
+
+def _stop_if_broken(broken: list[str], seen: int, total: int, max_broken: float) -> None:
+    if seen >= min(_MIN_SEEN, total) and len(broken) > max_broken * seen:
+        raise ValueError(
+            f"{len(broken):,} of {seen:,} samples cannot be used, more than --max-broken {max_broken:g} allows; the "
+            f"last: {broken[-1]}. The complete shards are kept."
+        )
+
+
+@contextmanager
+def _pool(processes: int | None) -> Iterator[ProcessPoolExecutor]:
+    """Processes that finish what they are at when the command is stopped, and begin nothing new."""
+    ignore_interrupts = partial(signal.signal, signal.SIGINT, signal.SIG_IGN)
+    pool = ProcessPoolExecutor(processes if processes is not None else os.cpu_count(), initializer=ignore_interrupts)
+    try:
+        yield pool
+    except BrokenProcessPool as error:
+        raise ValueError("a process was killed; is there enough memory? Given again, the command goes on.") from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _progress(name: str, total: int, done: int = 0) -> Iterator[Callable[..., None]]:
+    """A bar; yields what moves it."""
+    columns = (TextColumn(name), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        yield partial(bar.advance, bar.add_task(name, total=total, completed=done))
+
+
+def _list(title: str, lines: list[str]) -> None:
+    for line in lines[:_NUM_SHOWN]:
+        _say(f"{title}: {line}")
+    if len(lines) > _NUM_SHOWN:
+        _say(f"{title}: {len(lines) - _NUM_SHOWN:,} more")
+
+
+def _say(line: str) -> None:
+    typer.echo(line, err=True)
+
+
+def main() -> None:
+    """The command; what the disk refuses is the user's to put right, too."""
+    try:
+        app()
+    except OSError as error:
+        raise ValueError(str(error)) from error
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

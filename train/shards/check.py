@@ -1,0 +1,139 @@
+"""What a shard holds, as the trainer will see it, and whether that is what the manifest says.
+
+Samples are read with the trainer's own functions, so that what is counted here is what can be learned from.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.table import Table
+from rich.text import Text
+
+from yi_vl.chat import Segment
+from yi_vl.image.transform import load_image, open_image
+
+from ..config import FORMS
+from ..data.samples import read_sample, sample_name
+from ..data.shard_reader import RawSample, read_shard
+from .files import Manifest, digest
+
+
+@dataclass
+class Contents:
+    """Of one shard or of many: `+=` adds one to another."""
+
+    shards: dict[str, tuple[int, int, str]] = field(default_factory=dict)  # name -> samples, bytes, SHA-256
+    counts: Counter[str] = field(default_factory=Counter)  # samples, caption, chat, without a picture
+    formats: Counter[str] = field(default_factory=Counter)  # of the pictures
+    sides_px: Counter[int] = field(default_factory=Counter)  # the pictures' longer sides
+    broken: list[str] = field(default_factory=list)  # samples, each with its reason
+    unreadable: list[str] = field(default_factory=list)  # shards, likewise
+    notes: list[str] = field(default_factory=list)  # what the reader says of them
+
+    def __iadd__(self, other: Contents) -> Contents:
+        self.shards |= other.shards
+        self.counts += other.counts
+        self.formats += other.formats
+        self.sides_px += other.sides_px
+        self.broken += other.broken
+        self.unreadable += other.unreadable
+        self.notes += other.notes
+        return self
+
+
+def inspect(path: Path, ignore: Collection[str] = ()) -> Contents:
+    """One shard: every sample is read in all forms, every picture decoded."""
+    contents = Contents()
+    for raw in read_shard(str(path)):
+        if "__lost__" in raw:
+            contents.unreadable.append(f"{path.name} cannot be read to its end: {raw['__error__']}")
+            continue
+        contents.notes += [raw["__note__"]] if "__note__" in raw else []
+        contents.counts["samples"] += "__error__" not in raw
+        try:
+            forms, pictures = _usable_forms(raw, ignore)
+            for picture in pictures:
+                with open_image(picture) as image:
+                    load_image(image)
+                contents.formats[image.format or "?"] += 1
+                contents.sides_px[max(image.size)] += 1
+        except ValueError as error:
+            contents.broken.append(f"{sample_name(raw)}: {' '.join(str(error).split())}")
+            continue
+        contents.counts.update(forms)
+        contents.counts["without a picture"] += not pictures
+    contents.shards[path.name] = (contents.counts["samples"], path.stat().st_size, digest(path))
+    return contents
+
+
+def problems(contents: Contents, manifest: Manifest | None) -> list[str]:
+    """What is not as it should be: unreadable shards, and, where there is a manifest, all that differs from it."""
+    found = list(contents.unreadable)
+    if manifest is None:
+        return found
+    if len(manifest.shards) < manifest.made_from["num_shards"]:
+        found.append(f"{len(manifest.shards)} of {manifest.made_from['num_shards']} shards are made so far")
+    for name in sorted(manifest.shards.keys() | contents.shards.keys()):
+        if name not in contents.shards:
+            found.append(f"{name} is in the manifest but not here")
+            continue
+        if name not in manifest.shards:
+            found.append(f"{name} is here but not in the manifest")
+            continue
+        shard = manifest.shards[name]
+        wanted = {"samples": shard.samples, "bytes": shard.bytes, "SHA-256": shard.sha256}
+        for (what, expected), actual in zip(wanted.items(), contents.shards[name]):
+            if actual != expected:
+                found.append(f"{name}: {what} {actual}, the manifest has {expected}")
+    return found
+
+
+def contents_table(folder: Path, contents: Contents, manifest: Manifest | None, found: list[str]) -> Table:
+    """The counts, for people."""
+    counts, sides = contents.counts, contents.sides_px
+    num_bytes = sum(num_bytes for _, num_bytes, _ in contents.shards.values())
+    formats = ", ".join(f"{count:,} {name}" for name, count in contents.formats.most_common())
+    table = Table(title=Text(str(folder)), title_justify="left", show_header=False)
+    table.add_row("shards", f"{len(contents.shards):,}, {num_bytes / 1e6:,.1f} MB")
+    table.add_row("samples", f"{counts['samples']:,}")
+    table.add_row("captions", f"{counts['caption']:,} can be learned from in the form caption")
+    table.add_row("conversations", f"{counts['chat']:,} in the form chat")
+    table.add_row("texts", f"{counts['text']:,} in the form text")
+    table.add_row("without a picture", f"{counts['without a picture']:,}")
+    table.add_row("pictures", f"{sides.total():,}: {formats}" if sides else "0")
+    if sides:
+        table.add_row("longer side", f"{min(sides)} to {max(sides)} px, half of them at most {_median(sides)} px")
+    table.add_row("cannot be used", f"{len(contents.broken):,}")
+    table.add_row("manifest", f"{len(found):,} mismatches" if found else "agrees" if manifest else "none")
+    return table
+
+
+def _usable_forms(raw: RawSample, ignore: Collection[str]) -> tuple[list[str], list[bytes]]:
+    """The forms a sample can be learned from in, and its pictures.
+
+    Raises:
+        ValueError: in none; the reason is that of the form its members suggest.
+    """
+    read: dict[str, tuple[list[Segment], list[bytes]]] = {}
+    errors: dict[str, ValueError] = {}
+    for form in FORMS:
+        try:
+            read[form] = read_sample(raw, form, ignore)
+        except ValueError as error:
+            errors[form] = error
+    if not read:
+        raise errors["chat" if "json" in raw and "txt" not in raw else "caption"]
+    return list(read), next(iter(read.values()))[1]
+
+
+def _median(counts: Counter[int]) -> int:
+    below = 0
+    for value in sorted(counts):
+        below += counts[value]
+        if 2 * below >= counts.total():
+            return value
+    raise AssertionError("a median of nothing")

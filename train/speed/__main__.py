@@ -1,0 +1,154 @@
+"""`python -m train.speed WHAT`: what the trainer gains, each measured beside the plain way in one run.
+
+Called from the command line; calls speed_data.py, speed_step.py and rich.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from yi_vl.hardware import machine
+
+from ..config import exit_on_user_error
+
+app = typer.Typer(add_completion=False, help="Measure speed, side by side in one run.", no_args_is_help=True)
+_STEPS = {"nano": 20, "300m": 4}
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Out = Annotated[Path | None, typer.Option(help="Where the shards are kept for the next time; else they are deleted.")]
+
+
+@app.command()
+def data(
+    out: Out = None,
+    num_samples: Annotated[int, typer.Option("--samples", min=16, help="How many each way reads.")] = 64,
+    as_json: AsJson = False,
+) -> None:
+    """Pictures and samples per second of one core, from shards of megapixel photographs."""
+    from . import data as speed_data
+
+    rows: list[dict[str, Any]] = []
+    with _folder(out) as folder:
+        for kind in ("jpg", "png"):
+            shard = speed_data.make_shards(folder, kind, min(num_samples, 128))  # type: ignore[arg-type]
+            for size_px in (224, 448):
+                ways = speed_data.compare(shard, size_px, num_samples)
+                mean, root = speed_data.drift(shard, size_px)
+                slow, fast = (way["samples_per_second"] for way in ways.values())
+                rows.append(
+                    {"pictures": kind, "size_px": size_px, "ways": ways, "ratio": fast / slow}
+                    | {"drift_mean": mean, "drift_rms": root}
+                )
+    if as_json:
+        typer.echo(json.dumps({"machine": machine(), "rows": rows}, indent=1))
+        return
+    table = _table("of one core", "images/s", "samples/s", "ratio", "drift, mean", "rms")
+    for row in rows:
+        for index, (name, rates) in enumerate(row["ways"].items()):
+            last = [f"{row['ratio']:.2f}", f"{row['drift_mean']:.2f}", f"{row['drift_rms']:.2f}"] if index else [""] * 3
+            numbers = [f"{rate:,.1f}" for rate in rates.values()]
+            table.add_row(f"{row['pictures']} to {row['size_px']} px, {name}", *numbers, *last)
+    console = Console()
+    console.print(machine(), highlight=False)
+    console.print(table)
+    console.print("Drift: how far the pixels are from those of inference, of 255.", highlight=False)
+
+
+@app.command()
+def step(
+    size: Annotated[
+        Literal["nano", "300m"], typer.Option(help="The bundled model, or one of random weights.")
+    ] = "nano",
+    form: Annotated[
+        Literal["caption", "chat"], typer.Option(help="caption: tower and projector learn; chat: everything.")
+    ] = "chat",
+    num_steps: Annotated[
+        int | None, typer.Option("--steps", min=2, help="Of each way; the first is not timed.")
+    ] = None,
+    precision: Annotated[
+        Literal["bf16", "fp32"], typer.Option(help="In fp32 the losses agree but for rounding.")
+    ] = "bf16",
+    compiles: Annotated[bool, typer.Option("--compile", help="As `compile: true` in a config.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Samples, tokens and useful operations per second of training steps."""
+    from transformers.utils import logging
+
+    from . import step as speed_step
+
+    logging.disable_progress_bar()
+    with _folder(None) as folder:
+        steps = num_steps if num_steps is not None else _STEPS[size]
+        checkpoint = speed_step.make_checkpoint(folder, size)
+        batches = speed_step.BATCHES[size]
+        work = speed_step.make_work(folder, checkpoint, form, batches, steps, precision, compiles)
+        measured = speed_step.compare(work)
+    if as_json:
+        typer.echo(
+            json.dumps({"machine": machine(), "size": size, "form": form, "precision": precision} | measured, indent=1)
+        )
+        return
+    table = _table(f"{size}, {form}, {precision}", "samples/s", "tokens/s", "TFLOP/s", "of matrix products")
+    table.add_row("matrix products", "", "", f"{measured['matrix_tflops']:.2f}", "100%")
+    for name, way in measured["ways"].items():
+        numbers = [f"{way['samples_per_second']:,.2f}", f"{way['tokens_per_second']:,.0f}", f"{way['tflops']:.2f}"]
+        table.add_row(name, *numbers, f"{way['utilisation']:.0%}")
+    console = Console()
+    console.print(f"{machine()}; {measured['mean_tokens']:.0f} tokens a sample", highlight=False)
+    console.print(table)
+    console.print(
+        f"ratio {measured['ratio']:.2f}; the losses of {steps} steps, from {measured['losses']['train'][0]:.3f} to "
+        f"{measured['losses']['train'][-1]:.3f}, differ by {measured['largest_loss_difference']:.1e} at most",
+        highlight=False,
+    )
+
+
+@app.command()
+def memory(
+    out: Out = None,
+    num_samples: Annotated[int, typer.Option("--samples", min=100)] = 1_000_000,
+    as_json: AsJson = False,
+) -> None:
+    """Resident memory while a long stream is read."""
+    from . import data as speed_data
+
+    rows = []
+    with _folder(out) as folder:
+        for done, megabytes in speed_data.resident_memory(folder, num_samples):
+            rows.append({"samples": done, "resident_mb": megabytes})
+            if not as_json:
+                typer.echo(f"{done:>12,} samples  {megabytes:8.1f} MB")
+    growth = rows[-1]["resident_mb"] - rows[0]["resident_mb"]
+    if as_json:
+        typer.echo(json.dumps({"rows": rows, "growth_mb": growth}, indent=1))
+        return
+    typer.echo(f"{growth:+.1f} MB from the first row to the last")
+
+
+@contextmanager
+def _folder(out: Path | None) -> Iterator[Path]:
+    if out is not None:
+        yield out
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
+def _table(*headings: str) -> Table:
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for index, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if index else "left", no_wrap=True)
+    return table
+
+
+if __name__ == "__main__":
+    exit_on_user_error(app)

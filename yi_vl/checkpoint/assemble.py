@@ -1,0 +1,106 @@
+"""A Yi-VL from its parts: an open_clip tower and a Llama-architecture language model, joined by a fresh projector.
+
+Called by the trainer; calls model.py, vision.py, processor.py, open_clip and transformers.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from ..chat import IMAGE_PLACEHOLDER
+from ..config import OpenClipVisionConfig, YiVLConfig
+from ..connector import Projector
+from ..generation import set_end_tokens_
+from ..model import YiVLForConditionalGeneration
+from ..processor import prepare_tokenizer
+from ..vision import OpenClipTower
+
+logger = logging.getLogger(__name__)
+
+_CONTRASTIVE_HEADS = ("proj", "head.", "trunk.head.")
+_TABLE_MULTIPLE = 64  # rows of the embedding table, as matrix products like them
+
+
+def from_parts(
+    tower: str, pretrained: str | None, language_model: str, image_size: int
+) -> tuple[YiVLForConditionalGeneration, Any]:
+    """The model in float32, and its tokenizer with `<image_placeholder>` added.
+
+    Args:
+        tower: an open_clip model's name, such as ViT-H-14.
+        pretrained: the tag of its weights, such as laion2b_s32b_b79k, or a weight file; None for random weights.
+        language_model: a directory or hub id.
+        image_size: in pixels; the tower's position grid is resized to it.
+
+    Raises:
+        ValueError: a part does not exist, or does not fit.
+    """
+    vision_tower = _load_tower(tower, pretrained)
+    if image_size != vision_tower.config.image_size:
+        vision_tower.resize_grid_(image_size)
+    try:
+        text_config = AutoConfig.from_pretrained(language_model)
+        if getattr(text_config, "quantization_config", None):
+            method = dict(text_config.quantization_config).get("quant_method")
+            raise ValueError(f"its weights are quantised ({method}), and are to be trained. Give the original.")
+        tokenizer = prepare_tokenizer(language_model)
+        language = AutoModelForCausalLM.from_pretrained(language_model, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"The language model {language_model!r} cannot be loaded: {str(error).splitlines()[0]}"
+        ) from error
+    if text_config.model_type != "llama":
+        raise ValueError(f"{language_model!r} is a {text_config.model_type} model; the language model must be a llama.")
+
+    image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER)
+    num_rows = max(language.config.vocab_size, -(-(image_token_id + 1) // _TABLE_MULTIPLE) * _TABLE_MULTIPLE)
+    if num_rows != language.config.vocab_size:
+        language.resize_token_embeddings(num_rows)
+
+    config = YiVLConfig(
+        vision_config=vision_tower.config,
+        text_config=language.config,
+        image_token_id=image_token_id,
+        tie_word_embeddings=language.config.tie_word_embeddings,
+    )
+    with torch.device("meta"):  # the weights are there already
+        model = YiVLForConditionalGeneration(config)
+    projector = Projector(vision_tower.config.hidden_size, language.config.hidden_size)
+    projector.apply(language._init_weights)
+    model.model.vision_tower = vision_tower
+    model.model.multi_modal_projector = projector
+    model.model.language_model = language.model
+    model.lm_head = language.lm_head
+    model.generation_config = language.generation_config
+    set_end_tokens_(model.generation_config, tokenizer)
+    return model, tokenizer
+
+
+def _load_tower(name: str, pretrained: str | None) -> OpenClipTower:
+    import open_clip
+
+    config = OpenClipVisionConfig.from_open_clip(name)
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if pretrained is not None and not Path(pretrained).exists() and pretrained not in tags:
+        raise ValueError(
+            f"There are no weights {pretrained!r} for the tower {name!r}: no such file, and open_clip's tags are "
+            f"{', '.join(tags) or 'none'}."
+        )
+    tower = OpenClipTower(config)
+    if pretrained is None:
+        return tower
+    try:
+        weights = open_clip.create_model(name, pretrained=pretrained).visual.state_dict()
+    except (OSError, RuntimeError) as error:
+        raise ValueError(
+            f"The weights {pretrained!r} do not load into {name!r}: {str(error).splitlines()[0]}"
+        ) from error
+    tower.visual.load_state_dict(
+        {key: tensor for key, tensor in weights.items() if not key.startswith(_CONTRASTIVE_HEADS)}
+    )
+    return tower

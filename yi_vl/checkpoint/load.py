@@ -1,0 +1,270 @@
+"""From a folder or a hub id to a model and its processor, or one line that says why not.
+
+Layouts are told apart by what config.json holds, never by a name.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from stat import S_ISDIR
+from typing import Any, get_args
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
+
+from ..arguments import as_choice, as_path, one_line, shown, stat
+from ..auto import YiVLConfig, YiVLForConditionalGeneration, YiVLProcessor  # which registers them with transformers
+from ..generation import set_end_tokens_
+from ..quantize import METHOD, Scheme, make_config
+from . import Checkpoint, TowerFrom, base_of, holds_adapters, merge, open_checkpoint, read_configuration
+from .json_files import read_json
+
+_BUNDLED = Path(__file__).parents[1] / "nano"
+_HUB_FILES = ("*.json", "*.model", "*.jinja", "vit/*/*.json")
+_HUB_WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "vit/*/pytorch_model*.bin")
+_SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")  # accelerate's ways to place a model
+_SHORT_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+_SMALL_PARAMETERS = 200_000_000  # below this fp32 on a CPU: 4.7 ms per nano token, in bf16 6.2 and on many CPUs more
+
+
+def load_model(
+    path: str | os.PathLike | None = None,
+    device: str | int | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    tower_from: TowerFrom | None = "vit",
+    quantize: Scheme | None = None,
+) -> tuple[YiVLForConditionalGeneration, YiVLProcessor]:
+    """A model in evaluation mode, and its processor.
+
+    Args:
+        path: a folder or hub id, in any of the three layouts, or of LoRA adapters, which are merged into what they
+            adapt; the bundled nano by default.
+        device: "cpu", "cuda:1", ..., or the GPU's number; "auto" spreads the model over all there is. By default the
+            GPU, else the CPU.
+        dtype: of the weights, also by its name ("bfloat16", "bf16"); "auto" is what they are stored in. By default
+            bfloat16, but float32 for a small model on a CPU.
+        tower_from: which of its two copies of the vision tower an official release gets, that in `vit/` or that among
+            the shards.
+        quantize: "int8" or "int4" for the language model's linear layers; what was saved quantised is loaded so.
+
+    Raises:
+        ValueError: there is no such model, it is another kind of model, it is incomplete, its parts do not fit, or
+            it cannot be quantised so on this device.
+    """
+    device, as_stored = _parse_device(device), isinstance(dtype, str) and dtype == "auto"
+    weights_dtype = None if as_stored else _parse_dtype(dtype)
+    tower_from, quantize = _as_copy(tower_from), _as_scheme(quantize)
+    folder = fetch(find(path), with_weights=True)
+    method = _quantization_method(folder)
+    if method and quantize is not None:
+        raise ValueError(f"{folder} is quantised already ({method}); leave quantize={quantize!r} out.")
+    if method and method != METHOD:
+        return _load_as_quantized(folder, device, weights_dtype)
+    checkpoint = open_model(folder, tower_from)
+    how = make_config(quantize, checkpoint.config.text_config, device) if quantize is not None else None
+    if method and str(device) not in ("cpu", "auto"):
+        raise ValueError(
+            f"{folder} was quantised for CPUs, and {device} is none. Load it with device='cpu', or load the original "
+            "with quantize=... there."
+        )
+    if as_stored or (method and weights_dtype is None):  # that of its scales, where it is quantised
+        weights_dtype = _parse_dtype(str(checkpoint.config.dtype))
+    if weights_dtype is None:
+        num_parameters = sum(tensor.shape.numel() for tensor in checkpoint.tensors.values())
+        is_small_on_cpu = str(device) == "cpu" and num_parameters < _SMALL_PARAMETERS
+        weights_dtype = torch.float32 if is_small_on_cpu else torch.bfloat16
+    tensors = {
+        name: replace(tensor, dtype=weights_dtype) if tensor.is_floating_point() else tensor
+        for name, tensor in checkpoint.tensors.items()
+    }
+    try:
+        with torch.device("cpu"):  # whatever torch.set_default_device says
+            model = YiVLForConditionalGeneration.from_pretrained(
+                None,
+                config=checkpoint.config,
+                state_dict=tensors,
+                dtype=weights_dtype,
+                device_map=device,
+                quantization_config=how,
+            )
+        processor = checkpoint.make_processor()
+        model.generation_config = checkpoint.generation_config
+        set_end_tokens_(model.generation_config, processor.tokenizer)
+    except Exception as error:  # its files may hold anything
+        where = f"{checkpoint.folder}: the model cannot be loaded on {shown(str(device))}"
+        raise ValueError(f"{where}: {one_line(error)}.") from error
+    return model.eval(), processor
+
+
+def open_model(path: str | os.PathLike | None, tower_from: TowerFrom = "vit") -> Checkpoint:
+    """The checkpoint in a folder or of a hub id; adapters are merged into what they adapt. No tensor is read yet.
+
+    Raises:
+        ValueError: as `load_model`.
+    """
+    folder = fetch(find(path), with_weights=True)
+    if not holds_adapters(folder):
+        return open_checkpoint(folder, tower_from)
+    with _base(folder, with_weights=True) as base:
+        return merge(open_checkpoint(base, tower_from), folder)
+
+
+def find(path: str | os.PathLike | None) -> str:
+    """A model folder, or a hub id; the bundled model's folder for None."""
+    if path is None:
+        if not (_BUNDLED / "config.json").exists():
+            raise ValueError(
+                f"The bundled nano model is not in this installation ({_BUNDLED} has no config.json). Train it "
+                "(`python -m train.nano`), or name another model."
+            )
+        return str(_BUNDLED)
+    folder = as_path(path, "the model")
+    status = stat(folder, str(path))
+    if status is not None and S_ISDIR(status.st_mode):
+        return str(folder)
+    if status is not None:
+        raise ValueError(f"{folder} is a file; a model is a folder with a config.json, or a hub id.")
+    parts = str(path).split("/")
+    if len(parts) != 2 or not all(parts) or parts[0] in (".", "..", "~"):
+        raise ValueError(f"{shown(str(path))}: there is no such folder, and a hub id has the form owner/name.")
+    return str(path)
+
+
+def read_config(source: str) -> YiVLConfig:
+    """The configuration of a model folder or hub id, of adapters that of what they adapt; no weights are read or
+    fetched.
+
+    Raises:
+        ValueError: there is none, or it is of another kind of model.
+    """
+    folder = fetch(source, with_weights=False)
+    if not holds_adapters(folder):
+        return read_configuration(folder)
+    with _base(folder, with_weights=False) as base:
+        return read_configuration(base)
+
+
+def fetch(source: str, with_weights: bool) -> Path:
+    """The folder of a model: itself, or a hub id's in the cache, where what is not there yet is fetched to."""
+    if os.path.isdir(source):
+        if not os.access(source, os.R_OK | os.X_OK):
+            raise ValueError(f"{source} cannot be opened: there is no permission to read this folder.")
+        return Path(source)
+    patterns = [*_HUB_FILES, *(_HUB_WEIGHTS if with_weights else ())]
+    try:
+        return Path(snapshot_download(source, allow_patterns=patterns))
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        raise ValueError(
+            f"{source} is no folder here, and it cannot be had from the hub either: {one_line(error)}. Give a folder "
+            "or hub id of a Yi-VL."
+        ) from error
+
+
+def check_fit(config: YiVLConfig, processor: YiVLProcessor) -> None:
+    """Raise when model and processor were not made for each other."""
+    vision = config.vision_config
+    for what, in_model, in_processor in (
+        ("the image token's id", config.image_token_id, processor.image_token_id),
+        ("the image size in pixels", vision.image_size, processor.image_processor.size_px),
+        ("the patch size in pixels", vision.patch_size, processor.patch_size),
+    ):
+        if in_model != in_processor:
+            raise ValueError(
+                f"Model and processor do not fit: {what} is {in_model} in one, {in_processor} in the other."
+            )
+    if len(processor.tokenizer) > config.text_config.vocab_size:
+        raise ValueError(
+            f"The tokenizer has {len(processor.tokenizer)} tokens, the model only {config.text_config.vocab_size}."
+        )
+
+
+@contextmanager
+def _base(folder: Path, with_weights: bool) -> Iterator[Path]:
+    """The folder of what the adapters in `folder` adapt; whatever is wrong with it is said of both."""
+    name = base_of(folder)
+    try:
+        base = fetch(find(name), with_weights)
+        if holds_adapters(base):
+            raise ValueError("those are adapters themselves; merge them first (yi-vl convert).")
+        if _quantization_method(base):
+            raise ValueError("that is quantised; adapters are merged into the original.")
+        yield base
+    except ValueError as error:
+        raise ValueError(f"{folder} holds adapters of {name}: {error}") from error
+
+
+def _quantization_method(folder: Path) -> str | None:
+    """What a saved model was quantised by; None when it was not. An unreadable config.json is another's to report."""
+    try:
+        return str(read_json(folder / "config.json")["quantization_config"]["quant_method"])
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _load_as_quantized(
+    folder: Path, device: str | torch.device, dtype: torch.dtype | None
+) -> tuple[YiVLForConditionalGeneration, YiVLProcessor]:
+    """A model of ours that another library quantised: transformers knows how to read it."""
+    read_configuration(folder)  # says what is wrong with the folder
+    try:
+        model = YiVLForConditionalGeneration.from_pretrained(folder, dtype=dtype or "auto", device_map=device)
+        processor = YiVLProcessor.from_pretrained(folder)
+        set_end_tokens_(model.generation_config, processor.tokenizer)
+    except Exception as error:
+        raise ValueError(f"{folder}: the quantised model cannot be loaded: {one_line(error)}") from error
+    return model.eval(), processor
+
+
+def _parse_device(device: str | int | torch.device | None) -> str | torch.device:
+    """A device, or one of accelerate's ways to spread a model; a number is a GPU's, and -1 the CPU, as in pipelines."""
+    if device is None:
+        return _default_device()
+    if isinstance(device, dict) or (isinstance(device, str) and device in _SPREAD):
+        return device  # type: ignore[return-value]
+    if isinstance(device, str) and device.removeprefix("-").isdecimal():
+        device = int(device)
+    if isinstance(device, int) and not isinstance(device, bool):
+        device = "cpu" if device == -1 else f"cuda:{device}"
+    try:
+        if isinstance(device, bool):
+            raise TypeError("no device")
+        parsed = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"device is {shown(device)}; expected 'cpu', 'cuda', 'cuda:1', 'mps', 'auto' or a GPU's number."
+        ) from error
+    if parsed.type == "meta":
+        raise ValueError("device is meta, which holds no values; expected 'cpu', 'cuda', 'cuda:1', 'mps' or 'auto'.")
+    return device if isinstance(device, str) else parsed
+
+
+def _parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """A dtype of floating point."""
+    if dtype is None:
+        return None
+    name = dtype.removeprefix("torch.") if isinstance(dtype, str) else dtype
+    parsed = getattr(torch, _SHORT_DTYPES.get(name, name), None) if isinstance(name, str) else name
+    if not isinstance(parsed, torch.dtype) or not parsed.is_floating_point:
+        raise ValueError(
+            f"dtype is {shown(dtype)}; expected a torch dtype or its name: bfloat16, float16, float32, or 'auto'."
+        )
+    return parsed
+
+
+def _default_device() -> str:
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _as_copy(tower_from: Any) -> TowerFrom:
+    return "vit" if tower_from is None else as_choice(tower_from, "tower_from", get_args(TowerFrom))  # type: ignore[return-value]
+
+
+def _as_scheme(quantize: Any) -> Scheme | None:
+    return None if quantize is None else as_choice(quantize, "quantize", get_args(Scheme))  # type: ignore[return-value]
