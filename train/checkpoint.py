@@ -12,7 +12,6 @@ import hashlib
 import os
 import random
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +20,6 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from yi_vl.config import YiVLConfig
 from yi_vl.generation import set_end_tokens_
 from yi_vl.model import YiVLForConditionalGeneration
 from yi_vl.processor import YiVLProcessor
@@ -99,49 +97,6 @@ def load_state(directory: Path, lazily: bool = False) -> dict[str, Any]:
     """What `save_checkpoint` was given as `state`, of a checkpoint that is whole; lazily: tensors stay on the disk."""
     state: dict[str, Any] = torch.load(directory / STATE_FILE, map_location="cpu", weights_only=True, mmap=lazily)
     return state
-
-
-def read_float32(path: Path) -> tuple[YiVLForConditionalGeneration, dict[str, Any]]:
-    """A checkpoint's model, and what transformers says of its weights."""
-    loaded: Any = YiVLForConditionalGeneration.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
-    model, report = loaded  # a pair, which transformers' annotation of `from_pretrained` does not know of
-    return model, report
-
-
-def load_model(
-    directory: str | Path, read: Callable[[Path], tuple[YiVLForConditionalGeneration, dict[str, Any]]] = read_float32
-) -> tuple[YiVLForConditionalGeneration, YiVLProcessor]:
-    """A checkpoint's model, as `read` reads it, and its processor.
-
-    Raises:
-        ValueError: there is no checkpoint of ours in `directory`, it is damaged, or it was quantised when it was saved.
-    """
-    path = Path(directory)
-    processor = load_processor(path)
-    try:
-        if getattr(YiVLConfig.from_pretrained(path), "quantization_config", None) is not None:
-            raise ValueError(f"{path} is quantised and cannot be trained; start from the original (see lora.base).")
-        model, report = read(path)
-    except (ImportError, OSError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{path} cannot be loaded: {str(error).splitlines()[0]}") from error
-    wrong = {kind: sorted(map(str, entries))[:3] for kind, entries in report.items() if entries}
-    if wrong:
-        raise ValueError(f"{path} does not fit its own config.json: {wrong}.")
-    return model, processor
-
-
-def load_processor(path: Path) -> YiVLProcessor:
-    """A checkpoint's processor.
-
-    Raises:
-        ValueError: there is no checkpoint of ours in `path`.
-    """
-    if not (path / "config.json").is_file():
-        raise ValueError(f"{path} holds no checkpoint (no config.json): first train what this run starts from.")
-    try:
-        return YiVLProcessor.from_pretrained(path)
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"The processor in {path} cannot be loaded: {str(error).splitlines()[0]}") from error
 
 
 def checkpoints(run_dir: Path) -> list[Path]:

@@ -35,7 +35,10 @@ class TowerConfig:
 
 @dataclass
 class InitConfig:
-    """Where the weights come from: a checkpoint of ours, or a tower and a language model with a fresh projector."""
+    """Where the weights come from: a checkpoint, or a tower and a language model with a fresh projector.
+
+    checkpoint: a folder or hub id in any layout that `yi_vl.load` reads; LoRA adapters are merged.
+    """
 
     checkpoint: str | None = None
     tower: TowerConfig | None = None

@@ -2,34 +2,41 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
 import torch
 
+from yi_vl.arguments import one_line
+from yi_vl.checkpoint import holds_adapters
 from yi_vl.checkpoint.assemble import from_parts
+from yi_vl.checkpoint.load import check_fit, fetch, find, load_model, load_processor, read_config
 from yi_vl.config import OpenClipVisionConfig
 from yi_vl.image.transform import YiVLImageProcessor
 from yi_vl.model import YiVLForConditionalGeneration
 from yi_vl.processor import YiVLProcessor, prepare_tokenizer
 
-from .checkpoint import load_model, load_processor, read_float32
-from .config import INT4, TrainConfig
+from .config import INT4, LORA, TrainConfig
 from .qlora import read_int4
 
 
 def initial_model(config: TrainConfig, device: torch.device) -> tuple[YiVLForConditionalGeneration, YiVLProcessor]:
     """The model, its position grid resized to `image_size` where that differs, and its processor.
 
-    It is in float32 on the CPU; around an int4 base as `read_int4` says, on `device`.
+    It is in float32 on the CPU; with an int4 base as `read_int4` says, on `device`.
 
     Raises:
-        ValueError: the weights are not there or do not fit, or cannot be quantised.
+        ValueError: the weights are not there or do not fit, or cannot be quantized.
     """
     init = config.init_from
     if init.checkpoint is not None:
-        read = partial(read_int4, precision=config.precision, device=device)
-        model, processor = load_model(init.checkpoint, read if config.lora.base == INT4 else read_float32)
+        if config.trainable.language == LORA:
+            _check_adaptable(init.checkpoint)
+        if config.lora.base == INT4:
+            _check_unquantized(init.checkpoint)
+            model, processor = read_int4(init.checkpoint, config.precision, device)
+            check_fit(model.config, processor)
+        else:
+            model, processor = load_float32(init.checkpoint)
     else:
         assert init.tower is not None and init.language_model is not None  # config.load_config sees to it
         model, tokenizer = from_parts(init.tower.name, init.tower.pretrained, init.language_model, config.image_size)
@@ -40,6 +47,18 @@ def initial_model(config: TrainConfig, device: torch.device) -> tuple[YiVLForCon
         model.config.vision_config.image_size = config.image_size
     processor.image_processor.size_px = config.image_size
     check_positions(model, config)
+    return model, processor
+
+
+def load_float32(path: str | Path) -> tuple[YiVLForConditionalGeneration, YiVLProcessor]:
+    """Any model that `yi_vl.load` reads, in float32 on the CPU, and its processor.
+
+    Raises:
+        ValueError: as `yi_vl.load`, or the model is quantized.
+    """
+    _check_unquantized(path)
+    model, processor = load_model(path, device="cpu", dtype=torch.float32)
+    check_fit(model.config, processor)
     return model, processor
 
 
@@ -61,14 +80,26 @@ def initial_processor(config: TrainConfig) -> YiVLProcessor:
     """
     init = config.init_from
     if init.checkpoint is not None:
-        processor = load_processor(Path(init.checkpoint))
+        processor = load_processor(init.checkpoint)
         processor.image_processor.size_px = config.image_size
         return processor
     assert init.tower is not None and init.language_model is not None
     try:
         tokenizer = prepare_tokenizer(init.language_model)
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"The tokenizer of {init.language_model!r} cannot be loaded: {reason}") from error
+        raise ValueError(f"The tokenizer of {init.language_model!r} cannot be loaded: {one_line(error)}.") from error
     patch_size = OpenClipVisionConfig.from_open_clip(init.tower.name).patch_size
     return YiVLProcessor(YiVLImageProcessor(config.image_size), tokenizer, patch_size=patch_size)
+
+
+def _check_unquantized(path: str | Path) -> None:
+    if getattr(read_config(find(path)), "quantization_config", None) is not None:
+        raise ValueError(f"{path} is quantised and cannot be trained; start from the original (see lora.base).")
+
+
+def _check_adaptable(path: str | Path) -> None:
+    if holds_adapters(fetch(find(path), with_weights=False)):
+        raise ValueError(
+            f"{path} holds adapters, and adapters of adapters cannot be loaded. Merge them first "
+            f"(yi-vl convert {path} MERGED) and start from the merged model."
+        )

@@ -24,7 +24,7 @@ from .data.loader import IGNORE, MicroBatch, StepBatch, StepLoader, num_supervis
 from .data.stream import expand_shards
 from .distributed import build_accelerator, gather_optimiser, gather_weights, is_sharded, load_optimiser_, ranks_line
 from .generations import HeldOut
-from .init import check_positions, initial_model
+from .init import check_positions, initial_model, load_float32
 from .lora import add_adapters_, wants_adapters
 from .loss import Objective
 from .metrics import Reporter, component_table, draw_loss_curve
@@ -94,7 +94,7 @@ class Trainer:
         if found is None or wants_adapters(config):
             self.model, self.processor = initial_model(config, self.accelerator.device)
         else:
-            self.model, self.processor = checkpoint.load_model(found)
+            self.model, self.processor = load_float32(found)
             check_positions(self.model, config)
         self.saved = add_adapters_(self.model, config, found) if wants_adapters(config) else self.model
         set_trainable_(self.model, config)

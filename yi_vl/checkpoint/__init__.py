@@ -5,7 +5,16 @@ the writing; `adapters.py` merges LoRA adapters into what they adapt. Called by 
 """
 
 from .adapters import base_of, holds_adapters, merge
-from .read import Checkpoint, Kind, TowerFrom, kind_of, largest_difference, open_checkpoint, read_configuration
+from .read import (
+    Checkpoint,
+    Kind,
+    TowerFrom,
+    kind_of,
+    largest_difference,
+    open_checkpoint,
+    read_configuration,
+    read_processor,
+)
 from .write import convert
 
 __all__ = [
@@ -20,4 +29,5 @@ __all__ = [
     "merge",
     "open_checkpoint",
     "read_configuration",
+    "read_processor",
 ]

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from stat import S_ISDIR
 from typing import Any, get_args
@@ -21,7 +20,7 @@ from ..arguments import as_choice, as_path, one_line, shown, stat
 from ..auto import YiVLConfig, YiVLForConditionalGeneration, YiVLProcessor  # which registers them with transformers
 from ..generation import set_end_tokens_
 from ..quantize import METHOD, Scheme, make_config
-from . import Checkpoint, TowerFrom, base_of, holds_adapters, merge, open_checkpoint, read_configuration
+from . import Checkpoint, TowerFrom, base_of, holds_adapters, merge, open_checkpoint, read_configuration, read_processor
 from .json_files import read_json
 
 _BUNDLED = Path(__file__).parents[1] / "nano"
@@ -66,7 +65,7 @@ def load_model(
     if method and method != METHOD:
         return _load_as_quantized(folder, device, weights_dtype)
     checkpoint = open_model(folder, tower_from)
-    how = make_config(quantize, checkpoint.config.text_config, device) if quantize is not None else None
+    quantization_config = make_config(quantize, checkpoint.config.text_config, device) if quantize is not None else None
     if method and str(device) not in ("cpu", "auto"):
         raise ValueError(
             f"{folder} was quantised for CPUs, and {device} is none. Load it with device='cpu', or load the original "
@@ -78,19 +77,30 @@ def load_model(
         num_parameters = sum(tensor.shape.numel() for tensor in checkpoint.tensors.values())
         is_small_on_cpu = str(device) == "cpu" and num_parameters < _SMALL_PARAMETERS
         weights_dtype = torch.float32 if is_small_on_cpu else torch.bfloat16
-    tensors = {
-        name: replace(tensor, dtype=weights_dtype) if tensor.is_floating_point() else tensor
-        for name, tensor in checkpoint.tensors.items()
-    }
+    return build_model(
+        checkpoint.in_dtype(weights_dtype), device, dtype=weights_dtype, quantization_config=quantization_config
+    )
+
+
+def build_model(
+    checkpoint: Checkpoint,
+    device: str | torch.device,
+    model_class: type[YiVLForConditionalGeneration] = YiVLForConditionalGeneration,
+    **options: Any,
+) -> tuple[YiVLForConditionalGeneration, YiVLProcessor]:
+    """Read a checkpoint's tensors into a model in evaluation mode, and make its processor.
+
+    Args:
+        device: or one of accelerate's strategies, such as "auto".
+        options: of `from_pretrained`, such as `dtype` and `quantization_config`.
+
+    Raises:
+        ValueError: the tensors cannot be read, or the device or a library refuses them.
+    """
     try:
         with torch.device("cpu"):  # whatever torch.set_default_device says
-            model = YiVLForConditionalGeneration.from_pretrained(
-                None,
-                config=checkpoint.config,
-                state_dict=tensors,
-                dtype=weights_dtype,
-                device_map=device,
-                quantization_config=how,
+            model = model_class.from_pretrained(
+                None, config=checkpoint.config, state_dict=checkpoint.tensors, device_map=device, **options
             )
         processor = checkpoint.make_processor()
         model.generation_config = checkpoint.generation_config
@@ -147,6 +157,19 @@ def read_config(source: str) -> YiVLConfig:
         return read_configuration(folder)
     with _base(folder, with_weights=False) as base:
         return read_configuration(base)
+
+
+def load_processor(path: str | os.PathLike | None) -> YiVLProcessor:
+    """The processor of a model folder or hub id, of adapters that of what they adapt; no weights are read or fetched.
+
+    Raises:
+        ValueError: there is none, or it is of another kind of model.
+    """
+    folder = fetch(find(path), with_weights=False)
+    if not holds_adapters(folder):
+        return read_processor(folder)
+    with _base(folder, with_weights=False) as base:
+        return read_processor(base)
 
 
 def fetch(source: str, with_weights: bool) -> Path:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig
 
-from ..arguments import as_int, shown
+from ..arguments import as_int, one_line, shown
 from ..auto import YiVLProcessor
 from ..chat import IMAGE_PLACEHOLDER
 from ..config import OpenClipVisionConfig, YiVLConfig
@@ -95,6 +95,14 @@ class Checkpoint:
         """Of the language model, as stored; the tower may be stored in another."""
         return self.tensors[EMBEDDING].dtype
 
+    def in_dtype(self, dtype: torch.dtype) -> Checkpoint:
+        """The same checkpoint, whose floating-point tensors are read in `dtype`."""
+        tensors = {
+            name: replace(tensor, dtype=dtype) if tensor.is_floating_point() else tensor
+            for name, tensor in self.tensors.items()
+        }
+        return replace(self, tensors=tensors)
+
 
 def kind_of(config: Any) -> Kind | None:
     """Which layout a config.json is of, by its content; None for another model."""
@@ -119,6 +127,24 @@ def read_configuration(folder: Path) -> YiVLConfig:
     if kind == "official":
         return _official_config(folder, config)[0]
     return _llava_hf_config(folder, config) if kind == "llava-hf" else _native_config(folder, config)
+
+
+def read_processor(folder: Path) -> YiVLProcessor:
+    """The processor alone; no file of weights need be there.
+
+    Raises:
+        ValueError: the folder holds no Yi-VL, or its tokenizer or processor is damaged.
+    """
+    config, kind = _read_config(folder)
+    if kind == "official":
+        return _processor_maker(*_official_config(folder, config))()
+    if kind == "llava-hf":
+        ours = _llava_hf_config(folder, config)
+        return _processor_maker(ours, _tokenizer(folder, ours.image_token_id))()
+    try:
+        return YiVLProcessor.from_pretrained(folder)
+    except Exception as error:  # its files may hold anything
+        raise ValueError(f"{folder}: its processor cannot be loaded: {one_line(error)}.") from error
 
 
 def open_checkpoint(folder: Path, tower_from: TowerFrom = "vit") -> Checkpoint:
