@@ -23,7 +23,7 @@ from yi_vl.checkpoint import load as loading
 from yi_vl.checkpoint import summary as sizes
 from yi_vl.checkpoint.assemble import from_parts
 from yi_vl.checkpoint.weight_files import WeightFiles
-from yi_vl.quantize import SCHEMES, Int4Linear, Int8Linear, PackedConfig, packed_layers
+from yi_vl.quantize import SCHEMES, Int4Linear, Int8Linear, int4, int8, packed_layers
 
 PENGUIN = Path(__file__).parents[1] / "docs/images/penguin.png"
 QUESTION = "What is in this picture?"
@@ -105,10 +105,10 @@ def test_few_rows_and_many_are_the_same_product(
     """Rows of any size: a large one does not spoil a small one beside it."""
     torch.manual_seed(0)
     if kind == "int8 without FBGEMM":
-        monkeypatch.setattr(quantize, "_has_fbgemm", lambda: False)
+        monkeypatch.setattr(int8, "_has_fbgemm", lambda: False)
     linear = nn.Linear(shape[1], shape[0], dtype=dtype, bias=False)
-    layer: Any = (Int4Linear if kind == "int4" else Int8Linear)(linear, PackedConfig(bits=4, group_size=32))
-    for name, tensor in layer.quantized(linear.weight.detach()).items():
+    layer: Any = Int4Linear(linear, group_size=32) if kind == "int4" else Int8Linear(linear)
+    for name, tensor in layer.quantize(linear.weight.detach()).items():
         setattr(layer, name, tensor)
     stored, num_bytes = layer.state_dict(), layer.nbytes
     layer.pack_()
@@ -132,14 +132,14 @@ def test_few_rows_and_many_are_the_same_product(
 
 def test_int8_works_where_fbgemm_does_not(monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path) -> None:
     """What one processor saved another loads; and a torch without FBGEMM's tensors is no error."""
-    if not quantize._has_fbgemm():
+    if not int8._has_fbgemm():
         pytest.skip("it does not work here")
     yi_vl.load(folder, device="cpu", quantize="int8").save(tmp_path / "saved")
     with_it = logits_of(yi_vl.load(tmp_path / "saved", device="cpu"))
     monkeypatch.delattr(torch, "_make_per_channel_quantized_tensor")
-    quantize._has_fbgemm.cache_clear()
+    int8._has_fbgemm.cache_clear()
     without_it = logits_of(yi_vl.load(tmp_path / "saved", device="cpu"))
-    quantize._has_fbgemm.cache_clear()
+    int8._has_fbgemm.cache_clear()
     assert 0 < (with_it - without_it).norm() < 0.02 * without_it.norm()
 
 
@@ -177,9 +177,9 @@ def test_impossible_wishes_are_refused(folder: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(quantize, "_GROUP_SIZES", (64,))
     refuse("groups of 64, and this model's layers are 32, 64 wide", device="cpu", quantize="int4")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
-    quantize._packed_rows.cache_clear()
+    int4.packed_rows.cache_clear()
     refuse("AVX2 or AVX512", device="cpu", quantize="int4")
-    quantize._packed_rows.cache_clear()
+    int4.packed_rows.cache_clear()
 
 
 def test_a_gpu_would_get_torchao(monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path) -> None:

@@ -128,5 +128,5 @@ def test_quantized_models_and_adapters_of_adapters_are_refused(
     yi_vl.load(RELEASE, device="cpu", quantize="int8").save(tmp_path / "int8")
     with pytest.raises(ValueError, match="int8 is quantised and cannot be trained"):
         trainer(start_from(tmp_path / "int8"))
-    with pytest.raises(ValueError, match="holds adapters.*yi-vl convert"):
+    with pytest.raises(ValueError, match=r"holds adapters.*yi-vl convert"):
         trainer(start_from(make_checkpoint("adapters"), *LORA))
