@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from tiny import tiny_config
+from tiny import tiny_config, tiny_processor
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -183,6 +183,7 @@ LORA_MODEL = YiVLConfig(  # wide enough for blocks of 64 x 256 weights
 def lora_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("lora_base")
     YiVLForConditionalGeneration(LORA_MODEL).to(torch.bfloat16).float().save_pretrained(folder)
+    tiny_processor().save_pretrained(folder)
     return folder
 
 

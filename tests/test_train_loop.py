@@ -257,7 +257,7 @@ def test_a_stopped_run_goes_on_exactly(configure: Callable[..., TrainConfig], tm
 
 def test_a_missing_start_is_one_line(configure: Callable[..., TrainConfig], tmp_path: Path) -> None:
     start = f"init_from={{checkpoint: {tmp_path}/none, tower: null, language_model: null}}"
-    with pytest.raises(ValueError, match="none: there is no such folder"):
+    with pytest.raises(ValueError, match="there is no such folder"):
         train(configure(f"run_dir={tmp_path}/other", start))
 
 

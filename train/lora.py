@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from yi_vl.checkpoint.load import find
 from yi_vl.model import YiVLForConditionalGeneration
 
 from .config import LORA, TrainConfig
@@ -60,8 +59,9 @@ def add_adapters_(model: YiVLForConditionalGeneration, config: TrainConfig, dire
     adapted = get_peft_model(model, lora)
     assert isinstance(adapted, PeftModel)
     if config.init_from.checkpoint is not None:
-        source = find(config.init_from.checkpoint)
-        lora.base_model_name_or_path = str(Path(source).absolute()) if Path(source).is_dir() else source  # a hub id
+        folder = Path(config.init_from.checkpoint).expanduser()
+        is_folder = folder.is_dir()  # else a hub id
+        lora.base_model_name_or_path = str(folder.absolute()) if is_folder else config.init_from.checkpoint
     if directory is not None:
         set_peft_model_state_dict(adapted, load_peft_weights(str(directory), device="cpu"))
     return Adapters(adapted)
