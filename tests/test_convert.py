@@ -19,9 +19,9 @@ from safetensors.torch import save_file
 from tiny import OFFICIAL, official_messages, tiny_model, tiny_processor
 
 import yi_vl
-from yi_vl.checkpoint import Kind, convert, largest_difference, open_checkpoint
+from yi_vl.checkpoint import Layout, convert, largest_difference, open_checkpoint
 from yi_vl.checkpoint import weight_files as files_module
-from yi_vl.checkpoint.key_map import LLAVA_HF, from_ours, to_ours
+from yi_vl.checkpoint.key_map import LLAVA_HF, from_native, to_native
 from yi_vl.checkpoint.key_map import OFFICIAL as OFFICIAL_NAMES
 from yi_vl.config import preset
 
@@ -83,14 +83,14 @@ def _with_one_id_per_image(ids: list[int], image_id: int, patches: int) -> list[
 
 
 @pytest.mark.parametrize("to", ["yi-vl", "official", "llava-hf"])
-def test_every_layout_goes_round_bit_for_bit(to: Kind, tmp_path: Path, official: yi_vl.YiVL) -> None:
+def test_every_layout_goes_round_bit_for_bit(to: Layout, tmp_path: Path, official: yi_vl.YiVL) -> None:
     """official -> `to` in many shards -> ours -> official, in float32 and bfloat16 side by side as the release is."""
     mixed = _in_bfloat16(shutil.copytree(CHECKPOINT, tmp_path / "mixed"))
     source = open_checkpoint(mixed)
     convert(source, tmp_path / "there", to, shard_bytes=200_000)
     assert len(list((tmp_path / "there").glob("*-of-*"))) > 3
     there = open_checkpoint(tmp_path / "there")
-    assert there.kind == to
+    assert there.layout == to
     _assert_same(source, there)
     convert(there, tmp_path / "back", "official")
     back = open_checkpoint(tmp_path / "back")
@@ -147,10 +147,10 @@ def test_an_interrupted_conversion_leaves_nothing(tmp_path: Path, monkeypatch: p
     with pytest.raises(KeyboardInterrupt):
         convert(open_checkpoint(CHECKPOINT), tmp_path / "out", "yi-vl", shard_bytes=300_000, progress=stop)
     assert list(tmp_path.iterdir()) == []
-    (tmp_path / ".out.partial").mkdir()  # as a killed one leaves it
-    (tmp_path / ".out.partial" / "config.json").write_text("{}")
+    (tmp_path / ".out.tmp").mkdir()  # as a killed one leaves it
+    (tmp_path / ".out.tmp" / "config.json").write_text("{}")
     convert(open_checkpoint(CHECKPOINT), tmp_path / "out", "yi-vl")
-    assert open_checkpoint(tmp_path / "out").kind == "yi-vl" and [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert open_checkpoint(tmp_path / "out").layout == "yi-vl" and [p.name for p in tmp_path.iterdir()] == ["out"]
     with pytest.raises(ValueError, match="exists already"):
         convert(open_checkpoint(CHECKPOINT), tmp_path / "out", "yi-vl")
 
@@ -348,12 +348,12 @@ def test_every_name_of_the_full_sizes_has_its_counterpart(size: str, count: int)
     with torch.device("meta"):
         names = list(yi_vl.YiVLForConditionalGeneration(preset(size)).state_dict())
     for layout in (OFFICIAL_NAMES, LLAVA_HF):
-        theirs = [their for name in names for their in from_ours(name, layout)]
-        assert len(set(theirs)) == len(theirs) == count
-        back = [to_ours(their, layout) for their in theirs]
+        converted = [new for name in names for new in from_native(name, layout)]
+        assert len(set(converted)) == len(converted) == count
+        back = [to_native(name, layout) for name in converted]
         assert {slot.name for slot in back if slot} == set(names) and len(set(back)) == count
     assert "model.vision_tower.vision_tower.vision_model.encoder.layers.31.self_attn.out_proj.bias" in {
-        their for name in names for their in from_ours(name, OFFICIAL_NAMES)
+        new for name in names for new in from_native(name, OFFICIAL_NAMES)
     }
 
 

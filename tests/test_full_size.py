@@ -29,7 +29,7 @@ def test_a_random_release_is_made_loaded_and_asked(tmp_path: Path, monkeypatch: 
     folder = tmp_path / "release"
     full_size.make(folder, "6b", OFFICIAL / "checkpoint")
     made = open_checkpoint(folder)
-    assert made.kind == "official" and made.dtype == torch.bfloat16
+    assert made.layout == "official" and made.dtype == torch.bfloat16
     assert {t.dtype for name, t in made.tensors.items() if ".vision_tower." in name} == {torch.float32}
     assert largest_difference(made)[0] == 0.0
     found = full_size.measure(folder, OFFICIAL / "wide.png", 2)

@@ -25,7 +25,7 @@ from transformers.utils.chat_template_utils import _compile_jinja_template
 
 import yi_vl
 from yi_vl.chat import CHAT_TEMPLATE, STOP_STRING, strip_answer, strip_separator
-from yi_vl.checkpoint import Kind, convert, open_checkpoint
+from yi_vl.checkpoint import Layout, convert, open_checkpoint
 from yi_vl.model import YiVLForConditionalGeneration
 from yi_vl.predict import YiVL
 from yi_vl.processor import YiVLProcessor
@@ -197,7 +197,7 @@ def _files(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 @pytest.mark.parametrize("to", ["save", "yi-vl", "official", "llava-hf"])
-def test_what_is_saved_stops_and_pads_by_itself(to: Kind | str, tmp_path: Path) -> None:
+def test_what_is_saved_stops_and_pads_by_itself(to: Layout | str, tmp_path: Path) -> None:
     model = yi_vl.load(OFFICIAL / "checkpoint", device="cpu", dtype=torch.float32)
     separator = model.processor.tokenizer.convert_tokens_to_ids(STOP_STRING)
     assert model.model.generation_config.eos_token_id == [2, 7, separator]
@@ -217,11 +217,11 @@ def test_what_is_saved_stops_and_pads_by_itself(to: Kind | str, tmp_path: Path) 
     assert again.processor.tokenizer.padding_side == "left"
 
 
-ROUND_TRIPS: list[list[Kind]] = [["official", "yi-vl"], ["llava-hf", "yi-vl"], ["llava-hf", "official", "llava-hf"]]
+ROUND_TRIPS: list[list[Layout]] = [["official", "yi-vl"], ["llava-hf", "yi-vl"], ["llava-hf", "official", "llava-hf"]]
 
 
 @pytest.mark.parametrize("layouts", ROUND_TRIPS, ids="-".join)
-def test_a_round_trip_changes_nothing_of_the_tokenizer(layouts: list[Kind], tmp_path: Path) -> None:
+def test_a_round_trip_changes_nothing_of_the_tokenizer(layouts: list[Layout], tmp_path: Path) -> None:
     folder = OFFICIAL / "checkpoint"
     expected = _tokenizer_behaviour(open_checkpoint(folder).make_processor())
     for number, layout in enumerate(layouts):

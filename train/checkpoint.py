@@ -8,8 +8,6 @@ only when its sums are right.
 
 from __future__ import annotations
 
-import hashlib
-import os
 import random
 import shutil
 from pathlib import Path
@@ -20,6 +18,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from yi_vl.files import atomic_path, sha256
 from yi_vl.generation import set_end_tokens_
 from yi_vl.model import YiVLForConditionalGeneration
 from yi_vl.processor import YiVLProcessor
@@ -47,25 +46,18 @@ def save_checkpoint(
     Raises:
         ValueError: the disk does not take it; checkpoints written earlier are untouched.
     """
-    temporary = directory.with_name(f".{directory.name}.tmp")
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        if isinstance(model, YiVLForConditionalGeneration) and model.generation_config is not None:
-            set_end_tokens_(model.generation_config, processor.tokenizer)
-        model.save_pretrained(temporary, state_dict=weights)
-        processor.save_pretrained(temporary)
-        (temporary / "config.yaml").write_text(config_yaml, encoding="utf-8")
-        if state is not None:
-            torch.save(state, temporary / STATE_FILE)
-            _write_sums(temporary)
-        for path in (*temporary.rglob("*"), temporary):
-            _flush(path)
-        shutil.rmtree(directory, ignore_errors=True)
-        temporary.rename(directory)
-        _flush(directory.parent)
-    except (OSError, RuntimeError, SafetensorError) as error:  # each library reports a full disk as it likes
-        shutil.rmtree(temporary, ignore_errors=True)
+        with atomic_path(directory, flush=True) as temporary:
+            temporary.mkdir()
+            if isinstance(model, YiVLForConditionalGeneration) and model.generation_config is not None:
+                set_end_tokens_(model.generation_config, processor.tokenizer)
+            model.save_pretrained(temporary, state_dict=weights)
+            processor.save_pretrained(temporary)
+            (temporary / "config.yaml").write_text(config_yaml, encoding="utf-8")
+            if state is not None:
+                torch.save(state, temporary / STATE_FILE)
+                _write_sums(temporary)
+    except (OSError, RuntimeError, SafetensorError) as error:  # each library reports a full disk in its own way
         if "DataLoader worker" in str(error):  # torch's signal handler raises wherever the process is when one dies
             raise
         raise ValueError(
@@ -144,7 +136,7 @@ def _set_aside(path: Path, reason: str) -> str:
 
 def _write_sums(directory: Path) -> None:
     paths = sorted(path for path in directory.rglob("*") if path.is_file())
-    lines = [f"{_sum(path)}  {path.relative_to(directory).as_posix()}\n" for path in paths]
+    lines = [f"{sha256(path)}  {path.relative_to(directory).as_posix()}\n" for path in paths]
     (directory / SUMS_FILE).write_text("".join(lines), encoding="utf-8")
 
 
@@ -154,24 +146,8 @@ def _damage(directory: Path) -> str | None:
         lines = (directory / SUMS_FILE).read_text(encoding="utf-8").splitlines()
         for line in lines:
             expected, _, name = line.partition("  ")
-            if _sum(directory / name) != expected:
+            if sha256(directory / name) != expected:
                 return f"{name} is not as it was written"
     except (OSError, UnicodeDecodeError) as error:
         return " ".join(str(error).split())
     return None if lines else f"{SUMS_FILE} is empty"
-
-
-def _sum(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

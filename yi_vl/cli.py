@@ -320,7 +320,7 @@ def convert_command(
     elif folder is not None:
         columns = ("{task.description}", BarColumn(), DownloadColumn(), TimeRemainingColumn())
         with Progress(*columns, console=Console(stderr=True)) as progress:
-            task = progress.add_task(f"{checkpoint.kind} to {to}")
+            task = progress.add_task(f"{checkpoint.layout} to {to}")
             convert(
                 checkpoint,
                 folder,

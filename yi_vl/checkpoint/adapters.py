@@ -40,7 +40,7 @@ _MERGED = {"alpha_pattern", "init_lora_weights", "lora_alpha", "r", "rank_patter
 
 
 def holds_adapters(folder: Path) -> bool:
-    """Whether a folder is one of adapters, not of a whole model."""
+    """Whether a folder holds adapters, not a whole model."""
     return (folder / _CONFIG).is_file() and not (folder / "config.json").is_file()
 
 
@@ -48,13 +48,13 @@ def base_of(folder: Path) -> str:
     """The folder or hub id of what the adapters adapt.
 
     Raises:
-        ValueError: they do not say, or are of a kind that cannot be merged.
+        ValueError: adapter_config.json does not name it, or describes adapters that cannot be merged.
     """
     return str(_read_config(folder)["base_model_name_or_path"])
 
 
 def merge(base: Checkpoint, folder: Path) -> Checkpoint:
-    """`base` with its weights changed as the adapters in `folder` say, when they are read.
+    """`base` with the adapters in `folder` merged into its tensors when they are read.
 
     Raises:
         ValueError: the adapters are damaged, or are not of this model, or cannot be merged.
@@ -64,8 +64,8 @@ def merge(base: Checkpoint, folder: Path) -> Checkpoint:
         next((folder / name for name in _WEIGHTS if (folder / name).is_file()), folder / _WEIGHTS[0])
     )
     tensors, targets, unknown = dict(base.tensors), set(), []
-    whole, factors = _sorted_out(files)
-    for stored, target in whole.items():
+    replacements, factors = _sort_tensors(files)
+    for stored, target in replacements.items():
         targets.add(target)
         if target not in tensors or files.entries[stored].shape != tuple(tensors[target].shape):
             unknown.append(stored)
@@ -81,31 +81,31 @@ def merge(base: Checkpoint, folder: Path) -> Checkpoint:
             else:
                 tensors[target] = replace(tensors[target], change=change)
     _check(base, folder, targets, unknown)
-    tower_learned = any(name.startswith(TOWER) for name in targets)
-    return replace(base, tensors=tensors, tower_copy={} if tower_learned else base.tower_copy)
+    is_tower_trained = any(name.startswith(TOWER) for name in targets)
+    return replace(base, tensors=tensors, tower_copy={} if is_tower_trained else base.tower_copy)
 
 
-def _sorted_out(files: WeightFiles) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
-    """Which stored tensor replaces which of the model's; and the factors of each module, by their names in PEFT."""
-    whole: dict[str, str] = {}
+def _sort_tensors(files: WeightFiles) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
+    """The model's tensor that each stored one replaces; and the factors of each module, by their names in PEFT."""
+    replacements: dict[str, str] = {}
     factors: dict[str, dict[str, str]] = {}
     for stored in files.entries:
         name = stored.removeprefix(_PREFIX)
         if match := _LORA.search(name):
-            kind = match[1] + (".bias" if match[2] == "bias" else "")
-            factors.setdefault(name[: match.start()], {})[kind] = stored
+            factor = match[1] + (".bias" if match[2] == "bias" else "")
+            factors.setdefault(name[: match.start()], {})[factor] = stored
         else:
-            whole[stored] = name.replace(".base_layer.", ".")
-    return whole, factors
+            replacements[stored] = name.replace(".base_layer.", ".")
+    return replacements, factors
 
 
 _Change = tuple["tuple[int, ...] | None", Callable[[Tensor], Tensor]]
 
 
 def _changes(files: WeightFiles, parts: Mapping[str, str], scale: float) -> dict[str, _Change]:
-    """How a module's factors change its tensors, by their last name; each with the shape of what it changes.
+    """The changes of a module's tensors, by their last name; each with the shape of the tensor that it changes.
 
-    No shape: the factors do not belong together.
+    The shape is None if the factors do not fit each other.
     """
     is_embedding = "embedding_A" in parts or "embedding_B" in parts
     first, second = ("embedding_A", "embedding_B") if is_embedding else ("A", "B")
@@ -149,7 +149,9 @@ def _scale(folder: Path, config: dict[str, Any], module: str, files: WeightFiles
         next((value for pattern, value in config[patterns].items() if _matches(folder, pattern, module)), config[key])
         for patterns, key in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))
     )
-    stored = next((files.entries[name].shape[:1] for kind, name in parts.items() if kind in ("A", "embedding_A")), None)
+    stored = next(
+        (files.entries[name].shape[:1] for factor, name in parts.items() if factor in ("A", "embedding_A")), None
+    )
     if stored is not None and stored != (rank,):
         raise ValueError(
             f"{folder}: the adapters of {module} have rank {stored[0]}, but {rank} by r and rank_pattern in {_CONFIG}."
@@ -182,8 +184,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / _CONFIG
     config = read_json(path)
     if config.get("peft_type") != "LORA":
-        found = shown(config.get("peft_type"))
-        raise ValueError(f"{path} describes no LoRA adapters (peft_type {found}); others cannot be merged.")
+        peft_type = shown(config.get("peft_type"))
+        raise ValueError(f"{path} describes no LoRA adapters (peft_type {peft_type}); others cannot be merged.")
     if not config.get("base_model_name_or_path"):
         raise ValueError(f"{path} lacks base_model_name_or_path.")
     if (initial := config.get("init_lora_weights", True)) not in _INITIAL:

@@ -1,7 +1,4 @@
-"""A Yi-VL from its parts: an open_clip tower and a Llama-architecture language model, joined by a fresh projector.
-
-Called by the trainer; calls model.py, vision.py, processor.py, open_clip and transformers.
-"""
+"""A Yi-VL from its parts: an open_clip tower and a Llama-architecture language model, joined by a fresh projector."""
 
 from __future__ import annotations
 
@@ -12,6 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from ..arguments import one_line
 from ..chat import IMAGE_PLACEHOLDER
 from ..config import OpenClipVisionConfig, YiVLConfig
 from ..connector import Projector
@@ -23,7 +21,7 @@ from ..vision import OpenClipTower
 logger = logging.getLogger(__name__)
 
 _CONTRASTIVE_HEADS = ("proj", "head.", "trunk.head.")
-_TABLE_MULTIPLE = 64  # rows of the embedding table, as matrix products like them
+_TABLE_MULTIPLE = 64  # rows of the embedding table, for fast matrix products
 
 
 def from_parts(
@@ -51,9 +49,7 @@ def from_parts(
         tokenizer = prepare_tokenizer(language_model)
         language = AutoModelForCausalLM.from_pretrained(language_model, dtype=torch.float32)
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"The language model {language_model!r} cannot be loaded: {str(error).splitlines()[0]}"
-        ) from error
+        raise ValueError(f"The language model {language_model!r} cannot be loaded: {one_line(error)}.") from error
     if text_config.model_type != "llama":
         raise ValueError(f"{language_model!r} is a {text_config.model_type} model; the language model must be a llama.")
 
@@ -97,9 +93,7 @@ def _load_tower(name: str, pretrained: str | None) -> OpenClipTower:
     try:
         weights = open_clip.create_model(name, pretrained=pretrained).visual.state_dict()
     except (OSError, RuntimeError) as error:
-        raise ValueError(
-            f"The weights {pretrained!r} do not load into {name!r}: {str(error).splitlines()[0]}"
-        ) from error
+        raise ValueError(f"The weights {pretrained!r} do not load into {name!r}: {one_line(error)}.") from error
     tower.visual.load_state_dict(
         {key: tensor for key, tensor in weights.items() if not key.startswith(_CONTRASTIVE_HEADS)}
     )

@@ -1,7 +1,4 @@
-"""From a folder or a hub id to a model and its processor, or one line that says why not.
-
-Layouts are told apart by what config.json holds, never by a name.
-"""
+"""Loading a model and its processor from a folder or a hub id; every error is one line."""
 
 from __future__ import annotations
 
@@ -26,7 +23,7 @@ from .json_files import read_json
 _BUNDLED = Path(__file__).parents[1] / "nano"
 _HUB_FILES = ("*.json", "*.model", "*.jinja", "vit/*/*.json")
 _HUB_WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "vit/*/pytorch_model*.bin")
-_SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")  # accelerate's ways to place a model
+_DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")  # accelerate's strategies to place a model
 _SHORT_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 _SMALL_PARAMETERS = 200_000_000  # below this fp32 on a CPU: 4.7 ms per nano token, in bf16 6.2 and on many CPUs more
 
@@ -41,8 +38,8 @@ def load_model(
     """A model in evaluation mode, and its processor.
 
     Args:
-        path: a folder or hub id, in any of the three layouts, or of LoRA adapters, which are merged into what they
-            adapt; the bundled nano by default.
+        path: a folder or hub id, in any of the three layouts, or of LoRA adapters, which are merged into their
+            base; the bundled nano by default.
         device: "cpu", "cuda:1", ..., or the GPU's number; "auto" spreads the model over all there is. By default the
             GPU, else the CPU.
         dtype: of the weights, also by its name ("bfloat16", "bf16"); "auto" is what they are stored in. By default
@@ -52,12 +49,12 @@ def load_model(
         quantize: "int8" or "int4" for the language model's linear layers; what was saved quantised is loaded so.
 
     Raises:
-        ValueError: there is no such model, it is another kind of model, it is incomplete, its parts do not fit, or
+        ValueError: there is no such model, it is not a Yi-VL, it is incomplete, its parts do not fit, or
             it cannot be quantised so on this device.
     """
     device, as_stored = _parse_device(device), isinstance(dtype, str) and dtype == "auto"
     weights_dtype = None if as_stored else _parse_dtype(dtype)
-    tower_from, quantize = _as_copy(tower_from), _as_scheme(quantize)
+    tower_from, quantize = _as_tower_from(tower_from), _as_scheme(quantize)
     folder = fetch(find(path), with_weights=True)
     method = _quantization_method(folder)
     if method and quantize is not None:
@@ -112,7 +109,7 @@ def build_model(
 
 
 def open_model(path: str | os.PathLike | None, tower_from: TowerFrom = "vit") -> Checkpoint:
-    """The checkpoint in a folder or of a hub id; adapters are merged into what they adapt. No tensor is read yet.
+    """The checkpoint in a folder or of a hub id; adapters are merged into their base. No tensor is read yet.
 
     Raises:
         ValueError: as `load_model`.
@@ -146,11 +143,10 @@ def find(path: str | os.PathLike | None) -> str:
 
 
 def read_config(source: str) -> YiVLConfig:
-    """The configuration of a model folder or hub id, of adapters that of what they adapt; no weights are read or
-    fetched.
+    """The configuration of a model folder or hub id, of adapters that of their base; no weights are read or fetched.
 
     Raises:
-        ValueError: there is none, or it is of another kind of model.
+        ValueError: there is none, or it is not a Yi-VL.
     """
     folder = fetch(source, with_weights=False)
     if not holds_adapters(folder):
@@ -160,10 +156,10 @@ def read_config(source: str) -> YiVLConfig:
 
 
 def load_processor(path: str | os.PathLike | None) -> YiVLProcessor:
-    """The processor of a model folder or hub id, of adapters that of what they adapt; no weights are read or fetched.
+    """The processor of a model folder or hub id, of adapters that of their base; no weights are read or fetched.
 
     Raises:
-        ValueError: there is none, or it is of another kind of model.
+        ValueError: there is none, or it is not a Yi-VL.
     """
     folder = fetch(find(path), with_weights=False)
     if not holds_adapters(folder):
@@ -173,7 +169,7 @@ def load_processor(path: str | os.PathLike | None) -> YiVLProcessor:
 
 
 def fetch(source: str, with_weights: bool) -> Path:
-    """The folder of a model: itself, or a hub id's in the cache, where what is not there yet is fetched to."""
+    """The folder of a model: itself, or that of a hub id in the cache, after fetching what is missing."""
     if os.path.isdir(source):
         if not os.access(source, os.R_OK | os.X_OK):
             raise ValueError(f"{source} cannot be opened: there is no permission to read this folder.")
@@ -189,16 +185,19 @@ def fetch(source: str, with_weights: bool) -> Path:
 
 
 def check_fit(config: YiVLConfig, processor: YiVLProcessor) -> None:
-    """Raise when model and processor were not made for each other."""
+    """
+    Raises:
+        ValueError: model and processor do not fit each other.
+    """
     vision = config.vision_config
-    for what, in_model, in_processor in (
+    for name, in_model, in_processor in (
         ("the image token's id", config.image_token_id, processor.image_token_id),
         ("the image size in pixels", vision.image_size, processor.image_processor.size_px),
         ("the patch size in pixels", vision.patch_size, processor.patch_size),
     ):
         if in_model != in_processor:
             raise ValueError(
-                f"Model and processor do not fit: {what} is {in_model} in one, {in_processor} in the other."
+                f"Model and processor do not fit: {name} is {in_model} in one, {in_processor} in the other."
             )
     if len(processor.tokenizer) > config.text_config.vocab_size:
         raise ValueError(
@@ -208,7 +207,7 @@ def check_fit(config: YiVLConfig, processor: YiVLProcessor) -> None:
 
 @contextmanager
 def _base(folder: Path, with_weights: bool) -> Iterator[Path]:
-    """The folder of what the adapters in `folder` adapt; whatever is wrong with it is said of both."""
+    """The folder of the model that the adapters in `folder` adapt; errors name both."""
     name = base_of(folder)
     try:
         base = fetch(find(name), with_weights)
@@ -222,7 +221,7 @@ def _base(folder: Path, with_weights: bool) -> Iterator[Path]:
 
 
 def _quantization_method(folder: Path) -> str | None:
-    """What a saved model was quantised by; None when it was not. An unreadable config.json is another's to report."""
+    """The method that a saved model was quantised by, if any; a damaged config.json is reported later."""
     try:
         return str(read_json(folder / "config.json")["quantization_config"]["quant_method"])
     except (ValueError, KeyError, TypeError):
@@ -232,8 +231,8 @@ def _quantization_method(folder: Path) -> str | None:
 def _load_as_quantized(
     folder: Path, device: str | torch.device, dtype: torch.dtype | None
 ) -> tuple[YiVLForConditionalGeneration, YiVLProcessor]:
-    """A model of ours that another library quantised: transformers knows how to read it."""
-    read_configuration(folder)  # says what is wrong with the folder
+    """A native checkpoint that another library quantised: transformers reads it."""
+    read_configuration(folder)  # for its errors
     try:
         model = YiVLForConditionalGeneration.from_pretrained(folder, dtype=dtype or "auto", device_map=device)
         processor = YiVLProcessor.from_pretrained(folder)
@@ -244,10 +243,10 @@ def _load_as_quantized(
 
 
 def _parse_device(device: str | int | torch.device | None) -> str | torch.device:
-    """A device, or one of accelerate's ways to spread a model; a number is a GPU's, and -1 the CPU, as in pipelines."""
+    """A device, or one of accelerate's strategies. A number is a GPU's, and -1 the CPU, as in pipelines."""
     if device is None:
         return _default_device()
-    if isinstance(device, dict) or (isinstance(device, str) and device in _SPREAD):
+    if isinstance(device, dict) or (isinstance(device, str) and device in _DEVICE_MAPS):
         return device  # type: ignore[return-value]
     if isinstance(device, str) and device.removeprefix("-").isdecimal():
         device = int(device)
@@ -285,7 +284,7 @@ def _default_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def _as_copy(tower_from: Any) -> TowerFrom:
+def _as_tower_from(tower_from: Any) -> TowerFrom:
     return "vit" if tower_from is None else as_choice(tower_from, "tower_from", get_args(TowerFrom))  # type: ignore[return-value]
 
 

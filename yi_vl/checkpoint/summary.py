@@ -1,7 +1,4 @@
-"""How large a model is, without reading a weight: parameters, tensors, memory.
-
-Called by cli.py; calls config.py, model.py, quantize.py and, for what another library quantised, convert/.
-"""
+"""The size of a model, without reading a weight: parameters, tensors, memory."""
 
 from __future__ import annotations
 
@@ -32,7 +29,7 @@ from .weight_files import Entry, WeightFiles
 
 @dataclass(frozen=True)
 class Sizes:
-    """What `measure` finds.
+    """The result of `measure`.
 
     The official release has neither the image token's row of the embedding tables nor the rows that pad them, and it
     keeps the tower's queries, keys and values apart. Its figures are None for a tower with a convolutional stem, which
@@ -48,7 +45,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class QuantizedSizes:
-    """What `measure_quantized` finds."""
+    """The result of `measure_quantized`."""
 
     num_parameters: dict[str, int]  # by component, as many as before it was quantised
     num_tensors: int  # stored, scales included
@@ -56,13 +53,13 @@ class QuantizedSizes:
 
 
 def tensor_shapes(config: YiVLConfig, folder: Path | None) -> dict[str, tuple[int, ...]]:
-    """The name and shape of every stored tensor, in our layout; the model is built without weights.
+    """The name and shape of every stored tensor, in the native layout; the model is built without weights.
 
     Args:
-        folder: of the model; needed only where another library quantised it, whose files then tell.
+        folder: of the model; needed only where another library quantised it.
 
     Raises:
-        ValueError: these are not there, or damaged.
+        ValueError: the weight files are missing or damaged.
     """
     if _is_foreign(config):
         return {name: entry.shape for name, entry in _entries(folder).items()}
@@ -87,11 +84,11 @@ def measure(config: YiVLConfig) -> Sizes:
     memory_bytes = {"fp32": 4 * total, "bf16": 2 * total}
     for scheme in SCHEMES:
         with suppress(ValueError):  # not with layers as wide as these
-            quantised = _without_weights(config)
-            quantised.to(torch.bfloat16)  # type: ignore[arg-type]  # wrapped by transformers as if it were no method
-            replace_linears_(quantised, make_packed_config(scheme, config.text_config))
-            _fill_up_(quantised)
-            memory_bytes[scheme] = num_bytes(quantised)
+            quantized = _without_weights(config)
+            quantized.to(torch.bfloat16)  # type: ignore[arg-type]  # wrapped by transformers as if it were no method
+            replace_linears_(quantized, make_packed_config(scheme, config.text_config))
+            _pack_int4_(quantized)
+            memory_bytes[scheme] = num_bytes(quantized)
     return Sizes(counts, num_tensors, official_counts, num_official_tensors, memory_bytes)
 
 
@@ -107,12 +104,12 @@ def measure_quantized(config: YiVLConfig, folder: Path | None) -> QuantizedSizes
         return QuantizedSizes(counts, len(entries), _stored_bytes(entries))
     model = _as_stored(config)
     num_tensors = len(model.state_dict())
-    _fill_up_(model)
+    _pack_int4_(model)
     return QuantizedSizes(counts, num_tensors, {name: num_bytes(part) for name, part in _components(model).items()})
 
 
 def scheme_of(config: YiVLConfig) -> str | None:
-    """How a model was quantised, in words; None when it was not."""
+    """A description of how a model was quantised; None when it was not."""
     match _quantization(config):
         case None:
             return None
@@ -120,14 +117,14 @@ def scheme_of(config: YiVLConfig) -> str | None:
             return f"int{bits}, a scale and a zero for every {group_size} weights"
         case {"quant_method": "yi_vl", "bits": bits}:
             return f"int{bits}, a scale for every row"
-        case {"quant_method": method, "quant_type": {"default": {"_type": kind}}}:
-            return f"{kind} of {method}"
-        case other:
-            return f"by {other.get('quant_method')}"
+        case {"quant_method": method, "quant_type": {"default": {"_type": scheme}}}:
+            return f"{scheme} of {method}"
+        case values:
+            return f"by {values.get('quant_method')}"
 
 
-def _fill_up_(model: nn.Module) -> None:
-    """Pack int4 as it is packed when it is loaded, for its rows are filled up; int8 takes no more packed."""
+def _pack_int4_(model: nn.Module) -> None:
+    """Pack int4 layers as loading does, which pads their rows; int8 layers take no more memory when packed."""
     for _, layer in packed_layers(model):
         if isinstance(layer, Int4Linear):
             layer.pack_()
@@ -157,7 +154,7 @@ def _quantization(config: YiVLConfig) -> dict[str, Any] | None:
 
 
 def _entries(folder: Path | None) -> dict[str, Entry]:
-    assert folder is not None, "a configuration that says so was read from a folder"
+    assert folder is not None, "a quantized configuration was read from a folder"
     return WeightFiles.find(folder).entries
 
 

@@ -1,8 +1,7 @@
-"""The tensors in a checkpoint's weight files, pickled or safetensors: which there are, and one at a time.
+"""The tensors in a checkpoint's weight files, pickled or safetensors: their headers, and one tensor at a time.
 
 Nothing is unpickled with code execution (`weights_only=True`), nothing outside the checkpoint is opened, and no file is
-read whole: a tensor's bytes are fetched from where its file says they are. Called by source.py; calls torch and
-safetensors.
+read whole: a tensor's bytes are read from where its file says they are.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ import json
 import math
 import pickle
 import zipfile
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ..arguments import one_line
 from .json_files import read_json
 
 _BLOCK_ELEMENTS = 1 << 18
@@ -39,14 +38,14 @@ class Entry:
 
 
 class WeightFiles:
-    """Names, shapes and values of all tensors in a folder's weight files."""
+    """The names, shapes and values of all tensors in a folder's weight files."""
 
     def __init__(self, entries: dict[str, Entry]) -> None:
         self.entries = entries
 
     @classmethod
     def of(cls, path: Path) -> WeightFiles:
-        """Those of one file.
+        """The tensors of one file.
 
         Raises:
             ValueError: it is missing or damaged.
@@ -57,7 +56,7 @@ class WeightFiles:
 
     @classmethod
     def find(cls, folder: Path) -> WeightFiles:
-        """Those of `folder`: indexed or single, safetensors before pickles.
+        """The tensors of `folder`: indexed or single, safetensors before pickles.
 
         Raises:
             ValueError: there are none, one is missing, damaged or outside the checkpoint, or the index disagrees.
@@ -124,11 +123,11 @@ def _read_indexed(folder: Path, index: Path) -> dict[str, Entry]:
         raise ValueError(f"{folder} is incomplete: {index.name} names {', '.join(absent)}, which are not there.")
     entries: dict[str, Entry] = {}
     for file, names in names_of.items():
-        found = _read_file(paths[file])
-        missing = sorted(set(names) - set(found))
+        stored = _read_file(paths[file])
+        missing = sorted(set(names) - set(stored))
         if missing:
-            raise ValueError(f"{paths[file]} lacks {_listed(missing)}, which {index.name} says it holds.")
-        entries |= {name: found[name] for name in names}
+            raise ValueError(f"{paths[file]} lacks {shortened(missing, 8)}, which {index.name} says it holds.")
+        entries |= {name: stored[name] for name in names}
     return entries
 
 
@@ -157,7 +156,7 @@ def _read_pickle(path: Path) -> dict[str, Entry]:
     if not zipfile.is_zipfile(path):
         raise ValueError(
             f"{path} ({path.stat().st_size:,} bytes) is not a torch file of this decade (a zip archive): it is cut "
-            "short, or was written by torch before 1.6. Fetch it again, or save it anew with a current torch."
+            "short, or was written by torch before 1.6. Fetch it again, or save it with a current torch."
         )
     try:
         with FakeTensorMode():  # tensors without values, that know where in the file these are
@@ -176,7 +175,7 @@ def _read_pickle(path: Path) -> dict[str, Entry]:
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} holds more than tensors, and would run code when it is loaded; it is not opened. Only load "
-            f"such a file if you trust it, and save its tensors as safetensors. ({_first_line(error)})"
+            f"such a file if you trust it, and save its tensors as safetensors. ({one_line(error)})"
         ) from error
     except Exception as error:  # a damaged pickle raises nearly every one
         raise ValueError(_damaged(path, error)) from error
@@ -197,15 +196,11 @@ def _inside(folder: Path, name: str) -> Path:
 
 
 def _damaged(path: Path, error: Exception) -> str:
-    return f"{path} ({path.stat().st_size:,} bytes) is damaged or cut short: {_first_line(error)}. Fetch it again."
+    return f"{path} ({path.stat().st_size:,} bytes) is damaged or cut short: {one_line(error)}. Fetch it again."
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0].strip(" .") or type(error).__name__
-
-
-def _listed(names: Iterable[str], limit: int = 8) -> str:
-    names = list(names)
+def shortened(names: list[str], limit: int) -> str:
+    """The first names of a list, and the number of the others."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
 
