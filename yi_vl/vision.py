@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -80,7 +81,19 @@ class SelfAttention(nn.MultiheadAttention):
     """open_clip's attention among an image's tokens, its output projection called as the module that it is.
 
     torch's own takes that module's weight behind its back, which neither offloading nor an adapter survives.
+
+    attend: the product of queries, keys and values, (N, heads, L, head_dim) each; the trainer sets its own on CPUs.
     """
+
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor] = staticmethod(F.scaled_dot_product_attention)
+
+    @classmethod
+    def from_attention(cls, attention: nn.MultiheadAttention) -> SelfAttention:
+        """One with the same parameters; no random numbers are drawn."""
+        with torch.device("meta"):
+            made = cls(attention.embed_dim, attention.num_heads, batch_first=attention.batch_first)
+        made.load_state_dict(attention.state_dict(), assign=True)
+        return made
 
     def forward(self, query: Tensor, *_: object, **__: object) -> tuple[Tensor, None]:  # type: ignore[override]
         """(N, L, Dv) -> (N, L, Dv), all tokens to all tokens"""
@@ -89,10 +102,6 @@ class SelfAttention(nn.MultiheadAttention):
         heads = projected.view(num_images, length, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
         output = self.attend(*heads)  # (N, heads, L, head_dim)
         return self.out_proj(output.transpose(1, 2).reshape(num_images, length, -1)), None
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """(N, heads, L, head_dim), three times -> (N, heads, L, head_dim)"""
-        return F.scaled_dot_product_attention(query, key, value)
 
 
 class PatchFeatures(VisionTransformer):
@@ -111,7 +120,7 @@ class PatchFeatures(VisionTransformer):
         )
         self.proj = None  # the contrastive head is not part of Yi-VL
         for block in self.transformer.resblocks:
-            block.attn.__class__ = SelfAttention
+            block.attn = SelfAttention.from_attention(block.attn)
         width, patch_size = config.hidden_size, config.patch_size
         self.conv1: nn.Module = (
             ConvStem(patch_size, config.stem_widths, width)

@@ -133,7 +133,7 @@ def use_short_attention_(model: YiVLForConditionalGeneration) -> None:
     model.model.language_model.set_attn_implementation(PACKED)
     for module in model.model.vision_tower.modules():
         if isinstance(module, SelfAttention):
-            module.__class__ = ShortSelfAttention
+            module.attend = short_attention
 
 
 @torch.compiler.disable  # its gathers, fused into their neighbours, would run element by element
@@ -190,14 +190,11 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor
     return output.view(batch, heads, length, width)
 
 
-class ShortSelfAttention(SelfAttention):
-    """The tower's attention among few tokens."""
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """(N, heads, L, head_dim), three times -> (N, heads, L, head_dim)"""
-        rows, columns, values = (part.flatten(0, 1) for part in (query, key, value))
-        scores = torch.bmm(rows * self.head_dim**-0.5, columns.transpose(1, 2))  # (N*heads, L, L)
-        return torch.bmm(scores.softmax(-1).to(values.dtype), values).view(query.shape)
+def short_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """The tower's attention among few tokens: (N, heads, L, head_dim), three times -> (N, heads, L, head_dim)"""
+    rows, columns, values = (part.flatten(0, 1) for part in (query, key, value))
+    scores = torch.bmm(rows * query.shape[-1] ** -0.5, columns.transpose(1, 2))  # (N*heads, L, L)
+    return torch.bmm(scores.softmax(-1).to(values.dtype), values).view(query.shape)
 
 
 AttentionInterface.register(PACKED, packed_attention)
