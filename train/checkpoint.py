@@ -1,9 +1,7 @@
-"""Checkpoints: complete, atomic, found without being named.
+"""A run's checkpoints: written atomically, verified by checksums, and found by their step.
 
-`run_dir/step-00001000/` is a model directory that `from_pretrained` takes, or PEFT's for adapters, with `config.yaml`
-and `training_state.pt` beside the weights, and the sums of all files as `sha256sum -c SHA256SUMS` reads them;
-`run_dir/final/` is the finished model. A directory gets its name when all of it is on the disk, and is gone on from
-only when its sums are right.
+`run_dir/step-00001000/` is a model directory that `from_pretrained` takes, or PEFT's for adapters, with `config.yaml`,
+`training_state.pt` and the SHA-256 of all files (`sha256sum -c SHA256SUMS`); `run_dir/final/` is the finished model.
 """
 
 from __future__ import annotations
@@ -29,22 +27,22 @@ if TYPE_CHECKING:
 STATE_FILE = "training_state.pt"
 SUMS_FILE = "SHA256SUMS"
 FINAL = "final"
-_DAMAGED = "damaged-"  # before the name of a checkpoint that must not be gone on from
+_DAMAGED = "damaged-"  # prefix of a checkpoint that must not be resumed from
 
 
 def save_checkpoint(
     directory: Path, model: YiVLForConditionalGeneration | Adapters, weights: dict[str, Tensor],
     processor: YiVLProcessor, config_yaml: str, state: dict[str, Any] | None,
 ) -> None:  # fmt: skip
-    """Write a checkpoint under a temporary name, flush it to the disk, then give it its name.
+    """Write a checkpoint under a temporary name, flush it to the disk, and rename it.
 
     Args:
-        model: to be saved whole, or its adapters alone.
-        weights: of the model, whole; its own may be spread over ranks.
-        state: what continuing needs besides the weights; None for a finished model.
+        model: the whole model, or its adapters.
+        weights: the model's full state dict; its own parameters may be sharded over ranks.
+        state: what resuming needs besides the weights; None for a finished model.
 
     Raises:
-        ValueError: the disk does not take it; checkpoints written earlier are untouched.
+        ValueError: it cannot be written; earlier checkpoints are untouched.
     """
     try:
         with atomic_path(directory, flush=True) as temporary:
@@ -66,18 +64,18 @@ def save_checkpoint(
 
 
 def newest_good(run_dir: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that is whole (None: there is none at all), and a line about each damaged one after it.
+    """The newest checkpoint that is intact (None if there is no checkpoint), and a line about each damaged newer one.
 
-    A damaged one is renamed, so that no later save has to mind it.
+    Damaged ones are renamed, so that later saves do not meet them.
 
     Raises:
-        ValueError: there are checkpoints, and all are damaged.
+        ValueError: all checkpoints are damaged.
     """
     damaged: list[tuple[Path, str]] = []
     for path in reversed(checkpoints(run_dir)):
         reason = _damage(path)
         if reason is None:
-            return path, [_set_aside(*found) + f"; going on from {path} instead." for found in damaged]
+            return path, [_rename_damaged(*entry) + f"; going on from {path} instead." for entry in damaged]
         damaged.append((path, reason))
     if damaged:
         reasons = "; ".join(f"{path.name}: {reason}" for path, reason in damaged)
@@ -86,13 +84,17 @@ def newest_good(run_dir: Path) -> tuple[Path | None, list[str]]:
 
 
 def load_state(directory: Path, lazily: bool = False) -> dict[str, Any]:
-    """What `save_checkpoint` was given as `state`, of a checkpoint that is whole; lazily: tensors stay on the disk."""
+    """The `state` that `save_checkpoint` was given.
+
+    Args:
+        lazily: leave the tensors on the disk until they are used.
+    """
     state: dict[str, Any] = torch.load(directory / STATE_FILE, map_location="cpu", weights_only=True, mmap=lazily)
     return state
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
-    """The checkpoints that a run can go on from, oldest first."""
+    """The checkpoints that a run can resume from, oldest first."""
     return sorted(run_dir.glob("step-*"))
 
 
@@ -101,18 +103,18 @@ def checkpoint_path(run_dir: Path, step: int) -> Path:
 
 
 def delete_old(run_dir: Path, keep_last: int) -> None:
-    """Delete all but the newest `keep_last` checkpoints, and what interrupted saves left behind."""
+    """Delete all but the newest `keep_last` checkpoints, and the remains of interrupted saves."""
     for path in (*checkpoints(run_dir)[:-keep_last], *run_dir.glob(".*.tmp")):
         shutil.rmtree(path, ignore_errors=True)
 
 
 def rng_state() -> dict[str, Any]:
     """All random states of this process, in types that load with weights_only."""
-    state: Any = np.random.get_state()  # a tuple, when it is not asked for as a dict
-    kind, keys, *rest = state
+    state: Any = np.random.get_state()  # a tuple, as `legacy` is true
+    algorithm, numbers, *rest = state
     return {
         "python": random.getstate(),
-        "numpy": [kind, keys.tolist(), *rest],
+        "numpy": [algorithm, numbers.tolist(), *rest],
         "torch": torch.get_rng_state(),
         "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_available() else [],  # this rank's GPU
     }
@@ -120,14 +122,14 @@ def rng_state() -> dict[str, Any]:
 
 def set_rng_state(state: dict[str, Any]) -> None:
     random.setstate(state["python"])
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+    algorithm, numbers, *rest = state["numpy"]
+    np.random.set_state((algorithm, np.array(numbers, dtype=np.uint32), *rest))
     torch.set_rng_state(state["torch"])
-    if state["cuda"] and torch.cuda.is_available():  # the run may go on with fewer GPUs, or with none
+    if state["cuda"] and torch.cuda.is_available():  # the run may resume with fewer GPUs, or none
         torch.cuda.set_rng_state(state["cuda"][0])
 
 
-def _set_aside(path: Path, reason: str) -> str:
+def _rename_damaged(path: Path, reason: str) -> str:
     aside = path.with_name(_DAMAGED + path.name)
     shutil.rmtree(aside, ignore_errors=True)
     path.rename(aside)
@@ -141,7 +143,7 @@ def _write_sums(directory: Path) -> None:
 
 
 def _damage(directory: Path) -> str | None:
-    """What is wrong with a checkpoint; None when each file is as it was written."""
+    """The reason why a checkpoint is damaged; None if all files match their checksums."""
     try:
         lines = (directory / SUMS_FILE).read_text(encoding="utf-8").splitlines()
         for line in lines:
