@@ -160,10 +160,10 @@ REFUSED: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("said", REFUSED)
-def test_options_of_peft_that_are_not_merged_are_refused(base: Path, tmp_path: Path, said: str) -> None:
-    _trained(base, tmp_path / "adapters", **({"target_modules": _ATTENTION} | REFUSED[said]))
-    with pytest.raises(ValueError, match=said) as raised:
+@pytest.mark.parametrize("message", REFUSED)
+def test_options_of_peft_that_are_not_merged_are_refused(base: Path, tmp_path: Path, message: str) -> None:
+    _trained(base, tmp_path / "adapters", **({"target_modules": _ATTENTION} | REFUSED[message]))
+    with pytest.raises(ValueError, match=message) as raised:
         yi_vl.load(tmp_path / "adapters", device="cpu")
     assert "\n" not in str(raised.value)
 
@@ -220,7 +220,7 @@ def _change(folder: Path, **changes: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"base_model_name_or_path": "nowhere/at/all"}, "nowhere/at/all"),
         ({"base_model_name_or_path": None}, "lacks base_model_name_or_path"),
@@ -242,9 +242,9 @@ def _change(folder: Path, **changes: Any) -> None:
         ({"peft_type": "ADALORA"}, "'ADALORA'"),
     ],
 )
-def test_what_cannot_be_merged_is_refused(folder: Path, changes: dict[str, Any], said: str) -> None:
+def test_what_cannot_be_merged_is_refused(folder: Path, changes: dict[str, Any], message: str) -> None:
     _change(folder, **changes)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         yi_vl.load(folder)
 
 

@@ -47,11 +47,11 @@ def copy(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("case", list(GOLDEN))
 def test_the_official_code_and_this_agree(case: str, official: yi_vl.YiVL) -> None:
     golden = GOLDEN[case]
-    pictures = [Image.open(OFFICIAL / name) for name in golden["images"]]
+    images = [Image.open(OFFICIAL / name) for name in golden["images"]]
     inputs = official.processor.encode_messages(official_messages(golden["turns"]))
     model, image_id = official.model, official.model.config.image_token_id
     assert _with_one_id_per_image(inputs.input_ids, image_id, 16) == golden["input_ids"]
-    pixels = official.processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
+    pixels = official.processor.image_processor(images, return_tensors="pt")["pixel_values"]
     torch.testing.assert_close(pixels, torch.from_numpy(ARRAYS[f"{case}.pixels"]), rtol=0, atol=1e-4)
     with torch.inference_mode():
         features = model.model.encode_images(pixels)
@@ -84,7 +84,7 @@ def _with_one_id_per_image(ids: list[int], image_id: int, patches: int) -> list[
 
 @pytest.mark.parametrize("to", ["yi-vl", "official", "llava-hf"])
 def test_every_layout_goes_round_bit_for_bit(to: Layout, tmp_path: Path, official: yi_vl.YiVL) -> None:
-    """official -> `to` in many shards -> ours -> official, in float32 and bfloat16 side by side as the release is."""
+    """official -> `to` in many shards -> native -> official, in float32 and bfloat16 side by side as the release is."""
     mixed = _in_bfloat16(shutil.copytree(CHECKPOINT, tmp_path / "mixed"))
     source = open_checkpoint(mixed)
     convert(source, tmp_path / "there", to, shard_bytes=200_000)
@@ -97,10 +97,10 @@ def test_every_layout_goes_round_bit_for_bit(to: Layout, tmp_path: Path, officia
     _assert_same(source, back)
     assert back.tensors["lm_head.weight"].pieces[0].entry.shape[0] == 900, "the added rows are trimmed"
     again = yi_vl.load(tmp_path / "there", device="cpu", dtype=torch.float32)
-    wanted = yi_vl.load(mixed, device="cpu", dtype=torch.float32)
-    picture = OFFICIAL / "wide.png"
-    assert again.predict(picture, "What is this?", max_new_tokens=8) == wanted.predict(
-        picture, "What is this?", max_new_tokens=8
+    expected = yi_vl.load(mixed, device="cpu", dtype=torch.float32)
+    image = OFFICIAL / "wide.png"
+    assert again.predict(image, "What is this?", max_new_tokens=8) == expected.predict(
+        image, "What is this?", max_new_tokens=8
     )
     text = "<|im_end|> 图片 a  b<image_placeholder>"
     ids = again.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -176,13 +176,13 @@ def test_both_towers_of_a_release(copy: Path) -> None:
     assert float((from_vit - from_shards).abs().max()) == 0.5
     picked = yi_vl.load(copy, device="cpu", tower_from="shards").model.state_dict()[name]
     torch.testing.assert_close(picked, from_shards, rtol=0, atol=0)
-    convert(open_checkpoint(copy), copy / "ours", "yi-vl")
+    convert(open_checkpoint(copy), copy / "native", "yi-vl")
     with pytest.raises(ValueError, match="one copy of the tower, nothing to choose"):
-        yi_vl.load(copy / "ours", device="cpu", tower_from="shards")
+        yi_vl.load(copy / "native", device="cpu", tower_from="shards")
     with pytest.raises(ValueError, match="tower_from is 'both'"):
         yi_vl.load(copy, device="cpu", tower_from="both")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="one copy of the vision tower"):
-        largest_difference(open_checkpoint(copy / "ours"))
+        largest_difference(open_checkpoint(copy / "native"))
 
 
 def test_the_shards_alone_will_do(copy: Path) -> None:
@@ -226,11 +226,11 @@ def test_views_in_a_pickle_are_read_as_what_they_show(tmp_path: Path) -> None:
     base = torch.arange(24.0).reshape(4, 6)
     views = {"slice": base[1:3, 2:4], "turned": base.T, "whole": base, "none": base[:0], "one": base[2, 2]}
     torch.save(views, tmp_path / "pytorch_model.bin")
-    found = files_module.WeightFiles.find(tmp_path)
+    files = files_module.WeightFiles.find(tmp_path)
     for name, tensor in torch.load(tmp_path / "pytorch_model.bin", weights_only=True).items():
         for dtype in (torch.float32, torch.bfloat16):
             read = torch.empty(tensor.shape, dtype=dtype)
-            found.read_into(name, read)
+            files.read_into(name, read)
             torch.testing.assert_close(read, tensor.to(dtype), rtol=0, atol=0)
 
 
@@ -303,7 +303,7 @@ def _spoil_layers(copy: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "said"),
+    ("spoil", "patterns"),
     [
         (_spoil_missing, [r"pytorch_model-0000\d-of-00004.bin lacks model.norm.weight"]),
         (_spoil_unexpected, [r"1 tensor not of a Yi-VL: model.adapter.weight \(3, 5\)"]),
@@ -320,11 +320,11 @@ def _spoil_layers(copy: Path) -> None:
         (_spoil_layers, [r"9 tensors missing", r"layers.2.self_attn.q_proj.weight \(64, 64\)"]),
     ],
 )
-def test_what_is_not_whole_is_refused_in_one_line(copy: Path, spoil: Any, said: list[str]) -> None:
+def test_a_damaged_checkpoint_is_refused_in_one_line(copy: Path, spoil: Any, patterns: list[str]) -> None:
     spoil(copy)
     with pytest.raises(ValueError) as raised:
         yi_vl.load(copy, device="cpu")
-    for pattern in said:
+    for pattern in patterns:
         assert re.search(pattern, str(raised.value)), str(raised.value)
     assert "\n" not in str(raised.value) and not (copy / "executed").exists()
 

@@ -93,15 +93,15 @@ def test_damaged_folders_are_refused(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "found"),
+    ("changes", "message"),
     [
         ({"model_type": "llama"}, "of type 'llama'"),
         ({"model_type": None}, "of type None"),
     ],
 )
-def test_other_layouts_are_told_apart_by_content(folder: Path, changes: dict[str, object], found: str) -> None:
+def test_layouts_are_recognized_by_content(folder: Path, changes: dict[str, object], message: str) -> None:
     edit(folder / "config.json", **changes)
-    refuse(folder, found, "Give a Yi-VL")
+    refuse(folder, message, "Give a Yi-VL")
 
 
 def test_what_is_no_model_is_refused(tmp_path: Path) -> None:

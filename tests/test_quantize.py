@@ -53,8 +53,8 @@ def logits_of(model: yi_vl.YiVL, image: Path = OFFICIAL / "wide.png") -> torch.T
 def test_nano_moves_little(scheme: str, bound: float) -> None:
     exact = logits_of(yi_vl.load(device="cpu"), PENGUIN).log_softmax(-1)
     model = yi_vl.load(device="cpu", quantize=scheme)  # type: ignore[arg-type]
-    found = logits_of(model, PENGUIN).log_softmax(-1)
-    divergence = (exact.exp() * (exact - found)).sum(-1).mean()
+    measured = logits_of(model, PENGUIN).log_softmax(-1)
+    divergence = (exact.exp() * (exact - measured)).sum(-1).mean()
     assert 0 < divergence < bound
     assert "penguin" in model.predict(PENGUIN, QUESTION)
     requests = [(PENGUIN, QUESTION), (PENGUIN, "图片里是什么？"), (None, "Hello!")]
@@ -97,17 +97,17 @@ def test_saved_and_loaded_again(folder: Path, tmp_path: Path, scheme: str, dtype
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", ["int8", "int8 without FBGEMM", "int4"])
+@pytest.mark.parametrize("variant", ["int8", "int8 without FBGEMM", "int4"])
 @pytest.mark.parametrize("shape", [(48, 96), (200, 128)])
 def test_few_rows_and_many_are_the_same_product(
-    monkeypatch: pytest.MonkeyPatch, kind: str, dtype: torch.dtype, shape: tuple[int, int]
+    monkeypatch: pytest.MonkeyPatch, variant: str, dtype: torch.dtype, shape: tuple[int, int]
 ) -> None:
     """Rows of any size: a large one does not spoil a small one beside it."""
     torch.manual_seed(0)
-    if kind == "int8 without FBGEMM":
+    if variant == "int8 without FBGEMM":
         monkeypatch.setattr(int8, "_has_fbgemm", lambda: False)
     linear = nn.Linear(shape[1], shape[0], dtype=dtype, bias=False)
-    layer: Any = Int4Linear(linear, group_size=32) if kind == "int4" else Int8Linear(linear)
+    layer: Any = Int4Linear(linear, group_size=32) if variant == "int4" else Int8Linear(linear)
     for name, tensor in layer.quantize(linear.weight.detach()).items():
         setattr(layer, name, tensor)
     stored, num_bytes = layer.state_dict(), layer.nbytes
@@ -123,11 +123,11 @@ def test_few_rows_and_many_are_the_same_product(
         few = torch.stack([layer(row[None]) for row in x.flatten(0, 1)]).view_as(many)
         last = layer(x[:, -1:])  # of every row of a batch, as the head is asked for them: not contiguous
     differences = {"int8": 0.012, "int8 without FBGEMM": 0.006, "int4": 0.12}
-    same = differences["int8"] if kind == "int8" else 1e-6 if dtype == torch.float32 else 0.005
+    same = differences["int8"] if variant == "int8" else 1e-6 if dtype == torch.float32 else 0.005
     for row in range(2):
         assert (last[row, 0] - many[row, -1]).norm() < same * exact[row, -1].norm()
         assert (few[row] - many[row]).norm() < same * exact[row].norm()
-        assert (many[row] - exact[row]).norm() < differences[kind] * exact[row].norm()
+        assert (many[row] - exact[row]).norm() < differences[variant] * exact[row].norm()
 
 
 def test_int8_works_where_fbgemm_does_not(monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path) -> None:
@@ -165,9 +165,9 @@ def test_the_original_is_never_whole_in_memory(monkeypatch: pytest.MonkeyPatch) 
     assert not alive
 
 
-def test_impossible_wishes_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(said: str, **options: Any) -> None:
-        with pytest.raises(ValueError, match=said):
+def test_impossible_options_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(message: str, **options: Any) -> None:
+        with pytest.raises(ValueError, match=message):
             yi_vl.load(folder, **options)
 
     refuse("quantize is 'int3'; expected one of int8, int4", quantize="int3")
@@ -187,8 +187,8 @@ def test_a_gpu_would_get_torchao(monkeypatch: pytest.MonkeyPatch, folder: Path, 
     pytest.importorskip("torchao")
     text_config = loading.read_config(str(folder)).text_config
     assert quantize.make_config("int4", text_config, "cuda:0").to_dict()["quant_method"] == "torchao"
-    how = quantize.make_config("int8", None, "cuda")
-    monkeypatch.setattr(loading, "make_config", lambda *_: how)
+    torchao_config = quantize.make_config("int8", None, "cuda")
+    monkeypatch.setattr(loading, "make_config", lambda *_: torchao_config)
     model = yi_vl.load(folder, device="cpu", dtype=torch.bfloat16, quantize="int8")
     quantised = {name for name, p in model.model.named_parameters() if type(p).__name__ == "Int8Tensor"}
     assert quantised == {
@@ -204,11 +204,11 @@ def test_a_gpu_would_get_torchao(monkeypatch: pytest.MonkeyPatch, folder: Path, 
     config = loading.read_config(str(tmp_path / "saved"))
     assert sizes.scheme_of(config) == "Int8WeightOnlyConfig of torchao"
     entries = WeightFiles.find(tmp_path / "saved").entries
-    found = sizes.measure_quantized(config, tmp_path / "saved")
-    assert found.num_tensors == len(entries)
+    measured = sizes.measure_quantized(config, tmp_path / "saved")
+    assert measured.num_tensors == len(entries)
     stored = sum(math.prod(entry.shape) * entry.dtype.itemsize for entry in entries.values())
-    assert sum(found.memory_bytes.values()) == stored
-    assert found.memory_bytes["projector"] == 2 * found.num_parameters["projector"]  # bfloat16 as it was
+    assert sum(measured.memory_bytes.values()) == stored
+    assert measured.memory_bytes["projector"] == 2 * measured.num_parameters["projector"]  # bfloat16 as it was
     assert sizes.tensor_shapes(config, tmp_path / "saved")["lm_head._weight_qdata"] == (960, 32)
 
 
@@ -218,21 +218,21 @@ def test_sizes_are_those_of_the_loaded_model(run: Run, folder: Path, tmp_path: P
     saved = tmp_path / "saved"
     yi_vl.load(folder, device="cpu", dtype=dtype, quantize=scheme).save(saved)  # type: ignore[arg-type]
     config = loading.read_config(str(saved))
-    found = sizes.measure_quantized(config, saved)
+    measured = sizes.measure_quantized(config, saved)
     model = yi_vl.load(saved, device="cpu").model
     parts = {
         "vision tower": [model.model.vision_tower],
         "projector": [model.model.multi_modal_projector],
         "language model": [model.model.language_model, model.lm_head],
     }
-    assert found.memory_bytes == {name: sum(map(quantize.num_bytes, modules)) for name, modules in parts.items()}
-    assert found.num_parameters == sizes.measure(loading.read_config(str(folder))).num_parameters
+    assert measured.memory_bytes == {name: sum(map(quantize.num_bytes, modules)) for name, modules in parts.items()}
+    assert measured.num_parameters == sizes.measure(loading.read_config(str(folder))).num_parameters
     stored = {name: entry.shape for name, entry in WeightFiles.find(saved).entries.items()}
-    assert sizes.tensor_shapes(config, saved) == stored and found.num_tensors == len(stored)
+    assert sizes.tensor_shapes(config, saved) == stored and measured.num_tensors == len(stored)
     (saved / "model.safetensors").unlink()  # no weights are read
     code, out, err = run("info", str(saved))
     assert (code, err) == (0, "") and scheme in out and str(dtype).removeprefix("torch.") in out
-    assert f"{sum(found.memory_bytes.values()) / 1e6:,.1f}" in out and "official" not in out
+    assert f"{sum(measured.memory_bytes.values()) / 1e6:,.1f}" in out and "official" not in out
     assert "lm_head.weight_scale" in run("info", str(saved), "--tensors")[1]
 
 
@@ -287,7 +287,7 @@ def test_measuring(folder: Path) -> None:
     ways = compare_quantize(folder, prompt_tokens=20, new_tokens=3)["ways"]
     assert list(ways) == ["bf16", "int8", "int4"]
     assert ways["int8"]["of_the_memory"] < 1 and ways["bf16"]["kl"] == 0 < ways["int8"]["kl"] < ways["int4"]["kl"]
-    found: list[Any] = []
-    measure_load(folder, "int8", SimpleNamespace(send=found.append))
-    measure_load(folder, "int3", SimpleNamespace(send=found.append))  # type: ignore[arg-type]
-    assert found[0]["weights_gb"] > 0 and "int3" in found[1]
+    measured: list[Any] = []
+    measure_load(folder, "int8", SimpleNamespace(send=measured.append))
+    measure_load(folder, "int3", SimpleNamespace(send=measured.append))  # type: ignore[arg-type]
+    assert measured[0]["weights_gb"] > 0 and "int3" in measured[1]

@@ -1,9 +1,8 @@
-"""A frozen language model in four bits, for adapters to learn on (QLoRA, arXiv 2305.14314): bitsandbytes' NF4.
+"""Adapters on a frozen language model in four bits (QLoRA, arXiv 2305.14314): bitsandbytes' NF4.
 
-The matrices of its layers are quantised one by one as they are read, so that the whole model is never in memory
-unquantised; a product makes its matrix again, forward and backward, and lets it go. The rest of the language model,
-its tables and norms, is kept in the products' dtype: so is then all that flows between them. Tower and projector may
-learn and stay in float32.
+Each matrix is quantized as it is loaded, so that the whole model is never in memory unquantized, and dequantized for
+each product, forward and backward. The language model's tables and norms, and hence its activations, have the dtype of
+the products. Tower and projector may be trained and stay in float32.
 """
 
 from __future__ import annotations
@@ -21,13 +20,13 @@ from yi_vl.processor import YiVLProcessor
 from .optim import LOW_DTYPES
 
 BYTES_PER_WEIGHT = (4 + 8 / 64 + 32 / (64 * 256)) / 8  # 64 share a scale of 8 bits, 256 such scales one of 32
-_MAY_LEARN = ["model.vision_tower", "model.multi_modal_projector"]
+_MAY_BE_TRAINED = ["model.vision_tower", "model.multi_modal_projector"]
 
 
 class _OnInt4(YiVLForConditionalGeneration):
-    """What may learn is read in float32, whatever the rest is read in."""
+    """Modules that may be trained are read in float32, whatever dtype the others are read in."""
 
-    _keep_in_fp32_modules_strict = _MAY_LEARN
+    _keep_in_fp32_modules_strict = _MAY_BE_TRAINED
 
 
 def read_int4(
@@ -53,7 +52,7 @@ def read_int4(
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=[*_MAY_LEARN, "lm_head"],  # despite its name, for four bits, too
+        llm_int8_skip_modules=[*_MAY_BE_TRAINED, "lm_head"],  # despite its name, for four bits, too
     )
     model, processor = build_model(
         open_model(path), device, _OnInt4, dtype=dtype, quantization_config=quantization_config
@@ -66,6 +65,6 @@ def read_int4(
 
 
 def num_weights(parameter: nn.Parameter) -> int:
-    """How many weights a parameter stands for: of those in four bits, two lie in a byte."""
-    quantised = getattr(parameter, "quant_state", None)
-    return parameter.numel() if quantised is None else quantised.shape.numel()
+    """The number of weights in a parameter; four-bit ones are packed two to a byte."""
+    quant_state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if quant_state is None else quant_state.shape.numel()

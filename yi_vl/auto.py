@@ -1,6 +1,7 @@
-"""Registers Yi-VL with transformers, so that its Auto classes and pipelines know the model: `import yi_vl.auto`.
+"""Registers Yi-VL with transformers' Auto classes and pipelines.
 
-`yi_vl.load`, and every public class of the package, import this file; transformers' own tools need it imported once.
+`yi_vl.load` and every public class of the package import this file; code that uses transformers alone needs
+`import yi_vl.auto` once.
 """
 
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor

@@ -93,7 +93,7 @@ def test_eva02_by_its_name() -> None:
 
 
 @pytest.mark.parametrize(
-    ("tower", "pretrained", "said"),
+    ("tower", "pretrained", "message"),
     [
         ("ViT-Z-99", None, "no model named 'ViT-Z-99'"),
         ("RN50", None, "not a plain OpenCLIP vision transformer"),
@@ -101,8 +101,8 @@ def test_eva02_by_its_name() -> None:
         ("ViT-H-14", "laion3b", "no weights 'laion3b'.*laion2b_s32b_b79k"),
     ],
 )
-def test_towers_that_do_not_fit_are_refused(language: str, tower: str, pretrained: str | None, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_towers_that_do_not_fit_are_refused(language: str, tower: str, pretrained: str | None, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         from_parts(tower, pretrained, language, 224)
 
 
