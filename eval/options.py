@@ -64,10 +64,8 @@ class Options:
     batch_size: Annotated[int, typer.Option(min=1, help="Questions answered at once.")] = 16
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Greatest length of an answer, in tokens.")] = 128
     temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")] = 0.0
-    top_p: Annotated[float, typer.Option(help="Draw only from the likeliest tokens that make up this probability.")] = (
-        1.0
-    )
-    seed: Annotated[int | None, typer.Option(help="Makes draws repeatable.")] = None
+    top_p: Annotated[float, typer.Option(help="Sample only from the likeliest tokens of this total probability.")] = 1.0
+    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None
     official_first_image: Annotated[
         bool,
         typer.Option(

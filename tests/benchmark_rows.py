@@ -14,7 +14,7 @@ from PIL import Image
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 
-def picture(colour: str, kind: str = "PNG", mode: str = "RGB") -> dict[str, Any]:
+def encoded_image(colour: str, kind: str = "PNG", mode: str = "RGB") -> dict[str, Any]:
     buffer = io.BytesIO()
     image = Image.new("RGBA", (8, 8), colour)
     if mode == "P":  # a palette whose first colour is transparent
