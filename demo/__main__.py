@@ -1,4 +1,4 @@
-"""`python -m demo`: a chat about pictures in the browser, with the bundled nano or any Yi-VL."""
+"""`python -m demo`: a chat about images in the browser, with the bundled nano or any Yi-VL."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def demo(
     ] = None,
     keep: Annotated[
         Path | None,
-        typer.Option(help="Keep conversations with their pictures in this folder, and say so on the page."),
+        typer.Option(help="Keep conversations with their images in this folder, and say so on the page."),
     ] = None,
 ) -> None:
     account = _account(auth)
@@ -67,11 +67,19 @@ def demo(
 
     name = Path(model).name if model else "nano"
     of_model = ANY_YI_VL if model else NANO
-    words = dict.fromkeys(LANGUAGES, about) if about else of_model
+    descriptions = dict.fromkeys(LANGUAGES, about) if about else of_model
     yi_vl = load(model, device=device, dtype=dtype, quantize=quantize)
     try:
         page = running(
-            yi_vl, name, words, keep, find_card(model), server_name=host, server_port=port, share=share, auth=account
+            yi_vl,
+            name,
+            descriptions,
+            keep,
+            find_card(model),
+            server_name=host,
+            server_port=port,
+            share=share,
+            auth=account,
         )
         with page as (url, shared_url):
             if share and not shared_url:

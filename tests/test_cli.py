@@ -171,7 +171,7 @@ def test_wrong_usage_exits_with_2(run: Run) -> None:
     assert run("ask")[0] == run("ask", "Hi", "--temprature", "1")[0] == run("nonsense")[0] == 2
 
 
-def test_chat_remembers_pictures_and_words(run: Run, folder: str, yi_vl: YiVL) -> None:
+def test_chat_remembers_images_and_words(run: Run, folder: str, yi_vl: YiVL) -> None:
     typed = iter(
         ["What is this?", f"/image {TALL}", "", "And this?", "/clear", "What is this?", "/help", "/exit", "never"]
     )
@@ -190,7 +190,7 @@ def test_chat_goes_on_after_errors(run: Run, folder: str, yi_vl: YiVL) -> None:
     first_line, second_line = err.splitlines()
     assert code == 0
     assert "missing.png: there is no such file" in first_line and "Give fewer images" in second_line
-    assert yi_vl.predict(WIDE, "What is this?", max_new_tokens=6) in out  # the picture waited for a question that fits
+    assert yi_vl.predict(WIDE, "What is this?", max_new_tokens=6) in out  # the image waited for a question that fits
 
 
 def test_ctrl_c_stops_an_answer_and_ctrl_d_the_chat(run: Run, yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch) -> None:

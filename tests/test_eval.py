@@ -328,7 +328,7 @@ def test_predictions_do_not_depend_on_batches_or_processes(small_mmmu: str, tiny
     assert "| official | 7 | +0.0 | +0.0 to +0.0 | 0 | 0 | 1 |" in shown
 
 
-def test_a_quantised_run_says_so_and_continues_no_other(small_mmmu: str, tiny_folder: Path, tmp_path: Path) -> None:
+def test_a_quantized_run_says_so_and_continues_no_other(small_mmmu: str, tiny_folder: Path, tmp_path: Path) -> None:
     command = ["mmmu", "--model", str(tiny_folder), "--data", small_mmmu, "--max-new-tokens", "6", "--device", "cpu"]
     command += ["--out", str(tmp_path / "out")]
     run_cli(*command, "--limit", "2")
@@ -354,7 +354,7 @@ def test_a_quantised_run_says_so_and_continues_no_other(small_mmmu: str, tiny_fo
     assert replies != YiVLModel(str(tiny_folder), "cpu").answer(contents, Settings(max_new_tokens=6))
 
 
-def test_models_that_cannot_be_quantised_are_refused(tiny_folder: Path, tmp_path: Path) -> None:
+def test_models_that_cannot_be_quantized_are_refused(tiny_folder: Path, tmp_path: Path) -> None:
     YiVLModel(str(tiny_folder), "cpu", "int8").yi_vl.save(tmp_path / "int8")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text('{"model_type": "blip-2"}')
@@ -433,7 +433,7 @@ def endpoint() -> Iterator[tuple[str, list[dict[str, Any]]]]:
     server.server_close()
 
 
-def test_an_endpoint_is_asked_with_pictures_and_settings(
+def test_an_endpoint_is_asked_with_images_and_settings(
     endpoint: tuple[str, list[dict[str, Any]]], small_mmmu: str
 ) -> None:
     url, requests = endpoint

@@ -30,11 +30,11 @@ if TYPE_CHECKING:
 
 _PRESETS = ("6b", "34b", "nano")
 _CHAT_HELP = (
-    "/image PATH... shows pictures with the next question, /clear starts afresh, /exit leaves; Ctrl-C stops an answer."
+    "/image PATH... adds images to the next question, /clear starts a new chat, /exit leaves; Ctrl-C stops an answer."
 )
 
 app = typer.Typer(
-    help="Ask a Yi-VL model about pictures.",
+    help="Ask a Yi-VL model about images.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -46,7 +46,7 @@ ModelOption = Annotated[
 ]
 QuantizeOption = Annotated[
     Literal["int8", "int4"] | None,
-    typer.Option(help="Hold the language model's linear layers in so few bits: smaller, faster, a little less exact."),
+    typer.Option(help="Quantize the language model's linear layers: smaller, faster, a little less exact."),
 ]
 DeviceOption = Annotated[
     str | None, typer.Option(help="cpu, cuda, cuda:1 ..., or auto for all there is; by default the GPU, else the CPU.")
@@ -56,12 +56,12 @@ DtypeOption = Annotated[
     typer.Option(help="Of the weights; by default bfloat16, but float32 for a small model on a CPU."),
 ]
 RemoteImagesOption = Annotated[
-    bool, typer.Option("--allow-remote-images", help="Fetch pictures given as http(s) URLs, from the public internet.")
+    bool, typer.Option("--allow-remote-images", help="Fetch images given as http(s) URLs, from the public internet.")
 ]
 SystemOption = Annotated[str | None, typer.Option(help="Text before the conversation; Yi-VL's own by default.")]
 LengthOption = Annotated[int, typer.Option(help="The answer's greatest length, in tokens.")]
-TemperatureOption = Annotated[float, typer.Option(help="0 always takes the likeliest word; higher is more varied.")]
-TopPOption = Annotated[float, typer.Option(help="Draw only from the likeliest words that make up this probability.")]
+TemperatureOption = Annotated[float, typer.Option(help="0 always takes the likeliest token; higher is more varied.")]
+TopPOption = Annotated[float, typer.Option(help="Sample only from the likeliest tokens of this total probability.")]
 SeedOption = Annotated[int | None, typer.Option(help="Makes an answer with a temperature repeatable.")]
 
 
@@ -92,8 +92,8 @@ def run(program: Callable[..., Any], prog_name: str, short_name: str) -> None:
         sys.exit(2)
 
 
-def _print_version(is_wanted: bool) -> None:
-    if is_wanted:
+def _print_version(is_given: bool) -> None:
+    if is_given:
         from importlib.metadata import PackageNotFoundError, version
 
         with contextlib.suppress(PackageNotFoundError):
@@ -109,14 +109,14 @@ def _options(
         bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Ask a Yi-VL model about pictures."""
+    """Ask a Yi-VL model about images."""
 
 
 @app.command()
 def ask(
-    words: Annotated[
+    arguments: Annotated[
         list[str],
-        typer.Argument(metavar="[IMAGE]... QUESTION", help="Pictures, - for one from a pipe; then the question."),
+        typer.Argument(metavar="[IMAGE]... QUESTION", help="Images, - for one from a pipe; then the question."),
     ],
     model: ModelOption = None,
     quantize: QuantizeOption = None,
@@ -129,14 +129,14 @@ def ask(
     seed: SeedOption = None,
     allow_remote_images: RemoteImagesOption = False,
 ) -> None:
-    """Answer one question about some pictures, or about none."""
-    *images, question = words
+    """Answer one question about some images, or about none."""
+    *images, question = arguments
     if os.path.isfile(question):
         raise ValueError(f'the last argument is the question, but {question} is a file. Add: "What is this?"')
     if re.fullmatch(r"https?://\S+", question, re.IGNORECASE):
         raise ValueError('the last argument is the question, but it is a URL. Add: "What is this?"')
     if not question.strip():
-        raise ValueError("The question is empty; ask something in words.")
+        raise ValueError("The question is empty.")
     opened = _open_images(images)
     pieces = _load(model, quantize, device, dtype, allow_remote_images).stream(
         opened,
@@ -152,7 +152,7 @@ def ask(
 
 @app.command()
 def chat(
-    images: Annotated[list[str] | None, typer.Argument(help="Pictures for the first question.")] = None,
+    images: Annotated[list[str] | None, typer.Argument(help="Images for the first question.")] = None,
     model: ModelOption = None,
     quantize: QuantizeOption = None,
     device: DeviceOption = None,
@@ -164,9 +164,9 @@ def chat(
     seed: SeedOption = None,
     allow_remote_images: RemoteImagesOption = False,
 ) -> None:
-    """Talk about pictures; the model remembers the conversation."""
+    """Talk about images; the model remembers the conversation."""
     yi_vl = _load(model, quantize, device, dtype, allow_remote_images)
-    pictures = [yi_vl.prepare_image(image) for image in images or ()]
+    pending_images = [yi_vl.prepare_image(image) for image in images or ()]
     options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
     conversation = yi_vl.chat(system)
     print(_CHAT_HELP)
@@ -176,16 +176,16 @@ def chat(
             if command == "/exit":
                 return
             if command == "/clear":
-                conversation, pictures = yi_vl.chat(system), []
+                conversation, pending_images = yi_vl.chat(system), []
             elif command == "/image":
-                pictures += [yi_vl.prepare_image(path) for path in _split_paths(argument.strip())]
+                pending_images += [yi_vl.prepare_image(path) for path in _split_paths(argument.strip())]
             elif command.startswith("/"):
                 print(_CHAT_HELP)
             else:
-                _take_turn(conversation, line, pictures, options)
-                pictures = []
-        except ValueError as error:  # the chat goes on, and pictures stay for the next question
-            _complain(error)
+                _take_turn(conversation, line, pending_images, options)
+                pending_images = []
+        except ValueError as error:  # the chat goes on, and images stay for the next question
+            _print_error(error)
 
 
 @app.command()
@@ -219,7 +219,7 @@ def serve(
     ssl_certfile: Annotated[str | None, typer.Option(help="A PEM certificate chain: serve https.")] = None,
     ssl_keyfile: Annotated[str | None, typer.Option(help="Its private key, if that is another file.")] = None,
     allow_remote_images: Annotated[
-        bool, typer.Option("--allow-remote-images", help="Fetch pictures from the public internet for clients.")
+        bool, typer.Option("--allow-remote-images", help="Fetch images from the public internet for clients.")
     ] = False,
     max_waiting: Annotated[int, typer.Option(min=0, help="How many requests may wait while one is answered.")] = 16,
     max_tokens: Annotated[int, typer.Option(min=1, help="The greatest length clients may ask for.")] = 2048,
@@ -307,7 +307,7 @@ def convert_command(
     if folder is not None and folder.exists():
         raise ValueError(f"{target} exists already; choose another name, or remove it.")
     if quantize is not None and to != "yi-vl":
-        raise ValueError(f"--quantize writes our layout, and {to!r} has no place for quantised weights.")
+        raise ValueError(f"--quantize writes our layout, and {to!r} has no place for quantized weights.")
     checkpoint = open_model(source, tower_from)
     if verify:
         difference, where = largest_difference(checkpoint)
@@ -419,9 +419,9 @@ def _name_of(model: str) -> str:
 def _open_images(images: list[str]) -> list[Any]:
     """Paths, and in the place of - the standard input."""
     if images.count("-") > 1:
-        raise ValueError("- is the standard input, which holds one picture; give it once.")
+        raise ValueError("- is the standard input, which holds one image; give it once.")
     if "-" in images and (sys.stdin is None or sys.stdin.isatty()):
-        raise ValueError('- is a picture from a pipe, but nothing is piped in: cat picture.png | yi-vl ask - "What?"')
+        raise ValueError('- is an image from a pipe, but nothing is piped in: cat image.png | yi-vl ask - "What?"')
     return [sys.stdin.buffer if image == "-" else image for image in images]
 
 
@@ -436,7 +436,7 @@ def _split_paths(argument: str) -> list[str]:
 
 
 def _silence() -> None:
-    """What transformers logs is for programmers; here a problem is an error and anything else is noise."""
+    """Silence the libraries' warnings and progress bars: what concerns the user is an error."""
     import logging as standard_logging
     import warnings
 
@@ -448,8 +448,8 @@ def _silence() -> None:
     logging.disable_progress_bar()
 
 
-def _take_turn(conversation: Conversation, question: str, pictures: list[Any], options: dict[str, Any]) -> None:
-    pieces = conversation.stream(question, pictures, **options)
+def _take_turn(conversation: Conversation, question: str, images: list[Any], options: dict[str, Any]) -> None:
+    pieces = conversation.stream(question, images, **options)
     try:
         _show(pieces)
     except KeyboardInterrupt:
@@ -481,5 +481,5 @@ def _show(pieces: Iterable[str]) -> None:
     print(flush=True)
 
 
-def _complain(error: Exception) -> None:
+def _print_error(error: Exception) -> None:
     print("yi-vl:", " ".join(str(error).split()), file=sys.stderr)
