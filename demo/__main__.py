@@ -7,13 +7,16 @@ import logging
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from yi_vl.arguments import as_path
-from yi_vl.cli import DeviceOption, DtypeOption, QuantizeOption, run
+from yi_vl.cli import DeviceOption, DtypeOption, QuantizeOption
+from yi_vl.hardware import use_large_pages
+from yi_vl.program import run
 
 from .card import find_card
 from .i18n import ANY_YI_VL, LANGUAGES, NANO
@@ -111,9 +114,10 @@ def _is_loopback(host: str) -> bool:
 
 
 def main() -> None:
-    """Run the command; what a user can cause is said in one line."""
+    """The entry point of `python -m demo`."""
+    use_large_pages()
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
-    run(app, "python -m demo", "demo")
+    run(partial(app, prog_name="python -m demo"), "demo")
 
 
 if __name__ == "__main__":

@@ -6,9 +6,7 @@ list of `{"type": "text", "text"}` and `{"type": "file", "file": {"path"}}`. No 
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 import json
 import mimetypes
 import re
@@ -17,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+
+from yi_vl.image.data_url import data_url, png_bytes
 
 Message = dict[str, Any]
 
@@ -145,7 +145,7 @@ def to_document(history: Sequence[Message], read: Callable[[str], bytes], model:
     Args:
         read: from an image's path to its file's content.
     """
-    messages = to_messages(history, lambda path: _data_url(read(path), mimetypes.guess_type(path)[0] or "image/png"))
+    messages = to_messages(history, lambda path: data_url(read(path), mimetypes.guess_type(path)[0] or "image/png"))
     for message in messages:
         if message["role"] == "user":
             message["content"] = [
@@ -180,12 +180,9 @@ def to_figures(images: Sequence[tuple[str, Image.Image]], caption: str) -> str:
     """
     figures = []
     for name, image in images:
-        file = io.BytesIO()
-        image.save(file, "PNG")
         text = html.escape(caption.format(name=name, size=image.width))
         figures.append(
-            f'<figure><img src="{_data_url(file.getvalue(), "image/png")}" alt="{text}">'
-            f"<figcaption>{text}</figcaption></figure>"
+            f'<figure><img src="{data_url(png_bytes(image))}" alt="{text}"><figcaption>{text}</figcaption></figure>'
         )
     return f'<div class="seen">{"".join(figures)}</div>'
 
@@ -217,7 +214,3 @@ def _part(part: Message, open_image: Callable[[str], Any]) -> Message:
 
 def _text(text: str) -> Message:
     return {"type": "text", "text": text}
-
-
-def _data_url(content: bytes, mime_type: str) -> str:
-    return f"data:{mime_type};base64,{base64.b64encode(content).decode()}"

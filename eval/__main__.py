@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -12,6 +12,7 @@ import typer
 from yi_vl.arguments import as_path
 from yi_vl.cli import QuantizeOption
 from yi_vl.hardware import use_large_pages
+from yi_vl.program import run as run_program
 
 from .chat_client import DEFAULT_TIMEOUT_SECONDS
 from .evaluate import report_scores, run
@@ -253,14 +254,10 @@ def _check_unique(answered: list[Answered], source: Path) -> None:
 
 
 def main() -> None:
-    """Run a command; what a user can cause is said in one line."""
+    """The entry point of `python -m eval`."""
     use_large_pages()
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
-    try:
-        app(prog_name="python -m eval")
-    except ValueError as error:
-        print("eval:", " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(2)
+    run_program(partial(app, prog_name="python -m eval"), "eval")
 
 
 if __name__ == "__main__":

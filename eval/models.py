@@ -5,8 +5,6 @@ Each gives the runner the same one thing, `answer`.
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -223,16 +221,14 @@ def _as_images(content: Content) -> Content:
 def _as_url(part: dict[str, Any]) -> dict[str, Any]:
     if part["type"] == "text":
         return part
+    from yi_vl.image.data_url import data_url, png_bytes
     from yi_vl.image.transform import load_image
 
     content, image = part["image"], load_image(part["image"])
     subtype = next((subtype for start, subtype in _SENT_AS_IT_IS.items() if content.startswith(start)), None)
     if subtype is None:  # a TIFF, say: endpoints take few formats
-        buffer, subtype = io.BytesIO(), "png"
-        image.save(buffer, "PNG")
-        content = buffer.getvalue()
-    encoded = base64.b64encode(content).decode()
-    return {"type": "image_url", "image_url": {"url": f"data:image/{subtype};base64,{encoded}"}}
+        content, subtype = png_bytes(image), "png"
+    return {"type": "image_url", "image_url": {"url": data_url(content, f"image/{subtype}")}}
 
 
 def _model_type(name: str) -> str | None:

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import io
 import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -20,6 +20,7 @@ import typer
 
 from .arguments import as_path
 from .hardware import use_large_pages
+from .program import print_error, run
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -67,29 +68,8 @@ SeedOption = Annotated[int | None, typer.Option(help="Makes an answer with a tem
 
 def main() -> None:
     """The entry point of `yi-vl`."""
-    run(app, "yi-vl", "yi-vl")
-
-
-def run(program: Callable[..., Any], prog_name: str, short_name: str) -> None:
-    """Run a typer program: what a user can cause is one line on stderr and exit code 2, Ctrl-C is exit code 130."""
     use_large_pages()
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # what a terminal cannot show is not lost
-    try:
-        try:
-            program(prog_name=prog_name)
-        finally:
-            if sys.stdout is not None:
-                sys.stdout.flush()
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:  # as of `yi-vl ask ... | head -1`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is written at exit
-        sys.exit(1)  # as typer does when it is not the last line
-    except (OSError, ValueError) as error:
-        print(f"{short_name}:", " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(2)
+    run(partial(app, prog_name="yi-vl"), "yi-vl")
 
 
 def _print_version(is_given: bool) -> None:
@@ -185,7 +165,7 @@ def chat(
                 _take_turn(conversation, line, pending_images, options)
                 pending_images = []
         except ValueError as error:  # the chat goes on, and images stay for the next question
-            _print_error(error)
+            print_error(error, "yi-vl")
 
 
 @app.command()
@@ -479,7 +459,3 @@ def _show(pieces: Iterable[str]) -> None:
     for piece in pieces:
         print(piece, end="", flush=True)
     print(flush=True)
-
-
-def _print_error(error: Exception) -> None:
-    print("yi-vl:", " ".join(str(error).split()), file=sys.stderr)
