@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from yi_vl import cli
 from yi_vl.predict import YiVL
+from yi_vl.terminal import split_paths
 
 WIDE, TALL = str(OFFICIAL / "wide.png"), str(OFFICIAL / "tall.png")
 Run = Callable[..., tuple[int, str, str]]
@@ -295,7 +296,7 @@ def test_paths_after_image_are_read_as_a_shell_does(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("my holiday.jpg").touch()
-    assert cli._split_paths(argument) == expected
+    assert split_paths(argument) == expected
 
 
 def test_chat_shows_several_images_at_once_or_none(

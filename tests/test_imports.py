@@ -24,7 +24,7 @@ LAYERS = (
     {"engine"},
     {"checkpoint"},
     {"predict"},
-    {"server"},
+    {"server", "info", "terminal"},
     {"cli"},
     {"__main__"},
 )

@@ -9,25 +9,18 @@ import contextlib
 import importlib
 import os
 import re
-import shlex
-import sys
-from collections.abc import Iterable, Iterator
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from .arguments import as_path
 from .hardware import use_large_pages
 from .program import print_error, run
+from .terminal import open_images, print_stream, print_turn, read_lines, split_paths
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
-    from .checkpoint.summary import QuantizedSizes
-    from .config import YiVLConfig
-    from .predict import Conversation, YiVL
+    from .predict import YiVL
 
 _PRESETS = ("6b", "34b", "nano")
 _CHAT_HELP = (
@@ -117,7 +110,7 @@ def ask(
         raise ValueError('the last argument is the question, but it is a URL. Add: "What is this?"')
     if not question.strip():
         raise ValueError("The question is empty.")
-    opened = _open_images(images)
+    opened = open_images(images)
     pieces = _load(model, quantize, device, dtype, allow_remote_images).stream(
         opened,
         question,
@@ -127,7 +120,7 @@ def ask(
         top_p=top_p,
         seed=seed,
     )
-    _show(pieces)
+    print_stream(pieces)
 
 
 @app.command()
@@ -150,7 +143,7 @@ def chat(
     options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
     conversation = yi_vl.chat(system)
     print(_CHAT_HELP)
-    for line in _lines():
+    for line in read_lines():
         command, _, argument = line.partition(" ")
         try:
             if command == "/exit":
@@ -158,11 +151,11 @@ def chat(
             if command == "/clear":
                 conversation, pending_images = yi_vl.chat(system), []
             elif command == "/image":
-                pending_images += [yi_vl.prepare_image(path) for path in _split_paths(argument.strip())]
+                pending_images += [yi_vl.prepare_image(path) for path in split_paths(argument.strip())]
             elif command.startswith("/"):
                 print(_CHAT_HELP)
             else:
-                _take_turn(conversation, line, pending_images, options)
+                print_turn(conversation, line, pending_images, options)
                 pending_images = []
         except ValueError as error:  # the chat goes on, and images stay for the next question
             print_error(error, "yi-vl")
@@ -244,6 +237,7 @@ def info(
     from .checkpoint.load import fetch, find, read_config
     from .checkpoint.summary import tensor_shapes
     from .config import preset
+    from .info import config_table, size_tables
 
     folder = None if model in _PRESETS else fetch(find(model), with_weights=False)
     config = preset(model) if folder is None else read_config(str(folder))
@@ -252,7 +246,7 @@ def info(
             print(f"{name:<72}{' x '.join(map(str, shape))}")
         return
     console = Console()
-    for table in (_config_table(model, config, folder), *_size_tables(config, folder)):
+    for table in (config_table(model, config, folder), *size_tables(config, folder)):
         console.print(table)
 
 
@@ -310,74 +304,6 @@ def convert_command(
         print(f"{target} is written.")
 
 
-def _config_table(name: str, config: YiVLConfig, folder: Path | None) -> Table:
-    from .checkpoint import base_of, holds_adapters
-    from .checkpoint.summary import scheme_of
-
-    vision, text = config.vision_config, config.text_config
-    table = _table(name, "", "")
-    stem = f", convolutional stem {vision.stem_widths}" if vision.stem_widths else ""
-    stem += f", timm's {vision.timm_model}" if vision.timm_model else ""
-    table.add_row(
-        "vision tower",
-        f"{vision.num_hidden_layers} blocks, width {vision.hidden_size}, {vision.num_attention_heads} heads{stem}; "
-        f"{vision.image_size} px in patches of {vision.patch_size} px",
-    )
-    table.add_row("image tokens", f"{vision.num_patches} per image ({vision.grid_size} x {vision.grid_size})")
-    table.add_row(
-        "language model",
-        f"{text.num_hidden_layers} layers, width {text.hidden_size}, feed-forward {text.intermediate_size}, "
-        f"{text.num_attention_heads} heads, {text.num_key_value_heads} for keys and values",
-    )
-    table.add_row("context", f"{text.max_position_embeddings:,} tokens, images and answer included")
-    table.add_row("vocabulary", f"{text.vocab_size:,} rows; {config.image_token_id} is the image token")
-    if scheme := scheme_of(config):
-        dtype = str(config.dtype).removeprefix("torch.")
-        table.add_row("quantised", f"{scheme}, in the language model's linear layers; all else is {dtype}")
-    if folder is not None and holds_adapters(folder):
-        table.add_row("adapters", f"of {base_of(folder)}; merged into it when loaded, which changes none of the sizes")
-    return table
-
-
-def _size_tables(config: YiVLConfig, folder: Path | None) -> Iterator[Table]:
-    """Parameters and tensors, in our layout and the official one; then memory."""
-    from .checkpoint.summary import measure, measure_quantized, scheme_of
-
-    if scheme_of(config):
-        yield _quantized_table(measure_quantized(config, folder))
-        return
-    sizes = measure(config)
-    table = _table("parameters", "", "here", "official layout")
-    for name, count in sizes.num_parameters.items():
-        official = sizes.num_official_parameters and sizes.num_official_parameters[name]
-        table.add_row(name, f"{count:,}", f"{official:,}" if official else "-")
-    table.add_row("tensors", f"{sizes.num_tensors:,}", f"{sizes.num_official_tensors or '-'}")
-    yield table
-    table = _table("memory of the weights", "", "MB")
-    for name, num_bytes in sizes.memory_bytes.items():
-        table.add_row(name, f"{num_bytes / 1e6:,.0f}")
-    yield table
-
-
-def _quantized_table(sizes: QuantizedSizes) -> Table:
-    table = _table("weights", "", "parameters", "MB in memory")
-    for name, count in sizes.num_parameters.items():
-        table.add_row(name, f"{count:,}", f"{sizes.memory_bytes[name] / 1e6:,.1f}")
-    total, total_bytes = sum(sizes.num_parameters.values()), sum(sizes.memory_bytes.values())
-    table.add_row("together", f"{total:,}", f"{total_bytes / 1e6:,.1f}")
-    table.add_row("tensors", f"{sizes.num_tensors:,}", "")
-    return table
-
-
-def _table(title: str, *columns: str) -> Table:
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", show_header=any(columns))
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="right" if index and len(columns) > 1 and any(columns) else "left")
-    return table
-
-
 def _load(
     model: str | None,
     quantize: Literal["int8", "int4"] | None,
@@ -396,25 +322,6 @@ def _name_of(model: str) -> str:
     return folder.resolve().name if folder.is_dir() else model
 
 
-def _open_images(images: list[str]) -> list[Any]:
-    """Paths, and in the place of - the standard input."""
-    if images.count("-") > 1:
-        raise ValueError("- is the standard input, which holds one image; give it once.")
-    if "-" in images and (sys.stdin is None or sys.stdin.isatty()):
-        raise ValueError('- is an image from a pipe, but nothing is piped in: cat image.png | yi-vl ask - "What?"')
-    return [sys.stdin.buffer if image == "-" else image for image in images]
-
-
-def _split_paths(argument: str) -> list[str]:
-    """The paths after /image: one, blanks included, where there is such a file; else as a shell reads them."""
-    if os.path.isfile(os.path.expanduser(argument)):
-        return [argument]
-    try:
-        return shlex.split(argument) or [argument]
-    except ValueError:  # a quotation mark that is not closed, as in a file's name
-        return [argument]
-
-
 def _silence() -> None:
     """Silence the libraries' warnings and progress bars: what concerns the user is an error."""
     import logging as standard_logging
@@ -426,36 +333,3 @@ def _silence() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-
-
-def _take_turn(conversation: Conversation, question: str, images: list[Any], options: dict[str, Any]) -> None:
-    pieces = conversation.stream(question, images, **options)
-    try:
-        _show(pieces)
-    except KeyboardInterrupt:
-        pieces.close()
-        print(" [stopped]")
-
-
-def _lines() -> Iterator[str]:
-    """What the user types, line by line, until Ctrl-D."""
-    with contextlib.suppress(ImportError):  # Windows has none
-        import readline  # noqa: F401  line editing and history for input()
-
-    while True:
-        try:
-            line = input("> ").strip()
-        except EOFError:
-            print()
-            return
-        except KeyboardInterrupt:
-            print("\nCtrl-D or /exit leaves.")
-            continue
-        if line:
-            yield line
-
-
-def _show(pieces: Iterable[str]) -> None:
-    for piece in pieces:
-        print(piece, end="", flush=True)
-    print(flush=True)

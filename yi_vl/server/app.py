@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -44,18 +44,8 @@ def create_app(
     Raises:
         ValueError: an origin is malformed.
     """
-    keys = [key.strip().encode() for key in api_keys]
     completions = Completions(yi_vl, name, limits or Limits(), allow_remote_images)
     model = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "yi_vl"}
-
-    async def authorize(request: Request) -> None:
-        if not keys:
-            return
-        scheme, _, credentials = request.headers.get("Authorization", "").partition(" ")
-        key_bytes = credentials.strip().encode("latin-1")  # the header's bytes
-        if not any([secrets.compare_digest(key_bytes, key) for key in keys]) or scheme.lower() != "bearer":
-            message = "The API key is missing or wrong; send `Authorization: Bearer KEY`."
-            raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
     async def list_models() -> dict[str, Any]:
         return {"object": "list", "data": [model]}
@@ -76,7 +66,7 @@ def create_app(
         await asyncio.to_thread(completions.close)  # the loop still tells clients why their answers end
 
     readable = ["GET", "HEAD"]
-    api = APIRouter(prefix="/v1", dependencies=[Depends(authorize)])
+    api = APIRouter(prefix="/v1", dependencies=[Depends(_bearer_auth(api_keys))])
     api.add_api_route("/chat/completions", completions.complete, methods=["POST"], response_model=None)
     api.add_api_route("/models", list_models, methods=readable)
     api.add_api_route("/models/{requested:path}", get_model, methods=readable)
@@ -89,6 +79,22 @@ def create_app(
     for error_type, handler in _ERROR_HANDLERS.items():
         app.add_exception_handler(error_type, handler)
     return app
+
+
+def _bearer_auth(api_keys: Sequence[str]) -> Callable[[Request], Awaitable[None]]:
+    """A dependency that answers 401 to requests without one of the keys; without keys all requests pass."""
+    keys = [key.strip().encode() for key in api_keys]
+
+    async def authorize(request: Request) -> None:
+        if not keys:
+            return
+        scheme, _, credentials = request.headers.get("Authorization", "").partition(" ")
+        key_bytes = credentials.strip().encode("latin-1")  # the header's bytes
+        if not any([secrets.compare_digest(key_bytes, key) for key in keys]) or scheme.lower() != "bearer":
+            message = "The API key is missing or wrong; send `Authorization: Bearer KEY`."
+            raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+
+    return authorize
 
 
 async def _refuse(_: Request, error: Exception) -> Response:
