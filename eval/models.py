@@ -75,10 +75,11 @@ def open_model(choice: ModelChoice) -> Answerer:
     return YiVLModel(choice.source, choice.device, choice.quantize)
 
 
-def _refuse_quantize(choice: ModelChoice, found: str) -> None:
+def _refuse_quantize(choice: ModelChoice, model_name: str) -> None:
     if choice.quantize is not None:
         raise ValueError(
-            f"--quantize {choice.quantize} is for a Yi-VL that is loaded here, but the model is {found}. Leave it out."
+            f"--quantize {choice.quantize} is for a Yi-VL that is loaded here, but the model is "
+            f"{model_name}. Leave it out."
         )
 
 

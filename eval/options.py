@@ -94,12 +94,12 @@ class Options:
 def with_options(command: Callable[..., None]) -> Callable[..., None]:
     """A command for typer whose options are those of `Options` and then its own; it gets the former as `options`."""
     shared = inspect.signature(Options, eval_str=True).parameters
-    own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "options"]
+    specific = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "options"]
 
     def run(**given: Any) -> None:
         options = Options(**{name: given.pop(name) for name in shared})
         command(options=options, **given)
 
-    run.__signature__ = inspect.Signature([*shared.values(), *own])  # type: ignore[attr-defined]  # what typer reads
+    run.__signature__ = inspect.Signature([*shared.values(), *specific])  # type: ignore[attr-defined]  # what typer reads
     run.__doc__ = command.__doc__
     return run

@@ -144,7 +144,7 @@ def _summary_line(results: Mapping[str, Any]) -> str:
     official, no_guess = results["official"], results["no_guess"]
     line = (
         f"Official: {official['correct']} of {official['num']} (printed as {official['formatted']}), 95% interval "
-        f"{_interval(official)}; {len(official['random_guesses'])} random guesses. With guesses wrong: "
+        f"{_interval(official)}; {len(official['random_guesses'])} guessed at random. With guesses wrong: "
         f"{no_guess['correct']}, {_interval(no_guess)}."
     )
     if (judge := results.get("judge")) is not None:

@@ -164,8 +164,8 @@ def compare(first: Mapping[str, bool], second: Mapping[str, bool], seed: int = 0
     only_second = sum(second[key] and not first[key] for key in common)
     num, num_uneven = len(common), only_first + only_second
     shares = [only_first / num, only_second / num, 1 - num_uneven / num]
-    draws = np.random.default_rng(seed).multinomial(num, shares, _NUM_RESAMPLES)
-    low, high = np.percentile((draws[:, 0] - draws[:, 1]) / num, [2.5, 97.5])
+    samples = np.random.default_rng(seed).multinomial(num, shares, _NUM_RESAMPLES)
+    low, high = np.percentile((samples[:, 0] - samples[:, 1]) / num, [2.5, 97.5])
     tail = sum(math.comb(num_uneven, k) for k in range(min(only_first, only_second) + 1))
     return {
         "num": num,

@@ -255,11 +255,11 @@ def test_device_and_dtype_reach_every_command(run: Run, folder: str, monkeypatch
     import yi_vl.predict
     import yi_vl.server.launch
 
-    asked: list[tuple[Any, Any]] = []
+    asked_questions: list[tuple[Any, Any]] = []
     load = yi_vl.predict.load
 
     def watch(model: str, device: Any, dtype: Any, **options: Any) -> YiVL:
-        asked.append((device, dtype))
+        asked_questions.append((device, dtype))
         return load(model, device=device, dtype=dtype, **options)
 
     monkeypatch.setattr(yi_vl.predict, "load", watch)
@@ -268,7 +268,7 @@ def test_device_and_dtype_reach_every_command(run: Run, folder: str, monkeypatch
     assert run("ask", "Hi", "-m", folder, "--max-new-tokens", "1", *options)[0] == 0
     assert run("chat", "-m", folder, *options)[0] == 0
     assert run("serve", folder, *options)[0] == 0
-    assert asked == [("cpu", "bfloat16")] * 3
+    assert asked_questions == [("cpu", "bfloat16")] * 3
     code, out, err = run("ask", "Hi", "-m", folder, "--device", "cuda:99")
     assert (code, out, err.count("\n")) == (2, "", 1) and "loaded on 'cuda:99'" in err
     assert run("ask", "Hi", "-m", folder, "--dtype", "int8")[0] == 2

@@ -285,7 +285,7 @@ def test_only_what_a_visitor_may_read_is_restored(yi_vl: YiVL) -> None:
     assert restore(TALL) == [i18n.TEXTS["zh"]["lost"]]
 
 
-def test_an_error_of_ours_is_logged_and_not_shown(
+def test_an_internal_error_is_logged_and_not_shown(
     yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(yi_vl, "prepare", lambda _: {}["secret"])

@@ -159,10 +159,10 @@ class Visitor:
     def press(self, label: str) -> None:
         self.page.locator("#chat").get_by_label(label, exact=True).last.click()
 
-    def save(self, kind: str) -> str:
+    def save(self, name: str) -> str:
         """What the visitor's disk gets."""
         with self.page.expect_download() as download:
-            self.page.get_by_role("button", name=kind).click()
+            self.page.get_by_role("button", name=name).click()
         return Path(download.value.path()).read_text(encoding="utf-8")
 
 
@@ -498,8 +498,10 @@ def test_the_page_fits_a_phone(visit: Any) -> None:
 def huge_png() -> bytes:
     """A few bytes that claim 12,000 x 12,000 pixels."""
 
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+    def chunk(chunk_type: bytes, content: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(content)) + chunk_type + content + struct.pack(">I", zlib.crc32(chunk_type + content))
+        )
 
     header = struct.pack(">IIBBBBB", 12_000, 12_000, 8, 0, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")

@@ -74,16 +74,16 @@ class Scripted:
     """Says the first letter of what a question's id hashes to; may die after some questions."""
 
     def __init__(self, dies_after: int | None = None) -> None:
-        self.asked: list[str] = []
+        self.prompts: list[str] = []
         self.dies_after = dies_after
 
     def answer(self, requests: Sequence[Content], settings: Settings) -> list[Reply]:
         replies = []
         for content in requests:
-            if len(self.asked) == self.dies_after:
+            if len(self.prompts) == self.dies_after:
                 raise KeyboardInterrupt
             text = "".join(part["text"] for part in content if part["type"] == "text")
-            self.asked.append(text)
+            self.prompts.append(text)
             replies.append(Reply("ABC"[len(text) % 3]))
         return replies
 
@@ -158,12 +158,12 @@ def test_mmmu_reads_as_many_options_as_there_are_letters_and_knows_what_is_not_p
     assert (numbers.gold, hidden.gold, open_.gold, open_.options) == ("", "", "2.5", {})
 
 
-def cmmmu_row(number: int, kind: str, answer: str, **changes: Any) -> dict[str, Any]:
+def cmmmu_row(number: int, question_type: str, answer: str, **changes: Any) -> dict[str, Any]:
     return {
         "id": str(number),
-        "type": kind,
+        "type": question_type,
         "question": f'看<img="q_{number}.png">。',
-        **{f"option{i}": f"选{i}" if kind == "选择" else "" for i in range(1, 5)},
+        **{f"option{i}": f"选{i}" if question_type == "选择" else "" for i in range(1, 5)},
         "image_1": encoded_image("red"),
         **{f"image_{i}": None for i in range(2, 6)},
         "answer": answer,
@@ -193,15 +193,15 @@ def test_cmmmu_from_parquet_and_from_json_lines_is_the_same(tmp_path: Path) -> N
         )
     (folder / "val.jsonl").write_text("\n".join(lines))
     from_lines = cmmmu.load(str(folder), "val")
-    for one, other in zip(from_parquet, from_lines, strict=True):
-        assert (one.id, one.question_type, one.gold, one.options, one.prompt) == (
+    for item, other in zip(from_parquet, from_lines, strict=True):
+        assert (item.id, item.question_type, item.gold, item.options, item.prompt) == (
             other.id,
             other.question_type,
             other.gold,
             other.options,
             other.prompt,
         )
-        assert one.images[0].read() == other.images[0].read()
+        assert item.images[0].read() == other.images[0].read()
     assert from_parquet[0].prompt.endswith(
         "问题：看<图片 1>。\n选项：\n(A) 选1\n(B) 选2\n(C) 选3\n(D) 选4\n\n正确答案：\n"
     )
@@ -284,10 +284,10 @@ def test_a_killed_run_goes_on_without_repeating_or_losing_a_question(small_mmmu:
     path = tmp_path / "killed" / "predictions.jsonl"
     path.write_bytes(path.read_bytes() + b'{"id": "validation_Ma')  # cut short in the middle of a line
     assert ask(second) == whole
-    assert len(first.asked) + len(second.asked) == len(questions)
+    assert len(first.prompts) + len(second.prompts) == len(questions)
     assert path.read_text() == (tmp_path / "whole" / "predictions.jsonl").read_text()
     third = Scripted()
-    assert ask(third) == whole and third.asked == []
+    assert ask(third) == whole and third.prompts == []
     with pytest.raises(ValueError, match=r"made otherwise.*temperature"):
         ask(Scripted(), settings=Settings(temperature=0.5))
     with pytest.raises(ValueError, match="which is not asked now"):
@@ -371,12 +371,12 @@ def test_any_transformers_model_is_asked_through_its_own_template(small_mmmu: st
     """Our own tiny model, once as a Yi-VL and once as whatever transformers makes of the folder."""
     contents = [question.content() for question in mmmu.load(small_mmmu, "val")]
     settings = Settings(max_new_tokens=6)
-    ours = YiVLModel(str(tiny_folder)).answer(contents, settings)
-    theirs = TransformersModel(str(tiny_folder), "cpu").answer(contents, settings)
-    assert [reply.text for reply in ours] == [reply.text for reply in theirs] and len(
-        {reply.text for reply in ours}
+    native = YiVLModel(str(tiny_folder)).answer(contents, settings)
+    generic = TransformersModel(str(tiny_folder), "cpu").answer(contents, settings)
+    assert [reply.text for reply in native] == [reply.text for reply in generic] and len(
+        {reply.text for reply in native}
     ) > 1
-    assert {reply.finish for reply in [*ours, *theirs]} == {"length"}
+    assert {reply.finish for reply in [*native, *generic]} == {"length"}
 
 
 def test_a_question_that_cannot_be_asked_is_recorded_and_the_others_are_asked(tiny_folder: Path) -> None:
@@ -453,8 +453,8 @@ def test_draws_come_from_one_seeded_stream_in_the_official_order() -> None:
     ]
     earlier = [Answered(Question("validation_Art_1", "Art", "choice", "A", dict.fromkeys("ABCD", "no")), "")]
     scored = scoring.score(mmmu, [*later, *earlier])
-    assert [one.answered.question.subject for one in scored] == ["Art", "Zoo", "Zoo", "Zoo"]
-    assert [one.official.parsed for one in scored] == ["A", "A", "C", "B"]  # random.Random(42) on four letters
+    assert [item.answered.question.subject for item in scored] == ["Art", "Zoo", "Zoo", "Zoo"]
+    assert [item.official.parsed for item in scored] == ["A", "A", "C", "B"]  # random.Random(42) on four letters
     summary = scoring.summarize(mmmu, scored, "official")
     assert (summary["correct"], len(summary["random_guesses"]), summary["disciplines"]["Zoo"]["correct"]) == (2, 4, 1)
     assert scoring.summarize(mmmu, scored, "no_guess")["correct"] == 0
@@ -465,10 +465,10 @@ def test_intervals_and_comparisons() -> None:
     assert 0.325 < low < 0.335 and 0.39 < high < 0.398
     first = {str(i): i < 60 for i in range(100)}
     second = {str(i): 10 <= i < 62 for i in range(100)}
-    found = scoring.compare(first, second)
-    assert (found["difference"], found["only_first_correct"], found["only_second_correct"]) == (0.08, 10, 2)
-    assert found["p_value"] == pytest.approx(2 * (1 + 12 + 66) / 2**12)
-    assert found["interval_95"][0] < 0.08 < found["interval_95"][1]
+    result = scoring.compare(first, second)
+    assert (result["difference"], result["only_first_correct"], result["only_second_correct"]) == (0.08, 10, 2)
+    assert result["p_value"] == pytest.approx(2 * (1 + 12 + 66) / 2**12)
+    assert result["interval_95"][0] < 0.08 < result["interval_95"][1]
 
 
 @pytest.mark.core
@@ -512,14 +512,14 @@ def test_cmmmu_predictions_must_be_whole_and_of_one_form(tmp_path: Path) -> None
         path.write_text("\n".join(json.dumps(record) for record in records))
         return cmmmu.read_predictions(path, questions)
 
-    one, two = ({"id": i, "type": "判断", "response": "对"} for i in (1, 2))
-    assert len(read(one, two)) == 2
+    item, two = ({"id": i, "type": "判断", "response": "对"} for i in (1, 2))
+    assert len(read(item, two)) == 2
     for records, message in (
-        ([one], "1 of 2 questions are not answered: 2"),
-        ([one, one, two], "answered more than once: 1"),
-        ([one, two | {"id": 3}], "no question '3'"),
-        ([one, {"id": 2, "type": "判断", "answer": "对"}], "id, type and answer"),
-        ([one | {"type": "问答"}, two], "'问答'"),
+        ([item], "1 of 2 questions are not answered: 2"),
+        ([item, item, two], "answered more than once: 1"),
+        ([item, two | {"id": 3}], "no question '3'"),
+        ([item, {"id": 2, "type": "判断", "answer": "对"}], "id, type and answer"),
+        ([item | {"type": "问答"}, two], "'问答'"),
     ):
         with pytest.raises(ValueError, match=message):
             read(*records)
@@ -584,10 +584,10 @@ def test_speed_is_measured_over_the_same_answers(small_mmmu: str, tiny_folder: P
     from eval.speed.engine import compare_chat, compare_prefill
     from eval.speed.runner import compare_runner
 
-    found = compare_runner(ModelChoice(str(tiny_folder)), mmmu.load(small_mmmu, "val"), 4, 6)
-    assert found["same_answers"] == "7 of 7" and found["ratio"] > 0
+    result = compare_runner(ModelChoice(str(tiny_folder)), mmmu.load(small_mmmu, "val"), 4, 6)
+    assert result["same_answers"] == "7 of 7" and result["ratio"] > 0
     model = YiVLModel(str(tiny_folder)).yi_vl
     chat = compare_chat(model, ROOT / "docs" / "images" / "penguin.png", 3, 4)
-    assert all(list(way) == ["turn_1_ms", "turn_2_ms", "turn_3_ms"] for way in chat["variants"].values())
+    assert all(list(times) == ["turn_1_ms", "turn_2_ms", "turn_3_ms"] for times in chat["variants"].values())
     prefill = compare_prefill(model, 100)
     assert prefill["variants"]["yi_vl"]["of_the_limit"] > 0 and abs(int(prefill["what"].split()[0]) - 100) < 10

@@ -112,8 +112,8 @@ def test_a_busy_server_is_asked_again_and_one_failure_is_its_own(monkeypatch: py
 
     with fake_openai(respond) as server:
         contents = [[{"type": "text", "text": text}] for text in ("one", "soon", "busy", "two")]
-        one, soon, busy, two = Endpoint(server.url, "fake").answer(contents, Settings())
-    assert [one.text, soon.text, two.text] == ["one", "soon", "two"] and seen["busy"] == 3
+        first, soon, busy, two = Endpoint(server.url, "fake").answer(contents, Settings())
+    assert [first.text, soon.text, two.text] == ["one", "soon", "two"] and seen["busy"] == 3
     assert busy.error is not None and "HTTP 429" in busy.error and "slow down" in busy.error
     assert not busy.is_server_down
 

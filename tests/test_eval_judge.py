@@ -28,7 +28,7 @@ def answered(
 
 
 @pytest.mark.parametrize(
-    ("one", "reply", "parsed"),
+    ("item", "reply", "parsed"),
     [
         (answered(), "B", "B"),
         (answered(), " (B).\n", "B"),
@@ -51,17 +51,17 @@ def answered(
         (answered(may_have_several=True), "AA", None),
     ],
 )
-def test_a_reply_is_a_letter_or_none(one: Answered, reply: str, parsed: str | None) -> None:
+def test_a_reply_is_a_letter_or_none(item: Answered, reply: str, parsed: str | None) -> None:
     if parsed is None:
         with pytest.raises(ValueError, match="neither a letter nor none"):
-            judging.read_reply(one, reply)
+            judging.read_reply(item, reply)
     else:
-        assert judging.read_reply(one, reply) == parsed
+        assert judging.read_reply(item, reply) == parsed
 
 
 def test_the_judge_sees_question_options_and_answer_and_the_gold_only_of_open_questions() -> None:
-    one = answered(gold="SECRET", response='<think>red?</think>the "green"\none')
-    prompt = judging.prompt_of(one)
+    item = answered(gold="SECRET", response='<think>red?</think>the "green"\none')
+    prompt = judging.prompt_of(item)
     assert all(text in prompt for text in ("Which colour?", "(A) red\n(B) green\n(C) blue", r'"the \"green\"\none"'))
     assert "SECRET" not in prompt and "red?" not in prompt
     assert "SECRET" not in judging.prompt_of(answered("true_false", "SECRET"))

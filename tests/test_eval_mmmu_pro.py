@@ -63,11 +63,11 @@ def write_configs(folder: Path, rows: Sequence[dict[str, Any]] = ROWS) -> str:
             write_parquet(folder / config / f"test-0000{index}-of-00002.parquet", part)
     vision = [
         {
-            "id": one["id"],
+            "id": item["id"],
             "image": encoded_image("green"),
-            **{key: one[key] for key in ("options", "answer", "subject")},
+            **{key: item[key] for key in ("options", "answer", "subject")},
         }
-        for one in rows
+        for item in rows
     ]
     write_parquet(folder / "vision" / "test-00000-of-00001.parquet", vision)
     return str(folder)
@@ -81,7 +81,7 @@ def run_cli(*arguments: str) -> str:
 def test_every_shape_of_row_is_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     data = write_configs(tmp_path)
     questions = {question.id: question for question in mmmu_pro.load(data, "test")}
-    assert list(questions) == [one["id"] for one in ROWS]
+    assert list(questions) == [item["id"] for item in ROWS]
     options = {key.rsplit("_", 1)[1]: question.options for key, question in questions.items()}
     assert options["29"] == {"A": "['A', 'B', 'Not enough information']"} and options["1"] == {"A": "one"}
     assert options["2"] == {"A": "1", "B": "2.5", "C": "-3", "D": "None"}
@@ -138,7 +138,7 @@ def test_options_may_be_a_column_of_lists(tmp_path: Path) -> None:
         (tmp_path / "standard (4 options)").mkdir(exist_ok=True)
         table.to_parquet(tmp_path / "standard (4 options)" / "test-00000-of-00001.parquet")
         questions = mmmu_pro.load(str(tmp_path), "test", "standard (4 options)")
-        assert [list(question.options.values()) for question in questions] == [list(map(str, one)) for one in values]
+        assert [list(question.options.values()) for question in questions] == [list(map(str, item)) for item in values]
         assert questions[0].images[0].read() == encoded_image("red")["bytes"]
 
 
@@ -185,7 +185,7 @@ def test_a_run_starts_and_ends(tmp_path: Path, tiny_folder: Path, variant: str, 
     table = run_cli(*command, "--variant", variant, "--prompt", style, "--out", str(out))
     records, verdicts = (read_jsonl(out / f"{name}.jsonl") for name in ("predictions", "verdicts"))
     results = json.loads((out / "results.json").read_text())
-    assert [record["id"] for record in records] == [one["id"] for one in ROWS] and not results["config"]["errors"]
+    assert [record["id"] for record in records] == [item["id"] for item in ROWS] and not results["config"]["errors"]
     assert (results["config"]["variant"], results["config"]["prompt"]) == (variant, style)
     assert results["official"]["num"] == len(verdicts) == len(ROWS) and f"of {len(ROWS)} (printed as " in table
     assert results["official"]["random_guesses"] == [
@@ -288,7 +288,7 @@ def test_a_published_file_is_scored_as_it_is(tmp_path: Path) -> None:
     assert (
         official["formatted"] == f"{official['correct'] / 1730 * 100:.2f}%" and f"as {official['formatted']}" in table
     )
-    assert "3 random guesses" in table
+    assert "3 guessed at random" in table
 
     for num, some in ((1729, records[1:]), (1731, [*records, official_record(1731, "A")])):
         with pytest.raises(ValueError, match=f"has {num} responses, and the official script scores exactly 1730"):
@@ -308,11 +308,11 @@ def test_the_number_is_printed_as_the_official_script_prints_it() -> None:
 
 def test_answers_may_come_from_elsewhere_but_must_be_of_the_same_questions(tmp_path: Path) -> None:
     data = write_configs(tmp_path / "data")
-    bare = [{"id": one["id"], "response": f"Answer: {one['answer']}"} for one in ROWS]
+    bare = [{"id": item["id"], "response": f"Answer: {item['answer']}"} for item in ROWS]
     command = ["score", "mmmu-pro", "--partial", "--predictions"]
     path = write_lines(tmp_path / "bare.jsonl", bare)
     table = run_cli(*command, path, "--answers", data, "--variant", "vision")
-    assert "10 of 11 (printed as 90.91%)" in table and "1 random guesses" in table  # the nested row's B
+    assert "10 of 11 (printed as 90.91%)" in table and "1 guessed at random" in table  # the nested row's B
     other = write_lines(tmp_path / "other.jsonl", [bare[1] | {"options": "['one', 'two']"}])
     with pytest.raises(ValueError, match="'test_Math_1': it was asked with other options"):
         run_cli(*command, other, "--answers", data)

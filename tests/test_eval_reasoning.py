@@ -118,8 +118,8 @@ def test_a_submission_holds_answers_and_the_verdicts_the_whole_response() -> Non
 def test_guesses_are_the_official_draws_and_count_as_wrong() -> None:
     def verdicts(benchmark: scoring.Benchmark, question_type: str, gold: str, response: str) -> tuple[bool, bool, bool]:
         question = Question("1", "Art", question_type, gold, OPTIONS if question_type == "choice" else {})  # type: ignore[arg-type]
-        one = scoring.score(benchmark, [Answered(question, response)])[0]
-        return one.official.is_correct, one.official.is_guess, one.verdict("no_guess").is_correct  # type: ignore[union-attr]
+        item = scoring.score(benchmark, [Answered(question, response)])[0]
+        return item.official.is_correct, item.official.is_guess, item.verdict("no_guess").is_correct  # type: ignore[union-attr]
 
     assert verdicts(mmmu, "choice", "A", "who knows") == (True, True, False)  # the first draw of the seeded stream is A
     assert verdicts(mmmu, "choice", "B", "who knows") == (False, True, False)

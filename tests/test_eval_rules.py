@@ -51,8 +51,8 @@ def _lines(*parts: str) -> list[dict[str, Any]]:
 
 
 def _cases(name: str) -> list[dict[str, Any]]:
-    found = _read("edge_cases.json")[name]
-    return found["cases"] if isinstance(found, dict) else found
+    cases = _read("edge_cases.json")[name]
+    return cases["cases"] if isinstance(cases, dict) else cases
 
 
 def _sorted(values: Sequence[str | float]) -> list[str | float]:
@@ -166,8 +166,8 @@ def test_llava_on_mmmu_record_by_record() -> None:
             assert is_correct == (expected[record["id"]]["judge"] == "Correct"), record
             num_correct += is_correct
     assert num_correct == 330
-    draws = _read("mmmu", "expected_random_draws_llava1.5_13b_seed42.json")
-    assert stream.guesses == [(draw["choices"], draw["drawn"]) for draw in draws]
+    expected_guesses = _read("mmmu", "expected_random_draws_llava1.5_13b_seed42.json")
+    assert stream.guesses == [(draw["choices"], draw["drawn"]) for draw in expected_guesses]
 
 
 @with_reference

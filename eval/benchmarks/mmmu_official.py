@@ -88,9 +88,9 @@ def key_pieces(
         tail = ""
         for phrase in (*phrases, *(in_last if index == len(pieces) - 1 else ())):
             if phrase in piece:
-                behind = piece.rsplit(phrase, 1)[1].strip()
-                if not tail or len(behind) < len(tail):
-                    tail = behind
+                rest = piece.rsplit(phrase, 1)[1].strip()
+                if not tail or len(rest) < len(tail):
+                    tail = rest
         if tail and tail not in _LONE_MARKS:
             tails.append(tail)
     return tails

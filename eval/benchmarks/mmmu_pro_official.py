@@ -18,8 +18,8 @@ _MARK = "Answer:"
 def parse_choice(response: str, options: Mapping[str, str], random_guess: RandomGuess) -> str:
     """The letter that a response names. `options`: letter -> text, in order."""
     if _MARK in response:
-        behind = response.rsplit(_MARK, 1)[1]
-        named = [letter for letter in options if letter in behind]
+        rest = response.rsplit(_MARK, 1)[1]
+        named = [letter for letter in options if letter in rest]
         if len(named) == 1:
             return named[0]
     # By the last two a letter is looked for where it stands alone.

@@ -28,7 +28,9 @@ def compare_runner(
         return [
             reply.text
             for start in range(0, len(some), batch_size)
-            for reply in answerer.answer([one.content() for one in some[start : start + batch_size]], settings)
+            for reply in answerer.answer(
+                [question.content() for question in some[start : start + batch_size]], settings
+            )
         ]
 
     def one_by_one(some: Sequence[Question]) -> list[str]:

@@ -159,8 +159,8 @@ class Part(_Strict):
     def image_place(self) -> tuple[str, str]:
         """An image's URL, and where in the part it is."""
         for name in ("image_url", "image"):
-            if (found := getattr(self, name)) is not None:
-                return found.url, name if isinstance(found, PlainUrl) else f"{name}.url"
+            if (value := getattr(self, name)) is not None:
+                return value.url, name if isinstance(value, PlainUrl) else f"{name}.url"
         if self.url is not None:
             return self.url, "url"
         if self.source is not None:
@@ -269,13 +269,13 @@ class ChatRequest(_Strict):
     @property
     def images(self) -> list[tuple[str, str]]:
         """Every image's URL with the name of its place in the request, in reading order."""
-        found = []
+        images = []
         for i, message in enumerate(self.messages):
             for j, part in enumerate(message.content):
                 if not part.is_text:
                     url, place = part.image_place
-                    found.append((url, f"messages[{i}].content[{j}].{place}"))
-        return found
+                    images.append((url, f"messages[{i}].content[{j}].{place}"))
+        return images
 
     def as_messages(self, images: Sequence[Any]) -> list[dict[str, Any]]:
         """The conversation with its images put in, in the form that `merge_messages` takes."""
@@ -318,14 +318,14 @@ def parse_request(body: bytes) -> ChatRequest:
     if problem["type"] == "json_invalid":
         raise ApiError(400, f"The body is not JSON: {problem['ctx']['error']}.", code="invalid_json")
     if problem["type"] == "extra_forbidden":
-        found = reprlib.repr(problem["input"])
-        raise ApiError(400, f"{param} is {found}: not supported; leave it out.", param, "unsupported_parameter")
+        shown = reprlib.repr(problem["input"])
+        raise ApiError(400, f"{param} is {shown}: not supported; leave it out.", param, "unsupported_parameter")
     if problem["type"] == "missing":
         raise ApiError(400, f"{param} is missing.", param, "missing_required_parameter")
     if problem["type"] == "value_error":
         raise ApiError(400, f"{param or 'The request'}: {problem['ctx']['error']}.", param or None)
-    found = reprlib.repr(problem["input"])
-    raise ApiError(400, f"{param or 'The body'} is {found}: {problem['msg']}.", param or None)
+    shown = reprlib.repr(problem["input"])
+    raise ApiError(400, f"{param or 'The body'} is {shown}: {problem['msg']}.", param or None)
 
 
 class Reply:
