@@ -1,1 +1,1 @@
-"""A chat about pictures in the browser: `python -m demo`. Runs from a checkout; imports yi_vl only."""
+"""A chat about images in the browser: `python -m demo`. Runs from a checkout; imports yi_vl only."""

@@ -1,4 +1,4 @@
-"""`python -m demo`: a chat about pictures in the browser, with the bundled nano or any Yi-VL."""
+"""`python -m demo`: a chat about images in the browser, with the bundled nano or any Yi-VL."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ import logging
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from yi_vl.arguments import as_path
-from yi_vl.cli import DeviceOption, DtypeOption, QuantizeOption, run
+from yi_vl.cli import DeviceOption, DtypeOption, QuantizeOption
+from yi_vl.hardware import use_large_pages
+from yi_vl.program import run
 
 from .card import find_card
 from .i18n import ANY_YI_VL, LANGUAGES, NANO
@@ -44,7 +47,7 @@ def demo(
     ] = None,
     keep: Annotated[
         Path | None,
-        typer.Option(help="Keep conversations with their pictures in this folder, and say so on the page."),
+        typer.Option(help="Keep conversations with their images in this folder, and say so on the page."),
     ] = None,
 ) -> None:
     account = _account(auth)
@@ -67,11 +70,19 @@ def demo(
 
     name = Path(model).name if model else "nano"
     of_model = ANY_YI_VL if model else NANO
-    words = dict.fromkeys(LANGUAGES, about) if about else of_model
+    descriptions = dict.fromkeys(LANGUAGES, about) if about else of_model
     yi_vl = load(model, device=device, dtype=dtype, quantize=quantize)
     try:
         page = running(
-            yi_vl, name, words, keep, find_card(model), server_name=host, server_port=port, share=share, auth=account
+            yi_vl,
+            name,
+            descriptions,
+            keep,
+            find_card(model),
+            server_name=host,
+            server_port=port,
+            share=share,
+            auth=account,
         )
         with page as (url, shared_url):
             if share and not shared_url:
@@ -103,9 +114,10 @@ def _is_loopback(host: str) -> bool:
 
 
 def main() -> None:
-    """Run the command; what a user can cause is said in one line."""
+    """The entry point of `python -m demo`."""
+    use_large_pages()
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
-    run(app, "python -m demo", "demo")
+    run(partial(app, prog_name="python -m demo"), "demo")
 
 
 if __name__ == "__main__":

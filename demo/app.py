@@ -1,4 +1,4 @@
-"""The page: its layout in Gradio's chat components, what answers to which event, and the server that shows it."""
+"""The page: its layout in Gradio's chat components, its events and their handlers, and its server."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from starlette.middleware import Middleware
 from yi_vl.predict import YiVL
 
 from .card import Card
-from .handlers import Actions
+from .handlers import Handlers
 from .i18n import EXAMPLES, GRADIO_IN_CHINESE, LANGUAGES, TEXTS, Language
 from .language import language_layer
-from .uploads import Visitors
+from .uploads import Uploads
 
 _MAX_WAITING = 32  # questions in the queue
 
 _HERE = Path(__file__).parent
 _CARD_PATH = "card"
-_PICTURES = _HERE.parent / "docs" / "images"
+_IMAGES = _HERE.parent / "docs" / "images"
 _THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]).set(  # no font is fetched
     block_info_text_color="*neutral_600",
     input_placeholder_color="*neutral_500",
@@ -41,16 +41,16 @@ _SAVE = """(text) => {
     link.download = "yi-vl-chat.SUFFIX";
     link.click();
 }"""
-_REMEMBER = """(history, typed) => {  // by the tab, for a reload; not before what it remembers has been restored
+_SAVE_TAB = """(history, typed) => {  // by the tab, for a reload; not before what it remembers has been restored
     if (!window.isRestored) return;
     try {
         sessionStorage.setItem("chat", JSON.stringify({ history, typed }));
     } catch {
-        sessionStorage.setItem("chat", "{}"); // too long: actions.restore says so
+        sessionStorage.setItem("chat", "{}"); // too long: handlers.restore says so
     }
 }"""
 _LANGUAGE = "() => document.documentElement.lang"
-_RECALL = """() => {
+_RESTORE_TAB = """() => {
     const saved = sessionStorage.getItem("chat");
     const isAnswering = sessionStorage.getItem("isAnswering") === "true";
     return [saved ? JSON.stringify({ ...JSON.parse(saved), isAnswering }) : "", document.documentElement.lang];
@@ -73,30 +73,30 @@ def running(
 ) -> Iterator[tuple[str, str | None]]:
     """The page while it is served: its address, and its public one where it is shared.
 
-    Uploads lie in a folder of their own, which ends with the server.
+    Uploads are kept in a temporary folder, which is removed with the server.
 
     Args:
         launch: of `gr.Blocks.launch`.
     """
     with tempfile.TemporaryDirectory(prefix="yi_vl_demo_", ignore_cleanup_errors=True) as folder:
         os.environ["GRADIO_TEMP_DIR"] = os.path.realpath(folder)
-        visitors = Visitors()
-        page = Page(Actions(yi_vl, name, about, visitors, keep), card or Card())
-        visitors.public |= page.example_paths
+        uploads = Uploads()
+        page = Page(Handlers(yi_vl, name, about, uploads, keep), card or Card())
+        uploads.public |= page.example_paths
         page.blocks.queue(max_size=_MAX_WAITING)
         _, url, shared_url = page.blocks.launch(
             prevent_thread_lock=True,
             quiet=True,
             theme=_THEME,
             css_paths=_HERE / "page.css",
-            js=_script(visitors.max_picture_bytes),
+            js=_script(uploads.max_image_bytes),
             footer_links=[],
             run_history=False,
             enable_monitoring=False,
-            max_file_size=visitors.max_picture_bytes,
+            max_file_size=uploads.max_image_bytes,
             app_kwargs={
-                "middleware": [Middleware(language_layer), Middleware(visitors.layer)],
-                "max_body_size": visitors.max_bytes,
+                "middleware": [Middleware(language_layer), Middleware(uploads.layer)],
+                "max_body_size": uploads.max_bytes,
             },
             **launch,
         )
@@ -107,12 +107,12 @@ def running(
 
 
 class Page:
-    """`blocks` is Gradio's page over some `Actions`."""
+    """`blocks` is Gradio's page over some `Handlers`."""
 
-    def __init__(self, actions: Actions, card: Card) -> None:
-        self.actions = actions
+    def __init__(self, handlers: Handlers, card: Card) -> None:
+        self.handlers = handlers
         self.card = card
-        self._words: dict[Block, dict[str, str]] = {}  # component -> property -> key of TEXTS
+        self._text_keys: dict[Block, dict[str, str]] = {}  # component -> property -> key of TEXTS
         with gr.Blocks(title="Yi-VL", fill_height=True, fill_width=True, analytics_enabled=False) as self.blocks:
             self._lay_out()
             self._connect()
@@ -122,20 +122,20 @@ class Page:
 
     @property
     def example_paths(self) -> set[str]:
-        """Where Gradio keeps the examples' pictures."""
+        """Where Gradio keeps the examples' images."""
         examples: list[Any] = self.chatbot.examples or []
         return {file["path"] for example in examples for file in example["files"]}
 
-    def speak(self, language: Language) -> dict[Block, dict[str, Any]]:
-        """Everything that is written on the page, in another language."""
+    def translate(self, language: Language) -> dict[Block, dict[str, Any]]:
+        """Updates of all text on the page to another language."""
         texts = TEXTS[language]
         updates = {}
-        for block, keys in self._words.items():
-            words: dict[str, Any] = {name: texts[key] for name, key in keys.items()}
-            updates[block] = gr.update(**words)
+        for block, keys in self._text_keys.items():
+            properties: dict[str, Any] = {name: texts[key] for name, key in keys.items()}
+            updates[block] = gr.update(**properties)
         return updates | {
             self.language: gr.update(value=language),
-            self.introduction: gr.update(value=self.actions.introduce(language)),
+            self.introduction: gr.update(value=self.handlers.introduce(language)),
             self.chatbot: updates[self.chatbot] | gr.update(examples=_examples(language)),
             self.footer: gr.update(value=self._about_rights(language)),
         }
@@ -156,16 +156,16 @@ class Page:
         self.saved = gr.Textbox(visible=False)  # what the tab remembers of a conversation
         self.refused = gr.Textbox(visible="hidden", elem_id="refused")  # files, by page.js
         with gr.Row(elem_id="head"):
-            self.introduction = gr.Markdown(self.actions.introduce("en"))
+            self.introduction = gr.Markdown(self.handlers.introduce("en"))
             with gr.Row(elem_id="switches"):
                 gr.HTML(_LANGUAGES)
-                self.new_chat = self._in_words(gr.Button(size="md"), value="new_chat")
+                self.new_chat = self._localized(gr.Button(size="md"), value="new_chat")
         self.save_json, self.save_markdown = gr.Button("⬇ JSON", render=False), gr.Button("⬇ Markdown", render=False)
-        self.chatbot = self._in_words(
+        self.chatbot = self._localized(
             gr.Chatbot(
                 examples=_examples("en"),
                 buttons=["copy", "copy_all", self.save_json, self.save_markdown],
-                group_consecutive_messages=False,  # lest a message with a picture cannot be edited
+                group_consecutive_messages=False,  # otherwise a message with an image cannot be edited
                 editable="user",
                 allow_file_downloads=False,
                 show_label=False,
@@ -176,7 +176,7 @@ class Page:
             label="chat",
             placeholder="welcome",
         )
-        self.typed = self._in_words(
+        self.typed = self._localized(
             gr.MultimodalTextbox(
                 file_types=["image"],
                 file_count="multiple",
@@ -191,40 +191,44 @@ class Page:
         self.footer = gr.Markdown(self._about_rights("en"), elem_id="footer")
 
     def _lay_out_drawers(self) -> None:
-        max_tokens = self.actions.yi_vl.model.config.text_config.max_position_embeddings
+        max_tokens = self.handlers.yi_vl.model.config.text_config.max_position_embeddings
         with gr.Row(elem_id="drawers"):
-            with self._in_words(gr.Accordion(open=False), label="seen") as self.seen:
-                self.pictures = gr.HTML()
-            with self._in_words(gr.Accordion(open=False, elem_id="camera"), label="camera"):
+            with self._localized(gr.Accordion(open=False), label="seen") as self.seen:
+                self.images = gr.HTML()
+            with self._localized(gr.Accordion(open=False, elem_id="camera"), label="camera"):
                 self.photo = gr.Image(sources=["webcam"], type="filepath", show_label=False)
-            with self._in_words(gr.Accordion(open=False), label="settings"), gr.Row(elem_id="settings"):
+            with self._localized(gr.Accordion(open=False), label="settings"), gr.Row(elem_id="settings"):
                 self.settings = [
-                    self._in_words(gr.Slider(0, 2, 0, step=0.05), label="temperature", info="temperature_info"),
-                    self._in_words(gr.Slider(0.05, 1, 1, step=0.05), label="top_p", info="top_p_info"),
-                    self._in_words(
+                    self._localized(gr.Slider(0, 2, 0, step=0.05), label="temperature", info="temperature_info"),
+                    self._localized(gr.Slider(0.05, 1, 1, step=0.05), label="top_p", info="top_p_info"),
+                    self._localized(
                         gr.Slider(1, max_tokens, min(512, max_tokens), step=1), label="length", info="length_info"
                     ),
                 ]
 
     def _connect(self) -> None:
-        actions, chatbot, typed, language = self.actions, self.chatbot, self.typed, self.language
+        handlers, chatbot, typed, language = self.handlers, self.chatbot, self.typed, self.language
         quick: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
         opened = self.blocks.load(
-            self.speak, language, [*self._words, language, self.introduction, self.footer], js=_LANGUAGE, **quick
+            self.translate,
+            language,
+            [*self._text_keys, language, self.introduction, self.footer],
+            js=_LANGUAGE,
+            **quick,
         )
-        restored = opened.then(actions.restore, [self.saved, language], [chatbot, typed], js=_RECALL, **quick)
+        restored = opened.then(handlers.restore, [self.saved, language], [chatbot, typed], js=_RESTORE_TAB, **quick)
         restored.then(None, None, None, js="() => { window.isRestored = true; }")
-        gr.on([chatbot.change, typed.change], None, [chatbot, typed], None, js=_REMEMBER)
+        gr.on([chatbot.change, typed.change], None, [chatbot, typed], None, js=_SAVE_TAB)
         answers = []
         for event, action, inputs, wait in (
-            (typed.submit, actions.ask, [typed, chatbot, language], _wait_for_answer_to_typed),
-            (chatbot.example_select, actions.try_example, None, _wait_for_answer),
-            (chatbot.retry, actions.ask_again, chatbot, _wait_for_answer),
-            (chatbot.edit, actions.ask_differently, chatbot, _wait_for_answer),
+            (typed.submit, handlers.ask, [typed, chatbot, language], _wait_for_answer_to_typed),
+            (chatbot.example_select, handlers.try_example, None, _wait_for_answer),
+            (chatbot.retry, handlers.ask_again, chatbot, _wait_for_answer),
+            (chatbot.edit, handlers.ask_differently, chatbot, _wait_for_answer),
         ):
-            asked = event(action, inputs, chatbot, **quick).then(wait, language, typed, **quick)
-            answer = asked.then(
-                actions.answer,
+            submitted = event(action, inputs, chatbot, **quick).then(wait, language, typed, **quick)
+            answer = submitted.then(
+                handlers.answer,
                 [chatbot, self.conversation_id, language, *self.settings],
                 chatbot,
                 concurrency_id="model",
@@ -237,34 +241,34 @@ class Page:
         gr.on([typed.stop, chatbot.clear, self.new_chat.click], None, cancels=answers)
         cleared = gr.on(
             [chatbot.clear, self.new_chat.click],
-            actions.clear,
+            handlers.clear,
             None,
-            [self.conversation_id, chatbot, typed, self.pictures],
+            [self.conversation_id, chatbot, typed, self.images],
             **quick,
         )
         cleared.then(None, None, None, js=_FOCUS)
-        chatbot.like(actions.like, [chatbot, self.conversation_id], chatbot, **quick)
-        self.seen.expand(actions.show_pictures, [chatbot, language], self.pictures, **quick)
-        self.refused.change(actions.refuse, [self.refused, chatbot, language], chatbot, **quick)
-        self.photo.input(actions.add_photo, [self.photo, typed], [typed, self.photo], preprocess=False, **quick)
+        chatbot.like(handlers.like, [chatbot, self.conversation_id], chatbot, **quick)
+        self.seen.expand(handlers.show_images, [chatbot, language], self.images, **quick)
+        self.refused.change(handlers.refuse, [self.refused, chatbot, language], chatbot, **quick)
+        self.photo.input(handlers.add_photo, [self.photo, typed], [typed, self.photo], preprocess=False, **quick)
         for button, save, suffix in (
-            (self.save_json, actions.save_json, "json"),
-            (self.save_markdown, actions.save_markdown, "md"),
+            (self.save_json, handlers.save_json, "json"),
+            (self.save_markdown, handlers.save_markdown, "md"),
         ):
             saved = button.click(save, [chatbot, language], self.document, **quick)
             saved.success(None, self.document, None, js=_SAVE.replace("SUFFIX", suffix))
 
-    def _in_words(self, block: AnyBlock, **keys: str) -> AnyBlock:
-        """The same block, some properties of which are words that change with the language; English at first."""
-        self._words[block] = keys
+    def _localized(self, block: AnyBlock, **keys: str) -> AnyBlock:
+        """The same block, with properties whose text changes with the language; English at first."""
+        self._text_keys[block] = keys
         for name, key in keys.items():
             setattr(block, name, TEXTS["en"][key])
         return block
 
 
-def _script(max_picture_bytes: int) -> str:
+def _script(max_image_bytes: int) -> str:
     settings = {
-        "maxBytes": max_picture_bytes,
+        "maxBytes": max_image_bytes,
         "imageAlt": {language: TEXTS[language]["image_alt"] for language in LANGUAGES},
         "labels": {"en": {}, "zh": GRADIO_IN_CHINESE},
     }
@@ -273,7 +277,7 @@ def _script(max_picture_bytes: int) -> str:
 
 
 def _examples(language: Language) -> list[ExampleMessage]:
-    return [{"text": text, "files": [str(_PICTURES / name)]} for name, text in EXAMPLES[language].items()]
+    return [{"text": text, "files": [str(_IMAGES / name)]} for name, text in EXAMPLES[language].items()]
 
 
 def _wait_for_answer(language: Language) -> dict[str, Any]:

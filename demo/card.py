@@ -1,4 +1,4 @@
-"""Where a visitor can read about a model: its card, and the licence that the card names."""
+"""A model's card, and the licence that it names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What happens in the chat: pure functions between the history that Gradio shows and the messages that yi_vl answers.
+"""Pure functions between the history that Gradio shows and the messages that yi_vl answers.
 
 A history is what `gr.Chatbot` holds, in the visitor's browser: a list of `{"role", "content", "metadata"}`, content a
 list of `{"type": "text", "text"}` and `{"type": "file", "file": {"path"}}`. No gradio here.
@@ -6,9 +6,7 @@ list of `{"type": "text", "text"}` and `{"type": "file", "file": {"path"}}`. No 
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 import json
 import mimetypes
 import re
@@ -18,69 +16,71 @@ from typing import Any
 
 from PIL import Image
 
+from yi_vl.image.data_url import data_url, png_bytes
+
 Message = dict[str, Any]
 
-_COMPLAINT = "complaint"  # marks an answer that says what went wrong: its turn did not happen
+_ERROR = "error"  # marks an answer that says what went wrong: its turn did not happen
 _LIKED, _DISLIKED = "Like", "Dislike"  # as Gradio calls them
 
 
-class BadPictureError(ValueError):
-    """A picture that cannot be shown to the model."""
+class BadImageError(ValueError):
+    """An image that cannot be shown to the model."""
 
     def __init__(self, path: str, error: ValueError) -> None:
         self.name = Path(path).name
-        super().__init__(str(error).replace(path, self.name))  # where the server keeps it is nobody's business
+        super().__init__(str(error).replace(path, self.name))  # the server's folders are not shown
 
 
-def asked(text: str, paths: Sequence[str] = ()) -> list[Message]:
-    """A visitor's pictures and words, in messages of their own: Gradio forgets the rest of one that is edited."""
-    pictures = [_image(path) for path in paths]
-    contents = [pictures, [_text(text)]] if pictures else [[_text(text)]]
+def user_messages(text: str, paths: Sequence[str] = ()) -> list[Message]:
+    """A user's images and text, in separate messages: Gradio drops the rest of one that is edited."""
+    images = [_image(path) for path in paths]
+    contents = [images, [_text(text)]] if images else [[_text(text)]]
     return [{"role": "user", "content": content} for content in contents]
 
 
-def answered(text: str) -> Message:
+def assistant_message(text: str) -> Message:
     return {"role": "assistant", "content": [_text(text)]}
 
 
-def complained(text: str) -> Message:
-    """Plain words in the place of an answer; `to_messages` forgets them and what they answer."""
-    return answered(text) | {"metadata": {"id": _COMPLAINT}}
+def error_message(text: str) -> Message:
+    """An error in the place of an answer; `to_messages` drops it and its question."""
+    return assistant_message(text) | {"metadata": {"id": _ERROR}}
 
 
 def escaped(text: str) -> str:
-    """Markdown that shows a text as it is: names of files and what errors quote are anybody's."""
+    """Markdown that shows a text literally: file names and quoted input are untrusted."""
     return re.sub(r"([\\`*_\[\]<>&#$~|])", r"\\\1", text)
 
 
-def marked(history: Sequence[Message], index: int, liked: bool | str) -> list[Message]:
+def with_feedback(history: Sequence[Message], index: int, liked: bool | str) -> list[Message]:
     """The history with an answer liked (True), disliked (False) or neither ("")."""
-    mark = {True: _LIKED, False: _DISLIKED}.get(liked)  # type: ignore[arg-type]
-    return [*history[:index], history[index] | {"metadata": mark and {"id": mark}}, *history[index + 1 :]]
+    feedback = {True: _LIKED, False: _DISLIKED}.get(liked)  # type: ignore[arg-type]
+    return [*history[:index], history[index] | {"metadata": feedback and {"id": feedback}}, *history[index + 1 :]]
 
 
-def thumbs(history: Sequence[Message]) -> list[str | None]:
-    """What the thumbs beside the answers show, from the first answer to the last."""
-    marks = [_mark(message) for message in history if message["role"] == "assistant"]
-    return [mark if mark in (_LIKED, _DISLIKED) else None for mark in marks]
+def feedback_values(history: Sequence[Message]) -> list[str | None]:
+    """Like, Dislike or None for each answer, in order."""
+    ids = [_metadata_id(message) for message in history if message["role"] == "assistant"]
+    return [name if name in (_LIKED, _DISLIKED) else None for name in ids]
 
 
-def to_messages(history: Sequence[Message], open_picture: Callable[[str], Any]) -> list[Message]:
+def to_messages(history: Sequence[Message], open_image: Callable[[str], Any]) -> list[Message]:
     """What yi_vl answers: without failed turns, and with a question that was never answered as part of the next.
 
-    Answers that were liked or disliked say so under `feedback`.
+    Liked and disliked answers have `feedback`.
 
     Args:
-        open_picture: from the path that a visitor's browser names to what an image part shall hold.
+        open_image: from the path that a visitor's browser names to what an image part shall hold.
 
     Raises:
-        BadPictureError: `open_picture` raised a ValueError.
+        BadImageError: `open_image` raised a ValueError.
     """
     messages: list[Message] = []
     for message in _without_failed_turns(history):
-        parts = [_part(part, open_picture) for part in message["content"]]
+        parts = [_part(part, open_image) for part in message["content"]]
         if message["role"] == "assistant":
-            feedback = {"feedback": mark} if (mark := _mark(message)) else {}
+            feedback = {"feedback": name} if (name := _metadata_id(message)) else {}
             messages.append({"role": "assistant", "content": "".join(part["text"] for part in parts)} | feedback)
         elif messages and messages[-1]["role"] == "user":
             before = messages[-1]["content"]
@@ -112,7 +112,7 @@ def restored(saved: str) -> tuple[list[Message], Message, bool]:
 
 
 def image_paths(history: Sequence[Message]) -> list[str]:
-    """All images of a history as `asked` makes it, failed turns included."""
+    """All images of a history as `user_messages` makes it, failed turns included."""
     return [part["path"] for message in history for part in message["content"] if "path" in part]
 
 
@@ -123,9 +123,9 @@ def _restored_message(message: Message) -> Message:
         _text(str(part["text"])) if part["type"] == "text" else _image(str(part["file"]["path"]))
         for part in message["content"]
     ]
-    mark = _mark(message)
+    name = _metadata_id(message)
     return {"role": message["role"], "content": content} | (
-        {"metadata": {"id": mark}} if mark in (_COMPLAINT, _LIKED, _DISLIKED) else {}
+        {"metadata": {"id": name}} if name in (_ERROR, _LIKED, _DISLIKED) else {}
     )
 
 
@@ -133,19 +133,19 @@ def _image(path: str) -> Message:
     return {"path": path, "alt_text": Path(path).name}
 
 
-def picture_paths(history: Sequence[Message]) -> list[str]:
-    """All pictures shown in a conversation, each once, failed turns left out."""
+def shown_image_paths(history: Sequence[Message]) -> list[str]:
+    """All images shown in a conversation, each once, failed turns left out."""
     parts = [part for message in _without_failed_turns(history) for part in message["content"]]
     return list(dict.fromkeys(part["file"]["path"] for part in parts if part["type"] == "file"))
 
 
 def to_document(history: Sequence[Message], read: Callable[[str], bytes], model: str) -> dict[str, Any]:
-    """The conversation as one document: OpenAI's messages, with the pictures inside as `data:` URLs.
+    """The conversation as one document: OpenAI's messages, with the images inside as `data:` URLs.
 
     Args:
-        read: from a picture's path to its file's content.
+        read: from an image's path to its file's content.
     """
-    messages = to_messages(history, lambda path: _data_url(read(path), mimetypes.guess_type(path)[0] or "image/png"))
+    messages = to_messages(history, lambda path: data_url(read(path), mimetypes.guess_type(path)[0] or "image/png"))
     for message in messages:
         if message["role"] == "user":
             message["content"] = [
@@ -156,11 +156,11 @@ def to_document(history: Sequence[Message], read: Callable[[str], bytes], model:
 
 
 def to_markdown(document: dict[str, Any], you: str) -> str:
-    """What `to_document` gave as a page to read: words on top, the pictures' data at the end."""
+    """What `to_document` gave as a page to read: text on top, the images' data at the end."""
     lines, urls = [f"# Yi-VL: {document['model']}"], []
     for message in document["messages"]:
-        mark = {_LIKED: " 👍", _DISLIKED: " 👎"}.get(message.get("feedback"), "")
-        lines.append(f"**{you if message['role'] == 'user' else document['model'] + mark}**")
+        emoji = {_LIKED: " 👍", _DISLIKED: " 👎"}.get(message.get("feedback"), "")
+        lines.append(f"**{you if message['role'] == 'user' else document['model'] + emoji}**")
         content = message["content"]
         for part in content if isinstance(content, list) else [_text(content)]:
             if part["type"] == "image_url":
@@ -172,20 +172,17 @@ def to_markdown(document: dict[str, Any], you: str) -> str:
     return "\n\n".join(lines) + "\n"
 
 
-def to_figures(pictures: Sequence[tuple[str, Image.Image]], caption: str) -> str:
-    """HTML that shows named pictures, pixel by pixel.
+def to_figures(images: Sequence[tuple[str, Image.Image]], caption: str) -> str:
+    """HTML that shows named images, pixel by pixel.
 
     Args:
         caption: with `{name}` and `{size}`.
     """
     figures = []
-    for name, picture in pictures:
-        file = io.BytesIO()
-        picture.save(file, "PNG")
-        words = html.escape(caption.format(name=name, size=picture.width))
+    for name, image in images:
+        text = html.escape(caption.format(name=name, size=image.width))
         figures.append(
-            f'<figure><img src="{_data_url(file.getvalue(), "image/png")}" alt="{words}">'
-            f"<figcaption>{words}</figcaption></figure>"
+            f'<figure><img src="{data_url(png_bytes(image))}" alt="{text}"><figcaption>{text}</figcaption></figure>'
         )
     return f'<div class="seen">{"".join(figures)}</div>'
 
@@ -193,7 +190,7 @@ def to_figures(pictures: Sequence[tuple[str, Image.Image]], caption: str) -> str
 def _without_failed_turns(history: Sequence[Message]) -> list[Message]:
     kept: list[Message] = []
     for message in history:
-        if _mark(message) != _COMPLAINT:
+        if _metadata_id(message) != _ERROR:
             kept.append(message)
         else:
             while kept and kept[-1]["role"] == "user":
@@ -201,23 +198,19 @@ def _without_failed_turns(history: Sequence[Message]) -> list[Message]:
     return kept
 
 
-def _mark(message: Message) -> str | None:
+def _metadata_id(message: Message) -> str | None:
     return (message.get("metadata") or {}).get("id")
 
 
-def _part(part: Message, open_picture: Callable[[str], Any]) -> Message:
+def _part(part: Message, open_image: Callable[[str], Any]) -> Message:
     if part["type"] == "text":
         return _text(part["text"])
     path = part["file"]["path"]
     try:
-        return {"type": "image", "image": open_picture(path)}
+        return {"type": "image", "image": open_image(path)}
     except ValueError as error:
-        raise BadPictureError(path, error) from error
+        raise BadImageError(path, error) from error
 
 
 def _text(text: str) -> Message:
     return {"type": "text", "text": text}
-
-
-def _data_url(content: bytes, mime_type: str) -> str:
-    return f"data:{mime_type};base64,{base64.b64encode(content).decode()}"

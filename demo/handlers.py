@@ -1,7 +1,7 @@
-"""What happens when the page is used: each method answers one of Gradio's events.
+"""Handlers of Gradio's events.
 
-The conversation lives in the visitor's browser and comes along with every event, so visitors cannot mix; the model
-reads only what is new of it, because yi_vl remembers prefixes.
+The conversation is kept in the user's browser and sent with every event, so that users cannot mix; prompts are
+prefix-cached, so that only its new part is prefilled.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from yi_vl.image.transform import WEB_FORMATS
 from yi_vl.predict import TooLongError, YiVL
 
 from . import chat
-from .chat import BadPictureError, Message
+from .chat import BadImageError, Message
 from .i18n import TEXTS, Language
-from .uploads import Visitors
+from .uploads import Uploads
 
-_NUM_REMEMBERED_PICTURES = 64  # prepared ones, by path, which Gradio makes of the content; 0.6 MB each at 448 px
+_NUM_CACHED_IMAGES = 64  # prepared ones, by path, which Gradio makes of the content; 0.6 MB each at 448 px
 
 logger = logging.getLogger(__name__)
 Update = dict[str, Any]
 
 
-class Actions:
-    """Over one model, which answers one question at a time.
+class Handlers:
+    """Event handlers over one model, which answers one question at a time.
 
     Args:
         name: of the model, for the visitors; `about` says what it is good for, in every language.
@@ -41,16 +41,16 @@ class Actions:
     """
 
     def __init__(
-        self, yi_vl: YiVL, name: str, about: Mapping[Language, str], visitors: Visitors, keep: Path | None = None
+        self, yi_vl: YiVL, name: str, about: Mapping[Language, str], uploads: Uploads, keep: Path | None = None
     ) -> None:
         self.yi_vl = yi_vl
         self.name = name
         self.about = about
-        self.visitors = visitors
+        self.uploads = uploads
         self.keep = keep
         self._lock = threading.Lock()
         prepare = partial(yi_vl.processor.image_processor.prepare, formats=WEB_FORMATS)
-        self._prepare = lru_cache(_NUM_REMEMBERED_PICTURES)(prepare)
+        self._prepare = lru_cache(_NUM_CACHED_IMAGES)(prepare)
 
     def restore(self, saved: str, language: Language, request: gr.Request) -> tuple[Update, Update]:
         """The page was opened: the conversation and the unsent message that its tab had before, or why they are lost.
@@ -66,9 +66,9 @@ class Actions:
                 self._check(request, language, path)
         except ValueError as error:
             logger.info("A conversation is not restored: %s", error)
-            return _shown([chat.complained(TEXTS[language]["lost"])]), gr.skip()
+            return _shown([chat.error_message(TEXTS[language]["lost"])]), gr.skip()
         if history and (is_answering or history[-1]["role"] == "user"):
-            history = [*history, chat.complained(TEXTS[language]["interrupted"])]
+            history = [*history, chat.error_message(TEXTS[language]["interrupted"])]
         return _shown(history), gr.update(value=typed)
 
     def introduce(self, language: Language) -> str:
@@ -76,29 +76,29 @@ class Actions:
         num_parameters = self.yi_vl.model.num_parameters()
         parameters = f"{num_parameters / 1e9:.1f} B" if num_parameters >= 1e9 else f"{num_parameters / 1e6:.1f} M"
         size_px = self.yi_vl.processor.image_processor.size_px
-        words = TEXTS[language]["introduction"].format(
+        text = TEXTS[language]["introduction"].format(
             name=chat.escaped(self.name), parameters=parameters, size_px=size_px, about=self.about[language]
         )
-        return f"{words} {TEXTS[language]['kept']}" if self.keep else words
+        return f"{text} {TEXTS[language]['kept']}" if self.keep else text
 
     def ask(self, typed: Message, history: list[Message], language: Language) -> Update:
-        """A message was sent; pictures without words get the obvious question."""
+        """A message was sent; images without text get a default question."""
         text, paths = typed["text"].rstrip(), typed["files"]
         if text or paths:
-            history = [*history, *chat.asked(text or TEXTS[language]["default_question"], paths)]
+            history = [*history, *chat.user_messages(text or TEXTS[language]["default_question"], paths)]
         return _shown(history)
 
     def try_example(self, example: gr.SelectData) -> Update:
         """An example was clicked."""
-        return _shown(chat.asked(example.value["text"], [file["path"] for file in example.value["files"]]))
+        return _shown(chat.user_messages(example.value["text"], [file["path"] for file in example.value["files"]]))
 
     def ask_again(self, history: list[Message], where: gr.RetryData) -> Update:
-        """Another answer was asked for."""
+        """Another answer was requested."""
         return _shown(history[: _place(where) + 1])
 
     def ask_differently(self, history: list[Message], edit: gr.EditData) -> Update:
         """A question was edited."""
-        return _shown([*history[: _place(edit)], *chat.asked(edit.value)])
+        return _shown([*history[: _place(edit)], *chat.user_messages(edit.value)])
 
     def answer(
         self,
@@ -110,12 +110,12 @@ class Actions:
         max_new_tokens: int,
         request: gr.Request,
     ) -> Iterator[list[Message]]:
-        """The history with an answer that grows; what goes wrong is said in plain words in its place.
+        """The history with an answer that grows, or with an error in its place.
 
         Gradio closes this generator when the visitor stops it or leaves, and that ends the model's work.
         """
         options = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens}
-        texts, said = TEXTS[language], ""
+        texts, answer_text = TEXTS[language], ""
         try:
             messages = chat.to_messages(history, lambda path: path)
             if not messages or messages[-1]["role"] != "user":
@@ -124,66 +124,66 @@ class Actions:
             messages = chat.to_messages(history, partial(self._open, request, language))
             with closing(self._one_at_a_time(self.yi_vl.stream_messages(messages, **options))) as pieces:
                 for piece in pieces:
-                    said += piece
-                    yield [*history, chat.answered(said)]
-        except BadPictureError as error:
-            yield [*history, chat.complained(_explained(texts["bad_picture"], name=error.name, error=error))]
+                    answer_text += piece
+                    yield [*history, chat.assistant_message(answer_text)]
+        except BadImageError as error:
+            yield [*history, chat.error_message(_explained(texts["bad_image"], name=error.name, error=error))]
         except TooLongError as error:
             values = {"num_tokens": error.num_tokens, "num_images": error.num_images, "limit": error.max_tokens + 1}
-            yield [*history, chat.complained(_explained(texts["too_long"], **values))]
+            yield [*history, chat.error_message(_explained(texts["too_long"], **values))]
         except ValueError as error:
-            yield [*history, chat.complained(_explained(texts["refused"], error=error))]
+            yield [*history, chat.error_message(_explained(texts["refused"], error=error))]
         except Exception:
             logger.exception("An answer failed.")
-            yield [*history, chat.complained(texts["failed"])]
+            yield [*history, chat.error_message(texts["failed"])]
         else:
-            if said:
-                self._keep([*history, chat.answered(said)], conversation_id, request)
+            if answer_text:
+                self._keep([*history, chat.assistant_message(answer_text)], conversation_id, request)
             else:
-                yield [*history, chat.complained(texts["silent"])]
+                yield [*history, chat.error_message(texts["silent"])]
 
     def like(self, history: list[Message], conversation_id: str, mark: gr.LikeData, request: gr.Request) -> Update:
-        """An answer was liked or disliked; from now on the conversation says so."""
-        history = chat.marked(history, _place(mark), mark.liked)
+        """An answer was liked or disliked, which is recorded in the conversation."""
+        history = chat.with_feedback(history, _place(mark), mark.liked)
         self._keep(history, conversation_id, request)
         return _shown(history)
 
     def clear(self) -> tuple[str, Update, Update, str]:
-        """The conversation was thrown away: another begins, under another id, with nothing typed and no images."""
+        """The conversation was cleared: a new one with another id, nothing typed and no images."""
         typed = gr.update(value=None, interactive=True, submit_btn=True, stop_btn=False)
         return secrets.token_hex(8), _shown([]), typed, ""
 
     def refuse(self, refused: str, history: list[Message], language: Language) -> Update:
         """Files were chosen that are not sent: `refused` is JSON, from the key of TEXTS that says why to names."""
-        names, limit = json.loads(refused), self.visitors.max_picture_bytes >> 20
-        words = [
+        names, limit = json.loads(refused), self.uploads.max_image_bytes >> 20
+        lines = [
             _explained(TEXTS[language][reason], names=", ".join(names[reason]), limit=limit)
-            for reason in ("not_a_picture", "too_large")
+            for reason in ("not_an_image", "too_large")
             if names[reason]
         ]
-        return _shown([*history, chat.complained("\n\n".join(words))])
+        return _shown([*history, chat.error_message("\n\n".join(lines))])
 
     def add_photo(self, photo: Message | None, typed: Message) -> tuple[Message, None]:
-        """The camera's picture joins the message that is being written."""
+        """The camera's image is added to the message that is being written."""
         return typed | {"files": [*typed["files"], *([photo["path"]] if photo else [])]}, None
 
-    def show_pictures(self, history: list[Message], language: Language, request: gr.Request) -> str:
-        """The conversation's pictures as the model sees them, in HTML."""
-        texts, pictures = TEXTS[language], []
-        for path in chat.picture_paths(history)[:_NUM_REMEMBERED_PICTURES]:
+    def show_images(self, history: list[Message], language: Language, request: gr.Request) -> str:
+        """The conversation's images as the model sees them, in HTML."""
+        texts, images = TEXTS[language], []
+        for path in chat.shown_image_paths(history)[:_NUM_CACHED_IMAGES]:
             try:
-                pictures.append((Path(path).name, self._open(request, language, path)))
+                images.append((Path(path).name, self._open(request, language, path)))
             except ValueError as error:
                 logger.info("%s is not shown: %s", path, error)
-        return chat.to_figures(pictures, texts["seen_caption"]) if pictures else texts["seen_nothing"]
+        return chat.to_figures(images, texts["seen_caption"]) if images else texts["seen_nothing"]
 
     def save_json(self, history: list[Message], language: Language, request: gr.Request) -> str:
-        """The conversation as a JSON document; empty when a picture of it is gone."""
+        """The conversation as a JSON document; empty when an image of it is gone."""
         document = self._document(history, language, request)
         return json.dumps(document, ensure_ascii=False, indent=1) if document else ""
 
     def save_markdown(self, history: list[Message], language: Language, request: gr.Request) -> str:
-        """The conversation as a page to read; empty when a picture of it is gone."""
+        """The conversation as a page to read; empty when an image of it is gone."""
         document = self._document(history, language, request)
         return chat.to_markdown(document, TEXTS[language]["you"]) if document else ""
 
@@ -206,8 +206,8 @@ class Actions:
     def _document(self, history: list[Message], language: Language, request: gr.Request) -> dict[str, Any] | None:
         try:
             return chat.to_document(history, partial(self._read, request, language), self.name)
-        except BadPictureError as error:
-            gr.Warning(TEXTS[language]["bad_picture"].format(name=error.name, error=error))
+        except BadImageError as error:
+            gr.Warning(TEXTS[language]["bad_image"].format(name=error.name, error=error))
             return None
 
     def _keep(self, history: list[Message], conversation_id: str, request: gr.Request) -> None:
@@ -215,7 +215,7 @@ class Actions:
             text = json.dumps(document, ensure_ascii=False, indent=1)
             try:
                 (self.keep / f"{conversation_id}.json").write_text(text, encoding="utf-8")
-            except OSError:  # no reason to take the visitor's answer away
+            except OSError:  # the user keeps the answer
                 logger.exception("A conversation was not kept.")
 
     def _open(self, request: gr.Request, language: Language, path: str) -> Any:
@@ -231,7 +231,7 @@ class Actions:
 
     def _check(self, request: gr.Request, language: Language, path: str) -> None:
         """A browser may name any path; only the visitor's own uploads and the examples are opened."""
-        if not self.visitors.may_read(request.cookies, path):
+        if not self.uploads.may_read(request.cookies, path):
             raise ValueError(TEXTS[language]["foreign"])
 
 
@@ -241,9 +241,9 @@ def _place(event: gr.RetryData | gr.EditData | gr.LikeData) -> int:
     return event.index
 
 
-def _explained(words: str, **values: object) -> str:
-    return words.format(**{name: chat.escaped(str(value)) for name, value in values.items()})
+def _explained(text: str, **values: object) -> str:
+    return text.format(**{name: chat.escaped(str(value)) for name, value in values.items()})
 
 
 def _shown(history: list[Message]) -> Update:
-    return gr.update(value=history, feedback_value=chat.thumbs(history))
+    return gr.update(value=history, feedback_value=chat.feedback_values(history))

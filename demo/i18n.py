@@ -1,4 +1,4 @@
-"""What the page says, in English and in Chinese."""
+"""The page's texts, in English and in Chinese."""
 
 from __future__ import annotations
 
@@ -15,45 +15,45 @@ NANO: dict[Language, str] = {
     "它从没见过照片，也不知道别的事情。",
 }
 ANY_YI_VL: dict[Language, str] = {
-    "en": "It describes pictures and answers questions about them, in English and Chinese. It can be wrong.",
+    "en": "It describes images and answers questions about them, in English and Chinese. It can be wrong.",
     "zh": "它用中文或英文描述图片、回答关于图片的问题。它会犯错。",
 }
 
 TEXTS: dict[Language, dict[str, str]] = {
     "en": {
         "introduction": "# Yi-VL\n**{name}** answers: {parameters} parameters; "
-        "it sees a picture as {size_px} × {size_px} pixels. {about}",
-        "kept": "Whoever runs this page keeps the conversations.",
+        "it sees an image as {size_px} × {size_px} pixels. {about}",
+        "kept": "The operator of this page keeps the conversations.",
         "chat": "Conversation",
-        "welcome": "## Show me a picture\n"
+        "welcome": "## Show me an image\n"
         "Drop it anywhere, paste it, or press 📎. Then ask in English or Chinese. Or try one of these:",
-        "type_here": "Ask about a picture …",
+        "type_here": "Ask about an image …",
         "question": "Your question",
         "new_chat": "＋ New chat",
         "stop": "■ Stop",
         "default_question": "What is in this picture?",
         "seen": "👁 As the model sees it",
-        "seen_nothing": "There is no picture yet.",
+        "seen_nothing": "There is no image yet.",
         "seen_caption": "{name}, {size} × {size} pixels",
         "camera": "📷 Camera",
         "settings": "⚙ Settings",
         "temperature": "Temperature",
-        "temperature_info": "0 always takes the likeliest word; higher is more varied.",
+        "temperature_info": "0 always takes the likeliest token; higher is more varied.",
         "top_p": "Top-p",
-        "top_p_info": "Draw only from the likeliest words that make up this probability.",
+        "top_p_info": "Sample only from the likeliest tokens of this total probability.",
         "length": "Greatest length",
         "length_info": "Of an answer, in tokens.",
         "you": "You",
-        "bad_picture": "⚠️ **{name}** cannot be shown to the model.\n\n{error}\n\nTry another picture.",
-        "not_a_picture": "⚠️ **{names}**: that is no picture. PNG, JPEG and WebP are understood, and others.",
-        "too_large": "⚠️ **{names}**: a picture may take {limit} MB at most. Save it smaller and try again.",
-        "too_long": "⚠️ This is too much to read at once: at least {num_tokens} tokens with {num_images} images; "
-        "the model holds {limit}, the answer included. Give fewer images or a shorter text, or begin a new chat.",
-        "refused": "⚠️ That cannot be answered: {error}",
-        "silent": "⚠️ The model had nothing to say. Ask in other words.",
-        "failed": "⚠️ Something went wrong here, not with your question. Try again, or begin a new conversation.",
-        "interrupted": "⚠️ The page was left before the answer was complete. Ask again.",
-        "lost": "⚠️ The conversation that was here is lost: its images are gone, or it was too long to keep.",
+        "bad_image": "⚠️ **{name}** cannot be shown to the model.\n\n{error}\n\nTry another image.",
+        "not_an_image": "⚠️ **{names}**: this is not an image. Use PNG, JPEG, WebP or another image format.",
+        "too_large": "⚠️ **{names}**: an image may take {limit} MB at most. Save it smaller and try again.",
+        "too_long": "⚠️ The input is too long: at least {num_tokens} tokens with {num_images} images; "
+        "the model holds {limit}, the answer included. Use fewer images or a shorter text, or start a new chat.",
+        "refused": "⚠️ This cannot be answered: {error}",
+        "silent": "⚠️ The model gave an empty answer. Rephrase the question.",
+        "failed": "⚠️ The server failed; your question is fine. Try again, or start a new conversation.",
+        "interrupted": "⚠️ The page was closed before the answer was complete. Ask again.",
+        "lost": "⚠️ The conversation is lost: its images are gone, or it was too long to keep.",
         "image_alt": "Image {number}: {name}",
         "model_card": "Model card",
         "model_licence": "the model's licence: {licence}",
@@ -77,14 +77,14 @@ TEXTS: dict[Language, dict[str, str]] = {
         "camera": "📷 拍照",
         "settings": "⚙ 设置",
         "temperature": "温度",
-        "temperature_info": "0 总是取最可能的词；越高越多样。",
+        "temperature_info": "0 总是取最可能的词元；越高越多样。",
         "top_p": "Top-p",
-        "top_p_info": "只从概率之和达到此值的最可能的词里抽取。",
+        "top_p_info": "只从概率之和达到此值的最可能的词元里抽取。",
         "length": "最大长度",
         "length_info": "一个回答最多多少词元。",
         "you": "你",
-        "bad_picture": "⚠️ **{name}** 无法给模型看：可能已损坏、过大，或者不是图片。请换一张。\n\n详细原因：{error}",
-        "not_a_picture": "⚠️ **{names}** 不是图片。PNG、JPEG、WebP 等格式都可以。",
+        "bad_image": "⚠️ **{name}** 无法给模型看：可能已损坏、过大，或者不是图片。请换一张。\n\n详细原因：{error}",
+        "not_an_image": "⚠️ **{names}** 不是图片。PNG、JPEG、WebP 等格式都可以。",
         "too_large": "⚠️ **{names}** 太大了：一张图片最多 {limit} MB。请缩小后再试。",
         "too_long": "⚠️ 内容太长：至少 {num_tokens} 个词元（含 {num_images} 张图片），模型连同回答最多容纳 {limit} 个。"
         "请减少图片或缩短文字，或者开始新的对话。",
@@ -151,7 +151,7 @@ GRADIO_IN_CHINESE = {
 
 
 def preferred(accept_language: str) -> Language:
-    """The language that a browser asks for first, of those that there are; English where it asks for neither."""
+    """The language that a browser prefers among the available ones; English where it accepts neither."""
     weighed: list[tuple[float, int, Language]] = []
     for entry in accept_language.lower().split(","):
         tag, _, quality = entry.strip().partition(";q=")

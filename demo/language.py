@@ -1,7 +1,7 @@
-"""An ASGI layer in front of Gradio that settles the language of the page, and what it may load, before its first byte.
+"""An ASGI layer in front of Gradio that sets the page's language and its content security policy.
 
-Gradio takes the language of its own labels from `navigator.language` before any script of ours runs, so a script that
-sets it is inserted into the HTML.
+Gradio takes the language of its own labels from `navigator.language` before any script of the page runs, so a script
+that sets it is inserted into the HTML.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ def language_layer(app: ASGIApp) -> ASGIApp:
 
 
 def _requested(scope: Scope) -> Language:
-    asked = parse_qs(scope["query_string"].decode("latin-1")).get("lang", [""])[-1]
+    requested = parse_qs(scope["query_string"].decode("latin-1")).get("lang", [""])[-1]
     for language in LANGUAGES:
-        if asked == language:
+        if requested == language:
             return language
     return preferred(Headers(scope=scope).get("accept-language", ""))
 

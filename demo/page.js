@@ -5,38 +5,38 @@
     const language = document.documentElement.lang.slice(0, 2); // Gradio may have made it longer
     document.documentElement.lang = language;
 
-    // Refused files are told to actions.refuse; Gradio alone would say it in its own words, elsewhere, in English.
-    const tell = (refused) => {
+    // Refused files are reported to handlers.refuse; Gradio's own message would be elsewhere and in English.
+    const reportRefused = (refused) => {
         const field = document.querySelector("#refused textarea");
-        field.value = JSON.stringify({ ...refused, at: Date.now() }); // Gradio hears of changes only
+        field.value = JSON.stringify({ ...refused, at: Date.now() }); // Gradio notices changes only
         field.dispatchEvent(new Event("input", { bubbles: true }));
     };
-    const take = (event, files) => {
+    const upload = (event, files) => {
         const input = document.querySelector("#typed input[type=file]");
         if (event.defaultPrevented || !input || !files.length) return;
         event.preventDefault();
         input.files = files;
         input.dispatchEvent(new Event("change", { bubbles: true }));
     };
-    const sift = (event) => {
+    const filterFiles = (event) => {
         const input = event.target;
         if (!input.matches("#typed input[type=file]")) return;
         const accepted = new DataTransfer();
-        const refused = { not_a_picture: [], too_large: [] };
+        const refused = { not_an_image: [], too_large: [] };
         for (const file of input.files) {
-            if (!file.type.startsWith("image/")) refused.not_a_picture.push(file.name);
+            if (!file.type.startsWith("image/")) refused.not_an_image.push(file.name);
             else if (file.size > maxBytes) refused.too_large.push(file.name);
             else accepted.items.add(file);
         }
         if (accepted.files.length === input.files.length) return;
         input.files = accepted.files;
         if (!accepted.files.length) event.stopImmediatePropagation();
-        tell(refused);
+        reportRefused(refused);
     };
     addEventListener("dragover", (event) => event.preventDefault());
-    addEventListener("drop", (event) => take(event, event.dataTransfer.files));
-    addEventListener("paste", (event) => take(event, event.clipboardData.files));
-    addEventListener("change", sift, true); // before Gradio
+    addEventListener("drop", (event) => upload(event, event.dataTransfer.files));
+    addEventListener("paste", (event) => upload(event, event.clipboardData.files));
+    addEventListener("change", filterFiles, true); // before Gradio
 
     // Gradio renders every message as Markdown; what was typed is left in the label alone.
     const showAsTyped = (bubble) => {
@@ -64,8 +64,8 @@
         for (const part of document.querySelectorAll("#chat [role=status], [data-testid=status-tracker], #camera")) {
             const walker = document.createTreeWalker(part, NodeFilter.SHOW_TEXT);
             while (walker.nextNode()) {
-                const words = translated(walker.currentNode.data.trimStart());
-                if (words) walker.currentNode.data = words;
+                const text = translated(walker.currentNode.data.trimStart());
+                if (text) walker.currentNode.data = text;
             }
         }
     };
@@ -81,7 +81,7 @@
 
     let box, chat;
     let wasDisabled = true; // so the box has the focus at first
-    const polish = () => {
+    const refresh = () => {
         document.querySelectorAll("#chat [data-testid=user]").forEach(showAsTyped);
         document.querySelectorAll("#chat [data-testid=user] img").forEach(nameImage);
         document.querySelectorAll("#typed .thumbnail-item img").forEach(nameImage);
@@ -93,8 +93,8 @@
         wasDisabled = box?.disabled;
     };
     const attributeFilter = ["aria-label", "title", "src", "disabled"];
-    new MutationObserver(polish).observe(document.body, { attributeFilter, characterData: true, childList: true, subtree: true });
-    polish();
+    new MutationObserver(refresh).observe(document.body, { attributeFilter, characterData: true, childList: true, subtree: true });
+    refresh();
     for (const link of document.querySelectorAll("nav a[hreflang]"))
         if (link.hreflang === language) link.ariaCurrent = "true";
     addEventListener("pagehide", () => {

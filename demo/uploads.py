@@ -1,7 +1,7 @@
-"""Who is there, and whose files are whose: an ASGI layer in front of Gradio, which alone would serve any upload to all.
+"""An ASGI layer in front of Gradio that keeps uploads private; Gradio alone would serve any upload to all.
 
-A visitor is a browser, known by a cookie. What it sends is limited in bytes, can be read by itself only, and is removed
-when its last tab has been closed for a while. Called by app.py; calls nothing of the project.
+A visitor is a browser, identified by a cookie. Its uploads are limited in bytes, can be read by itself only, and are
+removed when its last tab has been closed for a while.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 _COOKIE = "yi_vl_visitor"
 
 
-class Visitors:
-    """Remembers who uploaded what; `layer` makes an app obey it.
+class Uploads:
+    """Records which browser uploaded which file; `layer` enforces it.
 
     `public` are paths that everybody may read.
 
     Args:
-        max_picture_bytes: of one upload; how many pixels it may have is yi_vl.image.transform's business.
+        max_image_bytes: of one upload; how many pixels it may have is yi_vl.image.transform's business.
         max_bytes: of all that a visitor sends, until its files are removed.
-        grace_seconds: how long a visitor's files outlive its last tab, lest a reload or a bad connection lose them.
+        grace_seconds: how long files are kept after a visitor's last tab is closed, for reloads and bad connections.
     """
 
     def __init__(
-        self, max_picture_bytes: int = 20 << 20, max_bytes: int = 200 << 20, grace_seconds: float = 60.0
+        self, max_image_bytes: int = 20 << 20, max_bytes: int = 200 << 20, grace_seconds: float = 60.0
     ) -> None:
         self.public: set[str] = set()
-        self.max_picture_bytes = max_picture_bytes
+        self.max_image_bytes = max_image_bytes
         self.max_bytes = max_bytes
         self._grace_seconds = grace_seconds
         self._paths: defaultdict[str, set[str]] = defaultdict(set)  # visitor -> files
@@ -68,9 +68,9 @@ class Visitors:
                 if self._num_bytes[visitor] + num_bytes > self.max_bytes:
                     return await PlainTextResponse(self._full(), 413)(scope, receive, send)
                 self._num_bytes[visitor] += num_bytes
-                await self._attend(visitor, app(scope, receive, self._noting_paths(visitor, send)))
+                await self._while_present(visitor, app(scope, receive, self._recording_paths(visitor, send)))
             elif "/heartbeat/" in path:
-                await self._attend(visitor, app(scope, receive, send))
+                await self._while_present(visitor, app(scope, receive, send))
             else:
                 await app(scope, receive, send)
 
@@ -79,33 +79,33 @@ class Visitors:
     def _full(self) -> str:
         limit = f"{self.max_bytes >> 20} MB"
         return (
-            f"You may send {limit} of pictures. Close all tabs of this page, wait a minute, and begin anew. "
+            f"You may send {limit} of images. Close all tabs of this page, wait a minute, and start again. "
             f"最多可以发送 {limit} 的图片。请关闭本页的所有标签页，等一分钟再重新开始。"
         )
 
-    def _noting_paths(self, visitor: str, send: Send) -> Send:
-        """A `send` that reads along: Gradio answers an upload with the list of its paths."""
+    def _recording_paths(self, visitor: str, send: Send) -> Send:
+        """A `send` that records the paths with which Gradio answers an upload."""
         body = bytearray()
 
-        async def noting(message: Message) -> None:
+        async def recording(message: Message) -> None:
             body.extend(message.get("body", b""))
             if message["type"] == "http.response.body" and not message.get("more_body"):
-                with_paths = body.startswith(b"[")  # else words about a file that was too large
+                with_paths = body.startswith(b"[")  # else an error about a file that was too large
                 self._paths[visitor].update(json.loads(body) if with_paths else ())
             await send(message)
 
-        return noting
+        return recording
 
-    async def _attend(self, visitor: str, tab: Awaitable[None]) -> None:
-        """Wait for what shows that a visitor is here; after the last of it and a while, remove the visitor's files."""
+    async def _while_present(self, visitor: str, tab: Awaitable[None]) -> None:
+        """Await a tab or an upload of a visitor; some time after the last one ended, remove the visitor's files."""
         self._num_tabs[visitor] += 1
         try:
             await tab
         finally:
             self._num_tabs[visitor] -= 1
-            asyncio.get_running_loop().call_later(self._grace_seconds, self._forget_if_gone, visitor)
+            asyncio.get_running_loop().call_later(self._grace_seconds, self._remove_if_gone, visitor)
 
-    def _forget_if_gone(self, visitor: str) -> None:
+    def _remove_if_gone(self, visitor: str) -> None:
         if self._num_tabs[visitor] > 0:
             return
         del self._num_tabs[visitor], self._num_bytes[visitor]

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import logging
-import sys
-from collections.abc import Mapping
-from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from yi_vl.arguments import as_path
 from yi_vl.cli import QuantizeOption
 from yi_vl.hardware import use_large_pages
+from yi_vl.program import run as run_program
 
 from .chat_client import DEFAULT_TIMEOUT_SECONDS
+from .evaluate import report_scores, run
 from .options import JudgeModelOption, JudgeOption, Options, TimeoutOption, judge_choice, with_options
 from .speed.commands import app as speed
 
 if TYPE_CHECKING:
-    from .judge import JudgeChoice
-    from .scoring import Scored
     from .types import Answered, Benchmark, Question
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -53,7 +51,7 @@ def _add_command(name: Literal["mmmu", "cmmmu"], hub_id: str, title: str) -> Non
         options: Options, data: Data = hub_id, split: SplitOption = "val", out: Out = Path("runs/eval") / name
     ) -> None:
         benchmark = _benchmark(name)
-        _run(benchmark, benchmark.load(data, split), split, out, options)
+        run(benchmark, benchmark.load(data, split), split, out, options)
 
 
 _add_command("mmmu", "MMMU/MMMU", "MMMU")
@@ -73,7 +71,7 @@ def mmmu_pro(
     from .benchmarks import mmmu_pro as benchmark
 
     questions = benchmark.load(data, "test", variant, prompt)
-    _run(benchmark, questions, "test", out, options, {"variant": variant, "prompt": prompt})
+    run(benchmark, questions, "test", out, options, {"variant": variant, "prompt": prompt})
 
 
 @app.command("score")
@@ -103,47 +101,26 @@ def score_(
     judge_model: JudgeModelOption = None,
     timeout: TimeoutOption = DEFAULT_TIMEOUT_SECONDS,
 ) -> None:
-    """Score anybody's predictions: by the official rules, by these with guesses wrong, and by a judge if given one."""
-    from .report import markdown, summarise_all
-    from .scoring import score
-
-    rules = _benchmark(benchmark)
-    by = judge_choice(judge, judge_model, timeout)
-    if by is not None and out is None:
-        raise ValueError(
-            "Give --out with --judge: the judge's replies are kept there, so that none is asked for twice."
-        )
+    """Score predictions by the official rules, by these with guesses counted as wrong, and by a judge if given one."""
+    module, judge_model_choice = _benchmark(benchmark), judge_choice(judge, judge_model, timeout)
+    if judge_model_choice is not None and out is None:
+        raise ValueError("--judge needs --out, the folder where the judge's replies are kept for later runs.")
     split = split or ("test" if benchmark == "mmmu-pro" else "val")
-    if answers is None and not rules.HAS_ANSWERS_IN_PREDICTIONS:
-        raise ValueError(f"Give --answers: predictions for {benchmark} do not come with them.")
-    if benchmark == "mmmu-pro" and split != "test":
-        raise ValueError(f"MMMU-Pro has no split {split}; its only one is test.")
-    if is_partial and rules.NUM_REQUIRED is None:
-        raise ValueError(f"--partial is for mmmu-pro; {benchmark} has its own rule for questions without an answer.")
-    known = rules.read_answers(predictions) if answers is None else _answers(benchmark, answers, split, variant)
+    _check_score_options(module, answers, split, is_partial)
+    known = module.read_answers(predictions) if answers is None else _answers(benchmark, answers, split, variant)
     questions = {question.id: question for question in known}
-    answered = rules.read_predictions(predictions, questions)
-    if not answered:
-        raise ValueError(f"{predictions} holds no predictions.")
-    _refuse_repeated(answered, predictions)
-    _refuse_unscorable(rules, answered, predictions, is_partial)
+    answered = module.read_predictions(predictions, questions)
+    _check_scorable(module, answered, predictions, is_partial)
     if len(answered) < len(questions):
         typer.echo(
             f"Only {len(answered)} of {len(questions)} questions are answered; the scores are of these.", err=True
         )
-    scored = score(rules, answered)
     config = {
         "model": predictions.name.removesuffix(".jsonl").removesuffix(".json"),
         "predictions": str(predictions),
         "answers": answers or str(predictions),
     }
-    if out is None:
-        typer.echo(markdown(rules, summarise_all(rules, scored, config, split)))
-    else:
-        _, is_whole = _write(rules, scored, out, config, split, by)
-        typer.echo((out / "results.md").read_text(encoding="utf-8"))
-        if not is_whole:
-            raise typer.Exit(1)
+    report_scores(module, answered, out, config, split, judge_model_choice)
 
 
 @app.command()
@@ -151,11 +128,11 @@ def compare(
     results: Annotated[list[Path], typer.Argument(help="Two or more folders that hold a verdicts.jsonl.")],
 ) -> None:
     """Compare models pair by pair on the questions that both answered."""
-    from .report import comparison
+    from .report import compare_results
 
     if len(results) < 2:
         raise ValueError("Give two folders or more to compare.")
-    typer.echo(comparison(results))
+    typer.echo(compare_results(results))
 
 
 @app.command()
@@ -167,18 +144,18 @@ def submit(
     split: SplitOption = "test",
 ) -> None:
     """Write the file that the benchmark's test server takes; refused when a question is missing."""
-    rules = _benchmark(benchmark)
-    rules.submission(())  # refuses before the data is loaded where there is no test server
+    module = _benchmark(benchmark)
+    module.submission(())  # refuses before the data is loaded where there is no test server
     questions = {question.id: question for question in _answers(benchmark, data, split)}
-    answered = rules.read_predictions(predictions, questions)
-    _refuse_repeated(answered, predictions)
-    missing = sorted(set(questions) - {one.question.id for one in answered})
+    answered = module.read_predictions(predictions, questions)
+    _check_unique(answered, predictions)
+    missing = sorted(set(questions) - {item.question.id for item in answered})
     if missing:
         raise ValueError(
             f"{predictions} lacks {len(missing)} of {len(questions)} questions, so there is nothing to submit: "
             f"{', '.join(missing[:5])} ..."
         )
-    name, text = rules.submission(answered)
+    name, text = module.submission(answered)
     out.mkdir(parents=True, exist_ok=True)
     (out / name).write_text(text, encoding="utf-8")
     typer.echo(f"{out / name}: {len(answered)} answers")
@@ -224,108 +201,11 @@ def full_size(
         typer.echo(f"{name:<34}{value}")
 
 
-def _run(
-    benchmark: Benchmark,
-    questions: list[Question],
-    split: SplitName,
-    out: Path,
-    options: Options,
-    details: Mapping[str, str] | None = None,
-) -> None:
-    """Ask, score and write. `details`: what else results.json says of the questions, such as their variant."""
-    from accelerate import PartialState
-
-    from .models import open_model
-    from .runner import run
-    from .scoring import is_right_without_guess, score
-    from .types import Answered, recorded
-    from .viewer import write_page
-
-    def is_right(question: Question, said: str) -> bool:
-        return is_right_without_guess(benchmark, Answered(question, said))
-
-    choice, settings, by = options.choice, options.settings, options.judge_choice
-    if not questions:
-        raise ValueError(f"The data has no questions of {benchmark.NAME}'s split {split}.")
-    questions = questions[: options.limit]
-    if by is not None and not all(question.gold for question in questions):
-        raise ValueError(
-            f"--judge needs the right answers, and those of {benchmark.NAME}'s split {split} are not public."
-        )
-    records = run(
-        questions,
-        lambda: open_model(choice),
-        choice.title,
-        out,
-        settings,
-        options.batch_size,
-        options.official_first_image,
-        is_right if questions[0].gold else None,
-    )
-    if not PartialState().is_main_process:
-        return
-    answered = [
-        recorded(question, record, record["response"]) for question, record in zip(questions, records, strict=True)
-    ]
-    errors = {record["id"]: record["error"] for record in records if "error" in record}
-    scored = score(benchmark, answered)
-    config = {
-        "model": choice.title,
-        "quantize": choice.quantize,
-        "settings": asdict(settings),
-        "official_first_image": options.official_first_image,
-        "batch_size": options.batch_size,
-        **(details or {}),
-        "errors": errors,
-    }
-    scored, is_judged = _write(benchmark, scored, out, config, split, by)
-    asked = ", ".join([f"{benchmark.NAME} {split}", *(details or {}).values()])
-    write_page(scored, f"{asked}: {choice.title}", out)
-    if (out / "results.md").exists():
-        typer.echo((out / "results.md").read_text(encoding="utf-8"))
-    typer.echo(f"{out}: predictions.jsonl, verdicts.jsonl, results.json, results.md, results.png, page.html", err=True)
-    if errors:
-        first, reason = next(iter(errors.items()))
-        typer.echo(
-            f"{len(errors)} of {len(questions)} questions failed and are scored as empty responses, {first} first: "
-            f"{reason.rstrip('.')}. The same command asks them again.",
-            err=True,
-        )
-    if errors or not is_judged:
-        raise typer.Exit(1)
-
-
-def _write(
-    benchmark: Benchmark,
-    scored: list[Scored],
-    out: Path,
-    config: Mapping[str, Any],
-    split: SplitName,
-    by: JudgeChoice | None,
-) -> tuple[list[Scored], bool]:
-    """Write the results, a judge's among them: the verdicts, and whether none of its are missing."""
-    from .judge import judge
-    from .report import write_results
-
-    errors: dict[str, str] = {}
-    if by is not None:
-        scored, errors = judge(by, scored, out)
-    write_results(benchmark, scored, out, config, split, {**by.details, "errors": errors} if by else None)
-    if errors:
-        first, reason = next(iter(errors.items()))
-        typer.echo(
-            f"{len(errors)} of {len(scored)} answers could not be judged and are not among the judged, {first} first: "
-            f"{reason.rstrip('.')}. The same command asks the judge again.",
-            err=True,
-        )
-    return scored, not errors
-
-
 def _benchmark(name: Name) -> Benchmark:
     from .benchmarks import cmmmu, mmmu, mmmu_pro
 
-    found: dict[str, Benchmark] = {module.NAME: module for module in (mmmu, mmmu_pro, cmmmu)}
-    return found[name]
+    benchmarks: dict[str, Benchmark] = {module.NAME: module for module in (mmmu, mmmu_pro, cmmmu)}
+    return benchmarks[name]
 
 
 def _answers(
@@ -338,14 +218,26 @@ def _answers(
     return mmmu_pro.load(source, split, variant) if name == "mmmu-pro" else _benchmark(name).load(source, split)
 
 
-def _refuse_unscorable(rules: Benchmark, answered: list[Answered], source: Path, is_partial: bool) -> None:
-    num_required = rules.NUM_REQUIRED
+def _check_score_options(benchmark: Benchmark, answers: str | None, split: SplitName, is_partial: bool) -> None:
+    if answers is None and not benchmark.HAS_ANSWERS_IN_PREDICTIONS:
+        raise ValueError(f"Give --answers: predictions for {benchmark.NAME} do not come with them.")
+    if benchmark.NAME == "mmmu-pro" and split != "test":
+        raise ValueError(f"MMMU-Pro has no split {split}; its only one is test.")
+    if is_partial and benchmark.NUM_REQUIRED is None:
+        raise ValueError(f"--partial is for mmmu-pro; {benchmark.NAME} has its own rule for unanswered questions.")
+
+
+def _check_scorable(benchmark: Benchmark, answered: list[Answered], source: Path, is_partial: bool) -> None:
+    if not answered:
+        raise ValueError(f"{source} holds no predictions.")
+    _check_unique(answered, source)
+    num_required = benchmark.NUM_REQUIRED
     if num_required is not None and len(answered) != num_required and not is_partial:
         raise ValueError(
             f"{source} has {len(answered)} responses, and the official script scores exactly {num_required}. "
             "Give --partial to score these all the same."
         )
-    hidden = [one.question.id for one in answered if not one.question.gold]
+    hidden = [item.question.id for item in answered if not item.question.gold]
     if hidden:
         raise ValueError(
             f"{len(hidden)} of {len(answered)} answered questions have no public answer, {hidden[0]} first, so they "
@@ -353,23 +245,19 @@ def _refuse_unscorable(rules: Benchmark, answered: list[Answered], source: Path,
         )
 
 
-def _refuse_repeated(answered: list[Answered], source: Path) -> None:
+def _check_unique(answered: list[Answered], source: Path) -> None:
     seen: set[str] = set()
-    for one in answered:
-        if one.question.id in seen:
-            raise ValueError(f"{source} answers {one.question.id} more than once.")
-        seen.add(one.question.id)
+    for item in answered:
+        if item.question.id in seen:
+            raise ValueError(f"{source} answers {item.question.id} more than once.")
+        seen.add(item.question.id)
 
 
 def main() -> None:
-    """Run a command; what a user can cause is said in one line."""
+    """The entry point of `python -m eval`."""
     use_large_pages()
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
-    try:
-        app(prog_name="python -m eval")
-    except ValueError as error:
-        print("eval:", " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(2)
+    run_program(partial(app, prog_name="python -m eval"), "eval")
 
 
 if __name__ == "__main__":

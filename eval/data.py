@@ -1,6 +1,6 @@
 """Rows of a benchmark: from the hub, a folder of its parquet files, or JSON lines with images beside them.
 
-What does not have the benchmark's form is named and refused here, before any model is loaded.
+Rows that do not have the benchmark's schema are refused by name here, before any model is loaded.
 """
 
 from __future__ import annotations
@@ -17,18 +17,20 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
-from .types import Marker, Picture, Question
+from .types import BenchmarkImage, Marker, Question
 
 logger = logging.getLogger(__name__)
 
 
 class Row:
-    """One row, which knows where it came from."""
+    """One row and its source."""
 
-    def __init__(self, values: Mapping[str, Any], source: str, images: Mapping[str, Picture] | None = None) -> None:
+    def __init__(
+        self, values: Mapping[str, Any], source: str, images: Mapping[str, BenchmarkImage] | None = None
+    ) -> None:
         self.values = values
         self.source = source
-        self.images = {} if images is None else images  # column or file name -> picture
+        self.images = {} if images is None else images  # column or file name -> image
 
     @property
     def id(self) -> str:
@@ -114,11 +116,11 @@ def _local_tables(folder: Path, splits: Sequence[str], configs: Sequence[str] | 
 
     disable_progress_bars()
     files = [path for path in sorted(folder.rglob("*.parquet")) if _is_of(path, splits, configs)]
-    wanted = " or ".join(f"{split}-*.parquet" for split in splits)
+    patterns = " or ".join(f"{split}-*.parquet" for split in splits)
     within = f" in folders named {', '.join(map(repr, configs))}" if configs else ""
     if not files:
-        found = ", ".join(sorted({path.name for path in folder.rglob("*.parquet")})[:8]) or "no parquet files at all"
-        raise ValueError(f"{folder} has no {wanted}{within}; it has {found}.")
+        names = ", ".join(sorted({path.name for path in folder.rglob("*.parquet")})[:8]) or "no parquet files at all"
+        raise ValueError(f"{folder} has no {patterns}{within}; it has {names}.")
     for path in files:
         try:
             yield str(path), Dataset.from_parquet(str(path), keep_in_memory=False)
@@ -163,7 +165,7 @@ def _rows_of(source: str, table: Any, columns: Sequence[str]) -> Iterator[Row]:
         images = {}
         for name in image_columns:
             if _is_there(table, index, name):
-                images[name] = Picture(f"{values['id']}.{name}", partial(_read_image, table, index, name))
+                images[name] = BenchmarkImage(f"{values['id']}.{name}", partial(_read_image, table, index, name))
         yield Row(values, source, images)
 
 
@@ -182,24 +184,24 @@ def _read_image(table: Any, index: int, column: str) -> bytes:
     return path.read_bytes()
 
 
-def pictures_of(row: Row, names: Sequence[str]) -> tuple[tuple[Picture, ...], dict[str, int]]:
-    """The pictures that a row has under some names, and where each name's is among them."""
-    there = [name for name in names if name in row.images]
-    return tuple(row.images[name] for name in there), {name: index for index, name in enumerate(there)}
+def images_of(row: Row, names: Sequence[str]) -> tuple[tuple[BenchmarkImage, ...], dict[str, int]]:
+    """A row's images of some columns, and the index of each column's among them."""
+    present = [name for name in names if name in row.images]
+    return tuple(row.images[name] for name in present), {name: index for index, name in enumerate(present)}
 
 
 def split_at_markers(
     row: Row, prompt: str, pattern: str, index_of: Mapping[str, int | None]
 ) -> tuple[str | Marker, ...]:
-    """A prompt as text and markers; a marker whose picture is missing is refused."""
+    """A prompt as text and markers; a marker whose image is missing is an error."""
     parts: list[str | Marker] = []
     end = 0
-    for found in re.finditer(pattern, prompt):
-        index = index_of.get(found[0])
+    for match in re.finditer(pattern, prompt):
+        index = index_of.get(match[0])
         if index is None:
-            raise row.error(f"the text speaks of {found[0]}, but the row has no such image")
-        parts += [prompt[end : found.start()], Marker(found[0], index)]
-        end = found.end()
+            raise row.error(f"the text speaks of {match[0]}, but the row has no such image")
+        parts += [prompt[end : match.start()], Marker(match[0], index)]
+        end = match.end()
     return tuple(part for part in (*parts, prompt[end:]) if part != "")
 
 

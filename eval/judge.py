@@ -41,7 +41,7 @@ _PROMPTS = {
     + _READ
     + " Reply with the letters of all options that it settles on, such as B or ACD, and nothing else. Reply none if it "
     "settles on no option.",
-    "judgement": _HEAD
+    "true_false": _HEAD
     + "\nOptions:\n(A) The statement is true.\n(B) The statement is false.\n\nResponse: {response}\n\n"
     + _READ
     + " Reply with that option's letter alone. Reply none if it settles on neither.",
@@ -88,22 +88,24 @@ def judge(choice: JudgeChoice, scored: Sequence[Scored], out_dir: Path) -> tuple
     kept = {
         (row.get("id"), row.get("prompt")): row.get("reply") for row in _kept(path) if row.get("judge") == choice.title
     }
-    asked = [(one.answered, prompt_of(one.answered)) for one in scored if one.answered.answer.strip()]
-    found = {one.question.id: reply for one, prompt in asked if (reply := kept.get(_key(one, prompt))) is not None}
-    todo = [(one, prompt) for one, prompt in asked if one.question.id not in found]
+    prompts = [(item.answered, prompt_of(item.answered)) for item in scored if item.answered.answer.strip()]
+    replies = {
+        item.question.id: reply for item, prompt in prompts if (reply := kept.get(_key(item, prompt))) is not None
+    }
+    todo = [(item, prompt) for item, prompt in prompts if item.question.id not in replies]
     errors: dict[str, str] = {}
     with path.open("a", encoding="utf-8") as file:
-        for (one, prompt), reply in _ask(choice, todo):
+        for (item, prompt), reply in _ask(choice, todo):
             if reply.error is not None:
-                errors[one.question.id] = reply.error
+                errors[item.question.id] = reply.error
                 continue
-            found[one.question.id] = answer_of(reply.text)
-            key, digest = _key(one, prompt)
-            row = {"id": key, "judge": choice.title, "prompt": digest, "reply": found[key], "raw": reply.text}
+            replies[item.question.id] = answer_of(reply.text)
+            key, digest = _key(item, prompt)
+            row = {"id": key, "judge": choice.title, "prompt": digest, "reply": replies[key], "raw": reply.text}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
             file.flush()
-    judged = [replace(one, judge=_verdict(one.answered, found)) for one in scored]
-    return judged, errors
+    with_verdicts = [replace(item, judge=_verdict(item.answered, replies)) for item in scored]
+    return with_verdicts, errors
 
 
 def prompt_of(answered: Answered) -> str:
@@ -133,15 +135,15 @@ def read_reply(answered: Answered, reply: str) -> str:
     is_one = len(word) == 1 or name == "choices"
     if not word or not is_one or not set(word) <= set(letters) or len(set(word)) < len(word):
         raise ValueError(f"the judge replied {' '.join(reply.split())[:100]!r}, which is neither a letter nor none")
-    return {"A": TRUE, "B": FALSE}[word] if name == "judgement" else "".join(sorted(word))
+    return {"A": TRUE, "B": FALSE}[word] if name == "true_false" else "".join(sorted(word))
 
 
 def _prompt_name(answered: Answered) -> str:
     question = answered.question
-    if question.kind == "choice":
+    if question.question_type == "choice":
         # CMMMU's golds may be several letters, and nothing in a question says how many.
         return "choices" if question.may_have_several else "choice"
-    return "judgement" if question.kind == "judgement" else "open"
+    return "true_false" if question.question_type == "true_false" else "open"
 
 
 def _verdict(answered: Answered, replies: dict[str, str]) -> Verdict | None:
@@ -150,23 +152,23 @@ def _verdict(answered: Answered, replies: dict[str, str]) -> Verdict | None:
         return Verdict("none", False, is_guess=False)
     if question.id not in replies:
         return None
-    meaning = read_reply(answered, replies[question.id])
-    if question.kind in ("open", "blank"):
-        return Verdict(meaning, meaning == "A", is_guess=False)
+    parsed = read_reply(answered, replies[question.id])
+    if question.question_type in ("open", "blank"):
+        return Verdict(parsed, parsed == "A", is_guess=False)
     golds = [question.gold] if isinstance(question.gold, str) else question.gold
-    return Verdict(meaning, meaning in golds, is_guess=False)
+    return Verdict(parsed, parsed in golds, is_guess=False)
 
 
 def _ask(choice: JudgeChoice, todo: Sequence[tuple[Answered, str]]) -> Iterator[tuple[tuple[Answered, str], Reply]]:
     """Replies as they come. Where the server fails a whole batch by itself, it is asked no more."""
     client = ChatClient(choice.url, choice.timeout_seconds, ("JUDGE_API_KEY", "OPENAI_API_KEY")) if todo else None
 
-    def ask(one: tuple[Answered, str]) -> Reply:
+    def ask(pair: tuple[Answered, str]) -> Reply:
         assert client is not None
-        reply = client.complete(one[1], model=choice.model, **_PARAMETERS)
+        reply = client.complete(pair[1], model=choice.model, **_PARAMETERS)
         if reply.error is None:
             try:
-                read_reply(one[0], answer_of(reply.text))
+                read_reply(pair[0], answer_of(reply.text))
             except ValueError as error:
                 return Reply(error=str(error))
         return reply

@@ -5,8 +5,6 @@ Each gives the runner the same one thing, `answer`.
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,7 +19,7 @@ if TYPE_CHECKING:
 
 # First bytes -> what an endpoint is told of the format.
 _SENT_AS_IT_IS = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg", b"GIF8": "gif", b"RIFF": "webp"}
-Content = list[dict[str, Any]]  # the parts of one user message; an image part holds a `question.Picture`
+Content = list[dict[str, Any]]  # the parts of one user message; an image part holds a `question.BenchmarkImage`
 
 
 @dataclass(frozen=True)
@@ -36,7 +34,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class ModelChoice:
-    """Which model is under test: "nano", a folder or hub id, or an endpoint's URL and its model; a Yi-VL quantised
+    """Which model is under test: "nano", a folder or hub id, or an endpoint's URL and its model; a Yi-VL quantized
     or as it is."""
 
     source: str
@@ -71,16 +69,17 @@ def open_model(choice: ModelChoice) -> Answerer:
         return Endpoint(choice.source, choice.endpoint_model, choice.timeout_seconds)
     if choice.endpoint_model is not None:
         raise ValueError(f"--endpoint-model {choice.endpoint_model} is for a URL, but the model is {choice.source}.")
-    if choice.source != "nano" and (kind := _model_type(choice.source)) not in ("yi_vl", None):
-        _refuse_quantize(choice, f"{choice.source}, a {kind}")
+    if choice.source != "nano" and (model_type := _model_type(choice.source)) not in ("yi_vl", None):
+        _refuse_quantize(choice, f"{choice.source}, a {model_type}")
         return TransformersModel(choice.source, choice.device)
     return YiVLModel(choice.source, choice.device, choice.quantize)
 
 
-def _refuse_quantize(choice: ModelChoice, found: str) -> None:
+def _refuse_quantize(choice: ModelChoice, model_name: str) -> None:
     if choice.quantize is not None:
         raise ValueError(
-            f"--quantize {choice.quantize} is for a Yi-VL that is loaded here, but the model is {found}. Leave it out."
+            f"--quantize {choice.quantize} is for a Yi-VL that is loaded here, but the model is "
+            f"{model_name}. Leave it out."
         )
 
 
@@ -95,7 +94,7 @@ class YiVLModel:
     def answer(self, requests: Sequence[Content], settings: Settings) -> list[Reply]:
         from yi_vl.engine.batch import attempt
 
-        contents = [attempt(read_pictures, content) for content in requests]
+        contents = [attempt(read_images, content) for content in requests]
         conversations = [[{"role": "user", "content": c}] for c in contents if not isinstance(c, ValueError)]
         results = iter(
             self.yi_vl.generate_batch(conversations, batch_size=len(requests), errors="return", **vars(settings))
@@ -137,7 +136,7 @@ class TransformersModel:
         from transformers import set_seed
 
         inputs = self._processor.apply_chat_template(
-            [[{"role": "user", "content": _as_images(read_pictures(content))}] for content in contents],
+            [[{"role": "user", "content": _as_images(read_images(content))}] for content in contents],
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
@@ -181,7 +180,7 @@ class Endpoint:
     def _answer_one(self, content: Content, settings: Settings) -> Reply:
         extra: dict[str, Any] = {} if settings.seed is None else {"seed": settings.seed}
         try:
-            parts = [_as_url(part) for part in read_pictures(content)]
+            parts = [_as_url(part) for part in read_images(content)]
         except ValueError as error:  # an image that cannot be read
             return Reply(error=str(error))
         return self._client.complete(
@@ -200,8 +199,8 @@ def _own_reply(result: Generation | ValueError) -> Reply:
     return Reply(result.text, finish=result.finish_reason)
 
 
-def read_pictures(content: Content) -> Content:
-    """Pictures as bytes.
+def read_images(content: Content) -> Content:
+    """Images as bytes.
 
     Raises:
         ValueError: one cannot be read.
@@ -223,20 +222,18 @@ def _as_images(content: Content) -> Content:
 def _as_url(part: dict[str, Any]) -> dict[str, Any]:
     if part["type"] == "text":
         return part
+    from yi_vl.image.data_url import data_url, png_bytes
     from yi_vl.image.transform import load_image
 
     content, image = part["image"], load_image(part["image"])
-    kind = next((kind for start, kind in _SENT_AS_IT_IS.items() if content.startswith(start)), None)
-    if kind is None:  # a TIFF, say: endpoints take few formats
-        buffer, kind = io.BytesIO(), "png"
-        image.save(buffer, "PNG")
-        content = buffer.getvalue()
-    encoded = base64.b64encode(content).decode()
-    return {"type": "image_url", "image_url": {"url": f"data:image/{kind};base64,{encoded}"}}
+    subtype = next((subtype for start, subtype in _SENT_AS_IT_IS.items() if content.startswith(start)), None)
+    if subtype is None:  # a TIFF, say: endpoints take few formats
+        content, subtype = png_bytes(image), "png"
+    return {"type": "image_url", "image_url": {"url": data_url(content, f"image/{subtype}")}}
 
 
 def _model_type(name: str) -> str | None:
-    """ "yi_vl" for a Yi-VL in any layout, another name for another kind of model, None where there is no telling."""
+    """ "yi_vl" for a Yi-VL in any layout, another name for another model, None where it is not known."""
     from yi_vl.checkpoint.load import read_config
 
     try:

@@ -64,10 +64,8 @@ class Options:
     batch_size: Annotated[int, typer.Option(min=1, help="Questions answered at once.")] = 16
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Greatest length of an answer, in tokens.")] = 128
     temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")] = 0.0
-    top_p: Annotated[float, typer.Option(help="Draw only from the likeliest tokens that make up this probability.")] = (
-        1.0
-    )
-    seed: Annotated[int | None, typer.Option(help="Makes draws repeatable.")] = None
+    top_p: Annotated[float, typer.Option(help="Sample only from the likeliest tokens of this total probability.")] = 1.0
+    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None
     official_first_image: Annotated[
         bool,
         typer.Option(
@@ -96,12 +94,12 @@ class Options:
 def with_options(command: Callable[..., None]) -> Callable[..., None]:
     """A command for typer whose options are those of `Options` and then its own; it gets the former as `options`."""
     shared = inspect.signature(Options, eval_str=True).parameters
-    own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "options"]
+    specific = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "options"]
 
     def run(**given: Any) -> None:
         options = Options(**{name: given.pop(name) for name in shared})
         command(options=options, **given)
 
-    run.__signature__ = inspect.Signature([*shared.values(), *own])  # type: ignore[attr-defined]  # what typer reads
+    run.__signature__ = inspect.Signature([*shared.values(), *specific])  # type: ignore[attr-defined]  # what typer reads
     run.__doc__ = command.__doc__
     return run

@@ -70,8 +70,8 @@ def answer_of(response: str) -> str:
 
 def _unwrapped(text: str) -> str:
     for pair, opening in _BETWEEN:
-        if found := pair.findall(text):
-            text = found[-1]
+        if matches := pair.findall(text):
+            text = matches[-1]
         elif open_ended := opening.match(text):
             text = open_ended[1]
     return text

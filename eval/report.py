@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .data import read_jsonl
-from .scoring import RULES, Rules, Scored, chance, compare, count_outcomes, summarise
+from .scoring import RULES, Rules, Scored, chance, compare, count_outcomes, summarize
 from .types import Benchmark, PublishedRow, Split
 
 _RULES_TEXT: dict[Rules, str] = {
@@ -39,7 +39,7 @@ def write_results(
         judge: who judged, and the "errors" by id where that failed.
     """
     out_dir.mkdir(parents=True, exist_ok=True)
-    results = summarise_all(benchmark, scored, config, split, judge)
+    results = summarize_all(benchmark, scored, config, split, judge)
     has_golds = RULES[0] in results
     results["versions"] = {name: _version(name) for name in ("yi_vl", "torch", "transformers", "open_clip_torch")}
     results["versions"]["python"] = platform.python_version()
@@ -47,7 +47,7 @@ def write_results(
     _write(out_dir / "results.json", json.dumps(results, ensure_ascii=False, indent=1) + "\n")
     _write(
         out_dir / "verdicts.jsonl",
-        "".join(json.dumps(_verdict_row(one, judge), ensure_ascii=False) + "\n" for one in scored),
+        "".join(json.dumps(_verdict_row(item, judge), ensure_ascii=False) + "\n" for item in scored),
     )
     if has_golds:
         _write(out_dir / "results.md", markdown(benchmark, results))
@@ -55,7 +55,7 @@ def write_results(
     return results
 
 
-def summarise_all(
+def summarize_all(
     benchmark: Benchmark,
     scored: Sequence[Scored],
     config: Mapping[str, Any],
@@ -64,12 +64,12 @@ def summarise_all(
 ) -> dict[str, Any]:
     """The protocols' summaries, where the golds are known, beside chance and what became of the questions."""
     results: dict[str, Any] = {"benchmark": benchmark.NAME, "split": split, "config": dict(config)}
-    results["chance"] = chance([one.answered.question for one in scored])
-    results["responses"] = count_outcomes([one.answered for one in scored])
-    if all(one.answered.question.gold for one in scored):
-        results |= {rules: summarise(benchmark, scored, rules) for rules in RULES if rules != "judge"}
+    results["chance"] = chance([item.answered.question for item in scored])
+    results["responses"] = count_outcomes([item.answered for item in scored])
+    if all(item.answered.question.gold for item in scored):
+        results |= {rules: summarize(benchmark, scored, rules) for rules in RULES if rules != "judge"}
         if judge is not None:
-            results["judge"] = {**judge, "failed": len(judge["errors"]), **summarise(benchmark, scored, "judge")}
+            results["judge"] = {**judge, "failed": len(judge["errors"]), **summarize(benchmark, scored, "judge")}
     return results
 
 
@@ -78,7 +78,7 @@ def rules_of(results: Mapping[str, Any]) -> list[Rules]:
     return [rules for rules in RULES if results.get(rules, {}).get("num")]
 
 
-def comparison(folders: Sequence[Path]) -> str:
+def compare_results(folders: Sequence[Path]) -> str:
     """Markdown: every pair of results, paired question by question, under each protocol that both have."""
     verdicts = {str(folder): _read_verdicts(folder) for folder in folders}
     lines = [
@@ -87,22 +87,23 @@ def comparison(folders: Sequence[Path]) -> str:
     ]
     for first, second in combinations(verdicts, 2):
         for rules in (rules for rules in verdicts[first] if rules in verdicts[second]):
-            found = compare(verdicts[first][rules], verdicts[second][rules])
-            low, high = (f"{100 * value:+.1f}" for value in found["interval_95"])
+            comparison = compare(verdicts[first][rules], verdicts[second][rules])
+            low, high = (f"{100 * value:+.1f}" for value in comparison["interval_95"])
             lines.append(
-                f"| {first} − {second} | {rules} | {found['num']} | {100 * found['difference']:+.1f} | {low} to {high} "
-                f"| {found['only_first_right']} | {found['only_second_right']} | {found['p_value']:.3g} |"
+                f"| {first} − {second} | {rules} | {comparison['num']} | {100 * comparison['difference']:+.1f} "
+                f"| {low} to {high} | {comparison['only_first_correct']} | {comparison['only_second_correct']} "
+                f"| {comparison['p_value']:.3g} |"
             )
     return "\n".join(lines)
 
 
 def _read_verdicts(folder: Path) -> dict[str, dict[str, bool]]:
-    """Protocol -> id -> right; a judge's name is part of its protocol, as two judges read differently."""
+    """Protocol -> id -> whether it is correct; a protocol of a judge has the judge's name in it."""
     verdicts: dict[str, dict[str, bool]] = {}
     for row in read_jsonl(folder / "verdicts.jsonl"):
-        for rules in (rules for rules in RULES if row.get(rules, {}).get("right") is not None):
+        for rules in (rules for rules in RULES if row.get(rules, {}).get("correct") is not None):
             by = row[rules].get("by")
-            verdicts.setdefault(f"{rules} {by}" if by else rules, {})[row["id"]] = row[rules]["right"]
+            verdicts.setdefault(f"{rules} {by}" if by else rules, {})[row["id"]] = row[rules]["correct"]
     if not verdicts:
         raise ValueError(f"{folder / 'verdicts.jsonl'} has no verdicts: no question's right answer is known.")
     return verdicts
@@ -142,30 +143,30 @@ def markdown(benchmark: Benchmark, results: Mapping[str, Any]) -> str:
 def _summary_line(results: Mapping[str, Any]) -> str:
     official, no_guess = results["official"], results["no_guess"]
     line = (
-        f"Official: {official['right']} of {official['num']} (printed as {official['printed']}), 95% interval "
-        f"{_interval(official)}; {len(official['drawn'])} left to the official draw. With guesses wrong: "
-        f"{no_guess['right']}, {_interval(no_guess)}."
+        f"Official: {official['correct']} of {official['num']} (printed as {official['formatted']}), 95% interval "
+        f"{_interval(official)}; {len(official['random_guesses'])} guessed at random. With guesses wrong: "
+        f"{no_guess['correct']}, {_interval(no_guess)}."
     )
     if (judge := results.get("judge")) is not None:
-        score = f"{judge['right']} of {judge['num']}, {_interval(judge)}" if judge["num"] else "none"
+        score = f"{judge['correct']} of {judge['num']}, {_interval(judge)}" if judge["num"] else "none"
         line += f" Judged by {judge['model']}: {score}; {judge['failed']} could not be judged and are not counted."
     return line
 
 
 def _responses_line(counts: Mapping[str, int]) -> str:
     """What is not a whole answer, or an empty line."""
-    there = [f"{count} {name.replace('_', ' ')}" for name, count in counts.items() if name != "num" and count]
-    return f"Of {counts['num']} responses: {', '.join(there)}." if there else ""
+    counted = [f"{count} {name.replace('_', ' ')}" for name, count in counts.items() if name != "num" and count]
+    return f"Of {counts['num']} responses: {', '.join(counted)}." if counted else ""
 
 
 def _subject_table(results: Mapping[str, Any]) -> list[str]:
     rules = rules_of(results)
     lines = [f"| subject | questions | {' | '.join(rules)} |".replace("_", " "), "|---|---:|" + "---:|" * len(rules)]
     for name, group in results["official"]["disciplines"].items():
-        cells = [_discipline_percent(results[one], name) for one in rules]
+        cells = [_discipline_percent(results[protocol], name) for protocol in rules]
         lines.append(f"| **{name}** | {group['num']} | {' | '.join(cells)} |")
         for subject, tally in group["subjects"].items():
-            cells = [_discipline_percent(results[one], name, subject) for one in rules]
+            cells = [_discipline_percent(results[protocol], name, subject) for protocol in rules]
             lines.append(f"| {subject} | {tally['num']} | {' | '.join(cells)} |")
     return [*lines, ""]
 
@@ -201,16 +202,16 @@ def draw_chart(benchmark: Benchmark, results: Mapping[str, Any], path: Path) -> 
     figure, axes = plt.subplots(figsize=(max(7.0, 1.6 * len(names)), 4.2), layout="constrained")
     width = 0.84 / len(bars)
     for index, (label, heights) in enumerate(bars):
-        there = [(place, height) for place, height in enumerate(heights) if height is not None]
-        places = [place + (index - (len(bars) - 1) / 2) * width for place, _ in there]
-        drawn = axes.bar(
-            places,
-            [height for _, height in there],
+        drawn = [(column, height) for column, height in enumerate(heights) if height is not None]
+        positions = [column + (index - (len(bars) - 1) / 2) * width for column, _ in drawn]
+        containers = axes.bar(
+            positions,
+            [height for _, height in drawn],
             width * 0.92,
             label=label,
             color=_BAR_COLOURS[index % len(_BAR_COLOURS)],
         )
-        axes.bar_label(drawn, fmt="%.0f", fontsize=7, padding=1)
+        axes.bar_label(containers, fmt="%.0f", fontsize=7, padding=1)
     low, high = (100 * value for value in official["interval_95"])
     axes.vlines(-(len(bars) - 1) / 2 * width, low, high, color="black", linewidth=1)
     axes.axhline(100 * results["chance"], color="grey", linestyle=":", linewidth=1, label="chance")
@@ -231,7 +232,7 @@ def rows_of(benchmark: Benchmark, results: Mapping[str, Any]) -> list[PublishedR
 
 
 def _charted(benchmark: Benchmark, results: Mapping[str, Any]) -> list[tuple[str, PublishedRow]]:
-    """For each published model the row that says most; one of another split says so."""
+    """For each published model the row with the most scores; one of another split is labelled with it."""
     chosen: dict[str, PublishedRow] = {}
     for row in benchmark.PUBLISHED if rows_of(benchmark, results) else ():
         best = chosen.get(row.model)
@@ -245,27 +246,27 @@ def _charted(benchmark: Benchmark, results: Mapping[str, Any]) -> list[tuple[str
     ]
 
 
-def _verdict_row(one: Scored, judge: Mapping[str, Any] | None) -> dict[str, Any]:
+def _verdict_row(item: Scored, judge: Mapping[str, Any] | None) -> dict[str, Any]:
     """`answer`: what of the response was scored."""
-    question = one.answered.question
-    verdicts = {rules: verdict for rules in RULES if (verdict := one.verdict(rules)) is not None}
+    question = item.answered.question
+    verdicts = {rules: verdict for rules in RULES if (verdict := item.verdict(rules)) is not None}
     return {
         "id": question.id,
         "subject": question.subject,
-        "kind": question.kind,
+        "question_type": question.question_type,
         "gold": question.gold,
-        "said": one.answered.said,
-        "answer": one.answered.answer,
-        "outcome": one.answered.outcome,
+        "response": item.answered.response,
+        "answer": item.answered.answer,
+        "outcome": item.answered.outcome,
         **{
             rules: {
-                "meaning": verdict.meaning,
-                "right": verdict.is_right if question.gold else None,
+                "parsed": verdict.parsed,
+                "correct": verdict.is_correct if question.gold else None,
                 **({"by": judge["title"]} if rules == "judge" and judge else {}),
             }
             for rules, verdict in verdicts.items()
         },
-        "drawn": one.official.is_guess,
+        "is_random_guess": item.official.is_guess,
     }
 
 
@@ -286,12 +287,12 @@ def _version(package: str) -> str | None:
 
 def _git_hash() -> str | None:
     try:
-        found = subprocess.run(
+        completed = subprocess.run(
             ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
         )
     except (OSError, subprocess.CalledProcessError):
         return None
-    return found.stdout.strip()
+    return completed.stdout.strip()
 
 
 def _write(path: Path, text: str) -> None:

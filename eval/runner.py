@@ -1,7 +1,7 @@
-"""Puts questions to a model, in batches and on several processes, and loses none: the one that knows no benchmark.
+"""Asks a model questions, in batches and on several processes, whatever the benchmark.
 
-Predictions are appended as they come, a line each. A run that was killed goes on with the questions that have none or
-that failed, in any number of processes; at the end they stand in one file in the benchmark's order.
+Predictions are appended as they come, a line each. A run that was killed continues with the questions that have none or
+that failed, in any number of processes; at the end they are in one file in the benchmark's order.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .models import Answerer, Reply, Settings
 from .types import Question
 
 PREDICTIONS = "predictions.jsonl"
-_IDENTITY = ("model", "settings", "first_picture_only", "prompt")
+_IDENTITY = ("model", "settings", "first_image_only", "prompt")
 
 
 def run(
@@ -30,14 +30,14 @@ def run(
     out_dir: Path,
     settings: Settings,
     batch_size: int = 16,
-    first_picture_only: bool = False,
-    is_right: Callable[[Question, str], bool] | None = None,
+    first_image_only: bool = False,
+    is_correct: Callable[[Question, str], bool] | None = None,
 ) -> list[dict[str, Any]]:
     """Every question's record, in the order of `questions`, also written to `out_dir/predictions.jsonl`.
 
     Args:
         make_model: is called only where something is left to answer.
-        is_right: for the running accuracy beside the progress bar.
+        is_correct: for the running accuracy beside the progress bar.
 
     Raises:
         ValueError: `out_dir` holds predictions that were made otherwise, or an endpoint is gone; what was answered
@@ -46,21 +46,21 @@ def run(
     state = PartialState()
     out_dir.mkdir(parents=True, exist_ok=True)
     blank = {
-        question.id: _record(question, model_name, settings, first_picture_only, response="") for question in questions
+        question.id: _record(question, model_name, settings, first_image_only, response="") for question in questions
     }
-    found = _read_found(out_dir, blank)
-    todo = [question for question in questions if question.id not in found or "error" in found[question.id]]
+    previous = _read_records(out_dir, blank)
+    todo = [question for question in questions if question.id not in previous or "error" in previous[question.id]]
     # What failed before comes last, so that it never holds up the rest.
-    todo.sort(key=lambda question: (question.id in found, _length(question)))
-    mine = todo[state.process_index :: state.num_processes]
-    state.wait_for_everyone()  # everyone has read before anyone writes
-    if mine:
+    todo.sort(key=lambda question: (question.id in previous, _length(question)))
+    local = todo[state.process_index :: state.num_processes]
+    state.wait_for_everyone()  # all have read before any writes
+    if local:
         path = out_dir / (PREDICTIONS if state.is_main_process else f"predictions-{state.process_index}.jsonl")
-        batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
+        batches = [local[start : start + batch_size] for start in range(0, len(local), batch_size)]
         with path.open("a", encoding="utf-8") as file, _progress(state.is_main_process) as progress:
-            _ask(batches, make_model(), settings, first_picture_only, blank, file, progress, is_right)
+            _ask(batches, make_model(), settings, first_image_only, blank, file, progress, is_correct)
     state.wait_for_everyone()
-    records = _read_found(out_dir, blank)
+    records = _read_records(out_dir, blank)
     if state.is_main_process:
         missing = [question.id for question in questions if question.id not in records]
         if missing:
@@ -76,21 +76,21 @@ def _ask(
     batches: Sequence[Sequence[Question]],
     model: Answerer,
     settings: Settings,
-    first_picture_only: bool,
+    first_image_only: bool,
     blank: Mapping[str, Mapping[str, Any]],
     file: TextIO,
     progress: Progress,
-    is_right: Callable[[Question, str], bool] | None,
+    is_correct: Callable[[Question, str], bool] | None,
 ) -> None:
     """Append a record for each question; stop where a server fails a whole batch by itself and more would follow."""
     num = sum(map(len, batches))
     task = progress.add_task("", total=num, accuracy="")
-    num_right = num_done = 0
+    num_correct = num_done = 0
     for batch in batches:
-        replies = model.answer([question.content(first_picture_only) for question in batch], settings)
+        replies = model.answer([question.content(first_image_only) for question in batch], settings)
         for question, reply in zip(batch, replies, strict=True):
             file.write(json.dumps({**blank[question.id], **_response(reply)}, ensure_ascii=False) + "\n")
-            num_right += bool(is_right and is_right(question, reply.text))
+            num_correct += bool(is_correct and is_correct(question, reply.text))
         file.flush()
         if batch is not batches[-1] and all(reply.is_server_down for reply in replies):
             reason = (replies[0].error or "").rstrip(".")
@@ -99,22 +99,22 @@ def _ask(
                 f"{Path(file.name).parent}, and the same command asks the rest."
             )
         num_done += len(batch)
-        shown = f"{num_right / num_done:.1%} right" if is_right else ""
+        shown = f"{num_correct / num_done:.1%} right" if is_correct else ""
         progress.update(task, advance=len(batch), accuracy=shown)
 
 
 def _record(
-    question: Question, model_name: str, settings: Settings, first_picture_only: bool, response: str
+    question: Question, model_name: str, settings: Settings, first_image_only: bool, response: str
 ) -> dict[str, Any]:
     return {
         "id": question.id,
         "subject": question.subject,
-        "kind": question.kind,
+        "question_type": question.question_type,
         "model": model_name,
         "settings": asdict(settings),
-        "first_picture_only": first_picture_only,
+        "first_image_only": first_image_only,
         "prompt": question.prompt,
-        "images": [picture.name for picture in question.pictures],
+        "images": [image.name for image in question.images],
         "options": dict(question.options),
         "gold": question.gold if isinstance(question.gold, str) else list(question.gold),
         "response": response,
@@ -122,41 +122,41 @@ def _record(
 
 
 def _response(reply: Reply) -> dict[str, Any]:
-    """What a record says of a reply; its reasoning and refusal only where they came apart from the response."""
+    """A reply as part of a record; with its reasoning and refusal only where they are separate from the response."""
     if reply.error is not None:
         return {"response": "", "error": reply.error}
-    further = {"finish": reply.finish, "reasoning": reply.reasoning, "refusal": reply.refusal}
-    return {"response": reply.text, **{key: value for key, value in further.items() if value}}
+    optional = {"finish": reply.finish, "reasoning": reply.reasoning, "refusal": reply.refusal}
+    return {"response": reply.text, **{key: value for key, value in optional.items() if value}}
 
 
 def _length(question: Question) -> tuple[int, int]:
-    """What decides how many tokens a prompt takes."""
-    return len(question.pictures), len(question.prompt.encode())
+    """A sort key that grows with the number of the prompt's tokens."""
+    return len(question.images), len(question.prompt.encode())
 
 
-def _read_found(out_dir: Path, blank: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def _read_records(out_dir: Path, blank: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Records of this run that are there already, by id; a last line that was cut short is dropped.
 
-    Of several records of a question one with a response counts.
+    Of several records of a question one with a response is taken.
     """
-    found: dict[str, dict[str, Any]] = {}
+    records: dict[str, dict[str, Any]] = {}
     for path in sorted(out_dir.glob("predictions*.jsonl")):
         for record in _whole_lines(path):
-            wanted = blank.get(record.get("id", ""))
-            if wanted is None:
+            expected = blank.get(record.get("id", ""))
+            if expected is None:
                 raise ValueError(
                     f"{path} answers {record.get('id')!r}, which is not asked now; give another --out or remove it."
                 )
             for key in _IDENTITY:
-                before, now = str(record.get(key))[:200], str(wanted[key])[:200]
-                if record.get(key) != wanted[key]:
+                before, now = str(record.get(key))[:200], str(expected[key])[:200]
+                if record.get(key) != expected[key]:
                     raise ValueError(
                         f"{path} was made otherwise: {record['id']} has {key} {before!r}, now it is {now!r}. Give "
                         "another --out, or remove it."
                     )
-            if "error" not in record or "error" in found.get(record["id"], record):
-                found[record["id"]] = record
-    return found
+            if "error" not in record or "error" in records.get(record["id"], record):
+                records[record["id"]] = record
+    return records
 
 
 def _whole_lines(path: Path) -> Iterable[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""What a benchmark asks and what a model said: the types that everything in eval shares. No logic of any benchmark."""
+"""Questions, responses, verdicts and what a benchmark provides: the types that everything in eval shares."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from .benchmarks.mmmu_official import Draw
+from .benchmarks.mmmu_official import RandomGuess
 from .reasoning import answer_of
 
-Kind = Literal["choice", "open", "judgement", "blank"]
-Form = Literal["response", "answer"]
+QuestionType = Literal["choice", "open", "true_false", "blank"]
+ResponseFormat = Literal["response", "answer"]
 Split = Literal["dev", "val", "test"]
 Outcome = Literal["answered", "failed", "refused", "cut"]
 
 
 @dataclass(frozen=True)
-class Picture:
+class BenchmarkImage:
     """One image of a benchmark; its bytes are read when they are needed."""
 
     name: str
@@ -27,7 +27,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Marker:
-    """A place in a prompt where a picture belongs: `text` as the benchmark writes it, `index` into the pictures."""
+    """A position in a prompt where an image belongs: `text` as the benchmark writes it, `index` into the images."""
 
     text: str
     index: int
@@ -39,31 +39,31 @@ class Question:
 
     id: str
     subject: str
-    kind: Kind
+    question_type: QuestionType
     gold: str | tuple[str, ...]  # "" where it is not public
     options: Mapping[str, str] = field(default_factory=dict)  # letter -> text, in order
     parts: tuple[str | Marker, ...] = ()
-    pictures: tuple[Picture, ...] = ()
+    images: tuple[BenchmarkImage, ...] = ()
     may_have_several: bool = False  # a choice whose answer may be several letters
 
     @property
     def prompt(self) -> str:
-        """The whole prompt, with the benchmark's own words where pictures belong."""
+        """The whole prompt, with the benchmark's own markers where images belong."""
         return "".join(part if isinstance(part, str) else part.text for part in self.parts)
 
-    def content(self, first_picture_only: bool = False) -> list[dict[str, Any]]:
-        """The parts of a user's message: every picture at its marker, unmarked ones first.
+    def content(self, first_image_only: bool = False) -> list[dict[str, Any]]:
+        """The parts of a user's message: every image at its marker, unmarked ones first.
 
         Args:
-            first_picture_only: as the official LLaVA run does it: the first picture before the prompt, markers as text.
+            first_image_only: as the official LLaVA run does it: the first image before the prompt, markers as text.
         """
-        if first_picture_only:
-            return [*map(_image, self.pictures[:1]), {"type": "text", "text": self.prompt}]
+        if first_image_only:
+            return [*map(_image_part, self.images[:1]), {"type": "text", "text": self.prompt}]
         marked = {part.index for part in self.parts if isinstance(part, Marker)}
-        content = [_image(picture) for index, picture in enumerate(self.pictures) if index not in marked]
+        content = [_image_part(image) for index, image in enumerate(self.images) if index not in marked]
         for part in self.parts:
             if isinstance(part, Marker):
-                content.append(_image(self.pictures[part.index]))
+                content.append(_image_part(self.images[part.index]))
             elif content and content[-1]["type"] == "text":
                 content[-1]["text"] += part
             else:
@@ -73,48 +73,51 @@ class Question:
 
 @dataclass(frozen=True)
 class Answered:
-    """A question and what was said to it: a model's own words, or an answer that was made out of them already.
+    """A question and a model's response to it.
 
     Attributes:
-        said: the whole response, reasoning included; what is scored is `answer`.
-        outcome: "failed" where the question could not be asked, "refused" and "cut" where the server said so.
+        response: all of it, reasoning included; what is scored is `answer`.
+        response_format: "response" for free text, "answer" for one that was parsed already.
+        outcome: "failed" where the question could not be asked, "refused" and "cut" where the server reported it.
     """
 
     question: Question
-    said: str
-    form: Form = "response"
+    response: str
+    response_format: ResponseFormat = "response"
     outcome: Outcome = "answered"
 
     @cached_property
     def answer(self) -> str:
         """The response without its reasoning; "" where that never ended."""
-        return answer_of(self.said)
+        return answer_of(self.response)
 
 
-def recorded(question: Question, record: Mapping[str, Any], said: Any, form: Form = "response") -> Answered:
-    """A question and its record in a prediction file: this harness's own records have their outcome and prompt too.
+def from_record(
+    question: Question, record: Mapping[str, Any], response: Any, response_format: ResponseFormat = "response"
+) -> Answered:
+    """A question with its record of a prediction file; this harness's own records have the outcome and the prompt too.
 
-    An API's error in place of a response (null or an object) says nothing, as in the official scripts.
+    An API's error in place of a response (null or an object) counts as empty, as in the official scripts.
     """
     if not question.parts and isinstance(prompt := record.get("prompt", record.get("question")), str):
         question = replace(question, parts=(prompt,))
-    is_failed = bool(record.get("error")) or isinstance(said, (dict, type(None)))
+    is_failed = bool(record.get("error")) or isinstance(response, (dict, type(None)))
     outcomes: dict[Any, Outcome] = {"refused": "refused", "length": "cut"}
     outcome = "failed" if is_failed else outcomes.get(record.get("finish"), "answered")
-    return Answered(question, said if isinstance(said, str) else "", form, outcome)
+    return Answered(question, response if isinstance(response, str) else "", response_format, outcome)
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What an answer was taken to mean and whether that is right; `is_guess` where the official rules drew it."""
+    """What an answer was parsed to and whether that is correct; `is_guess` where the official rules guessed it."""
 
-    meaning: Any
-    is_right: bool
+    parsed: Any
+    is_correct: bool
     is_guess: bool
 
 
 class Benchmark(Protocol):
-    """The few names that every benchmark's file has; the runner and the reports know no others."""
+    """What the module of a benchmark provides; the runner and the reports use nothing else."""
 
     @property
     def NAME(self) -> str: ...
@@ -131,14 +134,14 @@ class Benchmark(Protocol):
 
     def load(self, data: str, split: Split) -> list[Question]: ...
 
-    def parse_official(self, answered: Answered, draw: Draw) -> Any:
-        """What the official rules take an answer to mean; `draw` is called where they leave it to chance."""
+    def parse_official(self, answered: Answered, random_guess: RandomGuess) -> Any:
+        """The value that the official rules parse an answer to; `random_guess` is called where they guess."""
 
-    def is_right(self, answered: Answered, meaning: Any) -> bool: ...
+    def is_correct(self, answered: Answered, parsed: Any) -> bool: ...
     def official_order(self, answered: Sequence[Answered]) -> list[Answered]: ...
     def read_answers(self, path: Path) -> list[Question]: ...
     def read_predictions(self, path: Path, questions: Mapping[str, Question]) -> list[Answered]: ...
-    def printed(self, num_right: int, num: int) -> str:
+    def format_official(self, num_correct: int, num: int) -> str:
         """An accuracy as the official script prints it."""
 
     def submission(self, answered: Sequence[Answered]) -> tuple[str, str]:
@@ -155,5 +158,5 @@ class PublishedRow:
     source: str
 
 
-def _image(picture: Picture) -> dict[str, Any]:
-    return {"type": "image", "image": picture}
+def _image_part(image: BenchmarkImage) -> dict[str, Any]:
+    return {"type": "image", "image": image}

@@ -1,4 +1,4 @@
-"""A page to leaf through: every question with its pictures, prompt, answer, gold and verdicts. No server is needed.
+"""A page of every question with its images, prompt, response, gold and verdicts. No server is needed.
 
 All text reaches the page as data and is shown as text.
 """
@@ -20,46 +20,45 @@ _SIDE_PX = 640  # longest side of the copies beside the page
 
 
 def write_page(scored: Sequence[Scored], title: str, out_dir: Path) -> Path:
-    """Write `out_dir/page.html` and `out_dir/pictures/`."""
-    rows = [_row(one, out_dir) for one in scored]
+    """Write `out_dir/page.html` and `out_dir/images/`."""
+    rows = [_row(item, out_dir) for item in scored]
     data = json.dumps({"title": title, "rows": rows}, ensure_ascii=False).replace("<", "\\u003c")
     path = out_dir / "page.html"
     path.write_text(_TEMPLATE.replace("__DATA__", data), encoding="utf-8")
     return path
 
 
-def _row(one: Scored, out_dir: Path) -> dict[str, Any]:
-    question = one.answered.question
+def _row(item: Scored, out_dir: Path) -> dict[str, Any]:
+    question = item.answered.question
     return {
         "id": question.id,
         "subject": question.subject,
         "prompt": question.prompt,
-        "said": one.answered.said,
+        "response": item.answered.response,
         "gold": question.gold if isinstance(question.gold, str) else " / ".join(question.gold),
-        "answer": one.answered.answer,
-        **{rules: _shown_verdict(one.verdict(rules)) for rules in RULES},
-        "drawn": one.official.is_guess,
-        "pictures": [_copy(picture.read(), out_dir) for picture in question.pictures],
+        "answer": item.answered.answer,
+        **{rules: _shown_verdict(item.verdict(rules)) for rules in RULES},
+        "is_random_guess": item.official.is_guess,
+        "images": [_write_thumbnail(image.read(), out_dir) for image in question.images],
     }
 
 
 def _shown_verdict(verdict: Verdict | None) -> str:
     """A class of the page's style sheet; "" where a judge was not asked, or failed."""
-    return "" if verdict is None else "right" if verdict.is_right else "wrong"
+    return "" if verdict is None else "correct" if verdict.is_correct else "incorrect"
 
 
-def _copy(content: bytes, out_dir: Path) -> str:
-    """A small copy of a picture, by its name relative to the page; "" where it is none."""
-
-    path = out_dir / "pictures" / f"{hashlib.sha256(content).hexdigest()[:16]}.jpg"
+def _write_thumbnail(content: bytes, out_dir: Path) -> str:
+    """A thumbnail of an image, as a path relative to the page; "" where it cannot be decoded."""
+    path = out_dir / "images" / f"{hashlib.sha256(content).hexdigest()[:16]}.jpg"
     if not path.exists():
         path.parent.mkdir(exist_ok=True)
         try:
-            image = load_image(content)
+            thumbnail = load_image(content)
         except ValueError:
             return ""
-        image.thumbnail((_SIDE_PX, _SIDE_PX))
-        image.save(path, quality=88)
+        thumbnail.thumbnail((_SIDE_PX, _SIDE_PX))
+        thumbnail.save(path, quality=88)
     return str(path.relative_to(out_dir))
 
 
@@ -70,27 +69,27 @@ _TEMPLATE = """<!doctype html>
   body { font: 16px/1.5 system-ui, "Noto Sans CJK SC", sans-serif; margin: 0 auto; max-width: 60rem; padding: 1rem; color: #222; }
   nav { display: flex; flex-wrap: wrap; gap: .5rem; align-items: center; position: sticky; top: 0; background: #fff; padding: .5rem 0; border-bottom: 1px solid #ccc; }
   button, select { font: inherit; padding: .2rem .7rem; }
-  #pictures img { max-width: 100%; max-height: 24rem; margin: .5rem .5rem 0 0; border: 1px solid #ddd; }
+  #images img { max-width: 100%; max-height: 24rem; margin: .5rem .5rem 0 0; border: 1px solid #ddd; }
   pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f5f5f2; padding: .7rem; margin: .3rem 0 1rem; font: inherit; }
   dt { font-weight: 600; }
   dd { margin: 0; }
-  .right::before { content: "✓ right"; color: #0a6b2d; }
-  .wrong::before { content: "✗ wrong"; color: #a12020; }
-  .drawn::after { content: " (drawn: no answer was recognised)"; color: #777; }
+  .correct::before { content: "✓ right"; color: #0a6b2d; }
+  .incorrect::before { content: "✗ wrong"; color: #a12020; }
+  .guessed::after { content: " (random guess: no answer was recognized)"; color: #777; }
 </style>
 <h1 id="title"></h1>
 <nav>
   <button id="back" title="arrow left">← back</button><button id="next" title="arrow right">next →</button>
-  <span id="place"></span>
+  <span id="position"></span>
   <select id="subject"><option value="">all subjects</option></select>
-  <select id="verdict"><option value="">all answers</option><option value="wrong">wrong</option><option value="right">right</option>
-    <option value="drawn">left to the draw</option><option value="differ">the judge differs</option></select>
+  <select id="verdict"><option value="">all answers</option><option value="incorrect">wrong</option><option value="correct">right</option>
+    <option value="guessed">random guesses</option><option value="differ">the judge differs</option></select>
 </nav>
 <h2 id="id"></h2>
-<div id="pictures"></div>
+<div id="images"></div>
 <dl>
   <dt>Prompt</dt><dd><pre id="prompt"></pre></dd>
-  <dt>Response</dt><dd><pre id="said"></pre></dd>
+  <dt>Response</dt><dd><pre id="response"></pre></dd>
   <dt>Answer in it</dt><dd><pre id="answer"></pre></dd>
   <dt>Gold</dt><dd><pre id="gold"></pre></dd>
   <dt>Official rules</dt><dd id="official"></dd>
@@ -101,26 +100,26 @@ _TEMPLATE = """<!doctype html>
 <script>
 const {title, rows} = JSON.parse(document.getElementById("data").textContent);
 const at = id => document.getElementById(id);
-let shown = rows, place = 0;
+let shown = rows, position = 0;
 at("title").textContent = document.title = title;
 for (const name of new Set(rows.map(row => row.subject))) at("subject").append(new Option(name, name));
-const wanted = {wrong: row => row.no_guess === "wrong", right: row => row.no_guess === "right", drawn: row => row.drawn, differ: row => row.judge && row.judge !== row.no_guess};
+const filters = {incorrect: row => row.no_guess === "incorrect", correct: row => row.no_guess === "correct", guessed: row => row.is_random_guess, differ: row => row.judge && row.judge !== row.no_guess};
 function choose() {
-  const test = wanted[at("verdict").value], subject = at("subject").value;
+  const test = filters[at("verdict").value], subject = at("subject").value;
   shown = rows.filter(row => (!subject || row.subject === subject) && (!test || test(row)));
-  place = 0;
+  position = 0;
   show();
 }
 function show() {
-  const row = shown[place];
-  at("place").textContent = shown.length ? `${place + 1} of ${shown.length}` : "none";
+  const row = shown[position];
+  at("position").textContent = shown.length ? `${position + 1} of ${shown.length}` : "none";
   at("id").textContent = row ? row.id : "";
-  at("pictures").replaceChildren(...(row ? row.pictures : []).filter(Boolean).map(name => Object.assign(new Image(), {src: name, alt: "picture of the question"})));
-  for (const key of ["prompt", "said", "answer", "gold"]) at(key).textContent = row ? row[key] : "";
+  at("images").replaceChildren(...(row ? row.images : []).filter(Boolean).map(name => Object.assign(new Image(), {src: name, alt: "image of the question"})));
+  for (const key of ["prompt", "response", "answer", "gold"]) at(key).textContent = row ? row[key] : "";
   for (const key of ["official", "no_guess", "judge"]) at(key).className = row ? row[key] : "";
-  if (row && row.drawn) at("official").classList.add("drawn");
+  if (row && row.is_random_guess) at("official").classList.add("guessed");
 }
-function step(by) { if (shown.length) { place = (place + by + shown.length) % shown.length; show(); } }
+function step(by) { if (shown.length) { position = (position + by + shown.length) % shown.length; show(); } }
 at("back").onclick = () => step(-1);
 at("next").onclick = () => step(1);
 at("subject").onchange = at("verdict").onchange = choose;

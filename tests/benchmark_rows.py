@@ -14,14 +14,14 @@ from PIL import Image
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 
-def picture(colour: str, kind: str = "PNG", mode: str = "RGB") -> dict[str, Any]:
+def encoded_image(colour: str, image_format: str = "PNG", mode: str = "RGB") -> dict[str, Any]:
     buffer = io.BytesIO()
     image = Image.new("RGBA", (8, 8), colour)
     if mode == "P":  # a palette whose first colour is transparent
-        image.convert("RGB").convert("P").save(buffer, kind, transparency=0)
+        image.convert("RGB").convert("P").save(buffer, image_format, transparency=0)
     else:
-        image.convert(mode).save(buffer, kind)
-    return {"bytes": buffer.getvalue(), "path": f"{colour}.{kind.lower()}"}
+        image.convert(mode).save(buffer, image_format)
+    return {"bytes": buffer.getvalue(), "path": f"{colour}.{image_format.lower()}"}
 
 
 def write_parquet(path: Path, rows: Sequence[dict[str, Any]]) -> None:

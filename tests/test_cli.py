@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from yi_vl import cli
 from yi_vl.predict import YiVL
+from yi_vl.terminal import split_paths
 
 WIDE, TALL = str(OFFICIAL / "wide.png"), str(OFFICIAL / "tall.png")
 Run = Callable[..., tuple[int, str, str]]
@@ -171,7 +172,7 @@ def test_wrong_usage_exits_with_2(run: Run) -> None:
     assert run("ask")[0] == run("ask", "Hi", "--temprature", "1")[0] == run("nonsense")[0] == 2
 
 
-def test_chat_remembers_pictures_and_words(run: Run, folder: str, yi_vl: YiVL) -> None:
+def test_chat_remembers_images_and_words(run: Run, folder: str, yi_vl: YiVL) -> None:
     typed = iter(
         ["What is this?", f"/image {TALL}", "", "And this?", "/clear", "What is this?", "/help", "/exit", "never"]
     )
@@ -190,7 +191,7 @@ def test_chat_goes_on_after_errors(run: Run, folder: str, yi_vl: YiVL) -> None:
     first_line, second_line = err.splitlines()
     assert code == 0
     assert "missing.png: there is no such file" in first_line and "Give fewer images" in second_line
-    assert yi_vl.predict(WIDE, "What is this?", max_new_tokens=6) in out  # the picture waited for a question that fits
+    assert yi_vl.predict(WIDE, "What is this?", max_new_tokens=6) in out  # the image waited for a question that fits
 
 
 def test_ctrl_c_stops_an_answer_and_ctrl_d_the_chat(run: Run, yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,11 +255,11 @@ def test_device_and_dtype_reach_every_command(run: Run, folder: str, monkeypatch
     import yi_vl.predict
     import yi_vl.server.launch
 
-    asked: list[tuple[Any, Any]] = []
+    asked_questions: list[tuple[Any, Any]] = []
     load = yi_vl.predict.load
 
     def watch(model: str, device: Any, dtype: Any, **options: Any) -> YiVL:
-        asked.append((device, dtype))
+        asked_questions.append((device, dtype))
         return load(model, device=device, dtype=dtype, **options)
 
     monkeypatch.setattr(yi_vl.predict, "load", watch)
@@ -267,7 +268,7 @@ def test_device_and_dtype_reach_every_command(run: Run, folder: str, monkeypatch
     assert run("ask", "Hi", "-m", folder, "--max-new-tokens", "1", *options)[0] == 0
     assert run("chat", "-m", folder, *options)[0] == 0
     assert run("serve", folder, *options)[0] == 0
-    assert asked == [("cpu", "bfloat16")] * 3
+    assert asked_questions == [("cpu", "bfloat16")] * 3
     code, out, err = run("ask", "Hi", "-m", folder, "--device", "cuda:99")
     assert (code, out, err.count("\n")) == (2, "", 1) and "loaded on 'cuda:99'" in err
     assert run("ask", "Hi", "-m", folder, "--dtype", "int8")[0] == 2
@@ -295,7 +296,7 @@ def test_paths_after_image_are_read_as_a_shell_does(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("my holiday.jpg").touch()
-    assert cli._split_paths(argument) == expected
+    assert split_paths(argument) == expected
 
 
 def test_chat_shows_several_images_at_once_or_none(

@@ -17,8 +17,7 @@ from demo_pace import PATIENCE_MS, TALL, WIDE, Pace, pace, pixels_of, text, yi_v
 from PIL import Image
 from test_image_hostile import FILES
 
-from demo import chat
-from demo import i18n as texts
+from demo import chat, i18n
 from demo.__main__ import main
 from demo.card import find_card
 from yi_vl.image.transform import load_image
@@ -26,8 +25,8 @@ from yi_vl.predict import YiVL
 
 pytest.importorskip("gradio")
 
-from demo.handlers import Actions
-from demo.uploads import Visitors
+from demo.handlers import Handlers
+from demo.uploads import Uploads
 
 ROOT = Path(__file__).parents[1]
 
@@ -35,7 +34,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def file(path: object) -> dict[str, Any]:
-    return {"type": "file", "file": {"path": str(path)}, "alt_text": "picture"}
+    return {"type": "file", "file": {"path": str(path)}, "alt_text": "image"}
 
 
 def user(*parts: str | Path) -> dict[str, Any]:
@@ -65,37 +64,37 @@ def test_a_history_becomes_messages() -> None:
 
 
 def test_a_failed_turn_is_forgotten_and_an_unanswered_question_joins_the_next() -> None:
-    complaint = {**chat.complained("⚠️ no"), "metadata": {"id": "complaint"}}
-    history = [user(TALL), user("Broken"), complaint, user(WIDE, "One"), user("Two"), bot("Three")]
+    error = {**chat.error_message("⚠️ no"), "metadata": {"id": "error"}}
+    history = [user(TALL), user("Broken"), error, user(WIDE, "One"), user("Two"), bot("Three")]
     messages = chat.to_messages(history, str)
     assert [message["role"] for message in messages] == ["user", "assistant"]
     assert [part.get("text") for part in messages[0]["content"]] == [None, "One", "\n", "Two"]
-    assert chat.picture_paths(history) == [str(WIDE)]
+    assert chat.shown_image_paths(history) == [str(WIDE)]
 
 
-def test_a_bad_picture_is_named_without_its_folder() -> None:
-    with pytest.raises(chat.BadPictureError, match=r"^no\.png: there is no such file") as caught:
+def test_a_bad_image_is_named_without_its_folder() -> None:
+    with pytest.raises(chat.BadImageError, match=r"^no\.png: there is no such file") as caught:
         chat.to_messages([user(Path("/some/where/no.png"), "What?")], load_image)
     assert caught.value.name == "no.png" and "where" not in str(caught.value)
 
 
-def test_pictures_and_words_are_messages_of_their_own() -> None:
-    pictures, words = chat.asked("What?", [str(WIDE), str(TALL)])
-    assert [part["path"] for part in pictures["content"]] == [str(WIDE), str(TALL)]
-    assert words == {"role": "user", "content": [text("What?")]} and chat.asked("What?") == [words]
+def test_images_and_words_are_messages_of_their_own() -> None:
+    images, words = chat.user_messages("What?", [str(WIDE), str(TALL)])
+    assert [part["path"] for part in images["content"]] == [str(WIDE), str(TALL)]
+    assert words == {"role": "user", "content": [text("What?")]} and chat.user_messages("What?") == [words]
     (message,) = chat.to_messages([user(WIDE), user("What?")], str)
     assert message["content"] == [{"type": "image", "image": str(WIDE)}, text("What?")]
 
 
 def test_marks() -> None:
-    history = [user("One"), bot("Two"), user("Three"), chat.complained("⚠️")]
-    liked = chat.marked(history, 1, True)
-    assert chat.thumbs(liked) == ["Like", None] and chat.thumbs(history) == [None, None]
-    assert chat.thumbs(chat.marked(liked, 1, False)) == ["Dislike", None]
-    assert chat.thumbs(chat.marked(liked, 1, "")) == [None, None]
+    history = [user("One"), bot("Two"), user("Three"), chat.error_message("⚠️")]
+    liked = chat.with_feedback(history, 1, True)
+    assert chat.feedback_values(liked) == ["Like", None] and chat.feedback_values(history) == [None, None]
+    assert chat.feedback_values(chat.with_feedback(liked, 1, False)) == ["Dislike", None]
+    assert chat.feedback_values(chat.with_feedback(liked, 1, "")) == [None, None]
 
 
-def test_documents_hold_the_pictures() -> None:
+def test_documents_hold_the_images() -> None:
     history = [user(WIDE, "What?"), bot("A *thing*.", "Dislike")]
     document = chat.to_document(history, lambda path: Path(path).read_bytes(), "nano")
     url = "data:image/png;base64," + base64.b64encode(WIDE.read_bytes()).decode()
@@ -114,7 +113,10 @@ def test_what_a_browser_saved_is_restored_and_nothing_else() -> None:
     typed = {"text": "draft", "files": [{"path": str(TALL), "url": "http://elsewhere/tall.png"}]}
     saved = json.dumps({"history": history, "typed": typed, "isAnswering": True})
     restored, unsent, is_answering = chat.restored(saved)
-    assert restored == [*chat.asked("# *a*", [str(WIDE)]), chat.answered("b") | {"metadata": {"id": "Like"}}]
+    assert restored == [
+        *chat.user_messages("# *a*", [str(WIDE)]),
+        chat.assistant_message("b") | {"metadata": {"id": "Like"}},
+    ]
     assert unsent == {"text": "draft", "files": [str(TALL)]} and is_answering
     assert chat.image_paths(restored) == [str(WIDE)]
 
@@ -145,10 +147,10 @@ def test_where_a_model_is_described(tmp_path: Path) -> None:
 
 
 def test_figures_show_every_pixel_and_no_markup_of_a_name() -> None:
-    picture = Image.open(WIDE).convert("RGB")
-    page = chat.to_figures([("<b>.png", picture)], "{name} {size}")
+    image = Image.open(WIDE).convert("RGB")
+    page = chat.to_figures([("<b>.png", image)], "{name} {size}")
     assert "<b>" not in page and "&lt;b&gt;.png" in page
-    assert pixels_of(re.search(r'src="([^"]+)"', page)[1]) == picture.tobytes()
+    assert pixels_of(re.search(r'src="([^"]+)"', page)[1]) == image.tobytes()
 
 
 @pytest.mark.parametrize(
@@ -156,11 +158,11 @@ def test_figures_show_every_pixel_and_no_markup_of_a_name() -> None:
     [("zh-CN,zh;q=0.9,en;q=0.8", "zh"), ("en-US,en;q=0.9,zh;q=0.8", "en"), ("fr,zh;q=0.3,en;q=0.7", "en"), ("", "en")],
 )
 def test_the_preferred_language(header: str, language: str) -> None:
-    assert texts.preferred(header) == language
+    assert i18n.preferred(header) == language
 
 
 def test_both_languages_say_the_same_things() -> None:
-    english, chinese = texts.TEXTS["en"], texts.TEXTS["zh"]
+    english, chinese = i18n.TEXTS["en"], i18n.TEXTS["zh"]
     assert english.keys() == chinese.keys()
     for key, words in english.items():
         assert set(re.findall(r"{\w+}", words)) == set(re.findall(r"{\w+}", chinese[key])), key
@@ -192,17 +194,17 @@ def test_what_a_user_can_cause_is_one_line(
     monkeypatch.delenv("YI_VL_DEMO_AUTH", raising=False)
     with pytest.raises(SystemExit) as caught:
         main()
-    said = capsys.readouterr().err
-    assert caught.value.code == 2 and said.startswith("demo: ") and reason in said and said.count("\n") == 1
+    message = capsys.readouterr().err
+    assert caught.value.code == 2 and message.startswith("demo: ") and reason in message and message.count("\n") == 1
 
 
 # Over a model, without a browser
 
 
-def actions_over(yi_vl: YiVL, keep: Path | None = None) -> Actions:
-    visitors = Visitors()
-    visitors.public = {str(WIDE)}
-    return Actions(yi_vl, "tiny", texts.ANY_YI_VL, visitors, keep)
+def handlers_of(yi_vl: YiVL, keep: Path | None = None) -> Handlers:
+    uploads = Uploads()
+    uploads.public = {str(WIDE)}
+    return Handlers(yi_vl, "tiny", i18n.ANY_YI_VL, uploads, keep)
 
 
 NOBODY = SimpleNamespace(cookies={}, headers={})
@@ -211,27 +213,27 @@ SETTINGS = ("0123", "en", 0.0, 1.0, 512)
 
 def test_an_answer_streams_and_is_the_models_own(yi_vl: YiVL, pace: Pace) -> None:
     history = [user(WIDE, "What is this?")]
-    *_, before, last = actions_over(yi_vl).answer(history, *SETTINGS, NOBODY)
-    said = last[-1]["content"][0]["text"]
-    assert last[:-1] == history and said.startswith(before[-1]["content"][0]["text"])
-    assert said == yi_vl.predict(WIDE, "What is this?")
+    *_, before, last = handlers_of(yi_vl).answer(history, *SETTINGS, NOBODY)
+    answer_text = last[-1]["content"][0]["text"]
+    assert last[:-1] == history and answer_text.startswith(before[-1]["content"][0]["text"])
+    assert answer_text == yi_vl.predict(WIDE, "What is this?")
 
 
 def test_closing_an_answer_stops_the_model(yi_vl: YiVL, pace: Pace) -> None:
-    actions = actions_over(yi_vl)
-    answer = actions.answer([user("Hi")], *SETTINGS, NOBODY)
+    handlers = handlers_of(yi_vl)
+    answer = handlers.answer([user("Hi")], *SETTINGS, NOBODY)
     next(answer)
     before = pace.num_steps
     answer.close()
     assert pace.num_steps == before
-    assert list(actions.answer([user("Hi")], *SETTINGS, NOBODY))  # the next in the queue is not kept waiting
+    assert list(handlers.answer([user("Hi")], *SETTINGS, NOBODY))  # the next in the queue is not kept waiting
 
 
 def test_an_answer_that_is_left_alone_keeps_nobody_waiting(yi_vl: YiVL, pace: Pace) -> None:
-    actions = actions_over(yi_vl)
-    answer = actions.answer([user("Hi")], *SETTINGS, NOBODY)
+    handlers = handlers_of(yi_vl)
+    answer = handlers.answer([user("Hi")], *SETTINGS, NOBODY)
     next(answer)
-    another = threading.Thread(target=lambda: list(actions.answer([user("Hello")], *SETTINGS, NOBODY)), daemon=True)
+    another = threading.Thread(target=lambda: list(handlers.answer([user("Hello")], *SETTINGS, NOBODY)), daemon=True)
     another.start()
     another.join(PATIENCE_MS / 1000)
     assert not another.is_alive() and pace.num_ended == 1
@@ -243,60 +245,60 @@ def test_an_answer_that_is_left_alone_keeps_nobody_waiting(yi_vl: YiVL, pace: Pa
     [
         ([user(TALL, "What?")], "en", "tall.png.* cannot be shown.* never yours"),
         ([user(Path("/etc/passwd"), "What?")], "zh", "passwd.*无法给模型看.*不属于你"),
-        ([user("word " * 4000)], "en", "too much to read at once: at least [0-9]+ tokens with 0 images"),
+        ([user("word " * 4000)], "en", "input is too long: at least [0-9]+ tokens with 0 images"),
         ([user(*[WIDE] * 500, "What?")], "zh", "^[^a-zA-Z]*含 500 张图片[^a-zA-Z]*$"),
     ],
 )
 def test_what_goes_wrong_is_said_in_the_chat(yi_vl: YiVL, history: list[Any], language: str, words: str) -> None:
     settings = (SETTINGS[0], language, *SETTINGS[2:])
-    (shown,) = actions_over(yi_vl).answer(history, *settings, NOBODY)
+    (shown,) = handlers_of(yi_vl).answer(history, *settings, NOBODY)
     assert re.search(words, shown[-1]["content"][0]["text"], re.DOTALL)
     assert chat.to_messages(shown, str) == []
 
 
 @pytest.mark.parametrize("name", ["1 x 300,000", "icon", "GIF comments", "JPEG of 400 scans", "QOI"])
-def test_a_hostile_picture_is_refused_in_the_chat(yi_vl: YiVL, pace: Pace, name: str, tmp_path: Path) -> None:
+def test_a_hostile_image_is_refused_in_the_chat(yi_vl: YiVL, pace: Pace, name: str, tmp_path: Path) -> None:
     make, reason = FILES[name]
     path = tmp_path / "hostile.png"
     path.write_bytes(make())
-    actions = actions_over(yi_vl)
-    actions.visitors.public.add(str(path))
-    (shown,) = actions.answer([user(path, "What?")], *SETTINGS, NOBODY)
+    handlers = handlers_of(yi_vl)
+    handlers.uploads.public.add(str(path))
+    (shown,) = handlers.answer([user(path, "What?")], *SETTINGS, NOBODY)
     assert re.search(f"hostile.png.*({reason}|not a picture of a format)", shown[-1]["content"][0]["text"], re.DOTALL)
-    assert actions.show_pictures([user(path, "What?")], "en", NOBODY) == texts.TEXTS["en"]["seen_nothing"]
+    assert handlers.show_images([user(path, "What?")], "en", NOBODY) == i18n.TEXTS["en"]["seen_nothing"]
 
 
-def test_too_many_pictures_are_refused_before_they_are_opened(yi_vl: YiVL, pace: Pace) -> None:
-    actions = actions_over(yi_vl)
-    actions._prepare = lambda path: pytest.fail("a picture was opened")
-    (shown,) = actions.answer([user(*[WIDE] * 500, "What?")], *SETTINGS, NOBODY)
+def test_too_many_images_are_refused_before_they_are_opened(yi_vl: YiVL, pace: Pace) -> None:
+    handlers = handlers_of(yi_vl)
+    handlers._prepare = lambda path: pytest.fail("an image was opened")
+    (shown,) = handlers.answer([user(*[WIDE] * 500, "What?")], *SETTINGS, NOBODY)
     assert "with 500 images" in shown[-1]["content"][0]["text"]
 
 
 def test_only_what_a_visitor_may_read_is_restored(yi_vl: YiVL) -> None:
     def restore(path: Path) -> list[str]:
         saved = json.dumps({"history": [user(path), user("Hi"), bot("Yes")], "typed": None, "isAnswering": False})
-        history, _ = actions_over(yi_vl).restore(saved, "zh", NOBODY)
+        history, _ = handlers_of(yi_vl).restore(saved, "zh", NOBODY)
         return [part.get("text") or part["path"] for message in history["value"] for part in message["content"]]
 
     assert restore(WIDE) == [str(WIDE), "Hi", "Yes"]
-    assert restore(TALL) == [texts.TEXTS["zh"]["lost"]]
+    assert restore(TALL) == [i18n.TEXTS["zh"]["lost"]]
 
 
-def test_an_error_of_ours_is_logged_and_not_shown(
+def test_an_internal_error_is_logged_and_not_shown(
     yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(yi_vl, "prepare", lambda _: {}["secret"])
-    (shown,) = actions_over(yi_vl).answer([user("Hi")], *SETTINGS, NOBODY)
-    assert shown[-1]["content"][0]["text"] == texts.TEXTS["en"]["failed"] and "secret" in caplog.text
+    (shown,) = handlers_of(yi_vl).answer([user("Hi")], *SETTINGS, NOBODY)
+    assert shown[-1]["content"][0]["text"] == i18n.TEXTS["en"]["failed"] and "secret" in caplog.text
 
 
 def test_conversations_are_kept_on_request_only(yi_vl: YiVL, pace: Pace, tmp_path: Path) -> None:
-    *_, history = actions_over(yi_vl, tmp_path).answer([user(WIDE, "What?")], *SETTINGS, NOBODY)
-    actions = actions_over(yi_vl, tmp_path)
+    *_, history = handlers_of(yi_vl, tmp_path).answer([user(WIDE, "What?")], *SETTINGS, NOBODY)
+    handlers = handlers_of(yi_vl, tmp_path)
     history = [history[0], bot(history[1]["content"][0]["text"])]
-    actions.like(history, "0123", SimpleNamespace(index=1, liked=True), NOBODY)
+    handlers.like(history, "0123", SimpleNamespace(index=1, liked=True), NOBODY)
     kept = json.loads((tmp_path / "0123.json").read_text(encoding="utf-8"))
     assert [message.get("feedback") for message in kept["messages"]] == [None, "Like"]
-    assert texts.TEXTS["en"]["kept"] in actions.introduce("en")
-    assert texts.TEXTS["en"]["kept"] not in actions_over(yi_vl).introduce("en")
+    assert i18n.TEXTS["en"]["kept"] in handlers.introduce("en")
+    assert i18n.TEXTS["en"]["kept"] not in handlers_of(yi_vl).introduce("en")

@@ -20,7 +20,7 @@ import pytest
 from demo_pace import PATIENCE_MS, TALL, WIDE, Pace, pace, pixels_of, text, wait_until, yi_vl
 from tiny import IMAGE_SIZE_PX
 
-from demo import i18n as texts
+from demo import i18n
 from demo.card import find_card
 from yi_vl.image.transform import load_image, pad_and_resize
 from yi_vl.predict import YiVL, load
@@ -28,16 +28,16 @@ from yi_vl.predict import YiVL, load
 pytest.importorskip("gradio")
 
 from demo import app
-from demo.uploads import Visitors
+from demo.uploads import Uploads
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 
 
 class Served:
-    def __init__(self, url: str, visitors: Visitors) -> None:
+    def __init__(self, url: str, uploads: Uploads) -> None:
         self.url = url
-        self.visitors = visitors
+        self.uploads = uploads
 
     @property
     def folder(self) -> Path:
@@ -46,11 +46,11 @@ class Served:
 
 @pytest.fixture(scope="module")
 def served(yi_vl: YiVL) -> Iterator[Served]:
-    visitors = Visitors(max_picture_bytes=1 << 20, max_bytes=3 << 20, grace_seconds=0)  # large uploads take long
+    uploads = Uploads(max_image_bytes=1 << 20, max_bytes=3 << 20, grace_seconds=0)  # large uploads take long
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(app, "Visitors", lambda: visitors)
-        with app.running(yi_vl, "tiny", texts.ANY_YI_VL, server_name="127.0.0.1", share=False) as (url, _):
-            yield Served(url, visitors)
+        monkeypatch.setattr(app, "Uploads", lambda: uploads)
+        with app.running(yi_vl, "tiny", i18n.ANY_YI_VL, server_name="127.0.0.1", share=False) as (url, _):
+            yield Served(url, uploads)
         assert not Path(os.environ["GRADIO_TEMP_DIR"]).exists()
 
 
@@ -75,7 +75,7 @@ def shared_context(browser: Any) -> Any:
 
 @pytest.fixture
 def visit(browser: Any, shared_context: Any, served: Served, pace: Pace, tmp_path: Path) -> Iterator[Any]:
-    """Opens the page as another visitor; what each saw last is left as a picture in pytest's folder."""
+    """Opens the page as another visitor; what each saw last is left as a screenshot in pytest's folder."""
     contexts: list[Any] = []
 
     def open_page(**options: Any) -> Visitor:
@@ -159,10 +159,10 @@ class Visitor:
     def press(self, label: str) -> None:
         self.page.locator("#chat").get_by_label(label, exact=True).last.click()
 
-    def save(self, kind: str) -> str:
+    def save(self, name: str) -> str:
         """What the visitor's disk gets."""
         with self.page.expect_download() as download:
-            self.page.get_by_role("button", name=kind).click()
+            self.page.get_by_role("button", name=name).click()
         return Path(download.value.path()).read_text(encoding="utf-8")
 
 
@@ -194,7 +194,7 @@ def messages_of(document: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def test_a_conversation(visit: Any, yi_vl: YiVL, pace: Pace) -> None:
-    """Upload, ask, go on in Chinese with a second picture, like, save: every answer is the model's to what was said."""
+    """Upload, ask, go on in Chinese with a second image, like, save: every answer is the model's own."""
     visitor = visit()
     assert visitor.ask("What is in this picture?", WIDE)
     assert visitor.ask("和这张图比呢？", TALL, WIDE)
@@ -238,7 +238,7 @@ def test_a_closed_tab_stops_its_answer(visit: Any, served: Served, pace: Pace) -
     visitor.send("Tell me a story")
     pace.wait_for(3)
     visitor.page.close()
-    wait_until(lambda: not any(served.visitors._num_tabs.values()))
+    wait_until(lambda: not any(served.uploads._num_tabs.values()))
     pace.release()
     wait_until(lambda: pace.num_ended == 1)
     assert pace.num_steps <= 4  # the step that was being taken has ended, and no other followed
@@ -330,9 +330,9 @@ def test_what_is_typed_is_shown_as_typed_and_answers_are_harmless(
     shown = visitor.page.locator("#chat [data-testid=user] .md")
     wait_until_in_browser(visitor.page, lambda: shown.text_content() == AS_TYPED)
     assert json.loads(visitor.save("JSON"))["messages"][0]["content"] == [text(AS_TYPED)]
-    said = visitor.page.locator("#chat [data-testid=bot] .md")
-    assert said.locator("strong").count() == 1 and said.locator("li").count() == 2
-    assert said.locator("script, [onerror], a[href^=javascript]").count() == 0
+    answer_text = visitor.page.locator("#chat [data-testid=bot] .md")
+    assert answer_text.locator("strong").count() == 1 and answer_text.locator("li").count() == 2
+    assert answer_text.locator("script, [onerror], a[href^=javascript]").count() == 0
     assert visitor.page.evaluate("window.hurt") is None and not spies
     assert visitor.page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
     visitor.press("Edit")
@@ -348,16 +348,16 @@ def test_what_is_typed_is_shown_as_typed_and_answers_are_harmless(
 def test_a_reload_keeps_the_conversation_or_says_that_it_is_lost(
     visit: Any, served: Served, pace: Pace, yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(served.visitors, "_grace_seconds", 60)
+    monkeypatch.setattr(served.uploads, "_grace_seconds", 60)
     visitor = visit()
-    said = visitor.ask("*What* is this?", WIDE)
+    answer_text = visitor.ask("*What* is this?", WIDE)
     visitor.press("Like")
     visitor.page.get_by_label("Liked", exact=True).wait_for()
     visitor.attach(TALL)
     visitor.page.locator("#typed textarea").fill("draft")
     visitor.reload()
     visitor.has_thumbnails(1)
-    assert visitor.answers.last.inner_text() == said and visitor.questions.last.inner_text() == "*What* is this?"
+    assert visitor.answers.last.inner_text() == answer_text and visitor.questions.last.inner_text() == "*What* is this?"
     assert visitor.page.locator("#typed textarea").input_value() == "draft"
     image = visitor.page.locator("#chat [data-testid=user] img")
     wait_until_in_browser(visitor.page, lambda: image.evaluate("(image) => image.naturalWidth > 0"))
@@ -379,12 +379,12 @@ def test_a_reload_keeps_the_conversation_or_says_that_it_is_lost(
     pace.wait_for(4)
     visitor.reload()
     pace.release()
-    visitor.page.get_by_text(texts.TEXTS["en"]["interrupted"]).wait_for()
+    visitor.page.get_by_text(i18n.TEXTS["en"]["interrupted"]).wait_for()
     pace.num_tokens = 4
     assert visitor.ask("Then say this.")
-    served.visitors._paths.clear()
+    served.uploads._paths.clear()
     visitor.reload()
-    visitor.page.get_by_text(texts.TEXTS["en"]["lost"]).wait_for()
+    visitor.page.get_by_text(i18n.TEXTS["en"]["lost"]).wait_for()
     assert visitor.answers.count() == 1 and visitor.questions.count() == 0 and visitor.ask("Again")
     assert visitor.problems == []
 
@@ -412,13 +412,13 @@ def test_an_example_is_one_key_away_and_the_model_shows_what_it_sees(visit: Any)
     visitor.answers.first.wait_for()
     visitor.wait_for_end()
     visitor.page.get_by_text("As the model sees it").click()
-    picture = visitor.page.locator(".seen img")
-    seen = pixels_of(picture.get_attribute("src"))
+    image = visitor.page.locator(".seen img")
+    seen = pixels_of(image.get_attribute("src"))
     penguin = load_image(ROOT / "docs" / "images" / "penguin.png")
     assert seen == pad_and_resize(penguin, IMAGE_SIZE_PX).tobytes()
 
 
-def test_pictures_come_by_drop_paste_and_camera(visit: Any) -> None:
+def test_images_come_by_drop_paste_and_camera(visit: Any) -> None:
     visitor = visit(permissions=["camera"])
     make = """([name, base64]) => {
         const bytes = Uint8Array.from(atob(base64), (letter) => letter.charCodeAt(0));
@@ -437,8 +437,8 @@ def test_pictures_come_by_drop_paste_and_camera(visit: Any) -> None:
     visitor.page.wait_for_function("document.querySelector('video')?.videoWidth > 0")  # else it photographs nothing
     visitor.page.get_by_label("capture photo").click()
     visitor.has_thumbnails(3)
-    assert visitor.ask("")  # pictures without words get the obvious question
-    assert visitor.questions.last.inner_text() == texts.TEXTS["en"]["default_question"]
+    assert visitor.ask("")  # images without words get the obvious question
+    assert visitor.questions.last.inner_text() == i18n.TEXTS["en"]["default_question"]
 
 
 ENGLISH = r"""() => [...document.querySelectorAll("[aria-label], [title], [placeholder], [alt], button, label, h1, h2")]
@@ -455,9 +455,9 @@ def test_everything_is_said_in_the_language_of_the_browser_or_of_the_switch(visi
     page.get_by_text("给我看一张图片").wait_for()
     assert page.get_by_text("它会犯错").count() == 1 and page.locator("h1").count() == 1
     assert page.locator("html").get_attribute("lang") == "zh"
-    assert page.locator("#typed textarea").get_attribute("placeholder") == texts.TEXTS["zh"]["type_here"]
+    assert page.locator("#typed textarea").get_attribute("placeholder") == i18n.TEXTS["zh"]["type_here"]
     examples = page.locator(".example")
-    assert examples.all_inner_texts() == list(texts.EXAMPLES["zh"].values())
+    assert examples.all_inner_texts() == list(i18n.EXAMPLES["zh"].values())
     assert page.evaluate(ENGLISH) == []
     examples.first.click()
     wait_for_count(visitor.answers, 1)
@@ -498,34 +498,39 @@ def test_the_page_fits_a_phone(visit: Any) -> None:
 def huge_png() -> bytes:
     """A few bytes that claim 12,000 x 12,000 pixels."""
 
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+    def chunk(chunk_type: bytes, content: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(content)) + chunk_type + content + struct.pack(">I", zlib.crc32(chunk_type + content))
+        )
 
     header = struct.pack(">IIBBBBB", 12_000, 12_000, 8, 0, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
-def test_a_bad_picture_is_refused_in_plain_words(visit: Any, tmp_path: Path, yi_vl: YiVL) -> None:
+def test_a_bad_image_is_refused_in_the_chat(visit: Any, tmp_path: Path, yi_vl: YiVL) -> None:
     broken, huge = tmp_path / "broken.png", tmp_path / "huge.png"
     broken.write_bytes(WIDE.read_bytes()[:100])
     huge.write_bytes(huge_png())
     visitor = visit()
-    said = visitor.ask("What is this?", broken)
-    assert "⚠️ broken.png cannot be shown to the model" in said and "Try another" in said
-    assert "/" not in said
+    answer_text = visitor.ask("What is this?", broken)
+    assert "⚠️ broken.png cannot be shown to the model" in answer_text and "Try another" in answer_text
+    assert "/" not in answer_text
     assert "12000 x 12000 pixels" in visitor.ask("And this?", huge)
     assert visitor.ask("Then this?", WIDE)
     messages = messages_of(json.loads(visitor.save("JSON")))
     assert len(messages) == 2 and messages[1]["content"] == yi_vl.answer(messages[:1])
     notes, large = tmp_path / "*my* <b>notes _1_.txt", tmp_path / "large.png"
-    notes.write_text("no picture")
+    notes.write_text("no image")
     large.write_bytes(bytes((1 << 20) + 1))
     count = visitor.answers.count()
     visitor.choose(notes, WIDE, large)
     visitor.has_thumbnails(1)  # what can be sent is
     wait_for_count(visitor.answers, count + 1)
-    said = visitor.answers.last.inner_text()
-    assert "*my* <b>notes _1_.txt: that is no picture" in said and "large.png: a picture may take 1 MB at most" in said
+    answer_text = visitor.answers.last.inner_text()
+    assert (
+        "*my* <b>notes _1_.txt: this is not an image" in answer_text
+        and "large.png: an image may take 1 MB at most" in answer_text
+    )
     assert visitor.page.locator(".toast-body").count() == 0
 
 
@@ -546,9 +551,9 @@ def test_two_visitors_wait_for_each_other_and_see_their_own_only(
     for visitor in (anna, bert):
         wait_for_count(visitor.answers, 1)
         visitor.wait_for_end()
-    for visitor, picture in ((anna, WIDE), (bert, TALL)):
+    for visitor, image in ((anna, WIDE), (bert, TALL)):
         (question, _) = messages_of(json.loads(visitor.save("JSON")))
-        assert question["content"][0]["image"] == picture.read_bytes()
+        assert question["content"][0]["image"] == image.read_bytes()
     url = anna.page.locator("#chat [data-testid=user] img").get_attribute("src")
     assert anna.page.request.get(url).status == 200
     assert bert.page.request.get(url).status == httpx.get(url).status_code == 403
@@ -572,7 +577,7 @@ def test_large_uploads_and_strangers_are_refused(visit: Any, served: Served) -> 
 
 
 def test_a_password_closes_the_page(yi_vl: YiVL) -> None:
-    running = partial(app.running, yi_vl, "tiny", texts.ANY_YI_VL, server_name="127.0.0.1", share=False)
+    running = partial(app.running, yi_vl, "tiny", i18n.ANY_YI_VL, server_name="127.0.0.1", share=False)
     with running(auth=("anna", "secret")) as (url, _), httpx.Client(base_url=url) as client:
         assert client.get("config").status_code == 401
         client.get("/")
@@ -582,20 +587,20 @@ def test_a_password_closes_the_page(yi_vl: YiVL) -> None:
 
 
 def test_nano_answers_out_of_the_box(browser: Any, tmp_path: Path) -> None:
-    """Also retakes the README's picture, into the file that YI_VL_DEMO_PICTURE names."""
-    pictures = ROOT / "docs" / "images"
-    running = partial(app.running, load(), "nano", texts.NANO, card=find_card(None), share=False)
+    """Also retakes the README's image, into the file that YI_VL_DEMO_IMAGE names."""
+    images = ROOT / "docs" / "images"
+    running = partial(app.running, load(), "nano", i18n.NANO, card=find_card(None), share=False)
     with running(server_name="127.0.0.1") as (url, _):
         context = browser.new_context(viewport={"width": 900, "height": 1230})
         context.set_default_timeout(PATIENCE_MS)
         visitor = Visitor(context.new_page(), url)
         for question, name in (("What is in this picture?", "penguin.png"), ("这是哪里的旗帜？", "brazil.png")):
-            assert "⚠️" not in visitor.ask(question, pictures / name)  # what nano knows is test_nano.py's business
+            assert "⚠️" not in visitor.ask(question, images / name)  # what nano knows is test_nano.py's business
         visitor.press("Like")
         visitor.page.get_by_label("Liked", exact=True).wait_for()
         visitor.page.mouse.move(0, 0)
         visitor.page.locator("#chat .bubble-wrap").evaluate("(chat) => chat.scrollTo(0, chat.scrollHeight)")
-        visitor.page.screenshot(path=os.environ.get("YI_VL_DEMO_PICTURE", tmp_path / "demo.png"), animations="disabled")
+        visitor.page.screenshot(path=os.environ.get("YI_VL_DEMO_IMAGE", tmp_path / "demo.png"), animations="disabled")
         with context.expect_page() as opened:
             visitor.page.get_by_role("link", name="Model card").click()
         opened.value.get_by_role("heading", name="nano: the smallest Yi-VL", level=1).wait_for()

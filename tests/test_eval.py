@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmark_rows import picture, write_parquet
+from benchmark_rows import encoded_image, write_parquet
 from PIL import Image
 from processes import run_program
 from tiny import tiny_model, tiny_processor
@@ -22,7 +22,7 @@ from eval import runner, scoring
 from eval.__main__ import app, main
 from eval.benchmarks import cmmmu, mmmu
 from eval.models import Content, Endpoint, ModelChoice, Reply, Settings, TransformersModel, YiVLModel, open_model
-from eval.types import Answered, Picture, Question
+from eval.types import Answered, BenchmarkImage, Question
 from yi_vl.quantize import packed_layers
 
 ROOT = Path(__file__).parents[1]
@@ -39,8 +39,8 @@ def mmmu_row(subject: str, number: int, question: str = "<image 1> What is it?",
         "question": question,
         "options": "['red', 'green', \"it's blue\"]",
         "explanation": "",
-        "image_1": picture("red"),
-        "image_2": picture("blue"),
+        "image_1": encoded_image("red"),
+        "image_2": encoded_image("blue"),
         **{f"image_{i}": None for i in range(3, 8)},
         "img_type": "['Photographs']",
         "answer": "B",
@@ -58,7 +58,7 @@ def write_mmmu(folder: Path, **by_subject: list[dict[str, Any]]) -> str:
 
 @pytest.fixture
 def small_mmmu(tmp_path: Path) -> str:
-    """Seven questions of two subjects, one of them open, one with two pictures."""
+    """Seven questions of two subjects, one of them open, one with two images."""
     return write_mmmu(
         tmp_path / "mmmu",
         Art_Theory=[mmmu_row("Art_Theory", number) for number in range(1, 5)],
@@ -74,16 +74,16 @@ class Scripted:
     """Says the first letter of what a question's id hashes to; may die after some questions."""
 
     def __init__(self, dies_after: int | None = None) -> None:
-        self.asked: list[str] = []
+        self.prompts: list[str] = []
         self.dies_after = dies_after
 
     def answer(self, requests: Sequence[Content], settings: Settings) -> list[Reply]:
         replies = []
         for content in requests:
-            if len(self.asked) == self.dies_after:
+            if len(self.prompts) == self.dies_after:
                 raise KeyboardInterrupt
             text = "".join(part["text"] for part in content if part["type"] == "text")
-            self.asked.append(text)
+            self.prompts.append(text)
             replies.append(Reply("ABC"[len(text) % 3]))
         return replies
 
@@ -101,13 +101,13 @@ def test_mmmu_questions_are_asked_as_the_official_llava_run_asks_them(small_mmmu
         "choices directly."
     )
     assert open_.prompt == "<image 1> What is it?\n\nAnswer the question using a single word or phrase."
-    assert (choice.subject, choice.kind, choice.gold) == ("Art_Theory", "choice", "B")
-    assert (open_.kind, open_.gold, open_.options) == ("open", ("3.5", "three and a half"), {})
+    assert (choice.subject, choice.question_type, choice.gold) == ("Art_Theory", "choice", "B")
+    assert (open_.question_type, open_.gold, open_.options) == ("open", ("3.5", "three and a half"), {})
 
     shown = [part["image"].read() if part["type"] == "image" else part["text"] for part in two.content()]
-    red, blue = picture("red")["bytes"], picture("blue")["bytes"]
+    red, blue = encoded_image("red")["bytes"], encoded_image("blue")["bytes"]
     assert shown[:4] == [blue, " then ", red, shown[3]] and shown[3].startswith("?\n(A) red")
-    first = two.content(first_picture_only=True)
+    first = two.content(first_image_only=True)
     assert [part["type"] for part in first] == ["image", "text"]
     assert first[0]["image"].read() == red and first[1]["text"] == two.prompt
     assert [part["type"] for part in bare.content()] == ["image", "image", "text"]  # what no marker places comes first
@@ -142,7 +142,7 @@ def test_another_benchmarks_files_are_refused(small_mmmu: str, tmp_path: Path) -
 def test_mmmu_reads_as_many_options_as_there_are_letters_and_knows_what_is_not_public(tmp_path: Path) -> None:
     twelve = [f"take {number}" for number in range(11)] + ["<image 2>, not <image 8>"]
     rows = [
-        mmmu_row("Art", 1, options=str(twelve), answer="L", image_2=picture("blue")),
+        mmmu_row("Art", 1, options=str(twelve), answer="L", image_2=encoded_image("blue")),
         mmmu_row("Art", 2, options="[1, 2.50]", answer="?"),
         mmmu_row("Art", 3, options="['alone']", answer="A"),
         mmmu_row("Art", 4, options="", question_type="open", answer="?"),
@@ -158,13 +158,13 @@ def test_mmmu_reads_as_many_options_as_there_are_letters_and_knows_what_is_not_p
     assert (numbers.gold, hidden.gold, open_.gold, open_.options) == ("", "", "2.5", {})
 
 
-def cmmmu_row(number: int, kind: str, answer: str, **changes: Any) -> dict[str, Any]:
+def cmmmu_row(number: int, question_type: str, answer: str, **changes: Any) -> dict[str, Any]:
     return {
         "id": str(number),
-        "type": kind,
+        "type": question_type,
         "question": f'看<img="q_{number}.png">。',
-        **{f"option{i}": f"选{i}" if kind == "选择" else "" for i in range(1, 5)},
-        "image_1": picture("red"),
+        **{f"option{i}": f"选{i}" if question_type == "选择" else "" for i in range(1, 5)},
+        "image_1": encoded_image("red"),
         **{f"image_{i}": None for i in range(2, 6)},
         "answer": answer,
         "category": "商业",
@@ -193,15 +193,15 @@ def test_cmmmu_from_parquet_and_from_json_lines_is_the_same(tmp_path: Path) -> N
         )
     (folder / "val.jsonl").write_text("\n".join(lines))
     from_lines = cmmmu.load(str(folder), "val")
-    for one, other in zip(from_parquet, from_lines, strict=True):
-        assert (one.id, one.kind, one.gold, one.options, one.prompt) == (
+    for item, other in zip(from_parquet, from_lines, strict=True):
+        assert (item.id, item.question_type, item.gold, item.options, item.prompt) == (
             other.id,
-            other.kind,
+            other.question_type,
             other.gold,
             other.options,
             other.prompt,
         )
-        assert one.pictures[0].read() == other.pictures[0].read()
+        assert item.images[0].read() == other.images[0].read()
     assert from_parquet[0].prompt.endswith(
         "问题：看<图片 1>。\n选项：\n(A) 选1\n(B) 选2\n(C) 选3\n(D) 选4\n\n正确答案：\n"
     )
@@ -232,7 +232,7 @@ def test_cmmmu_reads_the_official_folders_whose_test_split_has_no_answers(
     shown = [part["image"].name for part in first.content() if part["type"] == "image"]
     assert shown == ["a_5.PNG", "a_6.PNG", "a_1.PNG", "a_2.PNG", "a_3.PNG", "a_4.PNG"]
     assert '看<图片 6>与<img="gone.png">' in first.prompt and "(D) <图片 4>\n" in first.prompt
-    assert (first.gold, second.gold, second.kind) == ("", "", "blank")
+    assert (first.gold, second.gold, second.question_type) == ("", "", "blank")
     assert "1 of 2 questions speak of an image that their row does not have" in caplog.text and ": 7" in caplog.text
     assert [question.id for question in cmmmu.load(str(tmp_path), "val")] == ["9"]
     predictions = tmp_path / "p.jsonl"
@@ -284,10 +284,10 @@ def test_a_killed_run_goes_on_without_repeating_or_losing_a_question(small_mmmu:
     path = tmp_path / "killed" / "predictions.jsonl"
     path.write_bytes(path.read_bytes() + b'{"id": "validation_Ma')  # cut short in the middle of a line
     assert ask(second) == whole
-    assert len(first.asked) + len(second.asked) == len(questions)
+    assert len(first.prompts) + len(second.prompts) == len(questions)
     assert path.read_text() == (tmp_path / "whole" / "predictions.jsonl").read_text()
     third = Scripted()
-    assert ask(third) == whole and third.asked == []
+    assert ask(third) == whole and third.prompts == []
     with pytest.raises(ValueError, match=r"made otherwise.*temperature"):
         ask(Scripted(), settings=Settings(temperature=0.5))
     with pytest.raises(ValueError, match="which is not asked now"):
@@ -328,7 +328,7 @@ def test_predictions_do_not_depend_on_batches_or_processes(small_mmmu: str, tiny
     assert "| official | 7 | +0.0 | +0.0 to +0.0 | 0 | 0 | 1 |" in shown
 
 
-def test_a_quantised_run_says_so_and_continues_no_other(small_mmmu: str, tiny_folder: Path, tmp_path: Path) -> None:
+def test_a_quantized_run_says_so_and_continues_no_other(small_mmmu: str, tiny_folder: Path, tmp_path: Path) -> None:
     command = ["mmmu", "--model", str(tiny_folder), "--data", small_mmmu, "--max-new-tokens", "6", "--device", "cpu"]
     command += ["--out", str(tmp_path / "out")]
     run_cli(*command, "--limit", "2")
@@ -347,14 +347,14 @@ def test_a_quantised_run_says_so_and_continues_no_other(small_mmmu: str, tiny_fo
     records = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
     assert {record["model"] for record in records} == {name}
     contents = [question.content() for question in mmmu.load(small_mmmu, "val")]
-    quantised = YiVLModel(str(tiny_folder), "cpu", "int4")
-    assert len(list(packed_layers(quantised.yi_vl.model))) == 15  # seven in each of two layers, and the head
-    replies = quantised.answer(contents, Settings(max_new_tokens=6))
+    quantized = YiVLModel(str(tiny_folder), "cpu", "int4")
+    assert len(list(packed_layers(quantized.yi_vl.model))) == 15  # seven in each of two layers, and the head
+    replies = quantized.answer(contents, Settings(max_new_tokens=6))
     assert [record["response"] for record in records] == [reply.text for reply in replies]
     assert replies != YiVLModel(str(tiny_folder), "cpu").answer(contents, Settings(max_new_tokens=6))
 
 
-def test_models_that_cannot_be_quantised_are_refused(tiny_folder: Path, tmp_path: Path) -> None:
+def test_models_that_cannot_be_quantized_are_refused(tiny_folder: Path, tmp_path: Path) -> None:
     YiVLModel(str(tiny_folder), "cpu", "int8").yi_vl.save(tmp_path / "int8")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text('{"model_type": "blip-2"}')
@@ -371,17 +371,17 @@ def test_any_transformers_model_is_asked_through_its_own_template(small_mmmu: st
     """Our own tiny model, once as a Yi-VL and once as whatever transformers makes of the folder."""
     contents = [question.content() for question in mmmu.load(small_mmmu, "val")]
     settings = Settings(max_new_tokens=6)
-    ours = YiVLModel(str(tiny_folder)).answer(contents, settings)
-    theirs = TransformersModel(str(tiny_folder), "cpu").answer(contents, settings)
-    assert [reply.text for reply in ours] == [reply.text for reply in theirs] and len(
-        {reply.text for reply in ours}
+    native = YiVLModel(str(tiny_folder)).answer(contents, settings)
+    generic = TransformersModel(str(tiny_folder), "cpu").answer(contents, settings)
+    assert [reply.text for reply in native] == [reply.text for reply in generic] and len(
+        {reply.text for reply in native}
     ) > 1
-    assert {reply.finish for reply in [*ours, *theirs]} == {"length"}
+    assert {reply.finish for reply in [*native, *generic]} == {"length"}
 
 
 def test_a_question_that_cannot_be_asked_is_recorded_and_the_others_are_asked(tiny_folder: Path) -> None:
     def content(text: str, read: Any = None) -> Content:
-        images = [{"type": "image", "image": Picture("x.png", read)}] if read else []
+        images = [{"type": "image", "image": BenchmarkImage("x.png", read)}] if read else []
         return [*images, {"type": "text", "text": text}]
 
     gone = content("Hi", Path("/nowhere/x.png").read_bytes)
@@ -433,11 +433,11 @@ def endpoint() -> Iterator[tuple[str, list[dict[str, Any]]]]:
     server.server_close()
 
 
-def test_an_endpoint_is_asked_with_pictures_and_settings(
+def test_an_endpoint_is_asked_with_images_and_settings(
     endpoint: tuple[str, list[dict[str, Any]]], small_mmmu: str
 ) -> None:
     url, requests = endpoint
-    contents = [mmmu.load(small_mmmu, "val")[0].content(first_picture_only=True), [{"type": "text", "text": "refuse"}]]
+    contents = [mmmu.load(small_mmmu, "val")[0].content(first_image_only=True), [{"type": "text", "text": "refuse"}]]
     replies = Endpoint(url).answer(contents, Settings(max_new_tokens=5, temperature=0.5, seed=3))
     assert replies[0].text.endswith("DIRECTLY.") and replies[1].error is not None and "no" in replies[1].error
     sent = next(body for body in requests if len(body["messages"][0]["content"]) == 2)
@@ -453,11 +453,11 @@ def test_draws_come_from_one_seeded_stream_in_the_official_order() -> None:
     ]
     earlier = [Answered(Question("validation_Art_1", "Art", "choice", "A", dict.fromkeys("ABCD", "no")), "")]
     scored = scoring.score(mmmu, [*later, *earlier])
-    assert [one.answered.question.subject for one in scored] == ["Art", "Zoo", "Zoo", "Zoo"]
-    assert [one.official.meaning for one in scored] == ["A", "A", "C", "B"]  # random.Random(42) on four letters
-    summary = scoring.summarise(mmmu, scored, "official")
-    assert (summary["right"], len(summary["drawn"]), summary["disciplines"]["Zoo"]["right"]) == (2, 4, 1)
-    assert scoring.summarise(mmmu, scored, "no_guess")["right"] == 0
+    assert [item.answered.question.subject for item in scored] == ["Art", "Zoo", "Zoo", "Zoo"]
+    assert [item.official.parsed for item in scored] == ["A", "A", "C", "B"]  # random.Random(42) on four letters
+    summary = scoring.summarize(mmmu, scored, "official")
+    assert (summary["correct"], len(summary["random_guesses"]), summary["disciplines"]["Zoo"]["correct"]) == (2, 4, 1)
+    assert scoring.summarize(mmmu, scored, "no_guess")["correct"] == 0
 
 
 def test_intervals_and_comparisons() -> None:
@@ -465,10 +465,10 @@ def test_intervals_and_comparisons() -> None:
     assert 0.325 < low < 0.335 and 0.39 < high < 0.398
     first = {str(i): i < 60 for i in range(100)}
     second = {str(i): 10 <= i < 62 for i in range(100)}
-    found = scoring.compare(first, second)
-    assert (found["difference"], found["only_first_right"], found["only_second_right"]) == (0.08, 10, 2)
-    assert found["p_value"] == pytest.approx(2 * (1 + 12 + 66) / 2**12)
-    assert found["interval_95"][0] < 0.08 < found["interval_95"][1]
+    result = scoring.compare(first, second)
+    assert (result["difference"], result["only_first_correct"], result["only_second_correct"]) == (0.08, 10, 2)
+    assert result["p_value"] == pytest.approx(2 * (1 + 12 + 66) / 2**12)
+    assert result["interval_95"][0] < 0.08 < result["interval_95"][1]
 
 
 @pytest.mark.core
@@ -483,11 +483,11 @@ def test_published_responses_score_as_published(tmp_path: Path) -> None:
         "mmmu", "--predictions", str(folder / "llava1.5_13b"), "--answers", str(folder / "answer_dict_val.json")
     )
     expected = json.loads((folder / "expected_parse_and_eval_llava1.5_13b.json").read_text())
-    assert (llava["right"], llava["num"], llava["printed"], len(llava["drawn"])) == (330, 900, "0.367", 2)
+    assert (llava["correct"], llava["num"], llava["formatted"], len(llava["random_guesses"])) == (330, 900, "0.367", 2)
     for name, domain in expected["domains"].items():
         assert llava["disciplines"][name]["accuracy"] == domain["acc"]
         for subject, tally in domain["subjects"].items():
-            assert llava["disciplines"][name]["subjects"][subject]["right"] == tally["correct"]
+            assert llava["disciplines"][name]["subjects"][subject]["correct"] == tally["correct"]
     folder = REFERENCE / "cmmmu"
     categories = json.loads((folder / "expected_response_mode.json").read_text())["per_category"]
     order = {"art_and_design": 0, "business": 1, "science": 2, "health_and_medicine": 3}
@@ -499,27 +499,27 @@ def test_published_responses_score_as_published(tmp_path: Path) -> None:
             "--answers",
             str(folder / "answers.jsonl"),
         )
-        assert (yi["right"], yi["num"], len(yi["drawn"])) == (326, 900, unparsed)
+        assert (yi["correct"], yi["num"], len(yi["random_guesses"])) == (326, 900, unparsed)
         for name, place in order.items():
-            assert list(yi["disciplines"].values())[place]["right"] == categories[name]["correct"]
+            assert list(yi["disciplines"].values())[place]["correct"] == categories[name]["correct"]
 
 
 def test_cmmmu_predictions_must_be_whole_and_of_one_form(tmp_path: Path) -> None:
-    questions = {str(i): Question(str(i), "商业", "judgement", "对") for i in (1, 2)}
+    questions = {str(i): Question(str(i), "商业", "true_false", "对") for i in (1, 2)}
 
     def read(*records: dict[str, Any]) -> list[Answered]:
         path = tmp_path / "p.jsonl"
         path.write_text("\n".join(json.dumps(record) for record in records))
         return cmmmu.read_predictions(path, questions)
 
-    one, two = ({"id": i, "type": "判断", "response": "对"} for i in (1, 2))
-    assert len(read(one, two)) == 2
+    item, two = ({"id": i, "type": "判断", "response": "对"} for i in (1, 2))
+    assert len(read(item, two)) == 2
     for records, message in (
-        ([one], "1 of 2 questions are not answered: 2"),
-        ([one, one, two], "answered more than once: 1"),
-        ([one, two | {"id": 3}], "no question '3'"),
-        ([one, {"id": 2, "type": "判断", "answer": "对"}], "id, type and answer"),
-        ([one | {"type": "问答"}, two], "'问答'"),
+        ([item], "1 of 2 questions are not answered: 2"),
+        ([item, item, two], "answered more than once: 1"),
+        ([item, two | {"id": 3}], "no question '3'"),
+        ([item, {"id": 2, "type": "判断", "answer": "对"}], "id, type and answer"),
+        ([item | {"type": "问答"}, two], "'问答'"),
     ):
         with pytest.raises(ValueError, match=message):
             read(*records)
@@ -555,10 +555,10 @@ def test_the_page_shows_text_as_text(small_mmmu: str, tmp_path: Path) -> None:
     from eval.viewer import write_page
 
     question = mmmu.load(small_mmmu, "val")[0]
-    said = "</script><script>alert(1)</script>"
-    page = write_page(scoring.score(mmmu, [Answered(question, said)]), "title", tmp_path).read_text()
-    assert said not in page and "\\u003c/script>" in page
-    copies = list((tmp_path / "pictures").iterdir())
+    response = "</script><script>alert(1)</script>"
+    page = write_page(scoring.score(mmmu, [Answered(question, response)]), "title", tmp_path).read_text()
+    assert response not in page and "\\u003c/script>" in page
+    copies = list((tmp_path / "images").iterdir())
     assert [Image.open(copy).size for copy in copies] == [(8, 8)] * 2
 
 
@@ -576,18 +576,18 @@ def test_a_users_mistake_is_one_line(
     monkeypatch.setattr(sys, "argv", ["eval", *arguments])
     with pytest.raises(SystemExit) as ended:
         main()
-    said = capsys.readouterr().err
-    assert ended.value.code == 2 and message in said and len(said.strip().splitlines()) == 1
+    response = capsys.readouterr().err
+    assert ended.value.code == 2 and message in response and len(response.strip().splitlines()) == 1
 
 
 def test_speed_is_measured_over_the_same_answers(small_mmmu: str, tiny_folder: Path) -> None:
     from eval.speed.engine import compare_chat, compare_prefill
     from eval.speed.runner import compare_runner
 
-    found = compare_runner(ModelChoice(str(tiny_folder)), mmmu.load(small_mmmu, "val"), 4, 6)
-    assert found["same_answers"] == "7 of 7" and found["ratio"] > 0
+    result = compare_runner(ModelChoice(str(tiny_folder)), mmmu.load(small_mmmu, "val"), 4, 6)
+    assert result["same_answers"] == "7 of 7" and result["ratio"] > 0
     model = YiVLModel(str(tiny_folder)).yi_vl
     chat = compare_chat(model, ROOT / "docs" / "images" / "penguin.png", 3, 4)
-    assert all(list(way) == ["turn_1_ms", "turn_2_ms", "turn_3_ms"] for way in chat["ways"].values())
+    assert all(list(times) == ["turn_1_ms", "turn_2_ms", "turn_3_ms"] for times in chat["variants"].values())
     prefill = compare_prefill(model, 100)
-    assert prefill["ways"]["yi_vl"]["of_the_limit"] > 0 and abs(int(prefill["what"].split()[0]) - 100) < 10
+    assert prefill["variants"]["yi_vl"]["of_the_limit"] > 0 and abs(int(prefill["what"].split()[0]) - 100) < 10

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmark_rows import picture, write_parquet
+from benchmark_rows import encoded_image, write_parquet
 from click.testing import Result
 from fake_openai import FakeOpenAI, Respond, completion, fake_openai, prompt_of
 from typer.testing import CliRunner
@@ -28,7 +28,7 @@ def write_mmmu(folder: Path, num: int) -> str:
             "id": f"validation_Art_{number}",
             "question": f"Question {number}:",
             "options": "['red', 'green']",
-            **{f"image_{index}": picture("red") if index == 1 else None for index in range(1, 8)},
+            **{f"image_{index}": encoded_image("red") if index == 1 else None for index in range(1, 8)},
             "answer": "B",
             "question_type": "multiple-choice",
         }
@@ -112,8 +112,8 @@ def test_a_busy_server_is_asked_again_and_one_failure_is_its_own(monkeypatch: py
 
     with fake_openai(respond) as server:
         contents = [[{"type": "text", "text": text}] for text in ("one", "soon", "busy", "two")]
-        one, soon, busy, two = Endpoint(server.url, "fake").answer(contents, Settings())
-    assert [one.text, soon.text, two.text] == ["one", "soon", "two"] and seen["busy"] == 3
+        first, soon, busy, two = Endpoint(server.url, "fake").answer(contents, Settings())
+    assert [first.text, soon.text, two.text] == ["one", "soon", "two"] and seen["busy"] == 3
     assert busy.error is not None and "HTTP 429" in busy.error and "slow down" in busy.error
     assert not busy.is_server_down
 
@@ -167,7 +167,7 @@ def test_failed_questions_are_counted_and_asked_again_by_the_same_command(tmp_pa
             "num": 8, "failed": 2, "refused": 1, "cut": 1, "empty": 2, "unfinished_reasoning": 1,
         }  # fmt: skip
         assert "Of 8 responses: 2 failed, 1 refused, 1 cut, 2 empty, 1 unfinished reasoning." in first.stdout
-        assert results["no_guess"]["right"] == 3 and len(results["official"]["drawn"]) == 5
+        assert results["no_guess"]["correct"] == 3 and len(results["official"]["random_guesses"]) == 5
         assert list(results["config"]["errors"]) == ["validation_Art_2", "validation_Art_5"]
         records = {record["id"]: record for record in read_jsonl(out / "predictions.jsonl")}
         assert records["validation_Art_6"]["response"] == "<think>Well, (B)"
@@ -182,7 +182,7 @@ def test_failed_questions_are_counted_and_asked_again_by_the_same_command(tmp_pa
         assert second.exit_code == 0 and len(server.requests) == num_before + 2
         assert {number_of(body) for body in server.requests[num_before:]} == {2, 5}
         results = json.loads((out / "results.json").read_text())
-        assert results["responses"]["failed"] == 0 and results["no_guess"]["right"] == 5
+        assert results["responses"]["failed"] == 0 and results["no_guess"]["correct"] == 5
         records = {record["id"]: record for record in read_jsonl(out / "predictions.jsonl")}
         assert len(records) == 8 and "error" not in records["validation_Art_2"]
 

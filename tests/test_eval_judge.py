@@ -15,18 +15,20 @@ from eval import scoring
 from eval.__main__ import app
 from eval.benchmarks import mmmu
 from eval.data import read_jsonl
-from eval.types import Answered, Kind, Question
+from eval.types import Answered, Question, QuestionType
 
 OPTIONS = {"A": "red", "B": "green", "C": "blue"}
 
 
-def answered(kind: Kind = "choice", gold: str = "B", said: str = "the green one", **changes: Any) -> Answered:
-    options = OPTIONS if kind == "choice" else {}
-    return Answered(Question("1", "Art", kind, gold, options, ("Which colour?",), **changes), said)
+def answered(
+    question_type: QuestionType = "choice", gold: str = "B", response: str = "the green one", **changes: Any
+) -> Answered:
+    options = OPTIONS if question_type == "choice" else {}
+    return Answered(Question("1", "Art", question_type, gold, options, ("Which colour?",), **changes), response)
 
 
 @pytest.mark.parametrize(
-    ("one", "reply", "meaning"),
+    ("item", "reply", "parsed"),
     [
         (answered(), "B", "B"),
         (answered(), " (B).\n", "B"),
@@ -34,8 +36,8 @@ def answered(kind: Kind = "choice", gold: str = "B", said: str = "the green one"
         (answered(), "none", "none"),
         (answered(), "None.", "none"),
         (answered(may_have_several=True), "C, A", "AC"),
-        (answered("judgement", "对"), "A", "对"),
-        (answered("judgement", "对"), "B", "错"),
+        (answered("true_false", "对"), "A", "对"),
+        (answered("true_false", "对"), "B", "错"),
         (answered("open", "36"), "A", "A"),
         # Anything else is a failure, and no verdict.
         (answered(), "D", None),
@@ -45,24 +47,24 @@ def answered(kind: Kind = "choice", gold: str = "B", said: str = "the green one"
         (answered(), "B. green", None),
         (answered(), "The response says B", None),
         (answered(), "", None),
-        (answered("judgement", "对"), "C", None),
+        (answered("true_false", "对"), "C", None),
         (answered(may_have_several=True), "AA", None),
     ],
 )
-def test_a_reply_is_a_letter_or_none(one: Answered, reply: str, meaning: str | None) -> None:
-    if meaning is None:
+def test_a_reply_is_a_letter_or_none(item: Answered, reply: str, parsed: str | None) -> None:
+    if parsed is None:
         with pytest.raises(ValueError, match="neither a letter nor none"):
-            judging.read_reply(one, reply)
+            judging.read_reply(item, reply)
     else:
-        assert judging.read_reply(one, reply) == meaning
+        assert judging.read_reply(item, reply) == parsed
 
 
 def test_the_judge_sees_question_options_and_answer_and_the_gold_only_of_open_questions() -> None:
-    one = answered(gold="SECRET", said='<think>red?</think>the "green"\none')
-    prompt = judging.prompt_of(one)
+    item = answered(gold="SECRET", response='<think>red?</think>the "green"\none')
+    prompt = judging.prompt_of(item)
     assert all(text in prompt for text in ("Which colour?", "(A) red\n(B) green\n(C) blue", r'"the \"green\"\none"'))
     assert "SECRET" not in prompt and "red?" not in prompt
-    assert "SECRET" not in judging.prompt_of(answered("judgement", "SECRET"))
+    assert "SECRET" not in judging.prompt_of(answered("true_false", "SECRET"))
     assert '["36"]' in judging.prompt_of(answered("open", "36")) and '["x"]' in judging.prompt_of(
         answered("blank", "x")
     )
@@ -71,7 +73,7 @@ def test_the_judge_sees_question_options_and_answer_and_the_gold_only_of_open_qu
 def write_scorable(folder: Path) -> list[str]:
     """Predictions and answers of six questions; the command that scores them."""
     folder.mkdir()
-    said = {
+    response = {
         1: "the green one",
         2: "B",
         3: "<think>(B)",
@@ -81,7 +83,7 @@ def write_scorable(folder: Path) -> list[str]:
     }
     lines = [
         {"id": f"validation_Art_{n}", "prompt": f"Question {n}:", "response": text, "options": OPTIONS}
-        for n, text in said.items()
+        for n, text in response.items()
     ]
     (folder / "predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     golds = {
@@ -97,7 +99,7 @@ def respond(body: dict[str, Any]) -> tuple[int, Any]:
     """A judge that thinks aloud and reads well."""
     text = prompt_of(body)
     answers = {'"the green one"': "B", '"B"': "B", '"the blue one"': "C", '"red or green"': "none", '"36 W"': "A"}
-    return completion("<think>A?</think>" + next(reply for said, reply in answers.items() if said in text))
+    return completion("<think>A?</think>" + next(reply for response, reply in answers.items() if response in text))
 
 
 def test_judged_results_stand_beside_the_others_and_no_reply_is_asked_for_twice(
@@ -114,13 +116,13 @@ def test_judged_results_stand_beside_the_others_and_no_reply_is_asked_for_twice(
         assert {headers["authorization"] for headers in server.headers} == {"Bearer judges-key"}
         results = json.loads((out / "results.json").read_text())
         judge = results["judge"]
-        assert (judge["right"], judge["num"], judge["failed"], judge["errors"]) == (3, 6, 0, {})
+        assert (judge["correct"], judge["num"], judge["failed"], judge["errors"]) == (3, 6, 0, {})
         assert (
             judge["model"] == "wise" and judge["prompt_version"] == "1" and set(judge["prompts"]) >= {"choice", "open"}
         )
-        assert results["no_guess"]["right"] == 1 and "read by a judge" in done.stdout
+        assert results["no_guess"]["correct"] == 1 and "read by a judge" in done.stdout
         verdicts = {row["id"][-1]: row for row in read_jsonl(out / "verdicts.jsonl")}
-        assert [verdicts[n]["judge"]["meaning"] for n in "12345"] == ["B", "B", "none", "C", "none"]
+        assert [verdicts[n]["judge"]["parsed"] for n in "12345"] == ["B", "B", "none", "C", "none"]
         assert "key" not in "".join(path.read_text() for path in out.glob("*.json*")).replace("keys", "")
 
         CliRunner().invoke(app, [*command, "--judge", server.url], catch_exceptions=False)
@@ -150,7 +152,7 @@ def test_a_failing_judge_is_counted_and_asked_again(tmp_path: Path, monkeypatch:
         done = CliRunner().invoke(app, [*command, "--judge", server.url], catch_exceptions=False)
         assert done.exit_code == 1 and "2 of 6 answers could not be judged" in done.stderr
         judge = json.loads((out / "results.json").read_text())["judge"]
-        assert (judge["num"], judge["right"], judge["failed"]) == (4, 3, 2)
+        assert (judge["num"], judge["correct"], judge["failed"]) == (4, 3, 2)
         assert (
             "Hmm, hard to say." in judge["errors"]["validation_Art_4"] and "500" in judge["errors"]["validation_Art_5"]
         )
@@ -158,7 +160,7 @@ def test_a_failing_judge_is_counted_and_asked_again(tmp_path: Path, monkeypatch:
         assert CliRunner().invoke(app, [*command, "--judge", server.url], catch_exceptions=False).exit_code == 0
         assert len(server.requests) == 5 + 2
         judge = json.loads((out / "results.json").read_text())["judge"]
-        assert (judge["num"], judge["right"], judge["failed"]) == (6, 3, 0)
+        assert (judge["num"], judge["correct"], judge["failed"]) == (6, 3, 0)
     # A judge that is not there: the other protocols' results are written all the same.
     gone = write_scorable(tmp_path / "two")
     done = CliRunner().invoke(app, [*gone, "--judge", server.url], catch_exceptions=False)
@@ -172,7 +174,7 @@ def test_a_failing_judge_is_counted_and_asked_again(tmp_path: Path, monkeypatch:
         (["--judge", "http://127.0.0.1:9"], "go together"),
         (["--judge-model", "x"], "go together"),
         (["--judge", "gpt", "--judge-model", "x"], "not the URL"),
-        (["--judge", "http://127.0.0.1:9", "--judge-model", "x"], "Give --out with --judge"),
+        (["--judge", "http://127.0.0.1:9", "--judge-model", "x"], "--judge needs --out"),
     ],
 )
 def test_a_judge_that_cannot_be_is_refused_at_once(arguments: list[str], message: str) -> None:
@@ -188,5 +190,5 @@ def test_a_run_is_judged_too(tmp_path: Path) -> None:
     with fake_openai(lambda body: completion("B" if body["model"] == "wise" else "the green one")) as server:
         done = run(server, data, tmp_path / "out", "--judge", server.url, "--judge-model", "wise")
     results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert done.exit_code == 0 and (results["judge"]["right"], results["no_guess"]["right"]) == (3, 0)
-    assert scoring.summarise(mmmu, [], "judge") == {"num": 0}
+    assert done.exit_code == 0 and (results["judge"]["correct"], results["no_guess"]["correct"]) == (3, 0)
+    assert scoring.summarize(mmmu, [], "judge") == {"num": 0}

@@ -1,4 +1,4 @@
-"""MMMU-Pro as it is: every shape of its rows, whole runs, and prediction files in the official form."""
+"""MMMU-Pro as it is: every shape of its rows, whole runs, and prediction files in the official format."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmark_rows import picture, write_parquet
+from benchmark_rows import encoded_image, write_parquet
 from tiny import tiny_model, tiny_processor
 from typer.testing import CliRunner
 
 from eval import scoring
 from eval.__main__ import app
-from eval.benchmarks import mmmu_pro
-from eval.benchmarks import mmmu_pro_official as mmmu_pro_rules
+from eval.benchmarks import mmmu_pro, mmmu_pro_official
 from eval.data import read_jsonl
 
 NESTED = "[['A', 'B', 'Not enough information']]"
@@ -28,7 +27,7 @@ def row(key: str, options: str, answer: str = "A", **changes: Any) -> dict[str, 
         "question": "<image 1> Which?",
         "options": options,
         "explanation": "?",
-        "image_1": picture("red"),
+        "image_1": encoded_image("red"),
         **{f"image_{number}": None for number in range(2, 8)},
         "img_type": "['Diagrams']",
         "answer": answer,
@@ -45,13 +44,13 @@ ROWS = [
     row("validation_Accounting_29", NESTED, "B", subject="Accounting"),
     row("test_Math_1", "['one']", subject="Math"),
     row("test_Math_2", "[1, 2.50, -3, None]", "C", subject="Math"),
-    row("validation_Art_Theory_3", texts(10), "J", image_1=picture("red", "JPEG")),
-    row("validation_Art_Theory_4", texts(12), "L", image_1=picture("blue", "WEBP")),
-    row("test_Art_Theory_5", texts(26), "Z", image_1=picture("red", "PNG", "P")),
-    row("test_Art_Theory_6", "['', 'x', '']", "B", image_1=picture("red", "TIFF", "CMYK")),
-    row("test_Art_Theory_7", "('a tuple', 'will do')", image_1=picture("grey", "PNG", "LA")),
+    row("validation_Art_Theory_3", texts(10), "J", image_1=encoded_image("red", "JPEG")),
+    row("validation_Art_Theory_4", texts(12), "L", image_1=encoded_image("blue", "WEBP")),
+    row("test_Art_Theory_5", texts(26), "Z", image_1=encoded_image("red", "PNG", "P")),
+    row("test_Art_Theory_6", "['', 'x', '']", "B", image_1=encoded_image("red", "TIFF", "CMYK")),
+    row("test_Art_Theory_7", "('a tuple', 'will do')", image_1=encoded_image("grey", "PNG", "LA")),
     row("test_Art_Theory_8", "['$\\delta$', \"it's\", 'a \"b\"']", "B", question="No marker; <image 8>"),
-    row("test_Art_Theory_9", "['<image 7>', '<image 1>', '<image 7>']", image_7=picture("blue")),
+    row("test_Art_Theory_9", "['<image 7>', '<image 1>', '<image 7>']", image_7=encoded_image("blue")),
     row("test_Art_Theory_10", "['<image 2>', 'no']", question="<image 1> or <image 1>?"),
 ]
 
@@ -63,8 +62,12 @@ def write_configs(folder: Path, rows: Sequence[dict[str, Any]] = ROWS) -> str:
         for index, part in enumerate((rows[:half], rows[half:])):
             write_parquet(folder / config / f"test-0000{index}-of-00002.parquet", part)
     vision = [
-        {"id": one["id"], "image": picture("green"), **{key: one[key] for key in ("options", "answer", "subject")}}
-        for one in rows
+        {
+            "id": item["id"],
+            "image": encoded_image("green"),
+            **{key: item[key] for key in ("options", "answer", "subject")},
+        }
+        for item in rows
     ]
     write_parquet(folder / "vision" / "test-00000-of-00001.parquet", vision)
     return str(folder)
@@ -78,7 +81,7 @@ def run_cli(*arguments: str) -> str:
 def test_every_shape_of_row_is_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     data = write_configs(tmp_path)
     questions = {question.id: question for question in mmmu_pro.load(data, "test")}
-    assert list(questions) == [one["id"] for one in ROWS]
+    assert list(questions) == [item["id"] for item in ROWS]
     options = {key.rsplit("_", 1)[1]: question.options for key, question in questions.items()}
     assert options["29"] == {"A": "['A', 'B', 'Not enough information']"} and options["1"] == {"A": "one"}
     assert options["2"] == {"A": "1", "B": "2.5", "C": "-3", "D": "None"}
@@ -135,8 +138,8 @@ def test_options_may_be_a_column_of_lists(tmp_path: Path) -> None:
         (tmp_path / "standard (4 options)").mkdir(exist_ok=True)
         table.to_parquet(tmp_path / "standard (4 options)" / "test-00000-of-00001.parquet")
         questions = mmmu_pro.load(str(tmp_path), "test", "standard (4 options)")
-        assert [list(question.options.values()) for question in questions] == [list(map(str, one)) for one in values]
-        assert questions[0].pictures[0].read() == picture("red")["bytes"]
+        assert [list(question.options.values()) for question in questions] == [list(map(str, item)) for item in values]
+        assert questions[0].images[0].read() == encoded_image("red")["bytes"]
 
 
 @pytest.mark.parametrize(
@@ -182,15 +185,17 @@ def test_a_run_starts_and_ends(tmp_path: Path, tiny_folder: Path, variant: str, 
     table = run_cli(*command, "--variant", variant, "--prompt", style, "--out", str(out))
     records, verdicts = (read_jsonl(out / f"{name}.jsonl") for name in ("predictions", "verdicts"))
     results = json.loads((out / "results.json").read_text())
-    assert [record["id"] for record in records] == [one["id"] for one in ROWS] and not results["config"]["errors"]
+    assert [record["id"] for record in records] == [item["id"] for item in ROWS] and not results["config"]["errors"]
     assert (results["config"]["variant"], results["config"]["prompt"]) == (variant, style)
     assert results["official"]["num"] == len(verdicts) == len(ROWS) and f"of {len(ROWS)} (printed as " in table
-    assert results["official"]["drawn"] == [verdict["id"] for verdict in verdicts if verdict["drawn"]]
+    assert results["official"]["random_guesses"] == [
+        verdict["id"] for verdict in verdicts if verdict["is_random_guess"]
+    ]
     assert all(record["prompt"].endswith("step by step before answering.") for record in records) == (style == "cot")
     assert (out / "page.html").exists() and (out / "results.png").exists()
 
     again = run_cli("score", "mmmu-pro", "--predictions", str(out / "predictions.jsonl"), "--partial")
-    assert f"(printed as {results['official']['printed']})" in again
+    assert f"(printed as {results['official']['formatted']})" in again
 
 
 TWELVE = dict(zip("ABCDEFGHIJKL", [f"choice {number}" for number in range(11)] + ["the moon"]))
@@ -223,7 +228,7 @@ TEN = dict(zip("ABCDEFGHIJ", [f"choice {number}" for number in range(10)]))
         ("L. the moon", TEN, None),
         ("it must be the moon, of course", TWELVE, "L"),
         ("it must be the moon", TWELVE, None),  # five words are too few to quote
-        # One option: it is the only letter, whatever was said; a nested one is looked for as Python writes it.
+        # One option: it is the only letter, whatever the response; a nested one is looked for as Python writes it.
         ("Answer: B", {"A": "['A', 'B', 'Not enough information']"}, None),
         ("(A)", {"A": "['A', 'B', 'Not enough information']"}, "A"),
         ("one of ['a', 'b', 'not enough information'] it is", {"A": "['A', 'B', 'Not enough information']"}, "A"),
@@ -235,15 +240,15 @@ def test_letters_are_those_of_the_questions_own_options(
     response: str, options: dict[str, str], letter: str | None
 ) -> None:
     """Worked out by hand from the official rules; None where they leave it to chance."""
-    drawn: list[Sequence[str]] = []
+    guesses: list[Sequence[str]] = []
 
-    def draw(letters: Sequence[str]) -> str:
-        drawn.append(letters)
+    def random_guess(letters: Sequence[str]) -> str:
+        guesses.append(letters)
         return letters[0]
 
-    meaning = mmmu_pro_rules.parse_choice(response, options, draw)
-    assert (None if drawn else meaning) == letter
-    assert drawn == ([] if letter else [list(options)])
+    parsed = mmmu_pro_official.parse_choice(response, options, random_guess)
+    assert (None if guesses else parsed) == letter
+    assert guesses == ([] if letter else [list(options)])
 
 
 def official_record(number: int, response: Any, answer: str = "B", options: str = texts(3)) -> dict[str, Any]:
@@ -276,12 +281,14 @@ def test_a_published_file_is_scored_as_it_is(tmp_path: Path) -> None:
     verdicts = read_jsonl(tmp_path / "out" / "verdicts.jsonl")
     official = results["official"]
     assert results["split"] == "test" and official["num"] == len(verdicts) == 1730
-    assert official["drawn"] == ["test_Art_2", "test_Art_3", "test_Art_4"]
-    assert [verdict["id"] for verdict in verdicts if verdict["drawn"]] == official["drawn"]
-    undrawn = [verdict for verdict in verdicts if not verdict["drawn"]]
-    assert all(verdict["official"]["right"] for verdict in undrawn) and len(undrawn) == 1727
-    assert official["printed"] == f"{official['right'] / 1730 * 100:.2f}%" and f"as {official['printed']}" in table
-    assert "3 left to the official draw" in table
+    assert official["random_guesses"] == ["test_Art_2", "test_Art_3", "test_Art_4"]
+    assert [verdict["id"] for verdict in verdicts if verdict["is_random_guess"]] == official["random_guesses"]
+    unguessed = [verdict for verdict in verdicts if not verdict["is_random_guess"]]
+    assert all(verdict["official"]["correct"] for verdict in unguessed) and len(unguessed) == 1727
+    assert (
+        official["formatted"] == f"{official['correct'] / 1730 * 100:.2f}%" and f"as {official['formatted']}" in table
+    )
+    assert "3 guessed at random" in table
 
     for num, some in ((1729, records[1:]), (1731, [*records, official_record(1731, "A")])):
         with pytest.raises(ValueError, match=f"has {num} responses, and the official script scores exactly 1730"):
@@ -291,16 +298,21 @@ def test_a_published_file_is_scored_as_it_is(tmp_path: Path) -> None:
 
 
 def test_the_number_is_printed_as_the_official_script_prints_it() -> None:
-    assert [mmmu_pro.printed(num, 1730) for num in (865, 1730, 0, 898)] == ["50.00%", "100.00%", "0.00%", "51.91%"]
+    assert [mmmu_pro.format_official(num, 1730) for num in (865, 1730, 0, 898)] == [
+        "50.00%",
+        "100.00%",
+        "0.00%",
+        "51.91%",
+    ]
 
 
 def test_answers_may_come_from_elsewhere_but_must_be_of_the_same_questions(tmp_path: Path) -> None:
     data = write_configs(tmp_path / "data")
-    bare = [{"id": one["id"], "response": f"Answer: {one['answer']}"} for one in ROWS]
+    bare = [{"id": item["id"], "response": f"Answer: {item['answer']}"} for item in ROWS]
     command = ["score", "mmmu-pro", "--partial", "--predictions"]
     path = write_lines(tmp_path / "bare.jsonl", bare)
     table = run_cli(*command, path, "--answers", data, "--variant", "vision")
-    assert "10 of 11 (printed as 90.91%)" in table and "1 left to the official draw" in table  # the nested row's B
+    assert "10 of 11 (printed as 90.91%)" in table and "1 guessed at random" in table  # the nested row's B
     other = write_lines(tmp_path / "other.jsonl", [bare[1] | {"options": "['one', 'two']"}])
     with pytest.raises(ValueError, match="'test_Math_1': it was asked with other options"):
         run_cli(*command, other, "--answers", data)
@@ -324,11 +336,11 @@ def test_answers_may_come_from_elsewhere_but_must_be_of_the_same_questions(tmp_p
 
 def test_every_image_reaches_a_model_and_an_endpoint(tmp_path: Path) -> None:
     """JPEG, PNG, WebP, palettes with transparency; what endpoints do not take goes as PNG."""
-    from eval.models import _as_images, _as_url, read_pictures
+    from eval.models import _as_images, _as_url, read_images
 
     sent = {}
     for question in mmmu_pro.load(write_configs(tmp_path), "test"):
-        content = read_pictures(question.content())
+        content = read_images(question.content())
         sent[question.id] = next(_as_url(part) for part in content if part["type"] == "image")["image_url"]["url"][:16]
         assert all(part["image"].mode == "RGB" for part in _as_images(content) if part["type"] == "image")
     assert [sent[f"validation_Art_Theory_{number}"][11:15] for number in (3, 4)] == ["jpeg", "webp"]

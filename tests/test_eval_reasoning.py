@@ -79,53 +79,53 @@ def test_a_long_response_of_odd_characters_is_read_in_linear_time() -> None:
 
 
 @pytest.mark.parametrize(
-    ("benchmark", "kind", "gold", "reasoning", "answer"),
+    ("benchmark", "question_type", "gold", "reasoning", "answer"),
     [
         (mmmu, "choice", "B", "(A), (A) or (C)", "(B)"),
         (mmmu, "open", "36", "it is 35", "36 watts"),
         (mmmu_pro, "choice", "B", "Answer: A", "Answer: B"),
         (cmmmu, "choice", "BD", "(A)(A)(A)", "(B)(D)"),
-        (cmmmu, "judgement", "错", "所以正确。", "错误"),
+        (cmmmu, "true_false", "错", "所以正确。", "错误"),
         (cmmmu, "blank", "60", "所以等于50。", "等于60"),
     ],
 )
 def test_every_benchmark_and_protocol_scores_the_answer_alone(
-    benchmark: scoring.Benchmark, kind: str, gold: str, reasoning: str, answer: str
+    benchmark: scoring.Benchmark, question_type: str, gold: str, reasoning: str, answer: str
 ) -> None:
-    question = Question("1", "Art", kind, gold, OPTIONS if kind == "choice" else {})  # type: ignore[arg-type]
+    question = Question("1", "Art", question_type, gold, OPTIONS if question_type == "choice" else {})  # type: ignore[arg-type]
 
-    def score(said: str) -> scoring.Scored:
-        return scoring.score(benchmark, [Answered(question, said)])[0]
+    def score(response: str) -> scoring.Scored:
+        return scoring.score(benchmark, [Answered(question, response)])[0]
 
-    for said in (f"<think>{reasoning}</think>\n\n{answer}", f"{reasoning}</think>{answer}"):
-        assert score(said).official == score(answer).official
-        assert score(said).official.is_right and not score(said).official.is_guess
-        assert scoring.is_right_without_guess(benchmark, Answered(question, said))
+    for response in (f"<think>{reasoning}</think>\n\n{answer}", f"{reasoning}</think>{answer}"):
+        assert score(response).official == score(answer).official
+        assert score(response).official.is_correct and not score(response).official.is_guess
+        assert scoring.is_correct_without_guess(benchmark, Answered(question, response))
     unfinished = score(f"<think>{reasoning}. {answer}")
     assert unfinished.official == score("").official
-    assert not unfinished.verdict("no_guess").is_right  # type: ignore[union-attr]
+    assert not unfinished.verdict("no_guess").is_correct  # type: ignore[union-attr]
     assert scoring.count_outcomes([unfinished.answered])["unfinished_reasoning"] == 1
 
 
 def test_a_submission_holds_answers_and_the_verdicts_the_whole_response() -> None:
-    said = "<think>35?</think>36 W"
-    answered = Answered(Question("validation_Art_1", "Art", "open", "36"), said)
+    response = "<think>35?</think>36 W"
+    answered = Answered(Question("validation_Art_1", "Art", "open", "36"), response)
     assert json.loads(mmmu.submission([answered])[1]) == {"validation_Art_1": "36 W"}
-    answered = Answered(Question("7", "商业", "blank", ""), said)
+    answered = Answered(Question("7", "商业", "blank", ""), response)
     assert json.loads(cmmmu.submission([answered])[1])["response"] == "36 W"
 
 
 def test_guesses_are_the_official_draws_and_count_as_wrong() -> None:
-    def verdicts(benchmark: scoring.Benchmark, kind: str, gold: str, said: str) -> tuple[bool, bool, bool]:
-        question = Question("1", "Art", kind, gold, OPTIONS if kind == "choice" else {})  # type: ignore[arg-type]
-        one = scoring.score(benchmark, [Answered(question, said)])[0]
-        return one.official.is_right, one.official.is_guess, one.verdict("no_guess").is_right  # type: ignore[union-attr]
+    def verdicts(benchmark: scoring.Benchmark, question_type: str, gold: str, response: str) -> tuple[bool, bool, bool]:
+        question = Question("1", "Art", question_type, gold, OPTIONS if question_type == "choice" else {})  # type: ignore[arg-type]
+        item = scoring.score(benchmark, [Answered(question, response)])[0]
+        return item.official.is_correct, item.official.is_guess, item.verdict("no_guess").is_correct  # type: ignore[union-attr]
 
     assert verdicts(mmmu, "choice", "A", "who knows") == (True, True, False)  # the first draw of the seeded stream is A
     assert verdicts(mmmu, "choice", "B", "who knows") == (False, True, False)
     assert verdicts(mmmu, "choice", "A", "A") == (True, False, True)
     assert verdicts(mmmu_pro, "choice", "A", "") == (True, True, False)
-    assert verdicts(cmmmu, "judgement", "对", "不知道")[1:] == (True, False)
+    assert verdicts(cmmmu, "true_false", "对", "不知道")[1:] == (True, False)
     assert verdicts(cmmmu, "choice", "A", "") == (False, False, False)  # CMMMU draws nothing for an empty response
     assert verdicts(mmmu, "open", "500", "$500") == (True, False, True)  # nothing is ever drawn for free text
 

@@ -11,9 +11,7 @@ from typing import Any
 
 import pytest
 
-from eval.benchmarks import cmmmu_official as cmmmu_rules
-from eval.benchmarks import mmmu_official as mmmu_rules
-from eval.benchmarks import mmmu_pro_official as mmmu_pro_rules
+from eval.benchmarks import cmmmu_official, mmmu_official, mmmu_pro_official
 
 ROOT = Path(__file__).parents[1]
 REFERENCE = Path(os.environ.get("YI_VL_REFERENCE", ROOT.parent / "shared" / "reference"))
@@ -32,15 +30,15 @@ CATEGORIES = (
 
 
 class Stream:
-    """One seeded stream of draws, and how many were had."""
+    """One seeded stream of random guesses, and those taken."""
 
     def __init__(self, seed: int = 42) -> None:
         self._random = random.Random(seed)
-        self.drawn: list[tuple[list[str], str]] = []
+        self.guesses: list[tuple[list[str], str]] = []
 
     def __call__(self, choices: Sequence[str]) -> str:
         choice = self._random.choice(choices)
-        self.drawn.append((list(choices), choice))
+        self.guesses.append((list(choices), choice))
         return choice
 
 
@@ -53,8 +51,8 @@ def _lines(*parts: str) -> list[dict[str, Any]]:
 
 
 def _cases(name: str) -> list[dict[str, Any]]:
-    found = _read("edge_cases.json")[name]
-    return found["cases"] if isinstance(found, dict) else found
+    cases = _read("edge_cases.json")[name]
+    return cases["cases"] if isinstance(cases, dict) else cases
 
 
 def _sorted(values: Sequence[str | float]) -> list[str | float]:
@@ -65,7 +63,7 @@ OPTIONS = {"A": "red apple", "B": "green pear", "C": "blue plum", "D": "apple"}
 
 
 @pytest.mark.parametrize(
-    ("response", "letter", "is_drawn"),
+    ("response", "letter", "is_guess"),
     [
         ("(C) then (A)", "A", False),
         ("The answer is A. Not B .", "B", False),
@@ -75,13 +73,13 @@ OPTIONS = {"A": "red apple", "B": "green pear", "C": "blue plum", "D": "apple"}
         ("", "A", True),
     ],
 )
-def test_mmmu_choice(response: str, letter: str, is_drawn: bool) -> None:
+def test_mmmu_choice(response: str, letter: str, is_guess: bool) -> None:
     stream = Stream()
-    assert mmmu_rules.parse_choice(response, OPTIONS, stream) == letter and bool(stream.drawn) == is_drawn
+    assert mmmu_official.parse_choice(response, OPTIONS, stream) == letter and bool(stream.guesses) == is_guess
 
 
 @pytest.mark.parametrize(
-    ("gold", "response", "is_right"),
+    ("gold", "response", "is_correct"),
     [
         ("3.14", "The answer is 3.144.", True),
         ("30", "30 watts", True),
@@ -92,30 +90,30 @@ def test_mmmu_choice(response: str, letter: str, is_drawn: bool) -> None:
         ("0.1", "10%", False),
     ],
 )
-def test_mmmu_open(gold: str | list[str], response: str, is_right: bool) -> None:
-    assert mmmu_rules.is_open_right(mmmu_rules.parse_open(response), gold) is is_right
+def test_mmmu_open(gold: str | list[str], response: str, is_correct: bool) -> None:
+    assert mmmu_official.is_open_correct(mmmu_official.parse_open(response), gold) is is_correct
 
 
 def test_cmmmu_by_hand() -> None:
     options = {"A": "红色", "B": "绿色", "C": "蓝色", "D": "紫色"}
     stream = Stream()
-    assert cmmmu_rules.parse_choice("", options, stream) is None and not stream.drawn
-    assert cmmmu_rules.parse_choice("A、C", options, stream) == "AC"
-    assert cmmmu_rules.parse_choice("应该是绿色", options, stream) == "B" and not stream.drawn
-    assert cmmmu_rules.parse_choice("。", options, stream) == "A" and len(stream.drawn) == 1
-    assert cmmmu_rules.parse_judgement("不正确", stream) == "对", "positive words are looked for first"
-    assert cmmmu_rules.parse_judgement("这个说法不合适", stream) == "错"
-    assert cmmmu_rules.is_blank_right(cmmmu_rules.parse_blank("所以等于60%。", "60"), "60")
-    assert not cmmmu_rules.is_blank_right(cmmmu_rules.normalise("60%", "60"), "60")
+    assert cmmmu_official.parse_choice("", options, stream) is None and not stream.guesses
+    assert cmmmu_official.parse_choice("A、C", options, stream) == "AC"
+    assert cmmmu_official.parse_choice("应该是绿色", options, stream) == "B" and not stream.guesses
+    assert cmmmu_official.parse_choice("。", options, stream) == "A" and len(stream.guesses) == 1
+    assert cmmmu_official.parse_true_false("不正确", stream) == "对", "positive words are looked for first"
+    assert cmmmu_official.parse_true_false("这个说法不合适", stream) == "错"
+    assert cmmmu_official.is_blank_correct(cmmmu_official.parse_blank("所以等于60%。", "60"), "60")
+    assert not cmmmu_official.is_blank_correct(cmmmu_official.normalize("60%", "60"), "60")
 
 
 @with_reference
 @pytest.mark.parametrize(
     ("name", "parse"),
     [
-        ("mmmu_multi_choice", mmmu_rules.parse_choice),
-        ("mmmu_pro_multi_choice", mmmu_pro_rules.parse_choice),
-        ("cmmmu_multi_choice", cmmmu_rules.parse_choice),
+        ("mmmu_multi_choice", mmmu_official.parse_choice),
+        ("mmmu_pro_multi_choice", mmmu_pro_official.parse_choice),
+        ("cmmmu_multi_choice", cmmmu_official.parse_choice),
     ],
 )
 def test_choices_as_the_official_code_parses_them(name: str, parse: Callable[..., str | None]) -> None:
@@ -123,30 +121,30 @@ def test_choices_as_the_official_code_parses_them(name: str, parse: Callable[...
     for case in _cases(name):
         stream = Stream()
         assert parse(case["response"], options, stream) == case["result"], case
-        assert bool(stream.drawn) == case["random_fallback"], case
+        assert bool(stream.guesses) == case["random_fallback"], case
 
 
 @with_reference
 def test_open_answers_as_the_official_code_parses_them() -> None:
     for case in _cases("mmmu_open_parse") + _cases("mmmu_open_eval"):
-        parsed = mmmu_rules.parse_open(case["response"])
+        parsed = mmmu_official.parse_open(case["response"])
         assert _sorted(parsed) == _sorted(case["parsed"]), case
         if "gold" in case:
-            assert mmmu_rules.is_open_right(parsed, case["gold"]) == case["correct"], case
+            assert mmmu_official.is_open_correct(parsed, case["gold"]) == case["correct"], case
 
 
 @with_reference
-def test_judgements_and_blanks_as_the_official_code_parses_them() -> None:
+def test_true_false_and_blanks_as_the_official_code_parses_them() -> None:
     for case in _cases("cmmmu_true_false"):
         stream = Stream()
-        assert cmmmu_rules.parse_judgement(case["response"], stream) == case["result"], case
-        assert bool(stream.drawn) == case["random_fallback"], case
+        assert cmmmu_official.parse_true_false(case["response"], stream) == case["result"], case
+        assert bool(stream.guesses) == case["random_fallback"], case
     for case in _cases("cmmmu_fill_blank"):
-        said = cmmmu_rules.parse_blank(case["response"], case["gold"])
-        assert _sorted(said) == _sorted(case["parsed"]), case
-        assert cmmmu_rules.is_blank_right(said, case["gold"]) == case["correct_response_mode"], case
-        plain = cmmmu_rules.normalise(case["response"], case["gold"])
-        assert cmmmu_rules.is_blank_right(plain, case["gold"]) == case["correct_answer_mode"], case
+        parsed = cmmmu_official.parse_blank(case["response"], case["gold"])
+        assert _sorted(parsed) == _sorted(case["parsed"]), case
+        assert cmmmu_official.is_blank_correct(parsed, case["gold"]) == case["correct_response_mode"], case
+        plain = cmmmu_official.normalize(case["response"], case["gold"])
+        assert cmmmu_official.is_blank_correct(plain, case["gold"]) == case["correct_answer_mode"], case
 
 
 @with_reference
@@ -155,21 +153,21 @@ def test_llava_on_mmmu_record_by_record() -> None:
         _read("mmmu", "answer_dict_val.json"),
         _read("mmmu", "expected_parse_and_eval_llava1.5_13b_records.json"),
     )
-    stream, num_right = Stream(), 0
+    stream, num_correct = Stream(), 0
     for subject in sorted(path.parent.name for path in (REFERENCE / "mmmu" / "llava1.5_13b").glob("*/output.json")):
         for record in _read("mmmu", "llava1.5_13b", subject, "output.json"):
             gold = golds[record["id"]]["ground_truth"]
             if golds[record["id"]]["question_type"] == "multiple-choice":
-                letter = mmmu_rules.parse_choice(record["response"], record["index2ans"], stream)
+                letter = mmmu_official.parse_choice(record["response"], record["index2ans"], stream)
                 assert letter == expected[record["id"]]["parsed_pred"], record
-                is_right = mmmu_rules.is_choice_right(letter, gold)
+                is_correct = mmmu_official.is_choice_correct(letter, gold)
             else:
-                is_right = mmmu_rules.is_open_right(mmmu_rules.parse_open(record["response"]), gold)
-            assert is_right == (expected[record["id"]]["judge"] == "Correct"), record
-            num_right += is_right
-    assert num_right == 330
-    draws = _read("mmmu", "expected_random_draws_llava1.5_13b_seed42.json")
-    assert stream.drawn == [(draw["choices"], draw["drawn"]) for draw in draws]
+                is_correct = mmmu_official.is_open_correct(mmmu_official.parse_open(record["response"]), gold)
+            assert is_correct == (expected[record["id"]]["judge"] == "Correct"), record
+            num_correct += is_correct
+    assert num_correct == 330
+    expected_guesses = _read("mmmu", "expected_random_draws_llava1.5_13b_seed42.json")
+    assert stream.guesses == [(draw["choices"], draw["drawn"]) for draw in expected_guesses]
 
 
 @with_reference
@@ -179,23 +177,23 @@ def test_yi_vl_34b_on_cmmmu_record_by_record() -> None:
     responses, answers = (
         {row["id"]: row for row in _lines("cmmmu", f"yi-vl-34b-{mode}.jsonl")} for mode in ("response", "answer")
     )
-    stream, num_right, num_right_answers = Stream(), 0, 0
+    stream, num_correct, num_correct_answers = Stream(), 0, 0
     for category in CATEGORIES:
         for key in [key for key in responses if expected[str(key)]["category"] == category]:
-            row, gold, wanted = responses[key], golds[key]["answer"], expected[str(key)]
+            row, gold, expected_record = responses[key], golds[key]["answer"], expected[str(key)]
             if row["type"] == "选择":
                 options = {letter: golds[key][f"option{i}"] for i, letter in enumerate("ABCD", start=1)}
-                is_right = cmmmu_rules.parse_choice(row["response"], options, stream) == gold
-                is_right_answer = answers[key]["answer"] == gold
+                is_correct = cmmmu_official.parse_choice(row["response"], options, stream) == gold
+                is_answer_correct = answers[key]["answer"] == gold
             elif row["type"] == "判断":
-                is_right = cmmmu_rules.parse_judgement(row["response"], stream) == gold
-                is_right_answer = answers[key]["answer"] == gold
+                is_correct = cmmmu_official.parse_true_false(row["response"], stream) == gold
+                is_answer_correct = answers[key]["answer"] == gold
             else:
-                is_right = cmmmu_rules.is_blank_right(cmmmu_rules.parse_blank(row["response"], gold), gold)
-                said = cmmmu_rules.normalise(answers[key]["answer"], gold)
-                is_right_answer = cmmmu_rules.is_blank_right(said, gold)
-            assert is_right == wanted["judge"], (row, gold)
-            assert is_right_answer == wanted["answer_mode_judge"], (answers[key], gold)
-            num_right += is_right
-            num_right_answers += is_right_answer
-    assert num_right == num_right_answers == 326 and len(stream.drawn) == 42
+                is_correct = cmmmu_official.is_blank_correct(cmmmu_official.parse_blank(row["response"], gold), gold)
+                parsed = cmmmu_official.normalize(answers[key]["answer"], gold)
+                is_answer_correct = cmmmu_official.is_blank_correct(parsed, gold)
+            assert is_correct == expected_record["judge"], (row, gold)
+            assert is_answer_correct == expected_record["answer_mode_judge"], (answers[key], gold)
+            num_correct += is_correct
+            num_correct_answers += is_answer_correct
+    assert num_correct == num_correct_answers == 326 and len(stream.guesses) == 42

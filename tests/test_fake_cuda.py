@@ -21,7 +21,7 @@ from eval.speed import engine as speed_engine
 from eval.speed import full_size, random_models
 from eval.speed import quantize as speed_quantize
 from eval.speed import runner as speed_runner
-from eval.types import Picture, Question
+from eval.types import BenchmarkImage, Question
 from yi_vl import YiVL
 from yi_vl import hardware as machine
 from yi_vl.image.transform import YiVLImageProcessor
@@ -190,7 +190,7 @@ def test_the_engines_speed_is_measured_when_the_gpu_is_done(clock: FakeCuda, mon
         speed_engine.compare_batch(model, 2, 20, 4),
         speed_engine.compare_prefill(model, 40),
     ]
-    assert all(measured["ways"] for measured in found)
+    assert all(measured["variants"] for measured in found)
     assert machine.matrix_rate(8, 8, 8, torch.bfloat16, "cuda") > 0
     assert machine.copy_bandwidth("cuda", 1 << 10) > 0
 
@@ -206,8 +206,8 @@ def test_loading_is_measured_when_the_gpu_is_done(clock: FakeCuda, folder: Path)
 
 
 def test_the_runner_is_compared_over_the_same_answers(clock: FakeCuda, folder: Path) -> None:
-    pictures = (Picture("wide", WIDE.read_bytes), Picture("tall", TALL.read_bytes))
-    questions = [Question(str(i), "s", "open", "", {}, (f"What? {i}",), pictures[:i]) for i in range(3)]
+    images = (BenchmarkImage("wide", WIDE.read_bytes), BenchmarkImage("tall", TALL.read_bytes))
+    questions = [Question(str(i), "s", "open", "", {}, (f"What? {i}",), images[:i]) for i in range(3)]
     choice = ModelChoice(str(folder))
     found = speed_runner.compare_runner(choice, questions, 2, 4)
     assert found["same_answers"] == "3 of 3"

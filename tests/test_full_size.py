@@ -32,13 +32,13 @@ def test_a_random_release_is_made_loaded_and_asked(tmp_path: Path, monkeypatch: 
     assert made.layout == "official" and made.dtype == torch.bfloat16
     assert {t.dtype for name, t in made.tensors.items() if ".vision_tower." in name} == {torch.float32}
     assert largest_difference(made)[0] == 0.0
-    found = full_size.measure(folder, OFFICIAL / "wide.png", 2)
-    assert {"weights", "loading", "peak memory, loading", "answer"} <= found.keys()
-    assert all(any(name.startswith(what) for name in found) for what in ("prefill, ", "decoding, "))
+    result = full_size.measure(folder, OFFICIAL / "wide.png", 2)
+    assert {"weights", "loading", "peak memory, loading", "answer"} <= result.keys()
+    assert all(any(name.startswith(what) for name in result) for what in ("prefill, ", "decoding, "))
     sent: list[dict[str, str]] = []
     for scheme in (None, "int8"):  # in this process
         full_size._measure(folder, OFFICIAL / "wide.png", 2, scheme, SimpleNamespace(send=sent.append))
-    assert [measured["weights"] for measured in sent] == [found["weights"], "0.00 GB in int8"]
+    assert [measured["weights"] for measured in sent] == [result["weights"], "0.00 GB in int8"]
     (folder / "tokenizer.model").unlink()
     with pytest.raises(ValueError, match="tokenizer cannot be loaded"):
         full_size.measure(folder, OFFICIAL / "wide.png", 2)

@@ -85,8 +85,8 @@ def test_whatever_becomes_of_a_part_the_rest_is_run(tmp_path: Path, capsys: pyte
     ]
     outcomes = gpu.measure(tmp_path, "cpu", "nano", parts=parts)
     assert list(outcomes) == [part.name for part in parts]
-    found = {name: (outcome.status, outcome.reason) for name, outcome in outcomes.items()}
-    assert found == {
+    result = {name: (outcome.status, outcome.reason) for name, outcome in outcomes.items()}
+    assert result == {
         "environment": ("ok", ""),
         "first": ("ok", ""),
         "fails": ("failed", "RuntimeError: CUDA out of memory."),
@@ -106,8 +106,8 @@ def test_whatever_becomes_of_a_part_the_rest_is_run(tmp_path: Path, capsys: pyte
 
     written = json.loads((tmp_path / gpu.JSON_FILE).read_text(encoding="utf-8"))
     assert written["size"] == "nano" and written["parts"]["hangs"]["status"] == "failed"
-    one = {"name": "calls", "value": 1.0, "unit": "calls", "limit": 4.0, "limit_name": "the | most"}
-    assert written["parts"]["first"]["measured"] == [one]
+    item = {"name": "calls", "value": 1.0, "unit": "calls", "limit": 4.0, "limit_name": "the | most"}
+    assert written["parts"]["first"]["measured"] == [item]
     table = (tmp_path / gpu.TABLE_FILE).read_text(encoding="utf-8")
     assert "| first | calls | 1 calls | 4 calls, the \\| most | 25.0% |" in table and "a machine." in table
     assert "- killed: failed: its process died of SIGSEGV" in table and ": 4 ok, 3 failed, 2 skipped." in table
@@ -135,17 +135,17 @@ def test_the_parts_themselves_at_nanos_size(tmp_path: Path) -> None:
     }
     assert parts["flash-attn"]["reason"] == "needs a GPU"
     assert all(part["reason"] or part["measured"] for part in parts.values())
-    units = {one["unit"] for part in parts.values() for one in part["measured"]}
+    units = {item["unit"] for part in parts.values() for item in part["measured"]}
     assert units == {"", "ms", "tokens/s", "TFLOP/s"}
     assert done.stdout.rstrip() == (tmp_path / gpu.TABLE_FILE).read_text(encoding="utf-8").rstrip()
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "output"),
     [(["--parts", "nonsense"], "there is no part 'nonsense'"), (["--device", "cuda"], "finds no CUDA device")],
 )
-def test_a_users_mistake_is_one_line(arguments: list[str], said: str, tmp_path: Path) -> None:
+def test_a_users_mistake_is_one_line(arguments: list[str], output: str, tmp_path: Path) -> None:
     out = str(tmp_path / "out")
     (done,) = run_program(tmp_path, "eval", "gpu", "--out", out, "--size", "nano", *arguments, CUDA_VISIBLE_DEVICES="")
-    assert done.code == 2 and said in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    assert done.code == 2 and output in done.stderr and len(done.stderr.strip().splitlines()) == 1
     assert not (tmp_path / "out").exists()

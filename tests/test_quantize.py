@@ -284,9 +284,12 @@ def test_the_command_line(run: Run, folder: Path, tmp_path: Path) -> None:  # no
 def test_measuring(folder: Path) -> None:
     from eval.speed.quantize import compare_quantize, measure_load
 
-    ways = compare_quantize(folder, prompt_tokens=20, new_tokens=3)["ways"]
-    assert list(ways) == ["bf16", "int8", "int4"]
-    assert ways["int8"]["of_the_memory"] < 1 and ways["bf16"]["kl"] == 0 < ways["int8"]["kl"] < ways["int4"]["kl"]
+    variants = compare_quantize(folder, prompt_tokens=20, new_tokens=3)["variants"]
+    assert list(variants) == ["bf16", "int8", "int4"]
+    assert (
+        variants["int8"]["relative_memory"] < 1
+        and variants["bf16"]["kl"] == 0 < variants["int8"]["kl"] < variants["int4"]["kl"]
+    )
     measured: list[Any] = []
     measure_load(folder, "int8", SimpleNamespace(send=measured.append))
     measure_load(folder, "int3", SimpleNamespace(send=measured.append))  # type: ignore[arg-type]

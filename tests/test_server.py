@@ -42,15 +42,15 @@ from yi_vl.engine.engine import Prompts, Sampling
 from yi_vl.image.transform import MAX_PIXELS
 from yi_vl.predict import YiVL
 from yi_vl.server import Limits, create_app
-from yi_vl.server.worker import Ahead
+from yi_vl.server.worker import BufferedStream
 
 WIDE, TALL = OFFICIAL / "wide.png", OFFICIAL / "tall.png"
-Turns = list[tuple[str, list[Path], str]]  # role, pictures, words
+Turns = list[tuple[str, list[Path], str]]  # role, images, words
 CHATS: dict[str, Turns] = {
     "text": [("user", [], "Who are you?")],
-    "picture": [("user", [WIDE], "What is this?")],
-    "several pictures": [("user", [WIDE, TALL], "比较一下。")],
-    "pictures in several turns": [
+    "image": [("user", [WIDE], "What is this?")],
+    "several images": [("user", [WIDE, TALL], "比较一下。")],
+    "images in several turns": [
         ("system", [], "Be brief."),
         ("user", [WIDE], "What is this?"),
         ("assistant", [], "A dog."),
@@ -106,17 +106,15 @@ def until(condition: Callable[[], Any]) -> None:
         time.sleep(0.005)
 
 
-def data_url(picture: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(picture).decode()
+def data_url(image: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(image).decode()
 
 
 def asked(turns: Turns) -> list[Any]:
     """Turns as OpenAI's client sends them."""
     messages = []
-    for role, pictures, words in turns:
-        parts: list[Any] = [
-            {"type": "image_url", "image_url": {"url": data_url(path.read_bytes())}} for path in pictures
-        ]
+    for role, images, words in turns:
+        parts: list[Any] = [{"type": "image_url", "image_url": {"url": data_url(path.read_bytes())}} for path in images]
         messages.append({"role": role, "content": [*parts, {"type": "text", "text": words}] if parts else words})
     return messages
 
@@ -124,8 +122,8 @@ def asked(turns: Turns) -> list[Any]:
 def direct(yi_vl: YiVL, turns: Turns, **options: Any) -> tuple[str, str | None, int, int]:
     """What the model answers without a server: text, finish reason, tokens read, tokens generated."""
     messages = []
-    for role, pictures, words in turns:
-        parts: list[Any] = [{"type": "image", "image": path} for path in pictures]
+    for role, images, words in turns:
+        parts: list[Any] = [{"type": "image", "image": path} for path in images]
         messages.append({"role": role, "content": [*parts, {"type": "text", "text": words}]})
     sampling = Sampling(**options)
     prompts = yi_vl.prepare([messages])
@@ -197,7 +195,7 @@ def test_answers_are_those_of_the_model(client: OpenAI, yi_vl: YiVL, chat: str) 
     assert reply.usage is not None and reply.model == "tiny" and reply.object == "chat.completion"
     usage = (reply.usage.prompt_tokens, reply.usage.completion_tokens, reply.usage.total_tokens)
     assert usage == (num_read, num_generated, num_read + num_generated)
-    assert num_read > NUM_PATCHES * sum(len(pictures) for _, pictures, _ in CHATS[chat])
+    assert num_read > NUM_PATCHES * sum(len(images) for _, images, _ in CHATS[chat])
 
 
 def test_every_chat_has_an_answer_of_its_own(yi_vl: YiVL) -> None:
@@ -207,11 +205,11 @@ def test_every_chat_has_an_answer_of_its_own(yi_vl: YiVL) -> None:
 @pytest.mark.core
 @pytest.mark.parametrize("includes_usage", [True, False])
 def test_a_stream_is_the_answer_in_pieces(client: OpenAI, yi_vl: YiVL, includes_usage: bool) -> None:
-    text, reason, num_read, num_generated = direct(yi_vl, CHATS["picture"], max_new_tokens=12)
+    text, reason, num_read, num_generated = direct(yi_vl, CHATS["image"], max_new_tokens=12)
     options: Any = {"stream_options": {"include_usage": True}} if includes_usage else {}
     chunks = list(
         client.chat.completions.create(
-            model="tiny", messages=asked(CHATS["picture"]), max_completion_tokens=12, stream=True, **options
+            model="tiny", messages=asked(CHATS["image"]), max_completion_tokens=12, stream=True, **options
         )
     )
     if includes_usage:
@@ -296,20 +294,20 @@ def ask(**fields: Any) -> dict[str, Any]:
 
 
 def show(url: Any, **fields: Any) -> dict[str, Any]:
-    """A request with a picture."""
+    """A request with an image."""
     parts = [{"type": "image_url", "image_url": {"url": url, **fields}}, {"type": "text", "text": "What?"}]
     return ask(messages=[{"role": "user", "content": parts}])
 
 
-def picture(format: str) -> bytes:
+def encoded_image(format: str) -> bytes:
     file = io.BytesIO()
     Image.new("L", (8, 8)).save(file, format)
     return file.getvalue()
 
 
 def bomb() -> bytes:
-    """A picture that says it has more pixels than are read."""
-    content = bytearray(picture("PNG"))
+    """An image that says it has more pixels than are read."""
+    content = bytearray(encoded_image("PNG"))
     content[16:24] = struct.pack(">II", 20_000, 6_000)
     content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
     return bytes(content)
@@ -369,7 +367,7 @@ REFUSED: list[tuple[Any, int, str | None, str]] = [
     (show("data:image/png,abc"), 400, URL, "must have the form"),
     (show(data_url(TALL.read_bytes()[:2000])), 422, URL, "damaged"),
     (show(data_url(bomb())), 422, URL, f"at most {MAX_PIXELS:,}"),
-    (show(data_url(picture("EPS"))), 422, URL, "not a picture of a format"),
+    (show(data_url(encoded_image("EPS"))), 422, URL, "not a picture of a format"),
     (show(data_url(png(1, 300_000, 8, 2, 3))), 422, URL, "a side of at most 65,535"),
     (show(data_url(gif_with(b"!\xfe\1a\0" * 100_000))), 422, URL, "too many pieces"),
     (show(data_url(jpeg_of_scans(10_000, 400))), 422, URL, "more than 50 scans"),
@@ -383,9 +381,9 @@ REFUSED: list[tuple[Any, int, str | None, str]] = [
     (with_text(show(data_url(bomb())), "a" * 100_000), 400, "messages", "takes at least"),  # before it is decoded
     (show(str(WIDE)), 400, URL, "files are not read"),
     (show(f"file://{WIDE}"), 400, URL, "files are not read"),
-    (show("http://127.0.0.1/a.png"), 400, URL, "fetches no pictures"),
+    (show("http://127.0.0.1/a.png"), 400, URL, "fetches no images"),
     (show(3), 400, URL, "string"),
-    (show(data_url(picture("PNG")), crop="high"), 400, URL.replace("url.url", "url.crop"), "not supported"),
+    (show(data_url(encoded_image("PNG")), crop="high"), 400, URL.replace("url.url", "url.crop"), "not supported"),
     (ask(messages=show("data:,")["messages"] * 9), 413, "messages", "9 images"),
 ]
 
@@ -430,7 +428,7 @@ def test_pages_that_do_not_exist_and_other_methods(address: str) -> None:
     assert form.status_code == 400 and "application/json" in form.json()["error"]["message"]
 
 
-def test_bodies_and_pictures_are_limited_in_bytes(yi_vl: YiVL) -> None:
+def test_bodies_and_images_are_limited_in_bytes(yi_vl: YiVL) -> None:
     limits = Limits(body_bytes=40_000, image_bytes=5_000)
     with serving(create_app(yi_vl, "tiny", limits=limits)) as address, client_of(address) as client:
         with pytest.raises(openai.APIStatusError, match="larger than 40,000 bytes") as caught:
@@ -445,7 +443,7 @@ def test_bodies_and_pictures_are_limited_in_bytes(yi_vl: YiVL) -> None:
         with pytest.raises(openai.APIStatusError, match="larger than 5,000 bytes") as caught:
             client.chat.completions.create(model="tiny", messages=asked([("user", [TALL], "What?")]))
         assert caught.value.status_code == 413 and caught.value.param == URL
-        assert client.chat.completions.create(model="tiny", messages=asked(CHATS["picture"]), max_tokens=1).choices
+        assert client.chat.completions.create(model="tiny", messages=asked(CHATS["image"]), max_tokens=1).choices
 
 
 def test_a_body_that_does_not_arrive_is_given_up(yi_vl: YiVL) -> None:
@@ -558,7 +556,7 @@ def test_a_slow_reader_holds_up_nobody() -> None:
 
     async def read_late() -> None:
         made: list[int] = []
-        ahead = Ahead(count(made))
+        ahead = BufferedStream(count(made))
         assert await anext(ahead) == 1
         await asyncio.sleep(0)
         assert len(made) == 9 and [number async for number in ahead] == made[1:]
@@ -605,7 +603,7 @@ def web(monkeypatch: pytest.MonkeyPatch) -> Iterator[ThreadingHTTPServer]:
 
 
 def look(yi_vl: YiVL, web: ThreadingHTTPServer, place: str) -> str:
-    """What a server that may fetch pictures answers about the one at `host/path`."""
+    """What a server that may fetch images answers about the one at `host/path`."""
     host, _, path = place.partition("/")
     limits = Limits(image_bytes=100_000, fetch_seconds=0.5 if path == "slow" else PATIENCE_SECONDS)
     app = create_app(yi_vl, "tiny", allow_remote_images=True, limits=limits)
@@ -615,7 +613,7 @@ def look(yi_vl: YiVL, web: ThreadingHTTPServer, place: str) -> str:
 
 
 @pytest.mark.parametrize("place", ["public.test/wide.png", "public.test/moved", "rebinding.test/wide.png"])
-def test_remote_pictures_are_fetched(web: Any, yi_vl: YiVL, place: str) -> None:
+def test_remote_images_are_fetched(web: Any, yi_vl: YiVL, place: str) -> None:
     assert look(yi_vl, web, place) == direct(yi_vl, [("user", [WIDE], "What?")], max_new_tokens=2)[0]
     host = place.partition("/")[0]
     assert set(web.asked) <= {(f"{host}:{web.server_address[1]}", path) for path in ("/wide.png", "/moved")}
@@ -637,7 +635,7 @@ def test_remote_pictures_are_fetched(web: Any, yi_vl: YiVL, place: str) -> None:
         ("nowhere.test/wide.png", 422, "cannot be fetched", 0),
     ],
 )
-def test_remote_pictures_have_limits(
+def test_remote_images_have_limits(
     web: Any, yi_vl: YiVL, place: str, status: int, problem: str, num_asked: int
 ) -> None:
     with pytest.raises(openai.APIStatusError, match=problem) as caught:

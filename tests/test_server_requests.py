@@ -37,7 +37,7 @@ def prompt(*messages: Any) -> str:
     return to_text(render(merge_messages(chat.as_messages([None] * len(chat.images))), add_generation_prompt=True))
 
 
-def said(role: str, content: Any, **fields: Any) -> dict[str, Any]:
+def chat_message(role: str, content: Any, **fields: Any) -> dict[str, Any]:
     return {"role": role, "content": content, **fields}
 
 
@@ -50,46 +50,84 @@ def shown(*words: str) -> list[dict[str, Any]]:
     ("messages", "expected"),
     [
         # several system texts, wherever they are and whatever they are called
-        ([said("developer", "S"), said("user", "Hi")], "S\n\n### Human: Hi\n###"),
-        ([said("system", "S"), said("developer", "T"), said("user", "Hi")], "S\nT\n\n### Human: Hi\n###"),
+        ([chat_message("developer", "S"), chat_message("user", "Hi")], "S\n\n### Human: Hi\n###"),
         (
-            [said("user", "a"), said("system", "S"), said("assistant", "b"), said("system", "T"), said("user", "c")],
+            [chat_message("system", "S"), chat_message("developer", "T"), chat_message("user", "Hi")],
+            "S\nT\n\n### Human: Hi\n###",
+        ),
+        (
+            [
+                chat_message("user", "a"),
+                chat_message("system", "S"),
+                chat_message("assistant", "b"),
+                chat_message("system", "T"),
+                chat_message("user", "c"),
+            ],
             "S\nT\n\n### Human: a\n### Assistant: b\n### Human: c\n###",
         ),
-        ([said("user", "a"), said("system", "S")], "S\n\n### Human: a\n###"),
-        ([said("system", [{"type": "text", "text": "S"}]), said("user", "Hi")], "S\n\n### Human: Hi\n###"),
-        ([said("system", "S"), said("system", ""), said("user", "Hi")], "S\n\n### Human: Hi\n###"),
-        ([said("system", ""), said("user", "Hi")], "\n\n### Human: Hi\n###"),
-        ([said("system", None), said("user", "Hi")], "\n\n### Human: Hi\n###"),
-        # one side several times in a row
-        ([said("user", "a"), said("user", "b"), said("user", "c")], f"{SYSTEM_PROMPT}\n\n### Human: a\nb\nc\n###"),
-        ([said("user", "a"), said("system", "S"), said("user", "b")], "S\n\n### Human: a\nb\n###"),
+        ([chat_message("user", "a"), chat_message("system", "S")], "S\n\n### Human: a\n###"),
         (
-            [said("user", "a"), said("assistant", "b"), said("assistant", "c"), said("user", "d")],
+            [chat_message("system", [{"type": "text", "text": "S"}]), chat_message("user", "Hi")],
+            "S\n\n### Human: Hi\n###",
+        ),
+        (
+            [chat_message("system", "S"), chat_message("system", ""), chat_message("user", "Hi")],
+            "S\n\n### Human: Hi\n###",
+        ),
+        ([chat_message("system", ""), chat_message("user", "Hi")], "\n\n### Human: Hi\n###"),
+        ([chat_message("system", None), chat_message("user", "Hi")], "\n\n### Human: Hi\n###"),
+        # one side several times in a row
+        (
+            [chat_message("user", "a"), chat_message("user", "b"), chat_message("user", "c")],
+            f"{SYSTEM_PROMPT}\n\n### Human: a\nb\nc\n###",
+        ),
+        (
+            [chat_message("user", "a"), chat_message("system", "S"), chat_message("user", "b")],
+            "S\n\n### Human: a\nb\n###",
+        ),
+        (
+            [
+                chat_message("user", "a"),
+                chat_message("assistant", "b"),
+                chat_message("assistant", "c"),
+                chat_message("user", "d"),
+            ],
             f"{SYSTEM_PROMPT}\n\n### Human: a\n### Assistant: b\nc\n### Human: d\n###",
         ),
-        ([said("user", shown()), said("user", "What?")], f"{SYSTEM_PROMPT}\n\n### Human: {IMAGE}\nWhat?\n###"),
-        ([said("user", "What?"), said("user", shown())], f"{SYSTEM_PROMPT}\n\n### Human: What?\n{IMAGE}\n###"),
-        ([said("user", shown()), said("user", shown("?"))], f"{SYSTEM_PROMPT}\n\n### Human: {IMAGE}{IMAGE}\n?\n###"),
-        ([said("user", "a"), said("user", ""), said("user", None)], f"{SYSTEM_PROMPT}\n\n### Human: a\n###"),
+        (
+            [chat_message("user", shown()), chat_message("user", "What?")],
+            f"{SYSTEM_PROMPT}\n\n### Human: {IMAGE}\nWhat?\n###",
+        ),
+        (
+            [chat_message("user", "What?"), chat_message("user", shown())],
+            f"{SYSTEM_PROMPT}\n\n### Human: What?\n{IMAGE}\n###",
+        ),
+        (
+            [chat_message("user", shown()), chat_message("user", shown("?"))],
+            f"{SYSTEM_PROMPT}\n\n### Human: {IMAGE}{IMAGE}\n?\n###",
+        ),
+        (
+            [chat_message("user", "a"), chat_message("user", ""), chat_message("user", None)],
+            f"{SYSTEM_PROMPT}\n\n### Human: a\n###",
+        ),
         # the assistant first, or with nothing to say
         (
-            [said("system", "S"), said("assistant", "Hello."), said("user", "Hi")],
+            [chat_message("system", "S"), chat_message("assistant", "Hello."), chat_message("user", "Hi")],
             "S\n\n### Assistant: Hello.\n### Human: Hi\n###",
         ),
         (
-            [said("user", "a"), said("assistant", None, tool_calls=[]), said("user", "b")],
+            [chat_message("user", "a"), chat_message("assistant", None, tool_calls=[]), chat_message("user", "b")],
             f"{SYSTEM_PROMPT}\n\n### Human: a\n### Assistant: \n### Human: b\n###",
         ),
-        ([said("user", "a"), said("assistant", "")], f"{SYSTEM_PROMPT}\n\n### Human: a\n###"),
+        ([chat_message("user", "a"), chat_message("assistant", "")], f"{SYSTEM_PROMPT}\n\n### Human: a\n###"),
         # an image without words, and texts without any
-        ([said("user", shown())], f"{SYSTEM_PROMPT}\n\n### Human: {IMAGE}\n###"),
-        ([said("user", shown(""))], f"{SYSTEM_PROMPT}\n\n### Human: {IMAGE}\n###"),
+        ([chat_message("user", shown())], f"{SYSTEM_PROMPT}\n\n### Human: {IMAGE}\n###"),
+        ([chat_message("user", shown(""))], f"{SYSTEM_PROMPT}\n\n### Human: {IMAGE}\n###"),
         (
-            [said("user", [{"type": "text", "text": ""}, *shown("What?")])],
+            [chat_message("user", [{"type": "text", "text": ""}, *shown("What?")])],
             f"{SYSTEM_PROMPT}\n\n### Human: {IMAGE}\nWhat?\n###",
         ),
-        ([said("user", ["a", "b"])], f"{SYSTEM_PROMPT}\n\n### Human: ab\n###"),
+        ([chat_message("user", ["a", "b"])], f"{SYSTEM_PROMPT}\n\n### Human: ab\n###"),
     ],
 )
 def test_messages_become_a_prompt(messages: list[Any], expected: str) -> None:
@@ -97,7 +135,10 @@ def test_messages_become_a_prompt(messages: list[Any], expected: str) -> None:
 
 
 def test_merging_leaves_what_it_is_given() -> None:
-    messages = [said("user", [{"type": "text", "text": "a"}]), said("user", [{"type": "text", "text": "b"}])]
+    messages = [
+        chat_message("user", [{"type": "text", "text": "a"}]),
+        chat_message("user", [{"type": "text", "text": "b"}]),
+    ]
     before = json.dumps(messages)
     merge_messages(messages)
     assert json.dumps(messages) == before
@@ -116,7 +157,7 @@ def test_merging_leaves_what_it_is_given() -> None:
 )
 @pytest.mark.parametrize("role", ["user", "assistant"])
 def test_fields_of_messages_that_say_nothing(role: str, fields: dict[str, Any]) -> None:
-    messages = [said("user", "a"), said("assistant", "b"), said("user", "c")]
+    messages = [chat_message("user", "a"), chat_message("assistant", "b"), chat_message("user", "c")]
     expected = prompt(*messages)
     messages[role == "assistant"].update(fields)
     assert prompt(*messages) == expected
@@ -131,7 +172,7 @@ def test_fields_of_messages_that_say_nothing(role: str, fields: dict[str, Any]) 
 )  # fmt: skip
 def test_fields_of_messages_that_would_be_lost(field: str, value: Any) -> None:
     with pytest.raises(ApiError, match="not supported") as caught:
-        prompt(said("user", "a"), said("assistant", "b", **{field: value}), said("user", "c"))
+        prompt(chat_message("user", "a"), chat_message("assistant", "b", **{field: value}), chat_message("user", "c"))
     assert caught.value.body["error"]["param"] == f"messages[1].{field}"
 
 
@@ -163,10 +204,10 @@ def test_fields_of_messages_that_would_be_lost(field: str, value: Any) -> None:
     ],
 )
 def test_forms_of_images(part: dict[str, Any], place: str) -> None:
-    ((url, found),) = parse(messages=[said("user", ["Look:", part])]).images
-    assert found == f"messages[0].content[1].{place}"
+    ((url, parsed_url),) = parse(messages=[chat_message("user", ["Look:", part])]).images
+    assert parsed_url == f"messages[0].content[1].{place}"
     assert _decode_data_url(url, "", 100) == b"\x89PNG\r\n\x1a\n"
-    assert IMAGE in prompt(said("user", [part, {"type": "input_text", "text": "What?"}]))
+    assert IMAGE in prompt(chat_message("user", [part, {"type": "input_text", "text": "What?"}]))
 
 
 @pytest.mark.parametrize(
@@ -189,13 +230,13 @@ def test_forms_of_images(part: dict[str, Any], place: str) -> None:
 )
 def test_parts_that_are_refused(part: Any, param: str) -> None:
     with pytest.raises(ApiError) as caught:
-        prompt(said("user", ["a", part]))
+        prompt(chat_message("user", ["a", part]))
     assert caught.value.body["error"]["param"] == f"messages[0].content[1]{param}"
 
 
 def test_images_of_a_system_text_are_refused() -> None:
     with pytest.raises(ValueError, match="text only"):
-        prompt(said("system", shown()), said("user", "Hi"))
+        prompt(chat_message("system", shown()), chat_message("user", "Hi"))
 
 
 HARMLESS: list[dict[str, Any]] = [
@@ -271,12 +312,16 @@ def test_lengths() -> None:
     ("fields", "param", "problem"),
     [
         ({"messages": HI * 50_000}, "messages", "50,000 parts"),
-        ({"messages": [said("user", [])] * 50_000}, "messages", "50,000 parts"),
-        ({"messages": [said("user", ["a"] * 200_000)]}, "messages", "200,000 parts"),
-        ({"messages": [said("user", ["a"] * 60)] * 100}, "messages", "6,000 parts"),
+        ({"messages": [chat_message("user", [])] * 50_000}, "messages", "50,000 parts"),
+        ({"messages": [chat_message("user", ["a"] * 200_000)]}, "messages", "200,000 parts"),
+        ({"messages": [chat_message("user", ["a"] * 60)] * 100}, "messages", "6,000 parts"),
         ({"stop": [1] * 200_000}, "stop", "200,000 strings"),
         ({f"k{i}": 1 for i in range(50_000)}, "k0", "not supported"),
-        ({"messages": [said("user", "a", **{f"k{i}": 1 for i in range(50_000)})]}, "messages[0].k0", "not supported"),
+        (
+            {"messages": [chat_message("user", "a", **{f"k{i}": 1 for i in range(50_000)})]},
+            "messages[0].k0",
+            "not supported",
+        ),
         ({"metadata": {f"k{i}": 1 for i in range(50_000)}}, None, ""),
     ],
     ids=lambda value: str(value)[:40],
@@ -294,7 +339,7 @@ def test_endless_lists_are_refused_at_once(fields: dict[str, Any], param: str | 
 
 
 def test_many_messages_are_merged_in_linear_time() -> None:
-    messages = [said("user", [{"type": "text", "text": "a"}])] * 200_000
+    messages = [chat_message("user", [{"type": "text", "text": "a"}])] * 200_000
     begin = time.process_time()
     (merged,) = merge_messages(messages)
     assert len(merged["content"]) == 399_999 and time.process_time() - begin < 10
@@ -364,11 +409,11 @@ def test_formats_of_images(client: OpenAI, yi_vl: YiVL, format: str) -> None:
     file = io.BytesIO()
     Image.open(WIDE).convert("RGB").save(file, format)
     url = f"data:image/jpg;base64,{base64.b64encode(file.getvalue()).decode()}"
-    message = said("user", [{"type": "image_url", "image_url": url}])
-    prompts = yi_vl.prepare([[said("user", [{"type": "image", "image": file.getvalue()}])]])
+    message = chat_message("user", [{"type": "image_url", "image_url": url}])
+    prompts = yi_vl.prepare([[chat_message("user", [{"type": "image", "image": file.getvalue()}])]])
     assert prompts.num_tokens[0] > 0
     assert answer(client, messages=[message], max_tokens=3) == yi_vl.answer(
-        [said("user", [{"type": "image", "image": file.getvalue()}])], max_new_tokens=3
+        [chat_message("user", [{"type": "image", "image": file.getvalue()}])], max_new_tokens=3
     )
 
 
@@ -376,11 +421,11 @@ def test_what_is_accepted_is_answered_as_it_should_be(client: OpenAI, yi_vl: YiV
     expected = direct(yi_vl, [("system", [], "S\nT"), ("user", [WIDE], "What?\nQuick!")], max_new_tokens=4)[0]
     url = "data:;base64," + base64.encodebytes(WIDE.read_bytes()).decode()
     messages = [
-        said("developer", "S"),
-        said("user", [{"type": "image_url", "image_url": {"url": url, "detail": "high"}}], name="Li"),
-        said("system", "T"),
-        said("user", [{"type": "text", "text": "What?"}]),
-        said("user", "Quick!"),
+        chat_message("developer", "S"),
+        chat_message("user", [{"type": "image_url", "image_url": {"url": url, "detail": "high"}}], name="Li"),
+        chat_message("system", "T"),
+        chat_message("user", [{"type": "text", "text": "What?"}]),
+        chat_message("user", "Quick!"),
     ]
     fields: dict[str, Any] = {"extra_body": {"top_k": -1, "chat_template_kwargs": {}}, "metadata": {"a": "b"}}
     assert answer(client, messages=messages, max_tokens=4, max_completion_tokens=4, tools=[], **fields) == expected

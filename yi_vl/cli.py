@@ -7,34 +7,28 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import io
 import os
 import re
-import shlex
-import sys
-from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from .arguments import as_path
 from .hardware import use_large_pages
+from .program import print_error, run
+from .terminal import open_images, print_stream, print_turn, read_lines, split_paths
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
-    from .checkpoint.summary import QuantizedSizes
-    from .config import YiVLConfig
-    from .predict import Conversation, YiVL
+    from .predict import YiVL
 
 _PRESETS = ("6b", "34b", "nano")
 _CHAT_HELP = (
-    "/image PATH... shows pictures with the next question, /clear starts afresh, /exit leaves; Ctrl-C stops an answer."
+    "/image PATH... adds images to the next question, /clear starts a new chat, /exit leaves; Ctrl-C stops an answer."
 )
 
 app = typer.Typer(
-    help="Ask a Yi-VL model about pictures.",
+    help="Ask a Yi-VL model about images.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -46,7 +40,7 @@ ModelOption = Annotated[
 ]
 QuantizeOption = Annotated[
     Literal["int8", "int4"] | None,
-    typer.Option(help="Hold the language model's linear layers in so few bits: smaller, faster, a little less exact."),
+    typer.Option(help="Quantize the language model's linear layers: smaller, faster, a little less exact."),
 ]
 DeviceOption = Annotated[
     str | None, typer.Option(help="cpu, cuda, cuda:1 ..., or auto for all there is; by default the GPU, else the CPU.")
@@ -56,44 +50,23 @@ DtypeOption = Annotated[
     typer.Option(help="Of the weights; by default bfloat16, but float32 for a small model on a CPU."),
 ]
 RemoteImagesOption = Annotated[
-    bool, typer.Option("--allow-remote-images", help="Fetch pictures given as http(s) URLs, from the public internet.")
+    bool, typer.Option("--allow-remote-images", help="Fetch images given as http(s) URLs, from the public internet.")
 ]
 SystemOption = Annotated[str | None, typer.Option(help="Text before the conversation; Yi-VL's own by default.")]
 LengthOption = Annotated[int, typer.Option(help="The answer's greatest length, in tokens.")]
-TemperatureOption = Annotated[float, typer.Option(help="0 always takes the likeliest word; higher is more varied.")]
-TopPOption = Annotated[float, typer.Option(help="Draw only from the likeliest words that make up this probability.")]
+TemperatureOption = Annotated[float, typer.Option(help="0 always takes the likeliest token; higher is more varied.")]
+TopPOption = Annotated[float, typer.Option(help="Sample only from the likeliest tokens of this total probability.")]
 SeedOption = Annotated[int | None, typer.Option(help="Makes an answer with a temperature repeatable.")]
 
 
 def main() -> None:
     """The entry point of `yi-vl`."""
-    run(app, "yi-vl", "yi-vl")
-
-
-def run(program: Callable[..., Any], prog_name: str, short_name: str) -> None:
-    """Run a typer program: what a user can cause is one line on stderr and exit code 2, Ctrl-C is exit code 130."""
     use_large_pages()
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # what a terminal cannot show is not lost
-    try:
-        try:
-            program(prog_name=prog_name)
-        finally:
-            if sys.stdout is not None:
-                sys.stdout.flush()
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:  # as of `yi-vl ask ... | head -1`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is written at exit
-        sys.exit(1)  # as typer does when it is not the last line
-    except (OSError, ValueError) as error:
-        print(f"{short_name}:", " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(2)
+    run(partial(app, prog_name="yi-vl"), "yi-vl")
 
 
-def _print_version(is_wanted: bool) -> None:
-    if is_wanted:
+def _print_version(is_given: bool) -> None:
+    if is_given:
         from importlib.metadata import PackageNotFoundError, version
 
         with contextlib.suppress(PackageNotFoundError):
@@ -109,14 +82,14 @@ def _options(
         bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Ask a Yi-VL model about pictures."""
+    """Ask a Yi-VL model about images."""
 
 
 @app.command()
 def ask(
-    words: Annotated[
+    arguments: Annotated[
         list[str],
-        typer.Argument(metavar="[IMAGE]... QUESTION", help="Pictures, - for one from a pipe; then the question."),
+        typer.Argument(metavar="[IMAGE]... QUESTION", help="Images, - for one from a pipe; then the question."),
     ],
     model: ModelOption = None,
     quantize: QuantizeOption = None,
@@ -129,15 +102,15 @@ def ask(
     seed: SeedOption = None,
     allow_remote_images: RemoteImagesOption = False,
 ) -> None:
-    """Answer one question about some pictures, or about none."""
-    *images, question = words
+    """Answer one question about some images, or about none."""
+    *images, question = arguments
     if os.path.isfile(question):
         raise ValueError(f'the last argument is the question, but {question} is a file. Add: "What is this?"')
     if re.fullmatch(r"https?://\S+", question, re.IGNORECASE):
         raise ValueError('the last argument is the question, but it is a URL. Add: "What is this?"')
     if not question.strip():
-        raise ValueError("The question is empty; ask something in words.")
-    opened = _open_images(images)
+        raise ValueError("The question is empty.")
+    opened = open_images(images)
     pieces = _load(model, quantize, device, dtype, allow_remote_images).stream(
         opened,
         question,
@@ -147,12 +120,12 @@ def ask(
         top_p=top_p,
         seed=seed,
     )
-    _show(pieces)
+    print_stream(pieces)
 
 
 @app.command()
 def chat(
-    images: Annotated[list[str] | None, typer.Argument(help="Pictures for the first question.")] = None,
+    images: Annotated[list[str] | None, typer.Argument(help="Images for the first question.")] = None,
     model: ModelOption = None,
     quantize: QuantizeOption = None,
     device: DeviceOption = None,
@@ -164,28 +137,28 @@ def chat(
     seed: SeedOption = None,
     allow_remote_images: RemoteImagesOption = False,
 ) -> None:
-    """Talk about pictures; the model remembers the conversation."""
+    """Talk about images; the model remembers the conversation."""
     yi_vl = _load(model, quantize, device, dtype, allow_remote_images)
-    pictures = [yi_vl.prepare_image(image) for image in images or ()]
+    pending_images = [yi_vl.prepare_image(image) for image in images or ()]
     options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
     conversation = yi_vl.chat(system)
     print(_CHAT_HELP)
-    for line in _lines():
+    for line in read_lines():
         command, _, argument = line.partition(" ")
         try:
             if command == "/exit":
                 return
             if command == "/clear":
-                conversation, pictures = yi_vl.chat(system), []
+                conversation, pending_images = yi_vl.chat(system), []
             elif command == "/image":
-                pictures += [yi_vl.prepare_image(path) for path in _split_paths(argument.strip())]
+                pending_images += [yi_vl.prepare_image(path) for path in split_paths(argument.strip())]
             elif command.startswith("/"):
                 print(_CHAT_HELP)
             else:
-                _take_turn(conversation, line, pictures, options)
-                pictures = []
-        except ValueError as error:  # the chat goes on, and pictures stay for the next question
-            _complain(error)
+                print_turn(conversation, line, pending_images, options)
+                pending_images = []
+        except ValueError as error:  # the chat goes on, and images stay for the next question
+            print_error(error, "yi-vl")
 
 
 @app.command()
@@ -219,7 +192,7 @@ def serve(
     ssl_certfile: Annotated[str | None, typer.Option(help="A PEM certificate chain: serve https.")] = None,
     ssl_keyfile: Annotated[str | None, typer.Option(help="Its private key, if that is another file.")] = None,
     allow_remote_images: Annotated[
-        bool, typer.Option("--allow-remote-images", help="Fetch pictures from the public internet for clients.")
+        bool, typer.Option("--allow-remote-images", help="Fetch images from the public internet for clients.")
     ] = False,
     max_waiting: Annotated[int, typer.Option(min=0, help="How many requests may wait while one is answered.")] = 16,
     max_tokens: Annotated[int, typer.Option(min=1, help="The greatest length clients may ask for.")] = 2048,
@@ -264,6 +237,7 @@ def info(
     from .checkpoint.load import fetch, find, read_config
     from .checkpoint.summary import tensor_shapes
     from .config import preset
+    from .info import config_table, size_tables
 
     folder = None if model in _PRESETS else fetch(find(model), with_weights=False)
     config = preset(model) if folder is None else read_config(str(folder))
@@ -272,7 +246,7 @@ def info(
             print(f"{name:<72}{' x '.join(map(str, shape))}")
         return
     console = Console()
-    for table in (_config_table(model, config, folder), *_size_tables(config, folder)):
+    for table in (config_table(model, config, folder), *size_tables(config, folder)):
         console.print(table)
 
 
@@ -307,7 +281,7 @@ def convert_command(
     if folder is not None and folder.exists():
         raise ValueError(f"{target} exists already; choose another name, or remove it.")
     if quantize is not None and to != "yi-vl":
-        raise ValueError(f"--quantize writes our layout, and {to!r} has no place for quantised weights.")
+        raise ValueError(f"--quantize writes our layout, and {to!r} has no place for quantized weights.")
     checkpoint = open_model(source, tower_from)
     if verify:
         difference, where = largest_difference(checkpoint)
@@ -330,74 +304,6 @@ def convert_command(
         print(f"{target} is written.")
 
 
-def _config_table(name: str, config: YiVLConfig, folder: Path | None) -> Table:
-    from .checkpoint import base_of, holds_adapters
-    from .checkpoint.summary import scheme_of
-
-    vision, text = config.vision_config, config.text_config
-    table = _table(name, "", "")
-    stem = f", convolutional stem {vision.stem_widths}" if vision.stem_widths else ""
-    stem += f", timm's {vision.timm_model}" if vision.timm_model else ""
-    table.add_row(
-        "vision tower",
-        f"{vision.num_hidden_layers} blocks, width {vision.hidden_size}, {vision.num_attention_heads} heads{stem}; "
-        f"{vision.image_size} px in patches of {vision.patch_size} px",
-    )
-    table.add_row("image tokens", f"{vision.num_patches} per image ({vision.grid_size} x {vision.grid_size})")
-    table.add_row(
-        "language model",
-        f"{text.num_hidden_layers} layers, width {text.hidden_size}, feed-forward {text.intermediate_size}, "
-        f"{text.num_attention_heads} heads, {text.num_key_value_heads} for keys and values",
-    )
-    table.add_row("context", f"{text.max_position_embeddings:,} tokens, images and answer included")
-    table.add_row("vocabulary", f"{text.vocab_size:,} rows; {config.image_token_id} is the image token")
-    if scheme := scheme_of(config):
-        dtype = str(config.dtype).removeprefix("torch.")
-        table.add_row("quantised", f"{scheme}, in the language model's linear layers; all else is {dtype}")
-    if folder is not None and holds_adapters(folder):
-        table.add_row("adapters", f"of {base_of(folder)}; merged into it when loaded, which changes none of the sizes")
-    return table
-
-
-def _size_tables(config: YiVLConfig, folder: Path | None) -> Iterator[Table]:
-    """Parameters and tensors, in our layout and the official one; then memory."""
-    from .checkpoint.summary import measure, measure_quantized, scheme_of
-
-    if scheme_of(config):
-        yield _quantized_table(measure_quantized(config, folder))
-        return
-    sizes = measure(config)
-    table = _table("parameters", "", "here", "official layout")
-    for name, count in sizes.num_parameters.items():
-        official = sizes.num_official_parameters and sizes.num_official_parameters[name]
-        table.add_row(name, f"{count:,}", f"{official:,}" if official else "-")
-    table.add_row("tensors", f"{sizes.num_tensors:,}", f"{sizes.num_official_tensors or '-'}")
-    yield table
-    table = _table("memory of the weights", "", "MB")
-    for name, num_bytes in sizes.memory_bytes.items():
-        table.add_row(name, f"{num_bytes / 1e6:,.0f}")
-    yield table
-
-
-def _quantized_table(sizes: QuantizedSizes) -> Table:
-    table = _table("weights", "", "parameters", "MB in memory")
-    for name, count in sizes.num_parameters.items():
-        table.add_row(name, f"{count:,}", f"{sizes.memory_bytes[name] / 1e6:,.1f}")
-    total, total_bytes = sum(sizes.num_parameters.values()), sum(sizes.memory_bytes.values())
-    table.add_row("together", f"{total:,}", f"{total_bytes / 1e6:,.1f}")
-    table.add_row("tensors", f"{sizes.num_tensors:,}", "")
-    return table
-
-
-def _table(title: str, *columns: str) -> Table:
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", show_header=any(columns))
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="right" if index and len(columns) > 1 and any(columns) else "left")
-    return table
-
-
 def _load(
     model: str | None,
     quantize: Literal["int8", "int4"] | None,
@@ -416,27 +322,8 @@ def _name_of(model: str) -> str:
     return folder.resolve().name if folder.is_dir() else model
 
 
-def _open_images(images: list[str]) -> list[Any]:
-    """Paths, and in the place of - the standard input."""
-    if images.count("-") > 1:
-        raise ValueError("- is the standard input, which holds one picture; give it once.")
-    if "-" in images and (sys.stdin is None or sys.stdin.isatty()):
-        raise ValueError('- is a picture from a pipe, but nothing is piped in: cat picture.png | yi-vl ask - "What?"')
-    return [sys.stdin.buffer if image == "-" else image for image in images]
-
-
-def _split_paths(argument: str) -> list[str]:
-    """The paths after /image: one, blanks included, where there is such a file; else as a shell reads them."""
-    if os.path.isfile(os.path.expanduser(argument)):
-        return [argument]
-    try:
-        return shlex.split(argument) or [argument]
-    except ValueError:  # a quotation mark that is not closed, as in a file's name
-        return [argument]
-
-
 def _silence() -> None:
-    """What transformers logs is for programmers; here a problem is an error and anything else is noise."""
+    """Silence the libraries' warnings and progress bars: what concerns the user is an error."""
     import logging as standard_logging
     import warnings
 
@@ -446,40 +333,3 @@ def _silence() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-
-
-def _take_turn(conversation: Conversation, question: str, pictures: list[Any], options: dict[str, Any]) -> None:
-    pieces = conversation.stream(question, pictures, **options)
-    try:
-        _show(pieces)
-    except KeyboardInterrupt:
-        pieces.close()
-        print(" [stopped]")
-
-
-def _lines() -> Iterator[str]:
-    """What the user types, line by line, until Ctrl-D."""
-    with contextlib.suppress(ImportError):  # Windows has none
-        import readline  # noqa: F401  line editing and history for input()
-
-    while True:
-        try:
-            line = input("> ").strip()
-        except EOFError:
-            print()
-            return
-        except KeyboardInterrupt:
-            print("\nCtrl-D or /exit leaves.")
-            continue
-        if line:
-            yield line
-
-
-def _show(pieces: Iterable[str]) -> None:
-    for piece in pieces:
-        print(piece, end="", flush=True)
-    print(flush=True)
-
-
-def _complain(error: Exception) -> None:
-    print("yi-vl:", " ".join(str(error).split()), file=sys.stderr)

@@ -1,4 +1,4 @@
-"""MMMU: 30 subjects, multiple choice and open questions. Source: hub id MMMU/MMMU; the rules of mmmu_rules.py."""
+"""MMMU: 30 subjects, multiple choice and open questions. Source: hub id MMMU/MMMU."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..data import Row, pictures_of, read_json, read_jsonl, read_rows, split_at_markers
-from ..types import Answered, Kind, PublishedRow, Question, Split, recorded
-from . import mmmu_official as mmmu_rules
-from .mmmu_official import Draw
+from ..data import Row, images_of, read_json, read_jsonl, read_rows, split_at_markers
+from ..types import Answered, PublishedRow, Question, QuestionType, Split, from_record
+from . import mmmu_official
+from .mmmu_official import RandomGuess
 
 NAME = "mmmu"
 HUB_ID = "MMMU/MMMU"
@@ -77,18 +77,18 @@ def load(data: str, split: Split) -> list[Question]:
 
 
 def _question(row: Row) -> Question:
-    kind: Kind = "choice" if row.text("question_type") == "multiple-choice" else "open"
-    options = row.lettered_options() if kind == "choice" else {}
-    pictures, index_of = pictures_of(row, [f"image_{number}" for number in range(1, 8)])
+    question_type: QuestionType = "choice" if row.text("question_type") == "multiple-choice" else "open"
+    options = row.lettered_options() if question_type == "choice" else {}
+    images, index_of = images_of(row, [f"image_{number}" for number in range(1, 8)])
     markers = {f"<image {number}>": index_of.get(f"image_{number}") for number in range(1, 8)}
     return Question(
         id=row.id,
         subject=subject_of(row.id),
-        kind=kind,
+        question_type=question_type,
         gold=_gold(row.text("answer")),
         options=options,
         parts=split_at_markers(row, prompt(row.text("question"), options), _MARKER, markers),
-        pictures=pictures,
+        images=images,
     )
 
 
@@ -119,25 +119,25 @@ def _gold(text: str) -> str | tuple[str, ...]:
     return text
 
 
-def parse_official(answered: Answered, draw: Draw) -> Any:
+def parse_official(answered: Answered, random_guess: RandomGuess) -> Any:
     question = answered.question
-    if question.kind == "open":
-        return mmmu_rules.parse_open(answered.answer)
-    if answered.form == "answer":
+    if question.question_type == "open":
+        return mmmu_official.parse_open(answered.answer)
+    if answered.response_format == "answer":
         return answered.answer
-    return mmmu_rules.parse_choice(answered.answer, question.options, draw)
+    return mmmu_official.parse_choice(answered.answer, question.options, random_guess)
 
 
-def is_right(answered: Answered, meaning: Any) -> bool:
+def is_correct(answered: Answered, parsed: Any) -> bool:
     question = answered.question
-    if question.kind == "open":
-        return mmmu_rules.is_open_right(meaning, question.gold)
-    return mmmu_rules.is_choice_right(meaning, question.gold)
+    if question.question_type == "open":
+        return mmmu_official.is_open_correct(parsed, question.gold)
+    return mmmu_official.is_choice_correct(parsed, question.gold)
 
 
 def official_order(answered: Sequence[Answered]) -> list[Answered]:
-    """Subjects by name, and within one as they came: the order in which the official stream of draws is used."""
-    return sorted(answered, key=lambda one: one.question.subject)
+    """Subjects by name, and within one in the order given: the order in which the official script guesses."""
+    return sorted(answered, key=lambda item: item.question.subject)
 
 
 def read_answers(path: Path) -> list[Question]:
@@ -151,13 +151,13 @@ def read_answers(path: Path) -> list[Question]:
             raise ValueError(f"{path}: {key} has no question_type and ground_truth, as MMMU's answer_dict has.")
         truth = entry["ground_truth"]
         gold = tuple(map(str, truth)) if isinstance(truth, list) else str(truth)
-        kind: Kind = "choice" if entry["question_type"] == "multiple-choice" else "open"
-        questions.append(Question(key, subject_of(key), kind, gold))
+        question_type: QuestionType = "choice" if entry["question_type"] == "multiple-choice" else "open"
+        questions.append(Question(key, subject_of(key), question_type, gold))
     return questions
 
 
 def read_predictions(path: Path, questions: Mapping[str, Question]) -> list[Answered]:
-    """Responses or answers in any form that the official scripts read or write, or this harness.
+    """Responses or answers in any format that the official scripts or this harness read or write.
 
     A folder `SUBJECT/output.json` or one such file, or JSON lines: responses, with their options. One object
     id -> answer (what the test server takes): answers, compared as they are.
@@ -166,10 +166,10 @@ def read_predictions(path: Path, questions: Mapping[str, Question]) -> list[Answ
         files = sorted(path.glob("*/output.json"))
         if not files:
             raise ValueError(f"{path} has no SUBJECT/output.json; give such a folder, a .json or a .jsonl file.")
-        return [one for file in files for one in read_predictions(file, questions)]
+        return [item for file in files for item in read_predictions(file, questions)]
     records = read_jsonl(path) if path.suffix == ".jsonl" else read_json(path)
     if isinstance(records, dict):
-        return [Answered(_known(path, key, questions), str(said), "answer") for key, said in records.items()]
+        return [Answered(_known(path, key, questions), str(answer), "answer") for key, answer in records.items()]
     return [_answered(path, record, questions) for record in records]
 
 
@@ -177,7 +177,7 @@ def _answered(path: Path, record: Mapping[str, Any], questions: Mapping[str, Que
     if not isinstance(record, dict) or "id" not in record or "response" not in record:
         raise ValueError(f"{path}: a prediction must have an id and a response; found {str(record)[:100]}.")
     question = _known(path, str(record["id"]), questions)
-    if question.kind == "choice" and not question.options:
+    if question.question_type == "choice" and not question.options:
         column = next((name for name in ("index2ans", "options") if record.get(name)), None)
         if column is None:
             raise ValueError(
@@ -185,7 +185,7 @@ def _answered(path: Path, record: Mapping[str, Any], questions: Mapping[str, Que
                 "options (index2ans); without them a response cannot be read. Give the data set as --answers."
             )
         question = replace(question, options=Row(record, str(path)).lettered_options(column))
-    return recorded(question, record, record["response"])
+    return from_record(question, record, record["response"])
 
 
 def _known(path: Path, key: str, questions: Mapping[str, Question]) -> Question:
@@ -194,17 +194,19 @@ def _known(path: Path, key: str, questions: Mapping[str, Question]) -> Question:
     return questions[key]
 
 
-def printed(num_right: int, num: int) -> str:
-    return f"{round(num_right / num, 3)}"
+def format_official(num_correct: int, num: int) -> str:
+    return f"{round(num_correct / num, 3)}"
 
 
 def submission(answered: Sequence[Answered]) -> tuple[str, str]:
     """The test server's file: one object id -> letter, or free text for open questions.
 
-    A choice without a recognisable letter is left empty: the server is not given draws.
+    A choice without a recognizable letter is left empty instead of guessed.
     """
     entries = {
-        one.question.id: one.answer if one.question.kind == "open" else parse_official(one, lambda letters: "")
-        for one in answered
+        item.question.id: item.answer
+        if item.question.question_type == "open"
+        else parse_official(item, lambda letters: "")
+        for item in answered
     }
     return "submission.json", json.dumps(entries, ensure_ascii=False, indent=1)

@@ -1,7 +1,7 @@
 """From a response to an answer, and whether it is right, as MMMU's official scorer decides: every quirk included.
 
-Pure functions. Where no rule finds an answer the official code draws one; `draw` does that, and says nothing else, so
-that one seeded stream over all questions can be had. Called by mmmu.py and mmmu_pro.py; calls nothing.
+Pure functions. Where no rule finds an answer the official code guesses one from one seeded stream over all questions;
+`random_guess` does that.
 Source: the behaviour of MMMU-Benchmark/MMMU at bb0b95a.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 
-Draw = Callable[[Sequence[str]], str]
+RandomGuess = Callable[[Sequence[str]], str]
 Value = str | float
 
 STRIPPED = ",.!?;:'"  # one after the other, once each
@@ -22,24 +22,26 @@ _SCIENTIFIC = re.compile(r"-?\d+(?:\.\d+)?[eE][+-]?\d+")
 _PLAIN = re.compile(r"-?(?:\d+\.\d+|\.\d+|\d+\b)(?![eE][+-]?\d+)(?![,\d])")
 
 
-def parse_choice(response: str, options: Mapping[str, str], draw: Draw) -> str:
-    """The letter that a response means. `options`: letter -> text, in order."""
-    return parse_letter(padded(response), options, (("({})", "({})"), (" {} ", " {} ")), draw)
+def parse_choice(response: str, options: Mapping[str, str], random_guess: RandomGuess) -> str:
+    """The letter that a response names. `options`: letter -> text, in order."""
+    return parse_letter(padded(response), options, (("({})", "({})"), (" {} ", " {} ")), random_guess)
 
 
-def parse_letter(text: str, options: Mapping[str, str], forms: Sequence[tuple[str, str]], draw: Draw) -> str:
-    """The letter named last in the first of the forms in which any is named, else that of the option quoted last.
+def parse_letter(
+    text: str, options: Mapping[str, str], patterns: Sequence[tuple[str, str]], random_guess: RandomGuess
+) -> str:
+    """The letter named last, by the first pattern that names any, else that of the option quoted last.
 
     Args:
-        forms: how a letter is named, and how its last place is looked for; where it is not found, the first one wins.
+        patterns: of a letter's name, and of its last position; where the latter is not found, the first letter wins.
     """
-    for form, place in forms:
-        letters = [letter for letter in options if form.format(letter) in text]
+    for name_pattern, position_pattern in patterns:
+        letters = [letter for letter in options if name_pattern.format(letter) in text]
         if letters:
-            return latest(letters, [text.rfind(place.format(letter)) for letter in letters])
+            return latest(letters, [text.rfind(position_pattern.format(letter)) for letter in letters])
     letters = quoted(text, options)
     if not letters:
-        return draw(list(options))
+        return random_guess(list(options))
     return latest(letters, [text.lower().rfind(options[letter].lower()) for letter in letters])
 
 
@@ -57,17 +59,17 @@ def quoted(text: str, options: Mapping[str, str]) -> list[str]:
     return [letter for letter, option in options.items() if option.lower() in text.lower()]
 
 
-def latest(letters: Sequence[str], places: Sequence[int]) -> str:
+def latest(letters: Sequence[str], positions: Sequence[int]) -> str:
     """The letter that starts last; of those that start together, the first."""
-    return letters[max(range(len(letters)), key=lambda index: (places[index], -index))]
+    return letters[max(range(len(letters)), key=lambda index: (positions[index], -index))]
 
 
 def parse_open(response: str) -> list[Value]:
-    """Everything that an open response may be taken to say, normalised; strings and numbers."""
+    """Every value that an open response may state, normalized: strings and numbers."""
     whole = response.strip().strip(".").lower()
     pieces = key_pieces(whole.split("\n"), _KEY_PHRASES) or [whole]
     return [
-        value for piece in [*pieces, *(n for piece in pieces for n in numbers(piece))] for value in normalise(piece)
+        value for piece in [*pieces, *(n for piece in pieces for n in numbers(piece))] for value in normalize(piece)
     ]
 
 
@@ -86,9 +88,9 @@ def key_pieces(
         tail = ""
         for phrase in (*phrases, *(in_last if index == len(pieces) - 1 else ())):
             if phrase in piece:
-                behind = piece.rsplit(phrase, 1)[1].strip()
-                if not tail or len(behind) < len(tail):
-                    tail = behind
+                rest = piece.rsplit(phrase, 1)[1].strip()
+                if not tail or len(rest) < len(tail):
+                    tail = rest
         if tail and tail not in _LONE_MARKS:
             tails.append(tail)
     return tails
@@ -96,10 +98,10 @@ def key_pieces(
 
 def numbers(text: str) -> list[str]:
     """Every number in a text, as written; parts of a number with commas count once more."""
-    return [found for pattern in (_THOUSANDS, _SCIENTIFIC, _PLAIN) for found in pattern.findall(text)]
+    return [number for pattern in (_THOUSANDS, _SCIENTIFIC, _PLAIN) for number in pattern.findall(text)]
 
 
-def normalise(text: str) -> list[Value]:
+def normalize(text: str) -> list[Value]:
     """A number rounded to two places, or the text in lower case; a single character only counts with a space."""
     text = text.strip()
     try:
@@ -109,9 +111,9 @@ def normalise(text: str) -> list[Value]:
         return [f" {text}", f"{text} "] if len(text) == 1 else [text]
 
 
-def is_open_right(parsed: Sequence[Value], gold: str | Sequence[str]) -> bool:
-    """Whether anything said holds a gold text or is a gold number."""
-    golds = [value for one in ([gold] if isinstance(gold, str) else gold) for value in normalise(one)]
+def is_open_correct(parsed: Sequence[Value], gold: str | Sequence[str]) -> bool:
+    """Whether any parsed value contains a gold text or equals a gold number."""
+    golds = [value for text in ([gold] if isinstance(gold, str) else gold) for value in normalize(text)]
     return any(_matches(value, gold) for value in parsed for gold in golds)
 
 
@@ -121,6 +123,6 @@ def _matches(value: Value, gold: Value) -> bool:
     return value == gold
 
 
-def is_choice_right(letter: str, gold: str | Sequence[str]) -> bool:
+def is_choice_correct(letter: str, gold: str | Sequence[str]) -> bool:
     """Equality with the gold, or membership where there are several."""
     return letter == gold if isinstance(gold, str) else letter in gold

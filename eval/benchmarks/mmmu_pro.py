@@ -1,7 +1,7 @@
 """MMMU-Pro: MMMU's questions with up to ten options and more, or as screenshots.
 
 Source: hub id MMMU/MMMU_Pro; prompts as mmmu-pro/prompts.yaml and mmmu-pro/infer of MMMU-Benchmark/MMMU lay them out;
-scoring as mmmu_pro_rules.py does. A row's options are taken as the official code takes them: the text is parsed once as
+scored as mmmu_pro_official.py does. A row's options are taken as the official code takes them: the text is parsed once as
 a Python literal, and each element is one option, whatever it is and however many there are.
 """
 
@@ -11,12 +11,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from ..data import Row, pictures_of, read_jsonl, read_rows, split_at_markers, warn_of_unshown
-from ..types import Answered, Marker, PublishedRow, Question, Split, recorded
-from . import mmmu_pro_official as mmmu_pro_rules
+from ..data import Row, images_of, read_jsonl, read_rows, split_at_markers, warn_of_unshown
+from ..types import Answered, Marker, PublishedRow, Question, Split, from_record
+from . import mmmu_pro_official
 from .mmmu import GROUPS as GROUPS
 from .mmmu import LABELS as LABELS
-from .mmmu_official import Draw
+from .mmmu_official import RandomGuess
 
 NAME = "mmmu-pro"
 HUB_ID = "MMMU/MMMU_Pro"
@@ -61,31 +61,31 @@ def load(
 def _standard_question(row: Row, style: Style) -> Question:
     options = row.lettered_options()
     lines = "\n".join(f"{letter}. {option}" for letter, option in options.items())
-    pictures, index_of = pictures_of(row, [f"image_{number}" for number in range(1, 8)])
+    images, index_of = images_of(row, [f"image_{number}" for number in range(1, 8)])
     markers = {f"<image {name[-1]}>": index for name, index in index_of.items()}
     prompt = f"{row.text('question')}\n{lines}\n{_STANDARD[style]}"
     parts = split_at_markers(row, prompt, "|".join(markers) or "(?!)", markers)
-    return Question(row.id, row.text("subject"), "choice", row.text("answer"), options, parts, pictures)
+    return Question(row.id, row.text("subject"), "choice", row.text("answer"), options, parts, images)
 
 
 def _vision_question(row: Row, style: Style) -> Question:
-    pictures, _ = pictures_of(row, ["image"])
-    if not pictures:
+    images, _ = images_of(row, ["image"])
+    if not images:
         raise row.error("it has no image")
     parts = (Marker("<image>", 0), _VISION[style])
-    return Question(row.id, row.text("subject"), "choice", row.text("answer"), row.lettered_options(), parts, pictures)
+    return Question(row.id, row.text("subject"), "choice", row.text("answer"), row.lettered_options(), parts, images)
 
 
-def parse_official(answered: Answered, draw: Draw) -> Any:
-    return mmmu_pro_rules.parse_choice(answered.answer, answered.question.options, draw)
+def parse_official(answered: Answered, random_guess: RandomGuess) -> Any:
+    return mmmu_pro_official.parse_choice(answered.answer, answered.question.options, random_guess)
 
 
-def is_right(answered: Answered, meaning: Any) -> bool:
-    return bool(meaning == answered.question.gold)
+def is_correct(answered: Answered, parsed: Any) -> bool:
+    return bool(parsed == answered.question.gold)
 
 
 def official_order(answered: Sequence[Answered]) -> list[Answered]:
-    """As they came. The official draws have no seed; here they come from the same seeded stream as MMMU's."""
+    """The order given. The official guesses have no seed; here they come from the same seeded stream as MMMU's."""
     return list(answered)
 
 
@@ -95,7 +95,7 @@ def read_answers(path: Path) -> list[Question]:
 
 
 def read_predictions(path: Path, questions: Mapping[str, Question]) -> list[Answered]:
-    """The official JSON lines, or this harness's. A response that is an object (an API's error) or null says nothing.
+    """The official JSON lines, or this harness's. A response that is an object (an API's error) or null counts as empty.
 
     Raises:
         ValueError: a record has no id or response, or options or an answer other than its question's.
@@ -113,7 +113,7 @@ def _answered(row: Row, questions: Mapping[str, Question]) -> Answered:
         raise row.error("it was asked with other options than its answer has; is --answers of another variant?")
     if not isinstance(response, (str, dict, type(None))):
         raise row.error(f"its response is a {type(response).__name__}, not text")
-    return recorded(question, row.values, response)
+    return from_record(question, row.values, response)
 
 
 def _recorded_question(path: Path, record: Mapping[str, Any]) -> Question:
@@ -126,9 +126,9 @@ def _recorded_question(path: Path, record: Mapping[str, Any]) -> Question:
     return Question(row.id, row.text("subject") or "all", "choice", row.text(answer), row.lettered_options())
 
 
-def printed(num_right: int, num: int) -> str:
+def format_official(num_correct: int, num: int) -> str:
     """Per cent with two decimals, always two."""
-    return f"{num_right / num * 100:.2f}%"
+    return f"{num_correct / num * 100:.2f}%"
 
 
 def submission(answered: Sequence[Answered]) -> tuple[str, str]:

@@ -100,7 +100,7 @@ def run_parts(
                 outcomes[name] = outcome
                 report(name, outcome)
                 if name == "environment":
-                    settings.rates.update({one.name: float(one.value) for one in outcome.measured if _is_rate(one)})
+                    settings.rates.update({item.name: float(item.value) for item in outcome.measured if _is_rate(item)})
         else:
             outcomes[first.name] = Outcome("skipped", f"the {minutes:g} minutes were over")
             report(first.name, outcomes[first.name])
@@ -177,9 +177,9 @@ def last_line(path: Path) -> str:
 def _cause_of_death(process: Any, log: Path) -> str:
     process.join(_SECONDS_TO_END)
     code = process.exitcode
-    how = f"died of {signal.Signals(-code).name}" if code is not None and code < 0 else f"ended with code {code}"
-    said = last_line(log)
-    return f"its process {how}" + (f"; the last it said: {said}" if said else "")
+    ending = f"died of {signal.Signals(-code).name}" if code is not None and code < 0 else f"ended with code {code}"
+    output = last_line(log)
+    return f"its process {ending}" + (f"; its last output: {output}" if output else "")
 
 
 def _kill(process: Any) -> None:

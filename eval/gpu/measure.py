@@ -1,4 +1,4 @@
-"""`python -m eval gpu`: what a GPU does with this project, part by part, within a bound of minutes."""
+"""`python -m eval gpu`: measurements on a GPU, part by part, within a bound of minutes."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from . import parts as gpu_parts
-from . import train as gpu_train
+from . import parts as inference
+from . import train as training
 from .guard import Outcome, Part, Settings, Size, run_parts
 from .report import markdown, status_line
 
-PARTS = (*gpu_parts.PARTS, *gpu_train.PARTS)
+PARTS = (*inference.PARTS, *training.PARTS)
 JSON_FILE, TABLE_FILE = "gpu.json", "gpu.md"
 
 
@@ -25,7 +25,7 @@ def measure(
 ) -> dict[str, Outcome]:
     """Run the parts of these names, or whose first word they are (none given: all); leave files and logs in `out`.
 
-    The files are written anew after each part: a run that is killed leaves what it had.
+    The files are rewritten after each part, so that a killed run leaves its results.
 
     Raises:
         ValueError: no part is called so, or there is no such device.

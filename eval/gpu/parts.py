@@ -1,7 +1,7 @@
 """The parts of `python -m eval gpu` that load a model and answer with it.
 
-Sizes are those of an 80 GB card; "nano" runs the same code in seconds on a CPU. Every import of torch and of yi_vl is a
-part's own: what is not installed is then that part's to miss.
+Sizes are those of an 80 GB card; "nano" runs the same code in seconds on a CPU. Each part
+imports torch and yi_vl itself, so that a missing package fails that part only.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _ROOM_FOR_6B = 40 * _GB  # 13.4 of them are the model, and as many again while i
 
 
 def environment(settings: Settings, shared: dict[str, Any]) -> Iterator[Measured]:
-    """The machine, and what it can do at most."""
+    """The machine, its bandwidth and its rate for matrix products."""
     import torch
 
     from yi_vl.hardware import copy_bandwidth, machine, matrix_rate, read_bandwidth
@@ -50,9 +50,9 @@ def environment(settings: Settings, shared: dict[str, Any]) -> Iterator[Measured
         except importlib.metadata.PackageNotFoundError:
             yield Measured(package, "not installed")
     if settings.is_cuda:
-        found = torch.cuda.get_device_properties(settings.device)
-        yield Measured("memory", found.total_memory / _GB, "GB")
-        yield Measured("compute capability", f"{found.major}.{found.minor}")
+        properties = torch.cuda.get_device_properties(settings.device)
+        yield Measured("memory", properties.total_memory / _GB, "GB")
+        yield Measured("compute capability", f"{properties.major}.{properties.minor}")
         yield Measured("CUDA", str(torch.version.cuda))
         yield Measured("driver", _driver())
     side, num_bytes = (8192, 4 << 30) if settings.is_cuda else (512, 1 << 26)
@@ -124,8 +124,8 @@ def answer(settings: Settings, shared: dict[str, Any]) -> Iterator[Measured]:
     yield Measured(f"the first answer, {new_tokens} tokens about an image", seconds[0], "s")
     yield Measured(f"the second, {new_tokens} tokens about an image", seconds[1], "s")
     prefill = compare_prefill(model, 1100 if settings.size == "6b" else 200)
-    found, most = (prefill["ways"][way]["tflops"] for way in ("yi_vl", "matrix products alone"))
-    yield Measured(f"prefill, {prefill['what']}", found, "TFLOP/s", most, "matrix products of its shapes")
+    rate, limit = (prefill["variants"][name]["tflops"] for name in ("yi_vl", "matrix products alone"))
+    yield Measured(f"prefill, {prefill['what']}", rate, "TFLOP/s", limit, "matrix products of its shapes")
     yield from _peak(settings)
 
 
@@ -171,7 +171,7 @@ def chat(settings: Settings, shared: dict[str, Any]) -> Iterator[Measured]:
 
     model = _model(settings, shared)
     compare_chat(model, IMAGE, 2, 2)
-    whole, reused = (way["turn_3_ms"] for way in compare_chat(model, IMAGE, 3, 16)["ways"].values())
+    whole, reused = (times["turn_3_ms"] for times in compare_chat(model, IMAGE, 3, 16)["variants"].values())
     yield Measured("time to the first token of turn 3", reused, "ms", whole, "prefilled whole")
 
 
@@ -189,14 +189,14 @@ def flash_attention(settings: Settings, shared: dict[str, Any]) -> Iterator[Meas
     model = _model(settings, shared)
     language, conversation = model.model.model.language_model, text_of(model, 2000)
     prompts = model.prepare([conversation])
-    found = {}
+    results = {}
     for attention in ("sdpa", "flash_attention_2"):
         language.set_attn_implementation(attention)
         with torch.inference_mode():
             values = model.model(input_ids=prompts.input_ids).logits[0, -1].float()
-        found[attention] = values, min(first_token_seconds(model, conversation) for _ in range(3))
+        results[attention] = values, min(first_token_seconds(model, conversation) for _ in range(3))
     language.set_attn_implementation("sdpa")
-    (values, seconds), (flash_values, flash_seconds) = found.values()
+    (values, seconds), (flash_values, flash_seconds) = results.values()
     yield Measured(f"prefill of {prompts.num_tokens[0]} tokens", 1000 * flash_seconds, "ms", 1000 * seconds, "sdpa")
     difference = float((values - flash_values).abs().max())
     yield Measured("largest difference of bf16 logits", difference, "", float(values.abs().max()), "largest logit")
@@ -215,7 +215,7 @@ def quantize(settings: Settings, shared: dict[str, Any], scheme: Scheme) -> Iter
     if settings.is_cuda:
         import torchao  # noqa: F401  # missing, it is what this part needs
     folder, new_tokens = checkpoint(settings), 64 if settings.is_cuda else 8
-    found = []
+    results = []
     for quantized_as in (None, scheme):
         started = time.perf_counter()
         model = yi_vl.load(folder, device=settings.device, dtype=torch.bfloat16, quantize=quantized_as)
@@ -225,12 +225,12 @@ def quantize(settings: Settings, shared: dict[str, Any], scheme: Scheme) -> Iter
         conversation = text_of(model, 64)
         engine_rate(model, [conversation], 3)
         rate = max(engine_rate(model, [conversation], new_tokens) for _ in range(3))
-        found.append((seconds, size / _GB, rate))
+        results.append((seconds, size / _GB, rate))
         if quantized_as is None:
             yield Measured("one answer in bf16", rate, "tokens/s", *_decode_limit(settings, bytes_per_token(model)))
         del model
         gc.collect()
-    (seconds, size_gb, rate), (quantized_seconds, quantized_gb, quantized_rate) = found
+    (seconds, size_gb, rate), (quantized_seconds, quantized_gb, quantized_rate) = results
     yield Measured("loading", quantized_seconds, "s", seconds, "bf16")
     yield Measured("weights", quantized_gb, "GB", size_gb, "bf16")
     yield Measured("one answer", quantized_rate, "tokens/s", rate, "bf16")

@@ -12,7 +12,7 @@ def markdown(settings: Settings, seconds: float, outcomes: Mapping[str, Outcome]
     environment = outcomes.get("environment", Outcome("skipped"))
     facts = ", ".join(
         value if name == "machine" else f"{name} {value}"
-        for name, value in ((one.name, one.value) for one in environment.measured)
+        for name, value in ((item.name, item.value) for item in environment.measured)
         if isinstance(value, str) and value != "not installed"
     )
     counts = ", ".join(
@@ -27,8 +27,8 @@ def markdown(settings: Settings, seconds: float, outcomes: Mapping[str, Outcome]
         "|---|---|---:|---|---:|",
     ]
     for name, outcome in outcomes.items():
-        rows = [one for one in outcome.measured if name != "environment" or not isinstance(one.value, str)]
-        lines += [_row(name, one) for one in rows]
+        rows = [item for item in outcome.measured if name != "environment" or not isinstance(item.value, str)]
+        lines += [_row(name, item) for item in rows]
     missing = [f"- {name}: {outcome.status}: {outcome.reason}" for name, outcome in outcomes.items() if outcome.reason]
     return "\n".join([*lines, *(["", *missing] if missing else [])]) + "\n"
 

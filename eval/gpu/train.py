@@ -111,8 +111,8 @@ def _config(settings: Settings, run_dir: Path, stage: str, variant: str) -> dict
     chosen = {**_STAGES[stage], **_VARIANTS[variant]}
     global_batch, micro_batch = _BATCHES[settings.size]
     num_steps = _NUM_STEPS[settings.size]
-    form = _STAGES[stage]["data"]["form"]
-    shard = _shard(settings, form, chosen["image_size"], num_steps * global_batch)
+    sample_format = _STAGES[stage]["data"]["form"]
+    shard = _shard(settings, sample_format, chosen["image_size"], num_steps * global_batch)
     return {
         "run_dir": str(run_dir),
         "init_from": {"checkpoint": str(checkpoint(settings, "1b"))},
@@ -125,7 +125,7 @@ def _config(settings: Settings, run_dir: Path, stage: str, variant: str) -> dict
         "lr": {"vision": 1e-4, "projector": 1e-4, "language": 1e-4},
         **chosen,
         "data": {
-            "form": form,
+            "form": sample_format,
             "workers": 4 if settings.is_cuda else 0,
             "shuffle_buffer": 1,
             "sources": [{"name": "random", "shards": str(shard)}],
@@ -133,16 +133,16 @@ def _config(settings: Settings, run_dir: Path, stage: str, variant: str) -> dict
     }
 
 
-def _shard(settings: Settings, form: str, size_px: int, num_samples: int) -> Path:
+def _shard(settings: Settings, sample_format: str, size_px: int, num_samples: int) -> Path:
     """A shard of JPEGs in random colours with captions of about 30 words, or answers of about 150; made once."""
     import numpy as np
     from PIL import Image
 
-    path = settings.work / f"{form}-{size_px}.tar"
+    path = settings.work / f"{sample_format}-{size_px}.tar"
     if path.exists():
         return path
     rng = np.random.default_rng(0)
-    num_words = (30 if form == "caption" else 120) if settings.size == "6b" else 10
+    num_words = (30 if sample_format == "caption" else 120) if settings.size == "6b" else 10
     with tarfile.open(path, "w") as tar:
         for index in range(num_samples):
             pixels = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
@@ -150,7 +150,7 @@ def _shard(settings: Settings, form: str, size_px: int, num_samples: int) -> Pat
             Image.fromarray(pixels).resize((size_px, size_px * 3 // 4)).save(file, "JPEG")
             text = " ".join(rng.choice(_WORDS, int(rng.integers(num_words // 2, 2 * num_words))))
             turns = [{"from": "human", "value": "<image>\nWhat is it like?"}, {"from": "gpt", "value": text}]
-            member = ("txt", text) if form == "caption" else ("json", json.dumps({"conversations": turns}))
+            member = ("txt", text) if sample_format == "caption" else ("json", json.dumps({"conversations": turns}))
             for suffix, content in (("jpg", file.getvalue()), (member[0], member[1].encode())):
                 info = tarfile.TarInfo(f"{index:06d}.{suffix}")
                 info.size = len(content)

@@ -1,7 +1,4 @@
-"""`python -m eval speed WHAT`: ratios, each measured side by side in one run on this machine.
-
-Called by __main__.py; calls speed_engine.py, speed_quantize.py, speed_runner.py and random_models.py.
-"""
+"""`python -m eval speed WHAT`: yi_vl and a baseline, measured side by side in one run on this machine."""
 
 from __future__ import annotations
 
@@ -29,7 +26,7 @@ def chat(
     new_tokens: Annotated[int, typer.Option(min=1, help="Length of every answer.")] = 32,
     as_json: AsJson = False,
 ) -> None:
-    """Time to the first token, turn by turn: what was read is kept, or the whole prompt is read again."""
+    """Time to first token, turn by turn, with and without prefix caching."""
     from .engine import compare_chat
     from .random_models import make
 
@@ -53,8 +50,8 @@ def runner_(
 
     if not Path(data).is_dir() and "/" in data and Path(data).parts[0] == "data":
         raise ValueError(f"{data} is not here. `python -m train.nano data` makes it, or name another with --data.")
-    found = mmmu.load(data, "val")
-    questions = [found[index * len(found) // num_questions] for index in range(min(num_questions, len(found)))]
+    loaded = mmmu.load(data, "val")
+    questions = [loaded[index * len(loaded) // num_questions] for index in range(min(num_questions, len(loaded)))]
     show(compare_runner(ModelChoice(model, quantize=quantize), questions, batch_size, max_new_tokens), as_json)
 
 
@@ -93,7 +90,7 @@ def prefill(
     tokens: Annotated[int, typer.Option(min=1)] = 1100,
     as_json: AsJson = False,
 ) -> None:
-    """Reading a prompt, beside the machine's rate for matrix products of the same shapes."""
+    """FLOP/s of a prefill, beside the machine's rate for matrix products of the same shapes."""
     from .engine import compare_prefill
     from .random_models import make
 
@@ -107,7 +104,7 @@ def quantize(
     new_tokens: Annotated[int, typer.Option(min=2)] = 32,
     as_json: AsJson = False,
 ) -> None:
-    """int8 and int4 beside bf16: tokens per second, reading a prompt, memory, and how far predictions move."""
+    """int8 and int4 beside bf16: tokens per second, prefill, memory, and the KL divergence of predictions."""
     from .quantize import checkpoint_of, compare_quantize
 
     with checkpoint_of(preset) as folder:
@@ -127,16 +124,16 @@ def load(
 
 
 def show(measured: dict[str, Any], as_json: bool) -> None:
-    """Print a measurement as a table of its ways, or as JSON, and the machine that it was taken on."""
+    """Print a measurement as a table of its variants, or as JSON, and the machine that it was taken on."""
     measured = {"machine": machine(), **measured}
     if as_json:
         typer.echo(json.dumps(measured, indent=1))
         return
     typer.echo(f"{measured['what']}; {measured['machine']}\n")
-    columns = list(next(iter(measured["ways"].values())))
+    columns = list(next(iter(measured["variants"].values())))
     typer.echo("| | " + " | ".join(name.replace("_", " ") for name in columns) + " |\n|---|" + "---:|" * len(columns))
-    for name, values in measured["ways"].items():
+    for name, values in measured["variants"].items():
         typer.echo(f"| {name} | " + " | ".join(f"{values[column]:.3g}" for column in columns) + " |")
-    rest = {key: value for key, value in measured.items() if key not in ("what", "machine", "ways")}
+    rest = {key: value for key, value in measured.items() if key not in ("what", "machine", "variants")}
     for name, value in rest.items():
         typer.echo(f"\n{name.replace('_', ' ')}: " + (f"{value:.2f}" if isinstance(value, float) else str(value)))

@@ -1,4 +1,4 @@
-"""How fast the engine is: chats, single answers, batches and prompts, each beside what it is to be measured against."""
+"""Speed of the engine: chats, single answers, batches and prefill, each beside a baseline or a limit."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ Conversation = list[dict[str, Any]]
 
 
 def compare_chat(model: YiVL, image: Path, turns: int, new_tokens: int) -> dict[str, Any]:
-    """A chat about one picture, once as it is and once with everything forgotten before each turn."""
-    ways: dict[str, dict[str, float]] = {}
-    for name, forgets in (("whole prompt read again", True), ("prefix kept", False)):
+    """A chat about one image, with the prefix cache and with it cleared before each turn."""
+    variants: dict[str, dict[str, float]] = {}
+    for name, is_cleared in (("whole prompt prefilled", True), ("prefix cached", False)):
         model.forget()
         messages: list[dict[str, Any]] = []
         seconds = {}
@@ -29,7 +29,7 @@ def compare_chat(model: YiVL, image: Path, turns: int, new_tokens: int) -> dict[
             messages.append(
                 {"role": "user", "content": [*content, {"type": "text", "text": f"Question {turn}: what is it?"}]}
             )
-            if forgets:
+            if is_cleared:
                 model.forget()
             started = synchronized_seconds(model.model.device)
             prompts, sampling = model.prepare([messages]), Sampling(max_new_tokens=new_tokens)
@@ -38,22 +38,22 @@ def compare_chat(model: YiVL, image: Path, turns: int, new_tokens: int) -> dict[
             seconds[f"turn_{turn}_ms"] = 1000 * (synchronized_seconds(model.model.device) - started)
             pieces += [piece for (piece,) in steps]
             messages.append({"role": "assistant", "content": "".join(pieces) or "Yes."})
-        ways[name] = seconds
-    slow, fast = (way[f"turn_{turns}_ms"] for way in ways.values())
+        variants[name] = seconds
+    slow, fast = (variant[f"turn_{turns}_ms"] for variant in variants.values())
     return {
-        "what": f"time to the first token, about one picture of {model.processor.patches_per_image} tokens",
-        "ways": ways,
+        "what": f"time to the first token, about one image of {model.processor.patches_per_image} tokens",
+        "variants": variants,
         "ratio": slow / fast,
     }
 
 
 def compare_decode(model: YiVL, prompt_tokens: int, new_tokens: int) -> dict[str, Any]:
-    """The limit: every weight of the language model and its head is read once for each token."""
+    """The limit: every weight of the language model and its head is read once per token."""
     conversation = text_of(model, prompt_tokens)
     num_bytes = bytes_per_token(model)
     engine_rate(model, [conversation], 3)
     _generate_rate(model, conversation, 3)
-    rounds = [  # in turns, as another process may slow any of them
+    rounds = [  # alternating, as other processes may slow any of them
         (
             read_bandwidth(model.model.device),
             _generate_rate(model, conversation, new_tokens),
@@ -61,17 +61,17 @@ def compare_decode(model: YiVL, prompt_tokens: int, new_tokens: int) -> dict[str
         )
         for _ in range(3)
     ]
-    bandwidth, theirs, ours = (max(rates) for rates in zip(*rounds, strict=True))
+    bandwidth, baseline, measured = (max(rates) for rates in zip(*rounds, strict=True))
     limit = bandwidth / num_bytes
-    ways = {
+    variants = {
         "memory's bandwidth": {"tokens_per_second": limit, "of_the_limit": 1.0},
-        "transformers' generate": _shares(theirs, limit),
-        "yi_vl": _shares(ours, limit),
+        "transformers' generate": _shares(baseline, limit),
+        "yi_vl": _shares(measured, limit),
     }
     return {
         "what": f"{num_bytes / 1e9:.2f} GB of weights a token, {bandwidth / 1e9:.1f} GB/s",
-        "ways": ways,
-        "ratio": ways["yi_vl"]["tokens_per_second"] / ways["transformers' generate"]["tokens_per_second"],
+        "variants": variants,
+        "ratio": variants["yi_vl"]["tokens_per_second"] / variants["transformers' generate"]["tokens_per_second"],
     }
 
 
@@ -80,9 +80,9 @@ def compare_batch(model: YiVL, num_rows: int, prompt_tokens: int, new_tokens: in
     conversations = [text_of(model, prompt_tokens, str(row)) for row in range(num_rows)]
     engine_rate(model, conversations, 3)
     rounds = [[engine_rate(model, some, new_tokens) for some in (conversations[:1], conversations)] for _ in range(3)]
-    one, many = (max(rates) for rates in zip(*rounds, strict=True))
-    ways = {"one": {"tokens_per_second": one}, f"{num_rows} at once": {"tokens_per_second": many}}
-    return {"what": f"{new_tokens} new tokens each", "ways": ways, "ratio": many / one}
+    single, batched = (max(rates) for rates in zip(*rounds, strict=True))
+    variants = {"one": {"tokens_per_second": single}, f"{num_rows} at once": {"tokens_per_second": batched}}
+    return {"what": f"{new_tokens} new tokens each", "variants": variants, "ratio": batched / single}
 
 
 def compare_prefill(model: YiVL, num_tokens: int) -> dict[str, Any]:
@@ -99,31 +99,31 @@ def compare_prefill(model: YiVL, num_tokens: int) -> dict[str, Any]:
         for _ in range(3)
     ]
     rate, seconds = max(rate for rate, _ in rounds), min(seconds for _, seconds in rounds)
-    ways = {
+    variants = {
         "matrix products alone": {"tflops": rate / 1e12, "of_the_limit": 1.0},
         "yi_vl": {"tflops": flops / seconds / 1e12, "of_the_limit": flops / seconds / rate},
     }
-    return {"what": f"{num_tokens} tokens in {seconds:.2f} s", "ways": ways}
+    return {"what": f"{num_tokens} tokens in {seconds:.2f} s", "variants": variants}
 
 
 def bytes_per_token(model: YiVL) -> int:
-    """Of the weights that each token of one answer reads: the language model's layers and its head."""
+    """Bytes of the weights that each token of one answer reads: the language model's layers and its head."""
     layers = [p for name, p in model.model.model.language_model.named_parameters() if "embed_tokens" not in name]
     return sum(parameter.nbytes for parameter in (*layers, model.model.lm_head.weight))
 
 
 def text_of(model: YiVL, num_tokens: int, begin: str = "") -> Conversation:
-    """A conversation without a picture whose prompt takes about so many tokens."""
+    """A conversation without an image, of about this many tokens."""
 
-    def messages(words: int) -> Conversation:
-        return [{"role": "system", "content": "."}, {"role": "user", "content": f"{begin} " + "word " * words}]
+    def messages(num_words: int) -> Conversation:
+        return [{"role": "system", "content": "."}, {"role": "user", "content": f"{begin} " + "word " * num_words}]
 
     few, many = (model.prepare([messages(words)]).num_tokens[0] for words in (1, 11))
     return messages(max(1, 1 + round((num_tokens - few) * 10 / (many - few))))
 
 
 def first_token_seconds(model: YiVL, conversation: Conversation) -> float:
-    """From a conversation whose tokens are ready, and of which nothing is known, to its answer's first token."""
+    """From a tokenized prompt to the first token of the answer, with an empty prefix cache."""
     model.forget()
     prompts, sampling = model.prepare([conversation]), Sampling(max_new_tokens=2)
     started = synchronized_seconds(model.model.device)
@@ -132,7 +132,7 @@ def first_token_seconds(model: YiVL, conversation: Conversation) -> float:
 
 
 def engine_rate(model: YiVL, conversations: list[Conversation], new_tokens: int) -> float:
-    """Tokens per second after the first, with answers that nothing ends."""
+    """Tokens per second after the first, of answers without a stop token."""
     model.forget()
     prompts, sampling = model.prepare(conversations), Sampling(max_new_tokens=new_tokens)
     answers = [Answer(model.processor.tokenizer, new_tokens, stop_ids=()) for _ in conversations]
@@ -146,7 +146,7 @@ def engine_rate(model: YiVL, conversations: list[Conversation], new_tokens: int)
 def _generate_rate(model: YiVL, conversation: Conversation, new_tokens: int) -> float:
     """Tokens per second after the first, of transformers alone: its cache, and `nn.Linear` as it is."""
     prompts = model.prepare([conversation])
-    watch = _Watch()
+    streamer = _TokenTimes()
     use_matrices_(model.model)
     try:
         model.model.generate(  # type: ignore[misc]  # transformers annotates `self` as a protocol that its own models do not fit
@@ -155,16 +155,16 @@ def _generate_rate(model: YiVL, conversation: Conversation, new_tokens: int) -> 
             max_new_tokens=new_tokens,
             min_new_tokens=new_tokens,
             do_sample=False,
-            streamer=watch,
+            streamer=streamer,
         )
     finally:
         use_vectors_(model.model.model.language_model)
         use_vectors_(model.model.lm_head)
-    first, *_, last = watch.times[1:]  # the first is the prompt's
+    first, *_, last = streamer.times[1:]  # the first is the prompt's
     return (new_tokens - 1) / (last - first)
 
 
-class _Watch(BaseStreamer):
+class _TokenTimes(BaseStreamer):
     """When `generate` handed over the prompt, and then each token."""
 
     def __init__(self) -> None:
@@ -174,7 +174,7 @@ class _Watch(BaseStreamer):
         self.times.append(time.perf_counter())
 
     def end(self) -> None:
-        """Nothing is left to do."""
+        """Required by `BaseStreamer`."""
 
 
 def _shares(rate: float, limit: float) -> dict[str, float]:

@@ -31,12 +31,12 @@ from yi_vl.quantize import Scheme, num_bytes
 
 _STD = 0.02
 _CPU = torch.device("cpu")
-_QUESTION = "What is in this picture?"
+_QUESTION = "What is in this image?"
 
 
 @dataclass(frozen=True)
 class RandomTensor:
-    """A tensor that is made when it is read: norms one, biases nought, all else normal."""
+    """A tensor that is generated when it is read: norms one, biases zero, all else normal."""
 
     name: str
     shape: torch.Size
@@ -87,13 +87,13 @@ def measure(folder: Path, image: Path, new_tokens: int, quantize: Scheme | None 
     process.start()
     sending.close()
     try:
-        found: dict[str, str] | str = receiving.recv()
+        result: dict[str, str] | str = receiving.recv()
     except EOFError:
-        found = "the process that loaded the model was killed; was there enough memory?"
+        result = "the process that loaded the model was killed; was there enough memory?"
     process.join()
-    if isinstance(found, str):
-        raise ValueError(f"{folder}: {found}")
-    return found
+    if isinstance(result, str):
+        raise ValueError(f"{folder}: {result}")
+    return result
 
 
 def _measure(folder: Path, image: Path, new_tokens: int, quantize: Scheme | None, results: Any) -> None:

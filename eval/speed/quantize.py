@@ -1,4 +1,4 @@
-"""What int8 and int4 give and cost beside bfloat16: `python -m eval speed quantize | load`.
+"""int8 and int4 beside bfloat16: `python -m eval speed quantize | load`.
 
 All three are read from the same checkpoint; two of them are in memory at a time.
 """
@@ -27,7 +27,7 @@ from .full_size import peak_bytes
 from .random_models import Preset, make
 
 _NUM_ROUNDS = 5
-_WAYS: dict[str, Scheme | None] = {"bf16": None, **{scheme: scheme for scheme in SCHEMES}}
+_VARIANTS: dict[str, Scheme | None] = {"bf16": None, **{scheme: scheme for scheme in SCHEMES}}
 
 
 @contextmanager
@@ -51,10 +51,10 @@ def compare_quantize(folder: Path, prompt_tokens: int, new_tokens: int) -> dict[
     conversation = text_of(original, prompt_tokens)
     exact = _log_probabilities(original, conversation)
     engine_rate(original, [conversation], 3)
-    ways: dict[str, dict[str, float]] = {"bf16": {}}
+    variants: dict[str, dict[str, float]] = {"bf16": {}}
     for scheme in SCHEMES:
         model = yi_vl.load(folder, dtype=torch.bfloat16, quantize=scheme)
-        found = _log_probabilities(model, conversation)
+        quantized = _log_probabilities(model, conversation)
         engine_rate(model, [conversation], 3)
         rounds = [  # in turns, as another process may slow any of them
             [
@@ -63,7 +63,7 @@ def compare_quantize(folder: Path, prompt_tokens: int, new_tokens: int) -> dict[
             ]
             for _ in range(_NUM_ROUNDS)
         ]
-        theirs, ours = (
+        baseline, scheme_result = (
             {
                 "tokens_per_second": max(rate for rate, _ in measured),
                 "prefill_seconds": min(seconds for _, seconds in measured),
@@ -71,41 +71,44 @@ def compare_quantize(folder: Path, prompt_tokens: int, new_tokens: int) -> dict[
             }
             for m, measured in zip((original, model), zip(*rounds, strict=True), strict=True)
         )
-        ways["bf16"] = ways["bf16"] or theirs | {"kl": 0.0, **_times(theirs, theirs)}
-        ways[scheme] = ours | {"kl": float((exact.exp() * (exact - found)).sum(-1).mean()), **_times(ours, theirs)}
+        variants["bf16"] = variants["bf16"] or baseline | {"kl": 0.0, **_ratios(baseline, baseline)}
+        variants[scheme] = scheme_result | {
+            "kl": float((exact.exp() * (exact - quantized)).sum(-1).mean()),
+            **_ratios(scheme_result, baseline),
+        }
         del model
-    return {"what": f"{new_tokens} new tokens after {prompt_tokens}", "ways": ways}
+    return {"what": f"{new_tokens} new tokens after {prompt_tokens}", "variants": variants}
 
 
-def _times(ours: dict[str, float], theirs: dict[str, float]) -> dict[str, float]:
-    """Each beside bfloat16 as it was in the same minutes."""
+def _ratios(result: dict[str, float], baseline: dict[str, float]) -> dict[str, float]:
+    """Ratios to bfloat16 as measured in the same rounds."""
     return {
-        "times_as_fast": ours["tokens_per_second"] / theirs["tokens_per_second"],
-        "times_as_slow_to_read": ours["prefill_seconds"] / theirs["prefill_seconds"],
-        "of_the_memory": ours["language_model_gb"] / theirs["language_model_gb"],
+        "relative_speed": result["tokens_per_second"] / baseline["tokens_per_second"],
+        "relative_prefill_time": result["prefill_seconds"] / baseline["prefill_seconds"],
+        "relative_memory": result["language_model_gb"] / baseline["language_model_gb"],
     }
 
 
 def compare_load(folder: Path) -> dict[str, Any]:
     """Seconds and the process's peak memory of loading, each in a process of its own."""
     context = multiprocessing.get_context("spawn")
-    ways = {}
-    for name, scheme in _WAYS.items():
+    variants = {}
+    for name, scheme in _VARIANTS.items():
         receiving, sending = context.Pipe(duplex=False)
         process = context.Process(target=measure_load, args=(folder, scheme, sending))
         process.start()
         sending.close()
         try:
-            found = receiving.recv()
+            result = receiving.recv()
         except EOFError:
-            found = "the process was killed; was there enough memory?"
+            result = "the process was killed; was there enough memory?"
         process.join()
-        if isinstance(found, str):
-            raise ValueError(f"{folder}, {name}: {found}")
-        ways[name] = found
-    for way in ways.values():
-        way["of_bf16s_peak"] = way["peak_gb"] / ways["bf16"]["peak_gb"]
-    return {"what": "loading, and the peak memory that it adds to Python and its libraries", "ways": ways}
+        if isinstance(result, str):
+            raise ValueError(f"{folder}, {name}: {result}")
+        variants[name] = result
+    for variant in variants.values():
+        variant["relative_peak"] = variant["peak_gb"] / variants["bf16"]["peak_gb"]
+    return {"what": "loading, and the peak memory that it adds to Python and its libraries", "variants": variants}
 
 
 def measure_load(folder: Path, scheme: Scheme | None, results: Any) -> None:

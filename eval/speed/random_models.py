@@ -1,7 +1,4 @@
-"""Yi-VLs of random weights, for what does not depend on their values: time and memory.
-
-Called by speed.py's commands; calls yi_vl.
-"""
+"""Yi-VLs of random weights, for what does not depend on their values: time and memory."""
 
 from __future__ import annotations
 
@@ -23,7 +20,7 @@ from yi_vl.processor import prepare_tokenizer
 Preset = Literal["nano", "1b", "6b"]
 _TOKENIZER = Path("tests/official_tiny/checkpoint")
 _WORD = re.compile("▁[a-z]{2,}")
-_NUM_DRAWN = (1 << 20) - 3  # no multiple of a row's length, lest all rows be alike
+_NUM_VALUES = (1 << 20) - 3  # no multiple of a row's length, so that rows differ
 
 
 def make(name: Preset, dtype: torch.dtype = torch.bfloat16, device: str | None = None) -> YiVL:
@@ -49,9 +46,9 @@ def make(name: Preset, dtype: torch.dtype = torch.bfloat16, device: str | None =
     with torch.no_grad():
         for parameter in model.parameters():
             _repeat(parameter, generator) if parameter.ndim > 1 else parameter.fill_(1.0)
-        words = [number for piece, number in tokenizer.get_vocab().items() if _WORD.fullmatch(piece)]
-        said = torch.zeros(len(model.lm_head.weight), 1, dtype=dtype).index_fill_(0, torch.tensor(words), 1)
-        model.lm_head.weight.mul_(said.to(model.device))  # only words: an answer's text then has the tokens it had
+        word_ids = [token_id for piece, token_id in tokenizer.get_vocab().items() if _WORD.fullmatch(piece)]
+        is_word = torch.zeros(len(model.lm_head.weight), 1, dtype=dtype).index_fill_(0, torch.tensor(word_ids), 1)
+        model.lm_head.weight.mul_(is_word.to(model.device))  # an answer's text encodes to its own tokens
         for module in model.modules():  # computed, not random
             if isinstance(module, LlamaRotaryEmbedding):
                 module.inv_freq.copy_(LlamaRotaryEmbedding(config.text_config).inv_freq)
@@ -64,10 +61,10 @@ def make(name: Preset, dtype: torch.dtype = torch.bfloat16, device: str | None =
 
 def _repeat(parameter: torch.Tensor, generator: torch.Generator) -> None:
     """Fill with the same few random numbers over and over: drawing billions takes minutes."""
-    drawn = torch.empty(_NUM_DRAWN, dtype=parameter.dtype, device=parameter.device)
-    drawn.normal_(std=0.02, generator=generator)
-    for part in parameter.view(-1).split(_NUM_DRAWN):
-        part.copy_(drawn[: len(part)])
+    values = torch.empty(_NUM_VALUES, dtype=parameter.dtype, device=parameter.device)
+    values.normal_(std=0.02, generator=generator)
+    for part in parameter.view(-1).split(_NUM_VALUES):
+        part.copy_(values[: len(part)])
 
 
 def _one_billion() -> YiVLConfig:

@@ -1,4 +1,4 @@
-"""The evaluation's runner against what a plain script would do: questions per second, over the same questions."""
+"""The evaluation's runner against a baseline script: questions per second, over the same questions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from yi_vl.hardware import synchronized_seconds
 
-from ..models import ModelChoice, Settings, YiVLModel, read_pictures
+from ..models import ModelChoice, Settings, YiVLModel, read_images
 from ..types import Question
 
 if TYPE_CHECKING:
@@ -19,38 +19,40 @@ if TYPE_CHECKING:
 def compare_runner(
     choice: ModelChoice, questions: Sequence[Question], batch_size: int, max_new_tokens: int
 ) -> dict[str, Any]:
-    """Both ways over the same questions, greedily; the first batch of each is not counted."""
+    """Both variants over the same questions, greedily; the first batch of each is not counted."""
     answerer = YiVLModel(choice.source, choice.device, choice.quantize)
-    ordered = sorted(questions, key=lambda question: (len(question.pictures), len(question.prompt.encode())))
+    ordered = sorted(questions, key=lambda question: (len(question.images), len(question.prompt.encode())))
     settings, device = Settings(max_new_tokens), answerer.yi_vl.model.device
 
     def in_batches(some: Sequence[Question]) -> list[str]:
         return [
             reply.text
             for start in range(0, len(some), batch_size)
-            for reply in answerer.answer([one.content() for one in some[start : start + batch_size]], settings)
+            for reply in answerer.answer(
+                [question.content() for question in some[start : start + batch_size]], settings
+            )
         ]
 
     def one_by_one(some: Sequence[Question]) -> list[str]:
         return [_generate(answerer.yi_vl, question, max_new_tokens) for question in some]
 
-    results, said = {}, {}
-    for name, way in (
+    results, texts = {}, {}
+    for name, variant in (
         ("transformers' generate, one by one", one_by_one),
         (f"eval's runner, batch {batch_size}", in_batches),
     ):
-        way(ordered[:batch_size])
+        variant(ordered[:batch_size])
         answerer.yi_vl.forget()
         started = synchronized_seconds(device)
-        said[name] = way(ordered)
+        texts[name] = variant(ordered)
         seconds = synchronized_seconds(device) - started
         results[name] = {"questions_per_second": len(ordered) / seconds, "seconds": seconds}
     slow, fast = (entry["questions_per_second"] for entry in results.values())
-    first, second = said.values()
+    first, second = texts.values()
     same = sum(a == b for a, b in zip(first, second, strict=True))
     return {
         "what": f"{len(ordered)} questions, at most {max_new_tokens} new tokens, {choice.title}",
-        "ways": results,
+        "variants": results,
         "ratio": fast / slow,
         "same_answers": f"{same} of {len(ordered)}",
     }
@@ -58,7 +60,7 @@ def compare_runner(
 
 def _generate(yi_vl: YiVL, question: Question, max_new_tokens: int) -> str:
     """What a script for one question does: processor, `generate`, decode."""
-    prompts = yi_vl.prepare([[{"role": "user", "content": read_pictures(question.content())}]])
+    prompts = yi_vl.prepare([[{"role": "user", "content": read_images(question.content())}]])
     pixels: dict[str, Any] = {}
     if prompts.squares is not None:
         images_uint8 = prompts.squares.to(prompts.input_ids.device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -17,7 +17,7 @@ from starlette.requests import ClientDisconnect
 
 from ..predict import YiVL
 from .completions import Completions
-from .metrics import CLIENT_LEFT, CountRequests
+from .metrics import CLIENT_CLOSED_REQUEST, CountRequests
 from .middleware import add_middleware
 from .protocol import FAILURE, ApiError, Limits
 
@@ -44,30 +44,20 @@ def create_app(
     Raises:
         ValueError: an origin is malformed.
     """
-    keys = [key.strip().encode() for key in api_keys]
     completions = Completions(yi_vl, name, limits or Limits(), allow_remote_images)
     model = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "yi_vl"}
-
-    async def authorize(request: Request) -> None:
-        if not keys:
-            return
-        kind, _, given = request.headers.get("Authorization", "").partition(" ")
-        shown = given.strip().encode("latin-1")  # the header's bytes
-        if not any([secrets.compare_digest(shown, key) for key in keys]) or kind.lower() != "bearer":
-            message = "The API key is missing or wrong; send `Authorization: Bearer KEY`."
-            raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
     async def list_models() -> dict[str, Any]:
         return {"object": "list", "data": [model]}
 
-    async def get_model(wanted: str) -> dict[str, Any]:
-        completions.check_name(wanted)
+    async def get_model(requested: str) -> dict[str, Any]:
+        completions.check_name(requested)
         return model
 
-    async def tell_health() -> dict[str, str]:
+    async def health() -> dict[str, str]:
         return {"status": "ok"}
 
-    async def tell_metrics() -> Response:
+    async def metrics() -> Response:
         return Response(completions.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     @asynccontextmanager
@@ -76,19 +66,35 @@ def create_app(
         await asyncio.to_thread(completions.close)  # the loop still tells clients why their answers end
 
     readable = ["GET", "HEAD"]
-    api = APIRouter(prefix="/v1", dependencies=[Depends(authorize)])
+    api = APIRouter(prefix="/v1", dependencies=[Depends(_bearer_auth(api_keys))])
     api.add_api_route("/chat/completions", completions.complete, methods=["POST"], response_model=None)
     api.add_api_route("/models", list_models, methods=readable)
-    api.add_api_route("/models/{wanted:path}", get_model, methods=readable)
+    api.add_api_route("/models/{requested:path}", get_model, methods=readable)
     app = FastAPI(lifespan=close_at_end, openapi_url=None, redirect_slashes=False)
     app.include_router(api)
-    app.add_api_route("/healthz", tell_health, methods=readable)
-    app.add_api_route("/metrics", tell_metrics, methods=readable, response_model=None)
+    app.add_api_route("/healthz", health, methods=readable)
+    app.add_api_route("/metrics", metrics, methods=readable, response_model=None)
     app.add_middleware(CountRequests, path="/v1/chat/completions", counter=completions.metrics.requests)
     add_middleware(app, cors_origins, allowed_hosts)
-    for kind, answer in _ANSWERS.items():
-        app.add_exception_handler(kind, answer)
+    for error_type, handler in _ERROR_HANDLERS.items():
+        app.add_exception_handler(error_type, handler)
     return app
+
+
+def _bearer_auth(api_keys: Sequence[str]) -> Callable[[Request], Awaitable[None]]:
+    """A dependency that answers 401 to requests without one of the keys; without keys all requests pass."""
+    keys = [key.strip().encode() for key in api_keys]
+
+    async def authorize(request: Request) -> None:
+        if not keys:
+            return
+        scheme, _, credentials = request.headers.get("Authorization", "").partition(" ")
+        key_bytes = credentials.strip().encode("latin-1")  # the header's bytes
+        if not any([secrets.compare_digest(key_bytes, key) for key in keys]) or scheme.lower() != "bearer":
+            message = "The API key is missing or wrong; send `Authorization: Bearer KEY`."
+            raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+
+    return authorize
 
 
 async def _refuse(_: Request, error: Exception) -> Response:
@@ -105,8 +111,13 @@ async def _fail(_: Request, error: Exception) -> Response:
     return JSONResponse(ApiError(500, FAILURE).body, 500)
 
 
-async def _answer_nobody(_: Request, error: Exception) -> Response:
-    return Response(status_code=CLIENT_LEFT)
+async def _client_closed_request(_: Request, error: Exception) -> Response:
+    return Response(status_code=CLIENT_CLOSED_REQUEST)
 
 
-_ANSWERS = {ApiError: _refuse, HTTPException: _refuse_route, ClientDisconnect: _answer_nobody, Exception: _fail}
+_ERROR_HANDLERS = {
+    ApiError: _refuse,
+    HTTPException: _refuse_route,
+    ClientDisconnect: _client_closed_request,
+    Exception: _fail,
+}

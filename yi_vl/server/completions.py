@@ -1,4 +1,4 @@
-"""One chat request on its way: read, checked, prepared, generated, and answered whole or as a stream of events."""
+"""Chat completions: a request is parsed, checked, encoded, generated, and answered whole or as a stream of events."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from ..engine.engine import Prompts, Sampling
 from ..predict import TooLongError, YiVL
 from .body import read_body
 from .conversation import merge_messages
-from .images import open_picture, read_url
+from .images import open_image, read_url
 from .metrics import Metrics
 from .protocol import FAILURE, SHUTDOWN, ApiError, ChatRequest, Limits, Reply, parse_request
-from .worker import Ahead, Places, Worker
+from .worker import AdmissionLimit, BufferedStream, Worker
 
 T = TypeVar("T")
 _logger = logging.getLogger(__name__)
-_NUM_READING = 32  # bodies that are read at once
+_NUM_BODIES = 32  # bodies read concurrently
 
 
 @dataclass(frozen=True)
 class Piece:
-    """One step of an answer: a token, and the text that became certain with it."""
+    """One step of an answer: a token, and the text that is final with it."""
 
     choice: int
     text: str
@@ -51,10 +51,8 @@ class Completions:
         self._name = name
         self._limits = limits
         self._allow_remote_images = allow_remote_images
-        self._reading = Places(_NUM_READING)
-        self._decoder = ThreadPoolExecutor(
-            1, "yi-vl-pictures"
-        )  # one at a time: each may unpack to hundreds of megabytes
+        self._body_limit = AdmissionLimit(_NUM_BODIES)
+        self._decoder = ThreadPoolExecutor(1, "yi-vl-images")  # one at a time: each may unpack to hundreds of megabytes
 
     async def complete(self, request: Request) -> Response:
         """The answer to a request, or an `ApiError`; when the client leaves, the work for it stops within one step.
@@ -68,17 +66,17 @@ class Completions:
 
     async def _complete(self, request: Request) -> Response:
         arrival = time.perf_counter()
-        with self._reading:
+        with self._body_limit:
             body = await read_body(request, self._limits)
         chat = parse_request(body)
         self.check_name(chat.model)
         chat.check(self._limits)
-        pieces = Ahead(self._answer(chat, arrival))
+        pieces = BufferedStream(self._answer(chat, arrival))
         try:
-            await _unless_gone(request, anext(pieces))  # from here on nothing is wrong with the request
+            await _cancel_on_disconnect(request, anext(pieces))  # from here on nothing is wrong with the request
             if chat.stream:
                 return _EventStream(self._events(chat, pieces, request), pieces)
-            return JSONResponse(await _unless_gone(request, self._whole(chat, pieces)))
+            return JSONResponse(await _cancel_on_disconnect(request, self._whole(chat, pieces)))
         except BaseException:
             pieces.cancel()
             raise
@@ -95,11 +93,11 @@ class Completions:
 
     async def _answer(self, chat: ChatRequest, arrival: float) -> AsyncGenerator[Piece, None]:
         """An empty piece once the prompt is found to be good, then one for every token."""
-        with self.worker.places:
+        with self.worker.admission:
             if chat.images:  # a conversation that is too long is refused before its images are decoded
                 await self.worker.call(self._encode, merge_messages(chat.as_messages([None] * len(chat.images))))
-            pictures = [await self._load_picture(url, param) for url, param in chat.images]
-            prompts = await self.worker.call(self._prepare, merge_messages(chat.as_messages(pictures)))
+            images = [await self._load_image(url, param) for url, param in chat.images]
+            prompts = await self.worker.call(self._prepare, merge_messages(chat.as_messages(images)))
             yield Piece(0, "", None, {})
             is_first = True
             try:
@@ -114,10 +112,10 @@ class Completions:
                 self.metrics.failures.inc()
                 raise ApiError(500, FAILURE) from error
 
-    async def _load_picture(self, url: str, param: str) -> Image.Image:
+    async def _load_image(self, url: str, param: str) -> Image.Image:
         data = await read_url(url, param, self._limits, self._allow_remote_images)
         prepare = self._yi_vl.processor.image_processor.prepare
-        return await asyncio.get_running_loop().run_in_executor(self._decoder, open_picture, data, param, prepare)
+        return await asyncio.get_running_loop().run_in_executor(self._decoder, open_image, data, param, prepare)
 
     def _encode(self, messages: list[dict[str, Any]]) -> None:
         with _bad_messages():
@@ -158,7 +156,7 @@ class Completions:
         sampling = Sampling(**{name: value for name, value in options.items() if value is not None})
         return replace(sampling, max_new_tokens=min(sampling.max_new_tokens, limit))
 
-    async def _whole(self, chat: ChatRequest, pieces: Ahead[Piece]) -> dict[str, Any]:
+    async def _whole(self, chat: ChatRequest, pieces: BufferedStream[Piece]) -> dict[str, Any]:
         texts, finish_reasons, usage = [""] * chat.n, [""] * chat.n, {}
         async for piece in pieces:
             texts[piece.choice] += piece.text
@@ -175,19 +173,21 @@ class Completions:
         ]
         return Reply(self._name).whole(choices, usage)
 
-    async def _events(self, chat: ChatRequest, pieces: Ahead[Piece], request: Request) -> AsyncGenerator[str, None]:
-        reply, num_begun, usage = Reply(self._name), 0, {}
-        tells_usage = chat.stream_options is not None and chat.stream_options.include_usage
+    async def _events(
+        self, chat: ChatRequest, pieces: BufferedStream[Piece], request: Request
+    ) -> AsyncGenerator[str, None]:
+        reply, num_started, usage = Reply(self._name), 0, {}
+        includes_usage = chat.stream_options is not None and chat.stream_options.include_usage
 
         def delta(piece: Piece, content: dict[str, str], finish_reason: str | None = None) -> str:
             choice = {"index": piece.choice, "delta": content, "logprobs": None, "finish_reason": finish_reason}
-            return _event(reply.chunk([choice], **({"usage": None} if tells_usage else {})))
+            return _event(reply.chunk([choice], **({"usage": None} if includes_usage else {})))
 
         try:
             async for piece in pieces:
                 usage = piece.usage
-                if piece.choice == num_begun:
-                    num_begun += 1
+                if piece.choice == num_started:
+                    num_started += 1
                     yield delta(piece, {"role": "assistant", "content": ""})
                 if piece.text:
                     yield delta(piece, {"content": piece.text})
@@ -197,7 +197,7 @@ class Completions:
             request.state.final_status = error.status
             yield _event(error.body)
             return
-        if tells_usage:
+        if includes_usage:
             yield _event(reply.chunk([], usage=usage))
         yield "data: [DONE]\n\n"
 
@@ -210,7 +210,7 @@ class _EventStream(StreamingResponse):
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[str, None], pieces: Ahead[Piece]) -> None:
+    def __init__(self, events: AsyncGenerator[str, None], pieces: BufferedStream[Piece]) -> None:
         super().__init__(events, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         self._pieces = pieces
 
@@ -241,19 +241,19 @@ def _event(content: dict[str, Any]) -> str:
     return f"data: {json.dumps(content)}\n\n"
 
 
-async def _unless_gone(request: Request, work: Awaitable[T]) -> T:
-    """What the work gives; `ClientDisconnect` if the client leaves before."""
+async def _cancel_on_disconnect(request: Request, work: Awaitable[T]) -> T:
+    """The result of the work, which is cancelled with `ClientDisconnect` if the client disconnects."""
 
-    async def leave() -> None:
+    async def disconnect() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
 
-    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(leave())
+    working, disconnecting = asyncio.ensure_future(work), asyncio.ensure_future(disconnect())
     try:
-        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({working, disconnecting}, return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
             raise ClientDisconnect
         return working.result()
     finally:
         working.cancel()
-        leaving.cancel()
+        disconnecting.cancel()

@@ -28,7 +28,7 @@ async def read_url(url: str, param: str, limits: Limits, allow_remote: bool) -> 
     if scheme not in ("http", "https"):
         raise ApiError(400, f"{param} must be a data: URL, data:image/png;base64,...; files are not read.", param)
     if not allow_remote:
-        message = f"{param}: this server fetches no pictures (--allow-remote-images); send a data: URL."
+        message = f"{param}: this server fetches no images (--allow-remote-images); send a data: URL."
         raise ApiError(400, message, param, "remote_images_not_allowed")
     try:
         return await fetch(url, param, limits.image_bytes, limits.fetch_seconds)
@@ -38,7 +38,7 @@ async def read_url(url: str, param: str, limits: Limits, allow_remote: bool) -> 
         raise ApiError(422, str(error), param, "image_unavailable") from error
 
 
-def open_picture(data: bytes, param: str, prepare: Callable[[bytes, Sequence[str]], Image.Image]) -> Image.Image:
+def open_image(data: bytes, param: str, prepare: Callable[[bytes, Sequence[str]], Image.Image]) -> Image.Image:
     """The prepared image in encoded bytes; an `ApiError` 422 if it is broken, of another format or too large.
 
     Args:

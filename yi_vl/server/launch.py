@@ -77,12 +77,12 @@ def bind(host: str, port: int) -> list[socket.socket]:
     if not 0 <= port <= 65535:
         raise ValueError(f"there is no port {port}; give one from 1 to 65535, or 0 for any that is free.")
     try:
-        found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        addresses = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError) as error:
         raise ValueError(f"there is no address {host!r} to listen at ({error}); try --host 127.0.0.1.") from error
     sockets: list[socket.socket] = []
     errors: list[OSError] = []
-    for family, *_, (address, _, *scope) in dict.fromkeys(found):
+    for family, *_, (address, _, *scope) in dict.fromkeys(addresses):
         try:
             sockets.append(_bind(family, (address, port or (sockets[0].getsockname()[1] if sockets else 0), *scope)))
         except OSError as error:
@@ -146,7 +146,7 @@ def read_keys(keys: Sequence[str], file: str | None) -> list[str]:
         lines = [line.strip() for line in Path(file).read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"the key file {file} cannot be read: {error}.") from error
-    found = [line for line in lines if line and not line.startswith("#")]
-    if not found:
+    file_keys = [line for line in lines if line and not line.startswith("#")]
+    if not file_keys:
         raise ValueError(f"the key file {file} holds no key; write one a line.")
-    return [*keys, *found]
+    return [*keys, *file_keys]

@@ -1,4 +1,4 @@
-"""What Prometheus reads at `/metrics`: requests, tokens, time to first token, the queue."""
+"""Prometheus metrics at `/metrics`: requests, tokens, time to first token, the queue."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from .worker import Worker
 
 _SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
-CLIENT_LEFT = 499  # nginx's status for a request whose client did not wait for the end
+CLIENT_CLOSED_REQUEST = 499  # nginx's status for a request whose client did not wait for the end
 
 
 class Metrics:
@@ -16,8 +16,10 @@ class Metrics:
 
     def __init__(self, worker: Worker) -> None:
         self.registry = CollectorRegistry()
-        self.requests = self._counter("requests", f"Ended chat requests; {CLIENT_LEFT}: the client left.", "status")
-        self.prompt_tokens = self._counter("prompt_tokens", "Tokens read, images included.")
+        self.requests = self._counter(
+            "requests", f"Ended chat requests; {CLIENT_CLOSED_REQUEST}: the client left.", "status"
+        )
+        self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens, images included.")
         self.completion_tokens = self._counter("completion_tokens", "Tokens generated.")
         self.failures = self._counter("failures", "Answers that the server failed to finish, streamed ones included.")
         self.first_token_seconds = Histogram(
@@ -51,7 +53,7 @@ class CountRequests:
         if scope["type"] != "http" or scope["path"] != self._path:
             await self._app(scope, receive, send)
             return
-        started, ended = 500, CLIENT_LEFT
+        started, ended = 500, CLIENT_CLOSED_REQUEST
         state = scope.setdefault("state", {})
 
         async def watch(message: Message) -> None:

@@ -42,8 +42,8 @@ class ApiError(Exception):
         super().__init__(message)
         self.status = status
         self.headers = headers
-        kind = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error", 503: "server_error"}
-        error = {"message": message, "type": kind.get(status, "invalid_request_error"), "param": param, "code": code}
+        types = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error", 503: "server_error"}
+        error = {"message": message, "type": types.get(status, "invalid_request_error"), "param": param, "code": code}
         self.body = {"error": error}
 
 
@@ -56,20 +56,20 @@ SHUTDOWN = "The server is shutting down, and its time for answers under way is o
 
 @dataclass(frozen=True)
 class Limits:
-    """What strangers may ask for; pictures hold at most `image.MAX_PIXELS` besides."""
+    """Limits of a request; images hold at most `image.MAX_PIXELS` besides."""
 
     num_waiting: int = 16  # requests that wait while another is answered
     max_tokens: int = 2048  # of an answer
     num_choices: int = 4  # n
     num_images: int = 8  # in a conversation
-    image_bytes: int = 16 * 2**20  # of an encoded picture
+    image_bytes: int = 16 * 2**20  # of an encoded image
     body_bytes: int = 32 * 2**20
     body_seconds: float = 60  # for a body to arrive
-    fetch_seconds: float = 10  # for a remote picture to arrive, redirects included
+    fetch_seconds: float = 10  # for a remote image to arrive, redirects included
 
 
 class _Strict(BaseModel):
-    """Refuses what it does not know, and takes no notice of what changes no answer.
+    """Refuses unknown fields, and ignores what changes no answer.
 
     That is: null, wherever nothing is required; the fields in `ignored`; and the values in `neutral`.
     """
@@ -159,8 +159,8 @@ class Part(_Strict):
     def image_place(self) -> tuple[str, str]:
         """An image's URL, and where in the part it is."""
         for name in ("image_url", "image"):
-            if (found := getattr(self, name)) is not None:
-                return found.url, name if isinstance(found, PlainUrl) else f"{name}.url"
+            if (value := getattr(self, name)) is not None:
+                return value.url, name if isinstance(value, PlainUrl) else f"{name}.url"
         if self.url is not None:
             return self.url, "url"
         if self.source is not None:
@@ -195,7 +195,7 @@ def _check_count(messages: Any) -> Any:
 
 
 class Message(_Strict):
-    """What one side said and showed; no content is an empty one."""
+    """One message; a missing content is an empty one."""
 
     ignored = IGNORED_IN_MESSAGES
     neutral = NEUTRAL_IN_MESSAGES
@@ -237,7 +237,7 @@ _Length = Annotated[_Int, AfterValidator(_check_length)]
 class ChatRequest(_Strict):
     """A request to `/v1/chat/completions`.
 
-    What it does not say is as in `decode.Sampling`: greedy, at most 512 tokens. With `n` and a `seed` the i-th choice
+    Defaults are those of `Sampling`: greedy, at most 512 tokens. With `n` and a `seed` the i-th choice
     is drawn with `seed + i`. A `top_p` of 0 is greedy; empty stop strings are ignored.
     """
 
@@ -269,13 +269,13 @@ class ChatRequest(_Strict):
     @property
     def images(self) -> list[tuple[str, str]]:
         """Every image's URL with the name of its place in the request, in reading order."""
-        found = []
+        images = []
         for i, message in enumerate(self.messages):
             for j, part in enumerate(message.content):
                 if not part.is_text:
                     url, place = part.image_place
-                    found.append((url, f"messages[{i}].content[{j}].{place}"))
-        return found
+                    images.append((url, f"messages[{i}].content[{j}].{place}"))
+        return images
 
     def as_messages(self, images: Sequence[Any]) -> list[dict[str, Any]]:
         """The conversation with its images put in, in the form that `merge_messages` takes."""
@@ -318,14 +318,14 @@ def parse_request(body: bytes) -> ChatRequest:
     if problem["type"] == "json_invalid":
         raise ApiError(400, f"The body is not JSON: {problem['ctx']['error']}.", code="invalid_json")
     if problem["type"] == "extra_forbidden":
-        found = reprlib.repr(problem["input"])
-        raise ApiError(400, f"{param} is {found}: not supported; leave it out.", param, "unsupported_parameter")
+        shown = reprlib.repr(problem["input"])
+        raise ApiError(400, f"{param} is {shown}: not supported; leave it out.", param, "unsupported_parameter")
     if problem["type"] == "missing":
         raise ApiError(400, f"{param} is missing.", param, "missing_required_parameter")
     if problem["type"] == "value_error":
         raise ApiError(400, f"{param or 'The request'}: {problem['ctx']['error']}.", param or None)
-    found = reprlib.repr(problem["input"])
-    raise ApiError(400, f"{param or 'The body'} is {found}: {problem['msg']}.", param or None)
+    shown = reprlib.repr(problem["input"])
+    raise ApiError(400, f"{param or 'The body'} is {shown}: {problem['msg']}.", param or None)
 
 
 class Reply:

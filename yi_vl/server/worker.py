@@ -1,4 +1,4 @@
-"""One generation at a time: the thread that touches the model, the bounded line before it, and how to leave it."""
+"""One generation at a time: the thread that uses the model, the bounded queue before it, and cancellation."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _NEWEST_SHARE = 0.3  # of the latest answer in the mean duration
 
 
 def retry_seconds(mean: float | None, elapsed: float) -> int:
-    """In how many seconds the running answer has probably ended, and the line has a place again.
+    """Estimated seconds until the running answer ends and the queue has a free slot.
 
     Args:
         mean: seconds an answer takes; None if none has ended yet: then this one is expected to be half done.
@@ -28,34 +28,34 @@ def retry_seconds(mean: float | None, elapsed: float) -> int:
     return min(max(1, math.ceil(remaining)), _MAX_RETRY_SECONDS)
 
 
-class Places:
-    """A context that at most `total` requests are in at once; one more is refused, and told when to try again."""
+class AdmissionLimit:
+    """A context for at most `total` concurrent requests; further ones get 429 with `Retry-After`."""
 
     def __init__(self, total: int, retry_seconds: Callable[[], int] = lambda: 1) -> None:
-        self.num_taken = 0
+        self.num_admitted = 0
         self._total = total
         self._retry_seconds = retry_seconds
 
     def __enter__(self) -> None:
-        if self.num_taken >= self._total:
+        if self.num_admitted >= self._total:
             seconds = self._retry_seconds()
-            message = f"{self.num_taken} requests are under way already; try again in {seconds} s."
+            message = f"{self.num_admitted} requests are under way already; try again in {seconds} s."
             raise ApiError(429, message, code="rate_limit_exceeded", headers={"Retry-After": str(seconds)})
-        self.num_taken += 1
+        self.num_admitted += 1
 
     def __exit__(self, *_: object) -> None:
-        self.num_taken -= 1
+        self.num_admitted -= 1
 
 
 class Worker:
-    """Runs generators, one after another in the order they came, in the one thread that touches the model.
+    """Runs generators, one after another in the order of arrival, in the one thread that uses the model.
 
-    Every step is a call of its own, so the event loop stays free, short calls fit in between two steps, and a generator
-    that nobody reads any more makes no further step.
+    Every step is a call of its own, so the event loop stays free, short calls run between two steps, and a generator
+    that is no longer read makes no further step.
     """
 
     def __init__(self, num_waiting: int) -> None:
-        self.places = Places(1 + num_waiting, self.retry_seconds)
+        self.admission = AdmissionLimit(1 + num_waiting, self.retry_seconds)
         self._mean_seconds: float | None = None  # of the answers so far, the latest ones above all
         self._turn_began = 0.0
         self._is_closed = False
@@ -68,10 +68,10 @@ class Worker:
 
     @property
     def num_waiting(self) -> int:
-        return self.places.num_taken - self.num_running
+        return self.admission.num_admitted - self.num_running
 
     def retry_seconds(self) -> int:
-        """When a place in a full line is free again."""
+        """Seconds until a full queue has a free slot."""
         return retry_seconds(self._mean_seconds, time.monotonic() - self._turn_began if self.num_running else 0)
 
     async def call(self, function: Callable[..., T], *arguments: object) -> T:
@@ -79,7 +79,7 @@ class Worker:
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
 
     async def run(self, steps: Generator[T, None, None]) -> AsyncGenerator[T, None]:
-        """What a generator yields, once it is its turn. Its last step has ended when the next generator begins."""
+        """What a generator yields, after those before it. Its last step has ended when the next generator begins."""
         async with self._turn:
             self._turn_began = time.monotonic()
             try:
@@ -100,8 +100,8 @@ class Worker:
         self._thread.shutdown(cancel_futures=True)
 
 
-class Ahead(Generic[T]):
-    """Reads an asynchronous generator in a task of its own, so that a slow client holds up nobody.
+class BufferedStream(Generic[T]):
+    """Reads an asynchronous generator in a task of its own into a buffer, so that a slow client delays no other.
 
     Args:
         source: is closed, wherever it is, when it is `cancel`led.
@@ -111,7 +111,7 @@ class Ahead(Generic[T]):
         self._items: asyncio.Queue[T | None] = asyncio.Queue()
         self._task = asyncio.create_task(self._read(source))
 
-    def __aiter__(self) -> Ahead[T]:
+    def __aiter__(self) -> BufferedStream[T]:
         return self
 
     async def __anext__(self) -> T:

@@ -1,0 +1,82 @@
+"""The tables of `yi-vl info`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from .checkpoint.summary import QuantizedSizes
+    from .config import YiVLConfig
+
+
+def config_table(name: str, config: YiVLConfig, folder: Path | None) -> Table:
+    """The architecture: vision tower, language model, context, quantization, adapters."""
+    from .checkpoint import base_of, holds_adapters
+    from .checkpoint.summary import scheme_of
+
+    vision, text = config.vision_config, config.text_config
+    table = _table(name, "", "")
+    stem = f", convolutional stem {vision.stem_widths}" if vision.stem_widths else ""
+    stem += f", timm's {vision.timm_model}" if vision.timm_model else ""
+    table.add_row(
+        "vision tower",
+        f"{vision.num_hidden_layers} blocks, width {vision.hidden_size}, {vision.num_attention_heads} heads{stem}; "
+        f"{vision.image_size} px in patches of {vision.patch_size} px",
+    )
+    table.add_row("image tokens", f"{vision.num_patches} per image ({vision.grid_size} x {vision.grid_size})")
+    table.add_row(
+        "language model",
+        f"{text.num_hidden_layers} layers, width {text.hidden_size}, feed-forward {text.intermediate_size}, "
+        f"{text.num_attention_heads} heads, {text.num_key_value_heads} for keys and values",
+    )
+    table.add_row("context", f"{text.max_position_embeddings:,} tokens, images and answer included")
+    table.add_row("vocabulary", f"{text.vocab_size:,} rows; {config.image_token_id} is the image token")
+    if scheme := scheme_of(config):
+        dtype = str(config.dtype).removeprefix("torch.")
+        table.add_row("quantised", f"{scheme}, in the language model's linear layers; all else is {dtype}")
+    if folder is not None and holds_adapters(folder):
+        table.add_row("adapters", f"of {base_of(folder)}; merged into it when loaded, which changes none of the sizes")
+    return table
+
+
+def size_tables(config: YiVLConfig, folder: Path | None) -> Iterator[Table]:
+    """Parameters and tensors, in our layout and the official one; then memory."""
+    from .checkpoint.summary import measure, measure_quantized, scheme_of
+
+    if scheme_of(config):
+        yield _quantized_table(measure_quantized(config, folder))
+        return
+    sizes = measure(config)
+    table = _table("parameters", "", "here", "official layout")
+    for name, count in sizes.num_parameters.items():
+        official = sizes.num_official_parameters and sizes.num_official_parameters[name]
+        table.add_row(name, f"{count:,}", f"{official:,}" if official else "-")
+    table.add_row("tensors", f"{sizes.num_tensors:,}", f"{sizes.num_official_tensors or '-'}")
+    yield table
+    table = _table("memory of the weights", "", "MB")
+    for name, num_bytes in sizes.memory_bytes.items():
+        table.add_row(name, f"{num_bytes / 1e6:,.0f}")
+    yield table
+
+
+def _quantized_table(sizes: QuantizedSizes) -> Table:
+    table = _table("weights", "", "parameters", "MB in memory")
+    for name, count in sizes.num_parameters.items():
+        table.add_row(name, f"{count:,}", f"{sizes.memory_bytes[name] / 1e6:,.1f}")
+    total, total_bytes = sum(sizes.num_parameters.values()), sum(sizes.memory_bytes.values())
+    table.add_row("together", f"{total:,}", f"{total_bytes / 1e6:,.1f}")
+    table.add_row("tensors", f"{sizes.num_tensors:,}", "")
+    return table
+
+
+def _table(title: str, *columns: str) -> Table:
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", show_header=any(columns))
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index and len(columns) > 1 and any(columns) else "left")
+    return table
