@@ -16,7 +16,7 @@ from .chat_client import DEFAULT_TIMEOUT_SECONDS, ChatClient, Reply, without_sec
 from .reasoning import has_reasoning
 
 if TYPE_CHECKING:
-    from yi_vl.engine.batch import Generation
+    from yi_vl.engine.request_queue import Generation
     from yi_vl.quantize import Scheme
 
 # First bytes -> what an endpoint is told of the format.
@@ -93,7 +93,7 @@ class YiVLModel:
         self.yi_vl = yi_vl.load(None if name == "nano" else name, device=device, quantize=quantize)
 
     def answer(self, requests: Sequence[Content], settings: Settings) -> list[Reply]:
-        from yi_vl.engine.batch import attempt
+        from yi_vl.engine.request_queue import attempt
 
         contents = [attempt(read_pictures, content) for content in requests]
         conversations = [[{"role": "user", "content": c}] for c in contents if not isinstance(c, ValueError)]

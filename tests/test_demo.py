@@ -286,7 +286,7 @@ def test_only_what_a_visitor_may_read_is_restored(yi_vl: YiVL) -> None:
 def test_an_error_of_ours_is_logged_and_not_shown(
     yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(yi_vl, "prepare", lambda _: {}["secret"])
+    monkeypatch.setattr(yi_vl.engine, "prepare", lambda _: {}["secret"])
     (shown,) = actions_over(yi_vl).answer([user("Hi")], *SETTINGS, NOBODY)
     assert shown[-1]["content"][0]["text"] == texts.TEXTS["en"]["failed"] and "secret" in caplog.text
 

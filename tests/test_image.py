@@ -217,7 +217,7 @@ def test_samples_that_are_none_of_an_image_are_refused_in_every_type(samples: li
 
 def test_pixels_are_normalized_where_the_images_are() -> None:
     images = torch.zeros(2, 14, 14, 3, dtype=torch.uint8, device="meta")
-    assert YiVLImageProcessor(size_px=14).normalise(images).device.type == "meta"
+    assert YiVLImageProcessor(size_px=14).to_pixel_values(images).device.type == "meta"
 
 
 @pytest.mark.parametrize(

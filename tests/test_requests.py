@@ -17,8 +17,8 @@ from PIL import Image
 from tiny import OFFICIAL, tiny_yi_vl
 
 import yi_vl as package
-from yi_vl.engine.batch import BatchError, Generation
-from yi_vl.engine.engine import Sampling
+from yi_vl.engine.request_queue import BatchError, Generation
+from yi_vl.engine.sampling import Sampling
 from yi_vl.image.transform import load_image
 from yi_vl.predict import YiVL
 

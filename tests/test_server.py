@@ -38,7 +38,8 @@ from transformers import DynamicCache
 from web import serving_images
 
 from yi_vl import cli
-from yi_vl.engine.engine import Prompts, Sampling
+from yi_vl.engine.running_batch import Prompts
+from yi_vl.engine.sampling import Sampling
 from yi_vl.image.transform import MAX_PIXELS
 from yi_vl.predict import YiVL
 from yi_vl.server import Limits, create_app
@@ -127,11 +128,10 @@ def direct(yi_vl: YiVL, turns: Turns, **options: Any) -> tuple[str, str | None, 
     for role, pictures, words in turns:
         parts: list[Any] = [{"type": "image", "image": path} for path in pictures]
         messages.append({"role": role, "content": [*parts, {"type": "text", "text": words}]})
-    sampling = Sampling(**options)
-    prompts = yi_vl.prepare([messages])
-    (answer,) = answers = yi_vl.begin_answers(prompts, sampling)
-    text = "".join(piece for (piece,) in yi_vl.generate(prompts, answers, sampling))
-    return text, answer.finish_reason, prompts.num_tokens[0], answer.num_tokens
+    prompts = yi_vl.engine.prepare([messages])
+    outputs = [output for (output,) in yi_vl.engine.generate(prompts, Sampling(**options))]
+    text = "".join(output.text for output in outputs)
+    return text, outputs[-1].finish_reason, prompts.num_tokens[0], outputs[-1].num_tokens
 
 
 def metric(address: str, name: str, **labels: str) -> float:

@@ -349,4 +349,4 @@ def test_a_samples_pixels_are_those_of_its_image(processor: YiVLProcessor, tmp_p
     data = DataConfig(form="chat", fast_pixels=False, sources=[SourceConfig(name="toys", shards="")])
     (made,) = read_shard(str(tmp_path / "out/00000.tar"))
     sample = SampleEncoder(processor, data, 2000).encode(made, 0)
-    assert torch.equal(sample.images[0], processor.image_processor.square(png("red")))
+    assert torch.equal(sample.images[0], processor.image_processor.to_uint8(png("red")))

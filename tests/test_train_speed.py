@@ -38,7 +38,7 @@ def encoded(image: Image.Image, image_format: str, **options: object) -> bytes:
 
 def differences(content: bytes, size_px: int) -> torch.Tensor:
     found = square(content, size_px)
-    exact = YiVLImageProcessor(size_px).square(content)
+    exact = YiVLImageProcessor(size_px).to_uint8(content)
     assert found.shape == exact.shape and found.dtype == torch.uint8
     return (found.float() - exact.float()).abs()
 
@@ -84,7 +84,7 @@ def test_the_option_makes_inferences_pixels() -> None:
     processor = processor_for(56)
     content = encoded(picture(640, 480), "JPEG")
     raw = {"__url__": "x", "__key__": "k", "jpg": content, "txt": b"a"}
-    exact = processor.image_processor.square(content)
+    exact = processor.image_processor.to_uint8(content)
     for is_fast in (True, False):
         data = DataConfig("caption", [SourceConfig("x", "x")], fast_pixels=is_fast)
         (image,) = SampleEncoder(processor, data, 100).encode(raw, 0).images

@@ -266,15 +266,6 @@ def from_llava(conversations: Sequence[dict[str, str]]) -> list[dict[str, Any]]:
     return messages
 
 
-def hold_back(text: str, stop_strings: Sequence[str] = (STOP_STRING,)) -> int:
-    """How many characters at the end of `text` may be the beginning of a stop string, and so must not be shown yet."""
-    longest = max((len(stop) - 1 for stop in stop_strings), default=0)
-    for size in range(min(longest, len(text)), 0, -1):
-        if any(stop.startswith(text[-size:]) for stop in stop_strings):
-            return size
-    return 0
-
-
 def _check_length(segments: Sequence[Segment], patches_per_image: int, max_tokens: int, max_token_length: int) -> None:
     num_images = sum(segment.is_image for segment in segments)
     num_characters = sum(len(segment.text) for segment in segments if not segment.is_image)

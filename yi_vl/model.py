@@ -90,17 +90,17 @@ class YiVLModel(YiVLPreTrainedModel):
         Raises:
             ValueError: the batch has another number of image tokens than of features.
         """
-        slots = input_ids == self.config.image_token_id  # (B, S)
+        is_image = input_ids == self.config.image_token_id  # (B, S)
         num_features = image_features.shape[0] * image_features.shape[1]
         # A compiled graph cannot branch on a count; whoever compiles has run the same inputs before.
-        if not torch.compiler.is_compiling() and (num_slots := int(slots.sum())) != num_features:
+        if not torch.compiler.is_compiling() and (num_tokens := int(is_image.sum())) != num_features:
             raise ValueError(
-                f"{num_slots} image tokens in input_ids but {num_features} image features "
+                f"{num_tokens} image tokens in input_ids but {num_features} image features "
                 f"({image_features.shape[0]} images of {image_features.shape[1]} patches); each image needs its "
                 "placeholder tokens exactly once. Use the model's own processor."
             )
         features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
-        return inputs_embeds.masked_scatter(slots.unsqueeze(-1), features)
+        return inputs_embeds.masked_scatter(is_image.unsqueeze(-1), features)
 
     @can_return_tuple
     def forward(

@@ -128,8 +128,8 @@ class YiVLImageProcessor(BaseImageProcessor):
     ) -> BatchFeature:
         """An image, a list, or a list of lists (a batch); their pixels in reading order."""
         none = torch.zeros(0, self.size_px, self.size_px, 3, dtype=torch.uint8)
-        squares = [self.square(image) for image in _flatten(images)]
-        pixel_values = self.normalise(torch.stack(squares) if squares else none)
+        images_uint8 = [self.to_uint8(image) for image in _flatten(images)]
+        pixel_values = self.to_pixel_values(torch.stack(images_uint8) if images_uint8 else none)
         return BatchFeature({"pixel_values": pixel_values}, tensor_type=return_tensors)
 
     def prepare(
@@ -139,14 +139,14 @@ class YiVLImageProcessor(BaseImageProcessor):
         with _reading(image, formats, allow_remote_images) as strips:
             return resize_strips(strips.size, strips.read, self.size_px)
 
-    def square(self, image: ImageSource, allow_remote_images: bool = False) -> Tensor:
-        """A prepared image's bytes, (H, W, 3) uint8: what the trainer's workers send, a quarter of `pixel_values`."""
+    def to_uint8(self, image: ImageSource, allow_remote_images: bool = False) -> Tensor:
+        """`prepare` as a tensor (H, W, 3) uint8, a quarter of the bytes of `pixel_values`."""
         return torch.from_numpy(np.array(self.prepare(image, allow_remote_images=allow_remote_images)))
 
-    def normalise(self, squares: Tensor) -> Tensor:
+    def to_pixel_values(self, images_uint8: Tensor) -> Tensor:
         """(N, H, W, 3) uint8 -> pixel_values (N, 3, H, W) float32"""
-        mean, std = (torch.tensor(values, device=squares.device) for values in (self.image_mean, self.image_std))
-        scaled = torch.addcmul(-mean / std, squares.float(), 1 / (255 * std))  # (N, H, W, 3)
+        mean, std = (torch.tensor(values, device=images_uint8.device) for values in (self.image_mean, self.image_std))
+        scaled = torch.addcmul(-mean / std, images_uint8.float(), 1 / (255 * std))  # (N, H, W, 3)
         return scaled.permute(0, 3, 1, 2)
 
 

@@ -237,7 +237,7 @@ _Length = Annotated[_Int, AfterValidator(_check_length)]
 class ChatRequest(_Strict):
     """A request to `/v1/chat/completions`.
 
-    What it does not say is as in `decode.Sampling`: greedy, at most 512 tokens. With `n` and a `seed` the i-th choice
+    What it does not say is as in `Sampling`: greedy, at most 512 tokens. With `n` and a `seed` the i-th choice
     is drawn with `seed + i`. A `top_p` of 0 is greedy; empty stop strings are ignored.
     """
 
