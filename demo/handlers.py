@@ -18,7 +18,7 @@ from typing import Any
 
 import gradio as gr
 
-from yi_vl.image.transform import WEB_FORMATS
+from yi_vl.image import WEB_FORMATS
 from yi_vl.predict import TooLongError, YiVL
 
 from . import chat

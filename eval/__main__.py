@@ -13,7 +13,7 @@ import typer
 
 from yi_vl.arguments import as_path
 from yi_vl.cli import QuantizeOption
-from yi_vl.hardware import use_large_pages
+from yi_vl.runtime import use_huge_pages
 
 from .chat_client import DEFAULT_TIMEOUT_SECONDS
 from .options import JudgeModelOption, JudgeOption, Options, TimeoutOption, judge_choice, with_options
@@ -363,7 +363,7 @@ def _refuse_repeated(answered: list[Answered], source: Path) -> None:
 
 def main() -> None:
     """Run a command; what a user can cause is said in one line."""
-    use_large_pages()
+    use_huge_pages()
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
     try:
         app(prog_name="python -m eval")

@@ -215,7 +215,7 @@ def read_pictures(content: Content) -> Content:
 
 
 def _as_images(content: Content) -> Content:
-    from yi_vl.image.transform import load_image
+    from yi_vl.image import load_image
 
     return [part | {"image": load_image(part["image"])} if part["type"] == "image" else part for part in content]
 
@@ -223,7 +223,7 @@ def _as_images(content: Content) -> Content:
 def _as_url(part: dict[str, Any]) -> dict[str, Any]:
     if part["type"] == "text":
         return part
-    from yi_vl.image.transform import load_image
+    from yi_vl.image import load_image
 
     content, image = part["image"], load_image(part["image"])
     kind = next((kind for start, kind in _SENT_AS_IT_IS.items() if content.startswith(start)), None)

@@ -13,7 +13,7 @@ from transformers import DynamicCache
 from yi_vl.engine import kv_cache as cache_module
 from yi_vl.engine.gemv import GemvLinear, use_gemm_, use_gemv_
 from yi_vl.engine.kv_cache import GrowableLayer, gather, layers_of, new_cache
-from yi_vl.hardware import use_large_pages
+from yi_vl.runtime import use_huge_pages
 
 
 def states(num_rows: int, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -115,5 +115,5 @@ def test_large_pages_are_asked_for_unless_the_user_has_chosen(
     monkeypatch.delenv("THP_MEM_ALLOC_ENABLE")
     if chosen is not None:
         monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", chosen)
-    use_large_pages()
+    use_huge_pages()
     assert os.environ["THP_MEM_ALLOC_ENABLE"] == (chosen or "1")

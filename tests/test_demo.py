@@ -21,7 +21,7 @@ from demo import chat
 from demo import i18n as texts
 from demo.__main__ import main
 from demo.card import find_card
-from yi_vl.image.transform import load_image
+from yi_vl.image import load_image
 from yi_vl.predict import YiVL
 
 pytest.importorskip("gradio")
@@ -262,7 +262,7 @@ def test_a_hostile_picture_is_refused_in_the_chat(yi_vl: YiVL, pace: Pace, name:
     actions = actions_over(yi_vl)
     actions.visitors.public.add(str(path))
     (shown,) = actions.answer([user(path, "What?")], *SETTINGS, NOBODY)
-    assert re.search(f"hostile.png.*({reason}|not a picture of a format)", shown[-1]["content"][0]["text"], re.DOTALL)
+    assert re.search(f"hostile.png.*({reason}|not an image of a format)", shown[-1]["content"][0]["text"], re.DOTALL)
     assert actions.show_pictures([user(path, "What?")], "en", NOBODY) == texts.TEXTS["en"]["seen_nothing"]
 
 

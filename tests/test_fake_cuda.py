@@ -24,7 +24,7 @@ from eval.speed import runner as speed_runner
 from eval.types import Picture, Question
 from yi_vl import YiVL
 from yi_vl import hardware as machine
-from yi_vl.image.transform import YiVLImageProcessor
+from yi_vl.image import YiVLImageProcessor
 from yi_vl.quantize import Scheme
 
 WIDE, TALL = OFFICIAL / "wide.png", OFFICIAL / "tall.png"

@@ -348,7 +348,7 @@ def test_too_long_prompts_are_refused_before_any_work(yi_vl: YiVL, script: Scrip
         ((None, ""), {}, "question is empty"),
         ((None, " "), {}, "question is empty"),
         ((None, 3), {}, "question is 3; expected a text"),
-        ((b"no picture", "What?"), {}, "not a picture"),
+        ((b"no picture", "What?"), {}, "not an image"),
         ((["missing.png"], "What?"), {}, "missing.png"),
         ((None, "Hi"), {"temperature": -1}, "temperature is -1"),
         ((None, "Hi"), {"top_p": 0}, "top_p is 0"),
@@ -372,7 +372,7 @@ def test_unknown_options_and_sizes_are_refused(yi_vl: YiVL) -> None:
 
 
 def test_image_parts_must_carry_their_picture(yi_vl: YiVL) -> None:
-    with pytest.raises(ValueError, match="must carry its picture"):
+    with pytest.raises(ValueError, match="must carry its image"):
         yi_vl.answer([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}])
 
 

@@ -16,7 +16,7 @@ from test_server import HI, WIDE, ask, client_of, direct, serving
 from tiny import tiny_yi_vl
 
 from yi_vl.chat import SYSTEM_PROMPT, render, to_text
-from yi_vl.image.transform import WEB_FORMATS
+from yi_vl.image import WEB_FORMATS
 from yi_vl.predict import YiVL
 from yi_vl.server import create_app
 from yi_vl.server.conversation import merge_messages

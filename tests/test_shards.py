@@ -28,7 +28,7 @@ from train.shards.__main__ import build, main
 from train.shards.files import MANIFEST, Manifest
 from train.shards.sources import Chunk, LlavaSource, Reader
 from yi_vl.chat import from_llava, render, to_text
-from yi_vl.image.transform import YiVLImageProcessor
+from yi_vl.image import YiVLImageProcessor
 from yi_vl.processor import YiVLProcessor, prepare_tokenizer
 
 Run = Callable[..., tuple[int, str, str]]
@@ -135,7 +135,7 @@ def test_the_trainer_reads_what_llava_becomes(run: Run, processor: YiVLProcessor
         (entry("<image>\nWhat?", "..\\outside.png"), "leads out of the image folder"),
         (entry("<image>\nWhat?", "C:\\outside.png"), "leads out of the image folder"),
         (entry("<image>\nWhat?", "{outside}"), "leads out of the image folder"),
-        (entry("<image>\nWhat?", "cut.png"), "damaged|cannot be read as a picture"),
+        (entry("<image>\nWhat?", "cut.png"), "damaged|cannot be read as an image"),
         (entry("<image>\nWhat?", "a.jpg\0"), "null"),
         (entry("<image><image>\nWhat?", "a.jpg"), "2 <image> in the text but 1 pictures"),
         (entry("<image>\nWhat?"), "1 <image> in the text but 0 pictures"),

@@ -16,7 +16,7 @@ from train.data.fast_image import square
 from train.data.loader import SampleEncoder
 from train.speed.data import drift, make_shards, ours, plain, processor_for, resident_memory
 from train.speed.step import Form, compare, make_work
-from yi_vl.image.transform import YiVLImageProcessor
+from yi_vl.image import YiVLImageProcessor
 
 pytestmark = pytest.mark.slow
 
@@ -73,7 +73,7 @@ def test_a_large_jpeg_is_decoded_scaled_and_a_small_one_is_not(monkeypatch: pyte
 
 
 def test_broken_pictures_say_why() -> None:
-    for content, reason in ((b"", "0 bytes"), (b"rotten", "not a picture")):
+    for content, reason in ((b"", "0 bytes"), (b"rotten", "not an image")):
         with pytest.raises(ValueError, match=reason):
             square(content, 56)
     with pytest.raises(ValueError, match="damaged"):

@@ -9,7 +9,7 @@ import torch
 
 from yi_vl.checkpoint.assemble import from_parts
 from yi_vl.config import OpenClipVisionConfig
-from yi_vl.image.transform import YiVLImageProcessor
+from yi_vl.image import YiVLImageProcessor
 from yi_vl.model import YiVLForConditionalGeneration
 from yi_vl.processor import YiVLProcessor, prepare_tokenizer
 

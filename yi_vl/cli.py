@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from .arguments import as_path
-from .hardware import use_large_pages
+from .runtime import use_huge_pages
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -72,7 +72,7 @@ def main() -> None:
 
 def run(program: Callable[..., Any], prog_name: str, short_name: str) -> None:
     """Run a typer program: what a user can cause is one line on stderr and exit code 2, Ctrl-C is exit code 130."""
-    use_large_pages()
+    use_huge_pages()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # what a terminal cannot show is not lost

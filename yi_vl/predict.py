@@ -24,7 +24,7 @@ from .engine.request_queue import Errors, RequestQueue, as_list, attempt
 from .engine.request_queue import Generation as Generation
 from .engine.sampling import Sampling
 from .generation import set_end_tokens_
-from .image.transform import ImageSource
+from .image import ImageSource
 from .messages import Message, as_images, as_messages, conversation, system_message, user_message
 from .model import YiVLForConditionalGeneration
 from .processor import YiVLProcessor

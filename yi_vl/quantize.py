@@ -41,7 +41,7 @@ from transformers.core_model_loading import ConversionOps
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .hardware import give_back_memory
+from .runtime import trim_malloc
 
 Scheme = Literal["int8", "int4"]
 SCHEMES: tuple[Scheme, ...] = ("int8", "int4")
@@ -363,7 +363,7 @@ class PackedQuantizer(HfQuantizer):
                     "give a GPU the original with quantize=..."
                 )
             layer.pack_()
-            give_back_memory()  # else what was not packed stays beside what is, freed but resident
+            trim_malloc()  # else what was not packed stays beside what is, freed but resident
         return model
 
     def is_serializable(self) -> bool:

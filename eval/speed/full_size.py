@@ -25,7 +25,7 @@ from yi_vl.checkpoint import Checkpoint, convert
 from yi_vl.config import preset
 from yi_vl.engine.sampling import Sampling
 from yi_vl.hardware import machine, synchronized_seconds
-from yi_vl.image.transform import YiVLImageProcessor
+from yi_vl.image import YiVLImageProcessor
 from yi_vl.processor import YiVLProcessor, prepare_tokenizer
 from yi_vl.quantize import Scheme, num_bytes
 

@@ -34,7 +34,7 @@ from train.nano.picture import KINDS, Kind, Picture
 from train.nano.tower import PictureStream, TowerRecipe, make_optimiser
 from yi_vl import YiVLForConditionalGeneration, YiVLProcessor
 from yi_vl.connector import Projector
-from yi_vl.image.transform import YiVLImageProcessor
+from yi_vl.image import YiVLImageProcessor
 from yi_vl.vision import OpenClipTower, resize_position_grid
 
 # Two cycles of the learning rate.

@@ -36,7 +36,7 @@ from train.nano.compose import Composer
 from train.nano.names import LABELS
 from train.nano.picture import Kind, Picture, dense_labels
 from yi_vl.config import preset
-from yi_vl.image.transform import YiVLImageProcessor
+from yi_vl.image import YiVLImageProcessor
 from yi_vl.vision import OpenClipTower, resize_position_grid
 
 logger = logging.getLogger(__name__)

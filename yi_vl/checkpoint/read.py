@@ -20,7 +20,7 @@ from ..arguments import as_int, shown
 from ..auto import YiVLProcessor
 from ..chat import IMAGE_PLACEHOLDER
 from ..config import OpenClipVisionConfig, YiVLConfig
-from ..image.transform import YiVLImageProcessor
+from ..image import YiVLImageProcessor
 from ..model import YiVLForConditionalGeneration
 from ..processor import prepare_tokenizer
 from ..quantize import packed_config, replace_linears_

@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ..chat import STOP_STRING, Encoded, TooLongError
 from ..generation import as_list as as_id_list
 from ..generation import end_token_ids
-from ..image.transform import ImageSource, check_source
+from ..image import ImageSource, check_source
 from ..messages import Message, as_messages, images_of
 from ..model import YiVLForConditionalGeneration
 from ..processor import YiVLProcessor
