@@ -15,8 +15,8 @@ import typer
 
 from yi_vl.arguments import as_path
 from yi_vl.cli import DeviceOption, DtypeOption, QuantizeOption
-from yi_vl.hardware import use_large_pages
 from yi_vl.program import run
+from yi_vl.runtime import use_huge_pages
 
 from .card import find_card
 from .i18n import ANY_YI_VL, LANGUAGES, NANO
@@ -115,7 +115,7 @@ def _is_loopback(host: str) -> bool:
 
 def main() -> None:
     """The entry point of `python -m demo`."""
-    use_large_pages()
+    use_huge_pages()
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
     run(partial(app, prog_name="python -m demo"), "demo")
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import gradio as gr
 
-from yi_vl.image.transform import WEB_FORMATS
+from yi_vl.image import WEB_FORMATS
 from yi_vl.predict import TooLongError, YiVL
 
 from . import chat
@@ -120,7 +120,7 @@ class Handlers:
             messages = chat.to_messages(history, lambda path: path)
             if not messages or messages[-1]["role"] != "user":
                 return
-            self.yi_vl.encode([messages])  # what is too long is refused before its images are decoded
+            self.yi_vl.engine.encode([messages])  # what is too long is refused before its images are decoded
             messages = chat.to_messages(history, partial(self._open, request, language))
             with closing(self._one_at_a_time(self.yi_vl.stream_messages(messages, **options))) as pieces:
                 for piece in pieces:

@@ -14,7 +14,7 @@ from .chat_client import DEFAULT_TIMEOUT_SECONDS, ChatClient, Reply, without_sec
 from .reasoning import has_reasoning
 
 if TYPE_CHECKING:
-    from yi_vl.engine.batch import Generation
+    from yi_vl.engine.request_queue import Generation
     from yi_vl.quantize import Scheme
 
 # First bytes -> what an endpoint is told of the format.
@@ -92,7 +92,7 @@ class YiVLModel:
         self.yi_vl = yi_vl.load(None if name == "nano" else name, device=device, quantize=quantize)
 
     def answer(self, requests: Sequence[Content], settings: Settings) -> list[Reply]:
-        from yi_vl.engine.batch import attempt
+        from yi_vl.engine.request_queue import attempt
 
         contents = [attempt(read_images, content) for content in requests]
         conversations = [[{"role": "user", "content": c}] for c in contents if not isinstance(c, ValueError)]
@@ -214,7 +214,7 @@ def read_images(content: Content) -> Content:
 
 
 def _as_images(content: Content) -> Content:
-    from yi_vl.image.transform import load_image
+    from yi_vl.image import load_image
 
     return [part | {"image": load_image(part["image"])} if part["type"] == "image" else part for part in content]
 
@@ -222,8 +222,8 @@ def _as_images(content: Content) -> Content:
 def _as_url(part: dict[str, Any]) -> dict[str, Any]:
     if part["type"] == "text":
         return part
+    from yi_vl.image import load_image
     from yi_vl.image.data_url import data_url, png_bytes
-    from yi_vl.image.transform import load_image
 
     content, image = part["image"], load_image(part["image"])
     subtype = next((subtype for start, subtype in _SENT_AS_IT_IS.items() if content.startswith(start)), None)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from yi_vl.image.transform import load_image
+from yi_vl.image import load_image
 
 from .scoring import RULES, Scored
 from .types import Verdict

@@ -41,9 +41,9 @@ class Pace:
         self._is_held = False
         self._eos = yi_vl.processor.tokenizer.eos_token_id
         self._forward = yi_vl.model.forward
-        self._generate = yi_vl.generate
+        self._generate = yi_vl.engine.generate
         monkeypatch.setattr(yi_vl.model, "forward", self._step)
-        monkeypatch.setattr(yi_vl, "generate", self._answer)
+        monkeypatch.setattr(yi_vl.engine, "generate", self._answer)
 
     def hold(self, after: int) -> None:
         """Let the model take so many steps, and wait then."""

@@ -11,9 +11,9 @@ from torch import nn
 from transformers import DynamicCache
 
 from yi_vl.engine import kv_cache as cache_module
-from yi_vl.engine.gemv import VectorLinear, use_matrices_, use_vectors_
-from yi_vl.engine.kv_cache import RoomyLayer, gather, layers_of, new_cache
-from yi_vl.hardware import use_large_pages
+from yi_vl.engine.gemv import GemvLinear, use_gemm_, use_gemv_
+from yi_vl.engine.kv_cache import GrowableLayer, gather, layers_of, new_cache
+from yi_vl.runtime import use_huge_pages
 
 
 def states(num_rows: int, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -22,8 +22,8 @@ def states(num_rows: int, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_it_holds_what_transformers_cache_holds_however_far_it_grows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache_module, "_ROOM_TOKENS", 3)
-    ours, theirs = RoomyLayer(), DynamicCache()
+    monkeypatch.setattr(cache_module, "_RESERVE_TOKENS", 3)
+    ours, theirs = GrowableLayer(), DynamicCache()
     for num_tokens in (5, 1, 1, 1, 1, 4, 1, 2):
         given = states(2, num_tokens)
         expected = theirs.update(*given, 0)
@@ -33,7 +33,7 @@ def test_it_holds_what_transformers_cache_holds_however_far_it_grows(monkeypatch
 
 
 def test_a_step_copies_nothing_that_is_known() -> None:
-    layer = RoomyLayer()
+    layer = GrowableLayer()
     first, _ = layer.update(*states(1, 10))
     for _ in range(100):
         keys, _ = layer.update(*states(1, 1))
@@ -43,7 +43,7 @@ def test_a_step_copies_nothing_that_is_known() -> None:
 @pytest.mark.parametrize("change", ["crop", "select", "reorder"])
 def test_keys_given_out_stay_as_they_are(change: str) -> None:
     """What transformers does to a cache is followed by copying, not by writing over what others may still read."""
-    layer, given = RoomyLayer(), states(2, 6)
+    layer, given = GrowableLayer(), states(2, 6)
     keys, values = layer.update(*given)
     rows = torch.tensor([1, 0])
     {
@@ -81,17 +81,17 @@ def test_one_vector_gives_the_same_product() -> None:
     layers = nn.ModuleList([nn.Linear(64, 48, bias=False), nn.Linear(64, 48)]).to(torch.bfloat16)
     vector, matrix = torch.randn(1, 1, 64, dtype=torch.bfloat16), torch.randn(2, 3, 64, dtype=torch.bfloat16)
     expected = [layer(given) for layer in layers for given in (vector, matrix)]
-    use_vectors_(layers)
-    assert all(type(layer) is VectorLinear and isinstance(layer, nn.Linear) for layer in layers)
+    use_gemv_(layers)
+    assert all(type(layer) is GemvLinear and isinstance(layer, nn.Linear) for layer in layers)
     for found, wanted in zip([layer(given) for layer in layers for given in (vector, matrix)], expected, strict=True):
         torch.testing.assert_close(found, wanted, atol=0.01, rtol=0.01)
-    use_matrices_(layers)
+    use_gemm_(layers)
     assert all(type(layer) is nn.Linear for layer in layers)
 
 
 def test_the_product_with_a_vector_is_used_for_a_step_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model().to(torch.bfloat16)
-    use_vectors_(model)
+    use_gemv_(model)
     num_products, plain = 0, torch.mv
 
     def count(weight: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
@@ -115,5 +115,5 @@ def test_large_pages_are_asked_for_unless_the_user_has_chosen(
     monkeypatch.delenv("THP_MEM_ALLOC_ENABLE")
     if chosen is not None:
         monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", chosen)
-    use_large_pages()
+    use_huge_pages()
     assert os.environ["THP_MEM_ALLOC_ENABLE"] == (chosen or "1")

@@ -12,7 +12,7 @@ from tokenizers import Regex
 from tokenizers.pre_tokenizers import Split
 
 import yi_vl
-from yi_vl.chat import CHAT_TEMPLATE, SYSTEM_PROMPT, encode, from_llava, hold_back, render, render_caption, to_text
+from yi_vl.chat import CHAT_TEMPLATE, SYSTEM_PROMPT, encode, from_llava, render, render_caption, to_text
 from yi_vl.processor import YiVLProcessor
 
 pytestmark = pytest.mark.core
@@ -245,15 +245,3 @@ def test_the_assistant_may_speak_first() -> None:
 
 def test_default_system_prompt_comes_first() -> None:
     assert to_text(render([user("Hi")], True)) == SYSTEM_PROMPT + "\n\n### Human: Hi\n### Assistant:"
-
-
-@pytest.mark.parametrize(
-    ("shown", "num_held"), [("", 0), ("a", 0), ("a#", 1), ("a##", 2), ("a\n#", 1), ("# a", 0), ("##a#", 1)]
-)
-def test_hold_back(shown: str, num_held: int) -> None:
-    assert hold_back(shown) == num_held
-
-
-def test_hold_back_takes_the_longest_of_several() -> None:
-    assert hold_back("a #", ("###", " ## ")) == 2
-    assert hold_back("a", ()) == 0

@@ -103,7 +103,7 @@ def write(path: Path, content: bytes) -> str:
     ("make", "problem"),
     [
         (lambda tmp: ["missing.png", "What?"], "missing.png: there is no such file"),
-        (lambda tmp: [write(tmp / "text.png", b"text"), "What?"], "text.png is not a picture"),
+        (lambda tmp: [write(tmp / "text.png", b"text"), "What?"], "text.png is not an image"),
         (lambda tmp: [write(tmp / "empty.png", b""), "What?"], "empty.png is empty (0 bytes)"),
         (lambda tmp: [write(tmp / "cut.png", Path(TALL).read_bytes()[:2000]), "What?"], "cut.png is damaged"),
         (lambda tmp: [WIDE, ""], "The question is empty"),

@@ -10,12 +10,14 @@ import torch
 from tiny import IMAGE_TOKEN_ID, OFFICIAL, tiny_yi_vl
 
 from yi_vl.chat import STOP_STRING
-from yi_vl.engine.engine import Answer, Chooser, Prompts, Rows, Sampling
-from yi_vl.engine.prefix_cache import num_common
+from yi_vl.engine.detokenizer import IncrementalDetokenizer, partial_stop_length
+from yi_vl.engine.prefix_cache import shared_prefix_length
+from yi_vl.engine.running_batch import Prompts, RunningBatch
+from yi_vl.engine.sampling import Sampler, Sampling
 from yi_vl.predict import YiVL
 
 VOCABULARY = 960
-NO_TOKENS_FORBIDDEN = torch.zeros(VOCABULARY, dtype=torch.bool)
+NO_SUPPRESSED_TOKENS = torch.zeros(VOCABULARY, dtype=torch.bool)
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +36,8 @@ def tokens_of(yi_vl: YiVL, *pieces: str) -> list[int]:
     return ids
 
 
-def speak(yi_vl: YiVL, tokens: Sequence[int], max_tokens: int = 100) -> tuple[list[str], Answer]:
-    answer = Answer(yi_vl.processor.tokenizer, max_tokens, stop_ids={2, 7})
+def speak(yi_vl: YiVL, tokens: Sequence[int], max_tokens: int = 100) -> tuple[list[str], IncrementalDetokenizer]:
+    answer = IncrementalDetokenizer(yi_vl.processor.tokenizer, max_tokens, stop_ids={2, 7})
     return [answer.add(token) for token in tokens], answer
 
 
@@ -91,7 +93,7 @@ def test_a_character_cut_off_at_the_end_is_dropped(yi_vl: YiVL) -> None:
     assert "".join(said) == "dog🙂"
 
 
-def test_broken_bytes_do_not_hold_back_what_follows(yi_vl: YiVL) -> None:
+def test_broken_bytes_do_not_buffer_what_follows(yi_vl: YiVL) -> None:
     broken = yi_vl.processor.tokenizer.convert_tokens_to_ids("<0xFF>")
     said, _ = speak(yi_vl, [broken, *tokens_of(yi_vl, " dog", "狗", " is")])
     assert "".join(said).endswith(" dog狗 is")
@@ -113,8 +115,20 @@ def test_a_long_answer_costs_no_more_per_token_than_a_short_one(yi_vl: YiVL, mon
     assert max(lengths) <= 8
 
 
+@pytest.mark.parametrize(
+    ("text", "length"), [("", 0), ("a", 0), ("a#", 1), ("a##", 2), ("a\n#", 1), ("# a", 0), ("##a#", 1)]
+)
+def test_partial_stop_length(text: str, length: int) -> None:
+    assert partial_stop_length(text) == length
+
+
+def test_the_longest_partial_stop_string_counts() -> None:
+    assert partial_stop_length("a #", ("###", " ## ")) == 2
+    assert partial_stop_length("a", ()) == 0
+
+
 def test_more_stop_strings(yi_vl: YiVL) -> None:
-    answer = Answer(yi_vl.processor.tokenizer, 100, (), (STOP_STRING, " is"))
+    answer = IncrementalDetokenizer(yi_vl.processor.tokenizer, 100, (), (STOP_STRING, " is"))
     assert "".join(answer.add(token) for token in tokens_of(yi_vl, " dog", " i", "s", " is")) == "dog"
 
 
@@ -138,16 +152,16 @@ def test_a_value_out_of_range_is_named(options: dict[str, float]) -> None:
         Sampling(**options)  # type: ignore[arg-type]
 
 
-def test_forbidden_tokens_are_never_chosen() -> None:
-    forbidden = NO_TOKENS_FORBIDDEN.clone()
-    forbidden[[3, 5]] = True
+def test_suppress_tokens_tokens_are_never_chosen() -> None:
+    suppress_tokens = NO_SUPPRESSED_TOKENS.clone()
+    suppress_tokens[[3, 5]] = True
     logits = torch.zeros(2, VOCABULARY)
     logits[:, [3, 5]] = 50.0
     logits[:, 8] = 9.0
-    assert Chooser(Sampling(), forbidden)(logits, [None, None]).tolist() == [8, 8]
-    choose = Chooser(Sampling(temperature=2.0), forbidden)
-    draws = [choose.new_draws(), choose.new_draws()]
-    assert not {3, 5} & {token for _ in range(50) for token in choose(logits, draws).tolist()}
+    assert Sampler(Sampling(), suppress_tokens)(logits, [None, None]).tolist() == [8, 8]
+    sampler = Sampler(Sampling(temperature=2.0), suppress_tokens)
+    generators = [Sampling(temperature=2.0).new_generator() for _ in range(2)]
+    assert not {3, 5} & {token for _ in range(50) for token in sampler(logits, generators).tolist()}
 
 
 def test_temperature_and_top_p_shape_the_draws() -> None:
@@ -155,9 +169,9 @@ def test_temperature_and_top_p_shape_the_draws() -> None:
     logits[0, :3] = torch.tensor([2.0, 1.0, 0.0])
 
     def share_of_first(**options: float) -> float:
-        choose = Chooser(Sampling(seed=0, **options), NO_TOKENS_FORBIDDEN)  # type: ignore[arg-type]
-        draws = [choose.new_draws()]
-        return sum(choose(logits, draws).item() == 0 for _ in range(300)) / 300
+        sampling = Sampling(seed=0, **options)  # type: ignore[arg-type]
+        sampler, generators = Sampler(sampling, NO_SUPPRESSED_TOKENS), [sampling.new_generator()]
+        return sum(sampler(logits, generators).item() == 0 for _ in range(300)) / 300
 
     assert share_of_first(temperature=1.0) == pytest.approx(0.665, abs=0.08)
     assert share_of_first(temperature=0.5) == pytest.approx(0.867, abs=0.08)
@@ -170,9 +184,10 @@ def test_a_seed_repeats_its_draws_in_every_row_and_leaves_the_global_generator_a
     before = torch.get_rng_state()
 
     def draws(seed: int | None, num_rows: int) -> torch.Tensor:
-        choose = Chooser(Sampling(temperature=1.0, seed=seed), NO_TOKENS_FORBIDDEN)
-        generators = [choose.new_draws() for _ in range(num_rows)]
-        return torch.stack([choose(step.expand(num_rows, -1), generators) for step in logits])  # (steps, rows)
+        sampling = Sampling(temperature=1.0, seed=seed)
+        sampler = Sampler(sampling, NO_SUPPRESSED_TOKENS)
+        generators = [sampling.new_generator() for _ in range(num_rows)]
+        return torch.stack([sampler(step.expand(num_rows, -1), generators) for step in logits])  # (steps, rows)
 
     alone = draws(1, 1)
     assert torch.equal(draws(1, 3), alone.expand(-1, 3))
@@ -181,43 +196,43 @@ def test_a_seed_repeats_its_draws_in_every_row_and_leaves_the_global_generator_a
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def two_rows(yi_vl: YiVL) -> Prompts:
+def two_prompts(yi_vl: YiVL) -> Prompts:
     image = OFFICIAL / "wide.png"
     long = [{"type": "image", "image": image}, {"type": "text", "text": "What is in this picture?"}]
-    return yi_vl.prepare([[{"role": "user", "content": long}], [{"role": "user", "content": "Hi"}]])
+    return yi_vl.engine.prepare([[{"role": "user", "content": long}], [{"role": "user", "content": "Hi"}]])
 
 
 def test_prompts_are_padded_on_the_left(yi_vl: YiVL) -> None:
-    prompts = two_rows(yi_vl)
+    prompts = two_prompts(yi_vl)
     num_tokens = prompts.num_tokens
     assert prompts.input_ids.shape[1] == num_tokens[0] > num_tokens[1]
     assert prompts.attention_mask[1].tolist() == [0] * (num_tokens[0] - num_tokens[1]) + [1] * num_tokens[1]
     assert (prompts.input_ids == IMAGE_TOKEN_ID).sum(1).tolist() == [16, 0]
-    assert prompts.squares is not None and prompts.squares.shape == (1, 56, 56, 3)
+    assert prompts.images_uint8 is not None and prompts.images_uint8.shape == (1, 56, 56, 3)
 
 
 def pixel_values(yi_vl: YiVL, prompts: Prompts) -> torch.Tensor:
-    assert prompts.squares is not None
-    return yi_vl.processor.image_processor.normalise(prompts.squares)
+    assert prompts.images_uint8 is not None
+    return yi_vl.processor.image_processor.to_pixel_values(prompts.images_uint8)
 
 
-def begin(yi_vl: YiVL, prompts: Prompts) -> Rows:
-    yi_vl.forget()
-    return Rows(yi_vl.model, prompts, *yi_vl.begin(prompts))
+def begin(yi_vl: YiVL, prompts: Prompts) -> RunningBatch:
+    yi_vl.clear_cache()
+    return yi_vl.engine.prefill(prompts, yi_vl.engine.new_requests(prompts, Sampling()))
 
 
-def go_on(rows: Rows, num_steps: int) -> tuple[torch.Tensor, torch.Tensor]:
+def go_on(rows: RunningBatch, num_steps: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Greedily: the tokens (B, steps), and the logits that each was chosen by (steps, B, V)."""
     tokens, logits = [], []
     for _ in range(num_steps):
         logits.append(rows.logits)
         tokens.append(rows.logits.argmax(-1))
-        rows.advance(tokens[-1])
+        rows.step(tokens[-1])
     return torch.stack(tokens, dim=1), torch.stack(logits)
 
 
 def test_cached_steps_equal_uncached_ones(yi_vl: YiVL) -> None:
-    prompts = two_rows(yi_vl)
+    prompts = two_prompts(yi_vl)
     chosen, seen = go_on(begin(yi_vl, prompts), 8)
     with torch.inference_mode():
         for row, num_tokens in enumerate(prompts.num_tokens):
@@ -228,7 +243,7 @@ def test_cached_steps_equal_uncached_ones(yi_vl: YiVL) -> None:
 
 
 def test_decoding_equals_transformers_generate(yi_vl: YiVL) -> None:
-    prompts = two_rows(yi_vl)
+    prompts = two_prompts(yi_vl)
     ours, _ = go_on(begin(yi_vl, prompts), 8)
     theirs = yi_vl.model.generate(
         input_ids=prompts.input_ids,
@@ -242,17 +257,17 @@ def test_decoding_equals_transformers_generate(yi_vl: YiVL) -> None:
 
 
 def test_rows_that_leave_and_join_change_nothing_for_those_that_stay(yi_vl: YiVL) -> None:
-    prompts = two_rows(yi_vl)
-    alone = [yi_vl.prepare([[{"role": "user", "content": text}]]) for text in ("Hi", "Tell me about a dog.")]
+    prompts = two_prompts(yi_vl)
+    alone = [yi_vl.engine.prepare([[{"role": "user", "content": text}]]) for text in ("Hi", "Tell me about a dog.")]
     expected, logits = go_on(begin(yi_vl, alone[0]), 12)
     expected_new, logits_new = go_on(begin(yi_vl, alone[1]), 6)
 
     rows = begin(yi_vl, prompts)  # a picture's row, and "Hi"
     tokens, seen = go_on(rows, 4)
-    rows.keep([1])  # the longer row leaves, and its places with it
+    rows.select([1])  # the longer row leaves, and its places with it
     assert rows.cache.get_seq_length() == prompts.num_tokens[1] + 4
     more, seen_alone = go_on(rows, 2)
-    rows.join(begin(yi_vl, alone[1]))
+    rows.extend(begin(yi_vl, alone[1]))
     both, seen_both = go_on(rows, 6)
     assert torch.equal(torch.cat([tokens[1], more[0], both[0]]), expected[0])
     assert torch.equal(both[1], expected_new[0])
@@ -276,9 +291,13 @@ def test_what_rows_share_is_read_once_and_a_step_computes_one_position(
         return outputs
 
     monkeypatch.setattr(yi_vl.model, "forward", watch)
-    prompts = two_rows(yi_vl)
+    prompts = two_prompts(yi_vl)
     go_on(begin(yi_vl, prompts), 2)
-    shared, length, num_tokens = num_common(prompts.keys), prompts.input_ids.shape[1], prompts.num_tokens[1]
+    shared, length, num_tokens = (
+        shared_prefix_length(prompts.prefix_keys),
+        prompts.input_ids.shape[1],
+        prompts.num_tokens[1],
+    )
     assert 100 < shared < num_tokens
     assert calls == [(1, shared, 1), (2, length - shared, 1), (2, 1, 1), (2, 1, 1)]
     assert positions[0] == list(range(shared))

@@ -20,7 +20,7 @@ from test_image_hostile import FILES
 from demo import chat, i18n
 from demo.__main__ import main
 from demo.card import find_card
-from yi_vl.image.transform import load_image
+from yi_vl.image import load_image
 from yi_vl.predict import YiVL
 
 pytest.importorskip("gradio")
@@ -264,7 +264,7 @@ def test_a_hostile_image_is_refused_in_the_chat(yi_vl: YiVL, pace: Pace, name: s
     handlers = handlers_of(yi_vl)
     handlers.uploads.public.add(str(path))
     (shown,) = handlers.answer([user(path, "What?")], *SETTINGS, NOBODY)
-    assert re.search(f"hostile.png.*({reason}|not a picture of a format)", shown[-1]["content"][0]["text"], re.DOTALL)
+    assert re.search(f"hostile.png.*({reason}|not an image of a format)", shown[-1]["content"][0]["text"], re.DOTALL)
     assert handlers.show_images([user(path, "What?")], "en", NOBODY) == i18n.TEXTS["en"]["seen_nothing"]
 
 
@@ -288,7 +288,7 @@ def test_only_what_a_visitor_may_read_is_restored(yi_vl: YiVL) -> None:
 def test_an_internal_error_is_logged_and_not_shown(
     yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(yi_vl, "prepare", lambda _: {}["secret"])
+    monkeypatch.setattr(yi_vl.engine, "prepare", lambda _: {}["secret"])
     (shown,) = handlers_of(yi_vl).answer([user("Hi")], *SETTINGS, NOBODY)
     assert shown[-1]["content"][0]["text"] == i18n.TEXTS["en"]["failed"] and "secret" in caplog.text
 

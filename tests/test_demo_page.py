@@ -22,7 +22,7 @@ from tiny import IMAGE_SIZE_PX
 
 from demo import i18n
 from demo.card import find_card
-from yi_vl.image.transform import load_image, pad_and_resize
+from yi_vl.image import load_image, pad_and_resize
 from yi_vl.predict import YiVL, load
 
 pytest.importorskip("gradio")

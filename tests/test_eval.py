@@ -390,7 +390,7 @@ def test_a_question_that_cannot_be_asked_is_recorded_and_the_others_are_asked(ti
         replies = model.answer(requests, Settings(max_new_tokens=4))
         assert replies[0] == replies[4] and replies[0].error is None
         assert "/nowhere/x.png cannot be read: No such file" in (replies[2].error or "")
-        assert "not a picture" in (replies[3].error or "")
+        assert "not an image" in (replies[3].error or "")
         if isinstance(model, YiVLModel):  # which knows its context's length
             assert "tokens" in (replies[1].error or "")
 

@@ -24,7 +24,7 @@ from eval.speed import runner as speed_runner
 from eval.types import BenchmarkImage, Question
 from yi_vl import YiVL
 from yi_vl import hardware as machine
-from yi_vl.image.transform import YiVLImageProcessor
+from yi_vl.image import YiVLImageProcessor
 from yi_vl.quantize import Scheme
 
 WIDE, TALL = OFFICIAL / "wide.png", OFFICIAL / "tall.png"
@@ -116,8 +116,8 @@ def test_it_allows_what_cuda_allows_with_the_values_of_a_cpu(cuda: FakeCuda) -> 
 def test_pixels_are_normalized_where_the_images_are(cuda: FakeCuda) -> None:
     processor = YiVLImageProcessor(28)
     images = torch.randint(0, 256, (2, 28, 28, 3), dtype=torch.uint8)
-    pixels = processor.normalise(images.to("cuda"))
-    assert pixels.device.type == "cuda" and torch.equal(pixels.cpu(), processor.normalise(images))
+    pixels = processor.to_pixel_values(images.to("cuda"))
+    assert pixels.device.type == "cuda" and torch.equal(pixels.cpu(), processor.to_pixel_values(images))
 
 
 @pytest.mark.parametrize("options", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
@@ -136,7 +136,7 @@ def test_batches_streams_and_chats_say_what_they_say_on_a_cpu(cuda: FakeCuda, op
     before = cuda.num_operations
     model = on_cuda()
     assert answers(model) == expected and cuda.num_operations - before > 1000
-    assert model._prefixes.num_bytes > 0
+    assert model.engine._prefixes.num_bytes > 0
 
 
 @pytest.mark.parametrize(("is_official", "device"), [(False, None), (True, "cuda:0"), (True, torch.device("cuda"))])

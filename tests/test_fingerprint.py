@@ -14,6 +14,7 @@ from tiny import OFFICIAL, tiny_yi_vl
 from torch import nn
 
 from yi_vl.engine.fingerprint import fingerprint
+from yi_vl.engine.sampling import Sampling
 from yi_vl.model import YiVLForConditionalGeneration
 from yi_vl.predict import YiVL
 
@@ -83,8 +84,8 @@ CHANGES: dict[str, Callable[[Model], Any]] = {
 
 def _logits(yi_vl: YiVL) -> torch.Tensor:
     """Of the first token that answers; what is known of the question is taken from what is kept."""
-    prompts = yi_vl.prepare([_conversation()])
-    return yi_vl._read(prompts).logits.float()
+    prompts = yi_vl.engine.prepare([_conversation()])
+    return yi_vl.engine.prefill(prompts, yi_vl.engine.new_requests(prompts, Sampling())).logits.float()
 
 
 def _conversation() -> list[dict[str, Any]]:

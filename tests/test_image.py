@@ -13,9 +13,9 @@ import torch
 from PIL import Image, ImageOps
 from tiny import OFFICIAL
 
+from yi_vl.image import MAX_PIXELS, YiVLImageProcessor, load_image, pad_and_resize
 from yi_vl.image import resize as image_resize
 from yi_vl.image import samples as image_samples
-from yi_vl.image.transform import MAX_PIXELS, YiVLImageProcessor, load_image, pad_and_resize
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)
 
@@ -42,7 +42,7 @@ def png_header(width: int, height: int) -> bytes:
 
 BAD_FILES = {
     "missing.png": (None, "no such file"),
-    "text.png": (b"this is no picture", "not a picture"),
+    "text.png": (b"this is no picture", "not an image"),
     "empty.jpg": (b"", "0 bytes"),
     "truncated.jpg": (encoded(noise(200, 200), "JPEG")[:3000], "truncated"),
     "truncated.png": (encoded(noise(200, 200))[:3000], "truncated"),
@@ -217,7 +217,7 @@ def test_samples_that_are_none_of_an_image_are_refused_in_every_type(samples: li
 
 def test_pixels_are_normalized_where_the_images_are() -> None:
     images = torch.zeros(2, 14, 14, 3, dtype=torch.uint8, device="meta")
-    assert YiVLImageProcessor(size_px=14).normalise(images).device.type == "meta"
+    assert YiVLImageProcessor(size_px=14).to_pixel_values(images).device.type == "meta"
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from processes import CONTEXT, finish
 from tiny import tiny_yi_vl
 
 from yi_vl.chat import TooLongError, from_llava, render
-from yi_vl.image.transform import WEB_FORMATS, YiVLImageProcessor, load_image
+from yi_vl.image import WEB_FORMATS, YiVLImageProcessor, load_image
 
 HERE = Path(__file__).parent
 ROOM_BYTES = 1 << 30  # of address space, for the largest image besides what importing takes
@@ -217,7 +217,7 @@ def test_ordinary_files_of_the_same_kinds_are_read() -> None:
     ):
         assert load_image(encoded(photo, image_format, **options)).mode == "RGB"
     assert load_image(encoded(photo, "MPO", save_all=True, append_images=[photo]), WEB_FORMATS).size == (96, 64)
-    with pytest.raises(ValueError, match="not a picture of a format that is read: PNG, JPEG"):
+    with pytest.raises(ValueError, match="not an image of a format that is read: PNG, JPEG"):
         load_image(encoded(photo, "JPEG2000"), WEB_FORMATS)
 
 

@@ -20,12 +20,12 @@ from tiny import tiny_yi_vl
 from web import WIDE, serving_images
 
 from yi_vl import cli, load
-from yi_vl.engine.batch import BatchError
+from yi_vl.engine.request_queue import BatchError
+from yi_vl.image import check_source, load_image
 from yi_vl.image import remote as image_remote
 from yi_vl.image.addresses import is_public
 from yi_vl.image.remote import UnavailableError, _resolve
 from yi_vl.image.source import describe
-from yi_vl.image.transform import check_source, load_image
 from yi_vl.predict import YiVL
 
 PUBLIC = [

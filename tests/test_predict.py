@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,9 +16,11 @@ from PIL import Image
 from tiny import IMAGE_TOKEN_ID, NUM_PATCHES, OFFICIAL, tiny_model, tiny_processor, tiny_yi_vl
 from transformers.cache_utils import Cache
 
-from yi_vl.engine.engine import Chooser, Rows
+from yi_vl.chat import render_caption
 from yi_vl.engine.kv_cache import CACHE_ARGUMENT
-from yi_vl.engine.prefix_cache import LeastRecentlyUsed
+from yi_vl.engine.prefix_cache import LRUCache
+from yi_vl.engine.sampling import Sampler, Sampling
+from yi_vl.messages import user_message
 from yi_vl.predict import YiVL
 
 WIDE, TALL = OFFICIAL / "wide.png", OFFICIAL / "tall.png"
@@ -57,7 +60,7 @@ def script(yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch) -> Iterator[Script]:
         calls: list[int] = []
         going = [list(row) for row in rows]
         is_endless = [len(row) == 1 and row[0] != 2 for row in rows]
-        yi_vl.forget()
+        yi_vl.clear_cache()
 
         def forward(**inputs: Any) -> SimpleNamespace:
             num_rows = grow(**inputs)
@@ -78,9 +81,9 @@ def script(yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch) -> Iterator[Script]:
         monkeypatch.setattr(yi_vl.model, "forward", forward)
         return calls
 
-    yi_vl.forget()
+    yi_vl.clear_cache()
     yield install
-    yi_vl.forget()
+    yi_vl.clear_cache()
 
 
 def ids_of(yi_vl: YiVL, text: str) -> list[int]:
@@ -102,13 +105,13 @@ def test_a_batch_equals_its_single_requests(yi_vl: YiVL, options: dict[str, Any]
 
 def test_the_next_request_takes_the_place_of_the_one_that_ended(yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch) -> None:
     fresh, sizes = cold(yi_vl), []
-    choose = Chooser.__call__
+    sample = Sampler.__call__
 
-    def watch(chooser: Chooser, logits: torch.Tensor, draws: Any) -> torch.Tensor:
+    def watch(sampler: Sampler, logits: torch.Tensor, generators: Any) -> torch.Tensor:
         sizes.append(len(logits))
-        return choose(chooser, logits, draws)
+        return sample(sampler, logits, generators)
 
-    monkeypatch.setattr(Chooser, "__call__", watch)
+    monkeypatch.setattr(Sampler, "__call__", watch)
     answers = fresh.predict_batch(REQUESTS, batch_size=2, max_new_tokens=12, stop=("cat", "li", "three", "B"))
     assert len({len(answer) for answer in answers}) > 2
     assert sizes == sorted(sizes, reverse=True) and sizes.count(2) > sizes.count(1)  # one place is free at the end only
@@ -176,6 +179,25 @@ def test_a_chat_reads_only_what_is_new(yi_vl: YiVL, monkeypatch: pytest.MonkeyPa
     assert watched.encoded == [1] and max(watched.read) < first_turn / 4
 
 
+def test_a_prompt_that_is_an_image_alone_is_answered_again(yi_vl: YiVL) -> None:
+    """A captioning prompt: the longest cached prefix would end within the image."""
+    engine = cold(yi_vl).engine
+    encoded = [yi_vl.processor.encode(render_caption("")[:1])]
+    prompts = engine.stack_prompts(encoded, [yi_vl.processor.image_processor.to_uint8(WIDE)])
+    first, again = (
+        [output.text for (output,) in engine.generate(prompts, Sampling(max_new_tokens=6))] for _ in range(2)
+    )
+    assert again == first
+
+
+def test_images_and_image_tokens_that_do_not_match_are_refused(yi_vl: YiVL) -> None:
+    prompts = yi_vl.engine.prepare([[user_message([WIDE], "What?")]])
+    key = prompts.prefix_keys[0]
+    broken = replace(prompts, prefix_keys=[replace(key, images=key.images * 2)])
+    with pytest.raises(ValueError, match=f"{NUM_PATCHES} image tokens .* {2 * NUM_PATCHES} image features"):
+        next(cold(yi_vl).engine.generate(broken, Sampling()))
+
+
 @pytest.mark.parametrize("change", ["go on", "regenerate", "edit", "stop early", "failed turn", "another picture"])
 def test_what_is_remembered_changes_no_answer(yi_vl: YiVL, change: str) -> None:
     """Logits of the next turn equal those of a cold run, whatever happened to the conversation before."""
@@ -205,13 +227,12 @@ def test_what_is_remembered_changes_no_answer(yi_vl: YiVL, change: str) -> None:
     conversation = [*chat.messages, {"role": "user", "content": "What else?"}]
 
     def logits(model: YiVL) -> torch.Tensor:
-        prompts = model.prepare([conversation])
-        cache, embeddings = model.begin(prompts)
-        assert (cache.get_seq_length() > 0) == (model is warm)
-        rows, seen = Rows(model.model, prompts, cache, embeddings), []
+        prompts = model.engine.prepare([conversation])
+        assert (model.engine._prefixes.find(prompts.prefix_keys[0]).get_seq_length() > 0) == (model is warm)
+        rows, seen = model.engine.prefill(prompts, model.engine.new_requests(prompts, Sampling())), []
         for _ in range(5):
             seen.append(rows.logits)
-            rows.advance(rows.logits.argmax(-1))
+            rows.step(rows.logits.argmax(-1))
         return torch.cat(seen)
 
     torch.testing.assert_close(logits(warm), logits(cold(yi_vl)), atol=1e-4, rtol=0)
@@ -220,20 +241,20 @@ def test_what_is_remembered_changes_no_answer(yi_vl: YiVL, change: str) -> None:
 def test_what_is_remembered_is_bounded(yi_vl: YiVL) -> None:
     fresh = cold(yi_vl)
     fresh.predict(WIDE, "What?", max_new_tokens=4)
-    one = fresh._prefixes.num_bytes
-    fresh._prefixes.max_bytes = int(2.5 * one)
+    one = fresh.engine._prefixes.num_bytes
+    fresh.engine._prefixes.max_bytes = int(2.5 * one)
     for question in ("What?", "Where?", "Why?", "How?", "Who?"):
         fresh.chat(system=question * 9).ask(question, [TALL], max_new_tokens=4)
-        assert 0 < fresh._prefixes.num_bytes <= 2.5 * one
-        parts = [part for known in fresh._prefixes._known for layer in known.layers for part in layer]
+        assert 0 < fresh.engine._prefixes.num_bytes <= 2.5 * one
+        parts = [part for entry in fresh.engine._prefixes._entries for layer in entry.layers for part in layer]
         held = {part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in parts}
-        assert sum(held.values()) == fresh._prefixes.num_bytes  # no room to grow is kept, and nothing larger kept alive
-    fresh.forget()
-    assert fresh._prefixes.num_bytes == 0
+        assert sum(held.values()) == fresh.engine._prefixes.num_bytes  # no reserve, nothing larger kept alive
+    fresh.clear_cache()
+    assert fresh.engine._prefixes.num_bytes == 0
 
 
 def test_the_least_recently_used_goes_first_and_bytes_are_bounded() -> None:
-    store: LeastRecentlyUsed[str] = LeastRecentlyUsed(max_bytes=10)
+    store: LRUCache[str] = LRUCache(max_bytes=10)
     store.put("a", "A", 4)
     store.put("b", "B", 4)
     assert store.get("a") == "A"
@@ -267,7 +288,7 @@ def test_rows_end_by_themselves(yi_vl: YiVL, script: Script) -> None:
 
 def test_the_longest_answer_is_cut_to_what_the_context_holds(yi_vl: YiVL, script: Script) -> None:
     calls = script([ids_of(yi_vl, " dog")])
-    num_prompt_tokens = yi_vl.prepare([[{"role": "user", "content": "Hi"}]]).num_tokens[0]
+    num_prompt_tokens = yi_vl.engine.prepare([[{"role": "user", "content": "Hi"}]]).num_tokens[0]
     yi_vl.predict(None, "Hi", max_new_tokens=10**6)
     assert num_prompt_tokens + len(calls) == 512
 
@@ -327,7 +348,7 @@ def test_too_long_prompts_are_refused_before_any_work(yi_vl: YiVL, script: Scrip
         ((None, ""), {}, "question is empty"),
         ((None, " "), {}, "question is empty"),
         ((None, 3), {}, "question is 3; expected a text"),
-        ((b"no picture", "What?"), {}, "not a picture"),
+        ((b"no picture", "What?"), {}, "not an image"),
         ((["missing.png"], "What?"), {}, "missing.png"),
         ((None, "Hi"), {"temperature": -1}, "temperature is -1"),
         ((None, "Hi"), {"top_p": 0}, "top_p is 0"),
@@ -351,7 +372,7 @@ def test_unknown_options_and_sizes_are_refused(yi_vl: YiVL) -> None:
 
 
 def test_image_parts_must_carry_their_picture(yi_vl: YiVL) -> None:
-    with pytest.raises(ValueError, match="must carry its picture"):
+    with pytest.raises(ValueError, match="must carry its image"):
         yi_vl.answer([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}])
 
 
@@ -364,14 +385,13 @@ def test_system_and_history_are_read(yi_vl: YiVL) -> None:
 
 
 def test_answers_tell_why_they_ended_and_how_long_they_are(yi_vl: YiVL, script: Script) -> None:
-    from yi_vl.engine.engine import Sampling
-
     script([[*ids_of(yi_vl, " dog"), 2], ids_of(yi_vl, " dog")])
-    prompts = yi_vl.prepare([[{"role": "user", "content": "Hi"}]] * 2)
-    sampling = Sampling(max_new_tokens=3)
-    answers = yi_vl.begin_answers(prompts, sampling)
-    list(yi_vl.generate(prompts, answers, sampling))
-    assert [(answer.finish_reason, answer.num_tokens) for answer in answers] == [("stop", 2), ("length", 3)]
+    prompts = yi_vl.engine.prepare([[{"role": "user", "content": "Hi"}]] * 2)
+    outputs = [output for step in yi_vl.engine.generate(prompts, Sampling(max_new_tokens=3)) for output in step]
+    assert [(one.request_index, one.finish_reason, one.num_tokens) for one in outputs if one.finish_reason] == [
+        (0, "stop", 2),
+        (1, "length", 3),
+    ]
 
 
 def test_a_conversation_remembers(yi_vl: YiVL) -> None:
@@ -437,7 +457,7 @@ def test_both_end_tokens_of_yi_end_an_answer_whatever_is_configured(configured: 
     model = tiny_model()
     model.generation_config.eos_token_id = configured
     extra = {configured} if configured == 11 else set()
-    assert YiVL(model, yi_vl.processor)._stop_ids == {2, 7} | extra
+    assert YiVL(model, yi_vl.processor).engine.stop_ids == {2, 7} | extra
 
 
 def test_model_and_processor_must_fit() -> None:

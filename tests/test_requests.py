@@ -17,9 +17,9 @@ from PIL import Image
 from tiny import OFFICIAL, tiny_yi_vl
 
 import yi_vl as package
-from yi_vl.engine.batch import BatchError, Generation
-from yi_vl.engine.engine import Sampling
-from yi_vl.image.transform import load_image
+from yi_vl.engine.request_queue import BatchError, Generation
+from yi_vl.engine.sampling import Sampling
+from yi_vl.image import load_image
 from yi_vl.predict import YiVL
 
 pytestmark = pytest.mark.core
@@ -109,9 +109,9 @@ def test_a_temperature_beyond_float32_is_a_very_high_or_low_one(yi_vl: YiVL) -> 
         ((None, "Hi"), {"history": [{"role": "user", "content": ["Hi"]}]}, "of type text or image"),
         (({"path": str(WIDE)}, "Hi"), {}, "images is a dict"),
         (({str(WIDE)}, "Hi"), {}, "images is a set"),
-        (([[WIDE]], "Hi"), {}, "given as list is no picture"),
-        ((3, "Hi"), {}, "given as int is no picture"),
-        (([None], "Hi"), {}, "given as NoneType is no picture"),
+        (([[WIDE]], "Hi"), {}, "given as list is no image"),
+        ((3, "Hi"), {}, "given as int is no image"),
+        (([None], "Hi"), {}, "given as NoneType is no image"),
         (("", "Hi"), {}, "empty path"),
         (("a\0b.png", "Hi"), {}, "NUL"),
         (("a" * 300, "Hi"), {}, "File name too long"),

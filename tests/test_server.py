@@ -38,8 +38,9 @@ from transformers import DynamicCache
 from web import serving_images
 
 from yi_vl import cli
-from yi_vl.engine.engine import Prompts, Sampling
-from yi_vl.image.transform import MAX_PIXELS
+from yi_vl.engine.running_batch import Prompts
+from yi_vl.engine.sampling import Sampling
+from yi_vl.image import MAX_PIXELS
 from yi_vl.predict import YiVL
 from yi_vl.server import Limits, create_app
 from yi_vl.server.worker import BufferedStream
@@ -125,11 +126,10 @@ def direct(yi_vl: YiVL, turns: Turns, **options: Any) -> tuple[str, str | None, 
     for role, images, words in turns:
         parts: list[Any] = [{"type": "image", "image": path} for path in images]
         messages.append({"role": role, "content": [*parts, {"type": "text", "text": words}]})
-    sampling = Sampling(**options)
-    prompts = yi_vl.prepare([messages])
-    (answer,) = answers = yi_vl.begin_answers(prompts, sampling)
-    text = "".join(piece for (piece,) in yi_vl.generate(prompts, answers, sampling))
-    return text, answer.finish_reason, prompts.num_tokens[0], answer.num_tokens
+    prompts = yi_vl.engine.prepare([messages])
+    outputs = [output for (output,) in yi_vl.engine.generate(prompts, Sampling(**options))]
+    text = "".join(output.text for output in outputs)
+    return text, outputs[-1].finish_reason, prompts.num_tokens[0], outputs[-1].num_tokens
 
 
 def metric(address: str, name: str, **labels: str) -> float:
@@ -362,12 +362,12 @@ REFUSED: list[tuple[Any, int, str | None, str]] = [
     (ask(presence_penalty=0.5), 400, "presence_penalty", "not supported"),
     (ask(response_format={"type": "json_object"}), 400, "response_format", "not supported"),
     (ask(tools=[{"type": "function"}]), 400, "tools", "not supported"),
-    (show("data:image/png;base64,AAAA"), 422, URL, "not a picture"),
+    (show("data:image/png;base64,AAAA"), 422, URL, "not an image"),
     (show("data:image/png;base64,!"), 422, URL, "not base64"),
     (show("data:image/png,abc"), 400, URL, "must have the form"),
     (show(data_url(TALL.read_bytes()[:2000])), 422, URL, "damaged"),
     (show(data_url(bomb())), 422, URL, f"at most {MAX_PIXELS:,}"),
-    (show(data_url(encoded_image("EPS"))), 422, URL, "not a picture of a format"),
+    (show(data_url(encoded_image("EPS"))), 422, URL, "not an image of a format"),
     (show(data_url(png(1, 300_000, 8, 2, 3))), 422, URL, "a side of at most 65,535"),
     (show(data_url(gif_with(b"!\xfe\1a\0" * 100_000))), 422, URL, "too many pieces"),
     (show(data_url(jpeg_of_scans(10_000, 400))), 422, URL, "more than 50 scans"),
@@ -631,7 +631,7 @@ def test_remote_images_are_fetched(web: Any, yi_vl: YiVL, place: str) -> None:
         ("public.test/missing", 422, "answers 404", 1),
         ("public.test/endless", 413, "larger than 100,000", 1),
         ("public.test/slow", 422, "longer than 0.5 seconds", 1),
-        ("public.test/empty", 422, "not a picture", 1),
+        ("public.test/empty", 422, "not an image", 1),
         ("nowhere.test/wide.png", 422, "cannot be fetched", 0),
     ],
 )

@@ -28,7 +28,7 @@ from train.shards.__main__ import build, main
 from train.shards.files import MANIFEST, Manifest
 from train.shards.sources import Chunk, LlavaSource, Reader
 from yi_vl.chat import from_llava, render, to_text
-from yi_vl.image.transform import YiVLImageProcessor
+from yi_vl.image import YiVLImageProcessor
 from yi_vl.processor import YiVLProcessor, prepare_tokenizer
 
 Run = Callable[..., tuple[int, str, str]]
@@ -118,7 +118,7 @@ def test_the_trainer_reads_what_llava_becomes(run: Run, processor: YiVLProcessor
         names = [names] if isinstance(names, str) else names
         assert len(sample.images) == len(names)
         for square, name in zip(sample.images, names):
-            assert torch.equal(square, processor.image_processor.square(images / name)), name
+            assert torch.equal(square, processor.image_processor.to_uint8(images / name)), name
     raws = [raw for path in sorted(out.glob("*.tar")) for raw in read_shard(str(path))]
     assert raws[0]["jpg"] == (images / "a.jpg").read_bytes(), "as it was, not encoded again"
     assert {"0.png", "1.jpg", "2.webp"} <= raws[2].keys() and "png" in raws[4], "named by content"
@@ -135,7 +135,7 @@ def test_the_trainer_reads_what_llava_becomes(run: Run, processor: YiVLProcessor
         (entry("<image>\nWhat?", "..\\outside.png"), "leads out of the image folder"),
         (entry("<image>\nWhat?", "C:\\outside.png"), "leads out of the image folder"),
         (entry("<image>\nWhat?", "{outside}"), "leads out of the image folder"),
-        (entry("<image>\nWhat?", "cut.png"), "damaged|cannot be read as a picture"),
+        (entry("<image>\nWhat?", "cut.png"), "damaged|cannot be read as an image"),
         (entry("<image>\nWhat?", "a.jpg\0"), "null"),
         (entry("<image><image>\nWhat?", "a.jpg"), "2 <image> in the text but 1 pictures"),
         (entry("<image>\nWhat?"), "1 <image> in the text but 0 pictures"),
@@ -270,7 +270,7 @@ def test_the_trainer_reads_what_parquet_becomes(run: Run, processor: YiVLProcess
     samples = stream(tmp_path / "out", processor, "caption")
     for sample, index in zip(samples, good, strict=True):
         assert to_text(sample.segments).endswith(f"a {colours[index]} picture\n")
-        assert torch.equal(sample.images[0], processor.image_processor.square(png(colours[index])))
+        assert torch.equal(sample.images[0], processor.image_processor.to_uint8(png(colours[index])))
 
 
 @pytest.mark.parametrize("as_text", [False, True])

@@ -14,7 +14,7 @@ from conftest import caption_sample, chat_sample, png
 
 from train.config import DataConfig, SourceConfig
 from train.data.loader import IGNORE, SampleEncoder, StepLoader, TooLong, collate, num_supervised
-from yi_vl.image.transform import YiVLImageProcessor
+from yi_vl.image import YiVLImageProcessor
 from yi_vl.processor import YiVLProcessor, prepare_tokenizer
 
 Writer = Callable[..., Path]
@@ -84,7 +84,7 @@ def test_images_keep_their_order(processor: YiVLProcessor) -> None:
 @pytest.mark.parametrize(
     ("form", "members", "reason"),
     [
-        ("chat", {"png": b"no picture", "json": chat_json("<image>\nWhat?", "Red.")}, "not a picture"),
+        ("chat", {"png": b"no picture", "json": chat_json("<image>\nWhat?", "Red.")}, "not an image"),
         ("chat", {"png": png("red")[:60], "json": chat_json("<image>\nWhat?", "Red.")}, "damaged|cannot be read"),
         ("chat", {"png": png("red"), "json": b"{"}, "Expecting"),
         ("chat", {"png": png("red"), "json": b'{"caption": "x"}'}, "no list of `conversations`"),
@@ -146,7 +146,7 @@ def test_broken_samples_are_counted_and_named(processor: YiVLProcessor, tmp_path
     stream = loader(processor, data_config(f"{tmp_path}/a.tar"))
     reports = [line for _, batch in zip(range(3), stream) for line in batch.reports]
     assert stream.counts()["broken"] == 1 and stream.counts()["seen"] == 19
-    assert len(reports) == 1 and "a.tar q00007: skipped" in reports[0] and "not a picture" in reports[0]
+    assert len(reports) == 1 and "a.tar q00007: skipped" in reports[0] and "not an image" in reports[0]
 
 
 def test_shards_that_cannot_be_read_are_counted_and_named(

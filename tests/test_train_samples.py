@@ -25,7 +25,7 @@ from train.shards.check import inspect
 from train.shards.files import Manifest, Shard
 from train.shards.sources import LlavaSource
 from yi_vl.chat import SYSTEM_PROMPT, to_text
-from yi_vl.image.transform import YiVLImageProcessor
+from yi_vl.image import YiVLImageProcessor
 from yi_vl.processor import YiVLProcessor, prepare_tokenizer
 
 Writer = Callable[..., Path]
@@ -62,7 +62,7 @@ def test_an_image_of_any_format_is_trained_on(
 @pytest.mark.parametrize("suffix", ["heic", "svg", "jxl"])
 def test_an_image_that_cannot_be_read_is_no_missing_one(processor: YiVLProcessor, suffix: str) -> None:
     data = DataConfig(form="caption", sources=[SourceConfig(name="toys", shards="")])
-    with pytest.raises(ValueError, match="picture"):
+    with pytest.raises(ValueError, match="is not an image of a format"):
         SampleEncoder(processor, data, 400).encode(raw(**{suffix: b"\0\0\0\x18ftypheic", "txt": b"a caption"}), 0)
 
 
@@ -349,4 +349,4 @@ def test_a_samples_pixels_are_those_of_its_image(processor: YiVLProcessor, tmp_p
     data = DataConfig(form="chat", fast_pixels=False, sources=[SourceConfig(name="toys", shards="")])
     (made,) = read_shard(str(tmp_path / "out/00000.tar"))
     sample = SampleEncoder(processor, data, 2000).encode(made, 0)
-    assert torch.equal(sample.images[0], processor.image_processor.square(png("red")))
+    assert torch.equal(sample.images[0], processor.image_processor.to_uint8(png("red")))

@@ -16,7 +16,7 @@ from train.data.fast_image import square
 from train.data.loader import SampleEncoder
 from train.speed.data import drift, make_shards, ours, plain, processor_for, resident_memory
 from train.speed.step import Form, compare, make_work
-from yi_vl.image.transform import YiVLImageProcessor
+from yi_vl.image import YiVLImageProcessor
 
 pytestmark = pytest.mark.slow
 
@@ -38,7 +38,7 @@ def encoded(image: Image.Image, image_format: str, **options: object) -> bytes:
 
 def differences(content: bytes, size_px: int) -> torch.Tensor:
     found = square(content, size_px)
-    exact = YiVLImageProcessor(size_px).square(content)
+    exact = YiVLImageProcessor(size_px).to_uint8(content)
     assert found.shape == exact.shape and found.dtype == torch.uint8
     return (found.float() - exact.float()).abs()
 
@@ -73,7 +73,7 @@ def test_a_large_jpeg_is_decoded_scaled_and_a_small_one_is_not(monkeypatch: pyte
 
 
 def test_broken_pictures_say_why() -> None:
-    for content, reason in ((b"", "0 bytes"), (b"rotten", "not a picture")):
+    for content, reason in ((b"", "0 bytes"), (b"rotten", "not an image")):
         with pytest.raises(ValueError, match=reason):
             square(content, 56)
     with pytest.raises(ValueError, match="damaged"):
@@ -84,7 +84,7 @@ def test_the_option_makes_inferences_pixels() -> None:
     processor = processor_for(56)
     content = encoded(picture(640, 480), "JPEG")
     raw = {"__url__": "x", "__key__": "k", "jpg": content, "txt": b"a"}
-    exact = processor.image_processor.square(content)
+    exact = processor.image_processor.to_uint8(content)
     for is_fast in (True, False):
         data = DataConfig("caption", [SourceConfig("x", "x")], fast_pixels=is_fast)
         (image,) = SampleEncoder(processor, data, 100).encode(raw, 0).images

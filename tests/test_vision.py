@@ -59,7 +59,7 @@ def test_features_are_the_penultimate_block_of_open_clips_own_tower(tower: OpenC
     torch.testing.assert_close(features, outputs[0][:, 1:], atol=1e-5, rtol=1e-5)
 
 
-def test_the_last_block_and_the_final_norm_never_run(tower: OpenClipTower) -> None:
+def test_the_last_block_and_the_final_norm_unused_modules(tower: OpenClipTower) -> None:
     before = tower(pixels()).last_hidden_state
     for module in (tower.visual.transformer.resblocks[-1], tower.visual.ln_post):
         for parameter in module.parameters():

@@ -10,7 +10,7 @@ from transformers import LlamaConfig
 
 from yi_vl.chat import from_llava
 from yi_vl.config import OpenClipVisionConfig, YiVLConfig
-from yi_vl.image.transform import YiVLImageProcessor
+from yi_vl.image import YiVLImageProcessor
 from yi_vl.model import YiVLForConditionalGeneration
 from yi_vl.predict import YiVL
 from yi_vl.processor import YiVLProcessor, prepare_tokenizer

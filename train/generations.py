@@ -20,10 +20,10 @@ from PIL import Image
 from torch import Tensor
 
 from yi_vl.chat import STOP_STRING, Segment, TooLongError, to_text
-from yi_vl.engine.engine import Sampling
-from yi_vl.engine.gemv import use_matrices_
+from yi_vl.engine.engine import Engine
+from yi_vl.engine.gemv import use_gemm_
+from yi_vl.engine.sampling import Sampling
 from yi_vl.model import YiVLForConditionalGeneration
-from yi_vl.predict import YiVL
 from yi_vl.processor import YiVLProcessor
 
 from .config import AnswersConfig, DataConfig, SourceConfig
@@ -91,13 +91,12 @@ class HeldOut:
 
     def ask(self, model: YiVLForConditionalGeneration, processor: YiVLProcessor) -> list[str]:
         """The model's answers, greedily; it must be in evaluation mode. No random state is touched."""
-        engine = YiVL(model, processor)
+        engine = Engine(model, processor)
         texts = []
         for question in self.questions:
-            prompts = engine.prompts([processor.encode(question.prompt)], question.pictures)
-            answers = engine.begin_answers(prompts, self._sampling)
-            texts.append("".join(piece for (piece,) in engine.generate(prompts, answers, self._sampling)))
-        use_matrices_(model)  # what the engine makes of its linear layers is for answers only
+            prompts = engine.stack_prompts([processor.encode(question.prompt)], question.pictures)
+            texts.append("".join(output.text for (output,) in engine.generate(prompts, self._sampling)))
+        use_gemm_(model)  # what the engine makes of its linear layers is for answers only
         return texts
 
     def record(self, step: int, answers: list[str]) -> None:
@@ -151,7 +150,7 @@ def _question(name: str, segments: list[Segment], pictures: list[bytes], process
     first = is_told.index(True)
     end = is_told.index(False, first) if False in is_told[first:] else len(segments)
     num_shown = sum(segment.is_image for segment in segments[:first])
-    squares = [processor.image_processor.square(picture) for picture in pictures[:num_shown]]
+    squares = [processor.image_processor.to_uint8(picture) for picture in pictures[:num_shown]]
     wanted = to_text(segments[first:end]).strip().removesuffix(STOP_STRING).strip()
     return Question(name, segments[:first], wanted, squares)
 

@@ -11,7 +11,7 @@ from yi_vl.checkpoint import holds_adapters
 from yi_vl.checkpoint.assemble import from_parts
 from yi_vl.checkpoint.load import check_fit, fetch, find, load_model, load_processor, read_config
 from yi_vl.config import OpenClipVisionConfig
-from yi_vl.image.transform import YiVLImageProcessor
+from yi_vl.image import YiVLImageProcessor
 from yi_vl.model import YiVLForConditionalGeneration
 from yi_vl.processor import YiVLProcessor, prepare_tokenizer
 

@@ -63,7 +63,7 @@ def set_trainable_(model: YiVLForConditionalGeneration, config: TrainConfig) -> 
         if is_adapter(name):
             parameter.requires_grad_(True)
     tower = model.model.vision_tower
-    for never_run in tower.visual.never_run(tower.config.feature_layer):
+    for never_run in tower.visual.unused_modules(tower.config.feature_layer):
         never_run.requires_grad_(False)  # stored only; with a gradient asked for, distributed training waits for it
 
 

@@ -342,7 +342,7 @@ class Trainer:
         device = self.accelerator.device
         pixel_values = None
         if micro.images is not None:
-            pixel_values = self.processor.image_processor.normalise(micro.images.to(device, non_blocking=True))
+            pixel_values = self.processor.image_processor.to_pixel_values(micro.images.to(device, non_blocking=True))
         return {
             "input_ids": micro.input_ids.to(device, non_blocking=True),
             "attention_mask": micro.attention_mask.to(device, non_blocking=True),

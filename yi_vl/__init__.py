@@ -11,14 +11,14 @@ if TYPE_CHECKING:
     from .auto import YiVLConfig as YiVLConfig
     from .auto import YiVLForConditionalGeneration as YiVLForConditionalGeneration
     from .auto import YiVLProcessor as YiVLProcessor
-    from .engine.batch import BatchError as BatchError
-    from .engine.batch import Generation as Generation
+    from .engine.request_queue import BatchError as BatchError
+    from .engine.request_queue import Generation as Generation
     from .predict import YiVL as YiVL
     from .predict import load as load
 
 _HOMES = {
-    "BatchError": ".engine.batch",
-    "Generation": ".engine.batch",
+    "BatchError": ".engine.request_queue",
+    "Generation": ".engine.request_queue",
     "YiVLConfig": ".auto",
     "YiVLForConditionalGeneration": ".auto",
     "YiVLProcessor": ".auto",

@@ -97,7 +97,7 @@ def as_path(value: Any, name: str) -> Path:
 
 
 def stat(path: Path, name: str) -> os.stat_result | None:
-    """What the system says of a path; None where there is nothing.
+    """The status of a path; None where there is nothing.
 
     Raises:
         ValueError: it cannot be looked at: it is too long, or in a folder without permission.
@@ -130,7 +130,7 @@ def shown(value: Any) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """The first line of what an exception of another library says, or its name; of the system's errors the reason."""
+    """The first line of another library's exception, or its name; of system errors the reason."""
     if isinstance(error, OSError) and error.strerror:
         return str(error.strerror)
     lines = str(error).strip().splitlines()

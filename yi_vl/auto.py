@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelFor
 
 from .config import OpenClipVisionConfig as OpenClipVisionConfig
 from .config import YiVLConfig as YiVLConfig
-from .image.transform import YiVLImageProcessor as YiVLImageProcessor
+from .image import YiVLImageProcessor as YiVLImageProcessor
 from .model import YiVLForConditionalGeneration as YiVLForConditionalGeneration
 from .model import YiVLModel as YiVLModel
 from .processor import YiVLProcessor as YiVLProcessor

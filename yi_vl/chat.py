@@ -1,4 +1,4 @@
-"""The prompt: one walk over a conversation gives token ids, loss mask and image slots. No torch here.
+"""The prompt: one walk over a conversation gives token ids, loss mask and image positions. No torch here.
 
 A conversation is a list of messages as OpenAI and transformers write them:
 `{"role": "user", "content": "text" | [{"type": "image"}, {"type": "text", "text": "..."}]}`.
@@ -105,12 +105,12 @@ class TooLongError(ValueError):
 
 @dataclass(frozen=True)
 class Segment:
-    """A stretch of the prompt: text, or one image."""
+    """A span of the prompt: text, or one image."""
 
     text: str
     is_image: bool = False
     is_supervised: bool = False
-    is_typed: bool = False  # somebody's words, which must not become a role header
+    is_typed: bool = False  # user input, which must not become a role header
 
 
 @dataclass
@@ -123,16 +123,16 @@ class Encoded:
 
 
 def render(messages: Sequence[dict[str, Any]], add_generation_prompt: bool = False) -> list[Segment]:
-    """The `###` chat form. Supervised is each answer with the separator after it: that is how the model learns to stop.
+    """The `###` chat format. Each answer is supervised with the separator after it: so the model learns to stop.
 
-    Leading images and the words after them are separated by a newline; images without words stand alone. Empty text
-    parts are ignored. Either side may begin.
+    Leading images and the text after them are separated by a newline; images without text stand alone. Empty text parts
+    are ignored. Either role may come first.
 
     Args:
         add_generation_prompt: end with the assistant's header, for an answer to follow; else with the separator.
 
     Raises:
-        ValueError: a message has an unknown role or part, roles do not alternate, a question has neither words nor
+        ValueError: a message has an unknown role or part, roles do not alternate, a question has neither text nor
             images, or there is nothing to answer.
     """
     system, turns = _split_system(messages)
@@ -149,13 +149,15 @@ def render(messages: Sequence[dict[str, Any]], add_generation_prompt: bool = Fal
     return segments
 
 
-def render_caption(caption: str, num_images: int = 1, told: str = "") -> list[Segment]:
-    """The plain form of stages 1 and 2: images, or what is told in their place, then their caption and a newline.
+def render_caption(caption: str, num_images: int = 1, prompt: str = "") -> list[Segment]:
+    """The caption format of stages 1 and 2: images, or a text prompt in their place, then the caption and a newline.
 
     Only the last two are supervised.
     """
-    shown = [Segment(IMAGE_PLACEHOLDER, is_image=True)] * num_images + [Segment(told, is_typed=True)] * bool(told)
-    return [*shown, Segment(caption, is_supervised=True, is_typed=True), Segment("\n", is_supervised=True)]
+    segments = [Segment(IMAGE_PLACEHOLDER, is_image=True)] * num_images
+    if prompt:
+        segments.append(Segment(prompt, is_typed=True))
+    return [*segments, Segment(caption, is_supervised=True, is_typed=True), Segment("\n", is_supervised=True)]
 
 
 def encode(
@@ -168,8 +170,8 @@ def encode(
 ) -> Encoded:
     """Token ids of a rendered conversation, with the loss mask and the first index of every image's run of tokens.
 
-    Text between images is tokenised in one go, as the official code does, and each token belongs to the segment that
-    its first character lies in; nothing is tokenised twice and counted. Special tokens in the text stay text.
+    Text between images is tokenized in one go, as the official code does, and each token belongs to the segment that
+    its first character lies in; nothing is tokenized twice. Special tokens in the text stay text.
 
     Args:
         tokenizer: a transformers tokenizer that reports offsets (any fast one).
@@ -203,7 +205,7 @@ def _tokenize(text: str, tokenizer: Any, special_ids: Set[int]) -> tuple[list[in
     """Token ids of a text, none of them special, and the index of each token's first character.
 
     `split_special_tokens` is a tokenizer's promise, and some break it: their model itself holds a special token's text
-    as one piece. A text is then tokenized in stretches that end within every such piece.
+    as one piece. A text is then tokenized in spans that end within every such piece.
     """
     input_ids, starts = _call_tokenizer(text, tokenizer)
     if special_ids.isdisjoint(input_ids):
@@ -211,13 +213,13 @@ def _tokenize(text: str, tokenizer: Any, special_ids: Set[int]) -> tuple[list[in
     cuts = [0, *(start + 1 for id, start in zip(input_ids, starts) if id in special_ids), len(text)]
     input_ids, starts = [], []
     for begin, end in pairwise(cuts):
-        stretch_ids, stretch_starts = _call_tokenizer(text[begin:end], tokenizer)
-        input_ids += stretch_ids
-        starts += [begin + start for start in stretch_starts]
+        span_ids, span_starts = _call_tokenizer(text[begin:end], tokenizer)
+        input_ids += span_ids
+        starts += [begin + start for start in span_starts]
     for id, start in zip(input_ids, starts):
         if id in special_ids:
             raise ValueError(
-                f"{text[start : start + 20]!r} is a special token of this tokenizer and cannot be said in text; "
+                f"{text[start : start + 20]!r} is a special token of this tokenizer and cannot be used in text; "
                 "leave it out."
             )
     return input_ids, starts
@@ -264,15 +266,6 @@ def from_llava(conversations: Sequence[dict[str, str]]) -> list[dict[str, Any]]:
                 only_images = False
         messages.append({"role": roles[entry["from"]], "content": content})
     return messages
-
-
-def hold_back(text: str, stop_strings: Sequence[str] = (STOP_STRING,)) -> int:
-    """How many characters at the end of `text` may be the beginning of a stop string, and so must not be shown yet."""
-    longest = max((len(stop) - 1 for stop in stop_strings), default=0)
-    for size in range(min(longest, len(text)), 0, -1):
-        if any(stop.startswith(text[-size:]) for stop in stop_strings):
-            return size
-    return 0
 
 
 def _check_length(segments: Sequence[Segment], patches_per_image: int, max_tokens: int, max_token_length: int) -> None:
@@ -355,7 +348,7 @@ def _render_content(message: dict[str, Any], is_supervised: bool) -> list[Segmen
 
 
 def _chunks(segments: Sequence[Segment]) -> Iterator[list[Segment]]:
-    """Stretches to be tokenised in one go: images stand alone, and a typed `###` is cut so that it is no separator."""
+    """Spans to be tokenized in one go: images stand alone, and a typed `###` is cut so that it is no separator."""
     chunk: list[Segment] = []
     for segment in segments:
         if segment.is_image:

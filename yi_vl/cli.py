@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from .arguments import as_path
-from .hardware import use_large_pages
 from .program import print_error, run
+from .runtime import use_huge_pages
 from .terminal import open_images, print_stream, print_turn, read_lines, split_paths
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ SeedOption = Annotated[int | None, typer.Option(help="Makes an answer with a tem
 
 def main() -> None:
     """The entry point of `yi-vl`."""
-    use_large_pages()
+    use_huge_pages()
     run(partial(app, prog_name="yi-vl"), "yi-vl")
 
 

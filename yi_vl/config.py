@@ -25,7 +25,7 @@ class OpenClipVisionConfig(PreTrainedConfig):
 
     Args:
         timm_model: the name of a tower that open_clip takes from timm (EVA02); None for open_clip's own.
-        stem_widths: output channels of a convolutional stem that takes the place of the patch convolution; empty for a
+        stem_widths: output channels of a convolutional stem that replaces the patch convolution; empty for a
             plain OpenCLIP tower. See `vision.ConvStem`.
         feature_layer: which block's output is the image feature; -2 is the penultimate block, whose successor and the
             final norm are stored but never run (Yi-VL `mm_vision_select_layer`).

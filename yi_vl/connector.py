@@ -1,7 +1,4 @@
-"""The projector: image features of the vision tower into the language model's embedding space.
-
-Called by model.py only.
-"""
+"""The projector: image features of the vision tower into the language model's embedding space."""
 
 from __future__ import annotations
 

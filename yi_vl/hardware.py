@@ -1,9 +1,7 @@
-"""What a machine can do at most: the limits that measured speeds are put beside, and what helps to reach them."""
+"""Measured limits of a machine, memory bandwidth and matrix rate, to compare speeds with."""
 
 from __future__ import annotations
 
-import ctypes
-import os
 import platform
 import time
 from collections.abc import Callable
@@ -14,23 +12,6 @@ if TYPE_CHECKING:
     import torch
 
 _CALLS_ON_GPU = 20
-
-
-def use_large_pages() -> None:
-    """Have torch ask Linux for pages of 2 MB for large tensors; to be called before the first tensor is made.
-
-    Every layer of a prompt makes tensors of megabytes and lets them go. With pages of 4 kB a fifth of the time of
-    reading a prompt on a CPU goes into them. Who has set the variable is left alone.
-    """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-
-
-def give_back_memory() -> None:
-    """Have glibc return what was freed to the system, which else it keeps for the blocks of memory to come."""
-    try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-    except (OSError, AttributeError):
-        return  # another C library, which has its own ways
 
 
 def machine() -> str:

@@ -1,4 +1,4 @@
-"""Requests as messages, in the form of `chat.render`; what callers hand over is checked before it is rendered."""
+"""Requests as messages in the format of `chat.render`; arguments of callers are checked before they are rendered."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def as_messages(messages: Any, name: str = "messages") -> list[Message]:
     """A conversation as a list whose every text can be encoded; roles and their order are `chat.render`'s to check.
 
     Raises:
-        ValueError: it is no list of messages, or one of them is malformed.
+        ValueError: it is not a list of messages, or one of them is malformed.
     """
     if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Iterable):
         raise ValueError(f"{name} is {shown(messages)}; expected a list of messages.")
@@ -72,7 +72,7 @@ def images_of(messages: Iterable[Message]) -> Iterator[Any]:
         for part in content if not isinstance(content, str) else ():
             if part["type"] == "image":
                 if "image" not in part:
-                    raise ValueError('An image part must carry its picture: {"type": "image", "image": ...}.')
+                    raise ValueError('An image part must carry its image: {"type": "image", "image": ...}.')
                 yield part["image"]
 
 
@@ -81,8 +81,8 @@ def _check_content(content: Any, where: str) -> None:
         as_text(content, where)
     if not isinstance(content, (list, tuple)):
         return  # which `chat.render` refuses
-    for place, part in enumerate(content):
+    for index, part in enumerate(content):
         if not isinstance(part, dict) or not isinstance(part.get("type"), str):
             raise ValueError(f"A content part is of type text or image, found {shown(part)} in {where}.")
         if isinstance(part.get("text"), str):
-            as_text(part["text"], f"{where}, part {place},")
+            as_text(part["text"], f"{where}, part {index},")

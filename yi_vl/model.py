@@ -5,11 +5,11 @@ D language width, V vocabulary.
 
 | name           | shape, dtype          | made by           | note                                                    |
 |----------------|-----------------------|-------------------|---------------------------------------------------------|
-| input_ids      | (B, S) int64          | chat.py           | `image_token_id` at exactly N*P places in reading order |
-| attention_mask | (B, S)                | predict, collate  | 1 on real tokens, images included                       |
+| input_ids      | (B, S) int64          | chat.py           | `image_token_id` at N*P positions, in reading order     |
+| attention_mask | (B, S)                | engine, collate   | 1 on real tokens, images included                       |
 | labels         | (B, S) int64          | collate           | unshifted, -100 off the loss mask                       |
-| pixel_values   | (N, 3, H, W) float    | image.py          | normalised; None when the batch has no image            |
-| image features | (N, P, Dv)->(N, P, D) | vision, projector | one masked assignment; a mismatch names both counts     |
+| pixel_values   | (N, 3, H, W) float    | image/            | normalized; None when the batch has no image            |
+| image features | (N, P, Dv)->(N, P, D) | vision, connector | one masked assignment; a mismatch names both counts     |
 """
 
 from __future__ import annotations
@@ -90,17 +90,17 @@ class YiVLModel(YiVLPreTrainedModel):
         Raises:
             ValueError: the batch has another number of image tokens than of features.
         """
-        slots = input_ids == self.config.image_token_id  # (B, S)
+        is_image = input_ids == self.config.image_token_id  # (B, S)
         num_features = image_features.shape[0] * image_features.shape[1]
-        # A compiled graph cannot branch on a count; whoever compiles has run the same inputs before.
-        if not torch.compiler.is_compiling() and (num_slots := int(slots.sum())) != num_features:
+        # A compiled graph cannot branch on a count; compile only what was run once without.
+        if not torch.compiler.is_compiling() and (num_tokens := int(is_image.sum())) != num_features:
             raise ValueError(
-                f"{num_slots} image tokens in input_ids but {num_features} image features "
+                f"{num_tokens} image tokens in input_ids but {num_features} image features "
                 f"({image_features.shape[0]} images of {image_features.shape[1]} patches); each image needs its "
                 "placeholder tokens exactly once. Use the model's own processor."
             )
         features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
-        return inputs_embeds.masked_scatter(slots.unsqueeze(-1), features)
+        return inputs_embeds.masked_scatter(is_image.unsqueeze(-1), features)
 
     @can_return_tuple
     def forward(
@@ -133,7 +133,7 @@ class YiVLModel(YiVLPreTrainedModel):
             image_features = self.encode_images(pixel_values)
         if image_features is not None:
             if input_ids is None:
-                raise ValueError("Images need input_ids: their places are the image tokens.")
+                raise ValueError("Images need input_ids: features go where the image tokens are.")
             inputs_embeds = self.insert_images(inputs_embeds, input_ids, image_features)
         elif self.training and self._ranks_meet_in_vision():
             inputs_embeds = inputs_embeds + self._touch_vision(inputs_embeds)

@@ -16,7 +16,7 @@ from transformers.processing_utils import MultiModalData
 
 from .arguments import as_float, as_int
 from .chat import CHAT_TEMPLATE, IMAGE_PLACEHOLDER, Encoded, Segment, encode, render, strip_answer, strip_separator
-from .image.transform import YiVLImageProcessor
+from .image import YiVLImageProcessor
 from .messages import as_messages
 
 _SENTENCEPIECE_FILE = "tokenizer.model"
@@ -26,7 +26,7 @@ class YiVLProcessor(ProcessorMixin):
     """Tokenizer and image processor of one model.
 
     Args:
-        patch_size: of the vision tower, in pixels; with the image size it says how many tokens an image takes.
+        patch_size: of the vision tower, in pixels; with the image size it gives the number of tokens per image.
     """
 
     def __init__(
@@ -98,8 +98,8 @@ class YiVLProcessor(ProcessorMixin):
             input_ids = [int(id) for id, is_on in zip(applied["input_ids"][row], is_token) if is_on]
             if input_ids == encoded.input_ids:  # else it is cut short, or of another template
                 mask = iter(encoded.loss_mask)
-                for place in (place for place, is_on in enumerate(is_token) if is_on):
-                    applied["assistant_masks"][row][place] = int(next(mask))
+                for position in (position for position, is_on in enumerate(is_token) if is_on):
+                    applied["assistant_masks"][row][position] = int(next(mask))
 
     def decode(self, token_ids: Any, skip_special_tokens: bool = False, **kwargs: Any) -> Any:
         """As transformers' tokenizers do; with `skip_special_tokens` without the separator that ended an answer."""
@@ -124,7 +124,7 @@ class YiVLProcessor(ProcessorMixin):
         return [strip_answer(text) for text in texts] if skip_special_tokens else texts
 
     def encode(self, segments: Sequence[Segment], max_tokens: int | None = None) -> Encoded:
-        """Token ids, loss mask and image slots of a rendered conversation or caption; see `chat.encode`."""
+        """Token ids, loss mask and image positions of a rendered conversation or caption; see `chat.encode`."""
         max_token_length = self._max_token_length if max_tokens is not None else 1
         return encode(
             segments, self.tokenizer, self.image_token_id, self.patches_per_image, max_tokens, max_token_length
@@ -133,7 +133,7 @@ class YiVLProcessor(ProcessorMixin):
     def encode_messages(
         self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = True, max_tokens: int | None = None
     ) -> Encoded:
-        """The conversation in the chat form, ready for an answer; see `chat.render` for what messages are."""
+        """The conversation in the chat format, ready for an answer; see `chat.render` for what messages are."""
         return self.encode(render(as_messages(messages), add_generation_prompt), max_tokens)
 
     @cached_property
@@ -142,7 +142,7 @@ class YiVLProcessor(ProcessorMixin):
         return max(map(len, self.tokenizer.get_vocab()))
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **_: Any) -> str:
-        """transformers' hook: what one placeholder in a prompt's text becomes before it is tokenised."""
+        """transformers' hook: what one placeholder in a prompt's text becomes before it is tokenized."""
         return IMAGE_PLACEHOLDER * self.patches_per_image
 
     def _get_num_multimodal_tokens(self, image_sizes: list[list[int]] | None = None, **_: Any) -> MultiModalData:
@@ -202,7 +202,7 @@ def _renamed(tokenizer: Any, image_token_id: int) -> Any:
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     names = {token["id"]: token for token in content["added_tokens"]}
     if image_token_id not in names:
-        raise ValueError(f"there is no added token {image_token_id}, which config.json says stands for an image")
+        raise ValueError(f"there is no added token {image_token_id}, config.json's image token")
     names[image_token_id] |= {"content": IMAGE_PLACEHOLDER, "special": True}
     content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] <= image_token_id]
     return PreTrainedTokenizerFast(

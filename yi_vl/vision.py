@@ -130,10 +130,10 @@ class PatchFeatures(VisionTransformer):
 
     def forward(self, x: Tensor, feature_layer: int) -> Tensor:  # type: ignore[override]
         """(N, 3, H, W) -> what block `feature_layer` leaves, without the class token, (N, P, Dv)"""
-        found = self.forward_intermediates(
+        outputs = self.forward_intermediates(
             x, indices=[feature_layer], stop_early=True, intermediates_only=True, output_fmt="NLC"
         )
-        features: Tensor = found["image_intermediates"][0]
+        features: Tensor = outputs["image_intermediates"][0]
         return features
 
     def resize_(self, image_size: int, patch_size: int) -> None:
@@ -143,7 +143,7 @@ class PatchFeatures(VisionTransformer):
         self.positional_embedding = nn.Parameter(resize_position_grid(old.data, grid), old.requires_grad)
         self.image_size, self.grid_size = (image_size, image_size), (grid, grid)
 
-    def never_run(self, feature_layer: int) -> list[nn.Module]:
+    def unused_modules(self, feature_layer: int) -> list[nn.Module]:
         """Modules behind the block whose output is taken."""
         return [*self.transformer.resblocks[feature_layer + 1 :], self.ln_post]
 
@@ -176,7 +176,7 @@ class TimmPatchFeatures(nn.Module):
         """Make the position grids, learned and rotary, ones for images of another size."""
         self.trunk.set_input_size(img_size=(image_size, image_size))
 
-    def never_run(self, feature_layer: int) -> list[nn.Module]:
+    def unused_modules(self, feature_layer: int) -> list[nn.Module]:
         """Modules behind the block whose output is taken."""
         return [*self.trunk.blocks[feature_layer + 1 :], self.trunk.norm, self.trunk.fc_norm]
 
@@ -200,7 +200,7 @@ class OpenClipTower(PreTrainedModel):
     input_modalities = ["image"]
     supports_gradient_checkpointing = True
     _no_split_modules = ["ResidualAttentionBlock", "EvaBlock", "ConvStem"]
-    # Whatever attention is asked for, the tower's own (torch's, unmasked) computes the same.
+    # Every implementation gives the same: the tower has its own (torch's, unmasked).
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True

@@ -73,8 +73,8 @@ def logits(settings: Settings, shared: dict[str, Any]) -> Iterator[Measured]:
     values, answers = [], []
     for device in ("cpu", settings.device):
         model = yi_vl.load(TINY / "checkpoint", device=device, dtype=torch.float32)
-        prompts = model.prepare([_messages(TINY / "wide.png")])
-        _, embeddings = model.begin(prompts)
+        prompts = model.engine.prepare([_messages(TINY / "wide.png")])
+        embeddings = model.engine.embed(prompts)
         with torch.inference_mode():
             values.append(model.model(inputs_embeds=embeddings, attention_mask=prompts.attention_mask).logits.cpu())
         answers.append([model.predict(TINY / name, QUESTION, max_new_tokens=24) for name in ("wide.png", "tall.png")])
@@ -117,7 +117,7 @@ def answer(settings: Settings, shared: dict[str, Any]) -> Iterator[Measured]:
     new_tokens = 64 if settings.is_cuda else 8
     seconds = []
     for _ in range(2):  # the first compiles and allocates
-        model.forget()
+        model.clear_cache()
         started = synchronized_seconds(settings.device)
         model.predict(IMAGE, QUESTION, max_new_tokens=new_tokens)
         seconds.append(synchronized_seconds(settings.device) - started)
@@ -131,7 +131,7 @@ def answer(settings: Settings, shared: dict[str, Any]) -> Iterator[Measured]:
 
 def stream(settings: Settings, shared: dict[str, Any]) -> Iterator[Measured]:
     """Time to the first token about an image, and the rate of those after it."""
-    from yi_vl.engine.engine import Sampling
+    from yi_vl.engine.sampling import Sampling
     from yi_vl.hardware import synchronized_seconds
 
     from ..speed.engine import bytes_per_token, engine_rate, text_of
@@ -139,10 +139,10 @@ def stream(settings: Settings, shared: dict[str, Any]) -> Iterator[Measured]:
     model = _model(settings, shared)
     seconds = []
     for _ in range(3):
-        model.forget()
+        model.clear_cache()
         started = synchronized_seconds(settings.device)
-        prompts, sampling = model.prepare([_messages(IMAGE)]), Sampling(max_new_tokens=2)
-        next(model.generate(prompts, model.begin_answers(prompts, sampling), sampling))
+        prompts, sampling = model.engine.prepare([_messages(IMAGE)]), Sampling(max_new_tokens=2)
+        next(model.engine.generate(prompts, sampling))
         seconds.append(synchronized_seconds(settings.device) - started)
     yield Measured(f"time to the first token, {prompts.num_tokens[0]} tokens with an image", 1000 * min(seconds), "ms")
     new_tokens = 64 if settings.is_cuda else 8
@@ -188,7 +188,7 @@ def flash_attention(settings: Settings, shared: dict[str, Any]) -> Iterator[Meas
         raise Skipped("needs flash-attn")
     model = _model(settings, shared)
     language, conversation = model.model.model.language_model, text_of(model, 2000)
-    prompts = model.prepare([conversation])
+    prompts = model.engine.prepare([conversation])
     results = {}
     for attention in ("sdpa", "flash_attention_2"):
         language.set_attn_implementation(attention)

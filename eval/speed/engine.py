@@ -10,8 +10,8 @@ import torch
 from transformers.generation import BaseStreamer
 
 from yi_vl import YiVL
-from yi_vl.engine.engine import Answer, Sampling
-from yi_vl.engine.gemv import use_matrices_, use_vectors_
+from yi_vl.engine.gemv import use_gemm_, use_gemv_
+from yi_vl.engine.sampling import Sampling
 from yi_vl.hardware import matrix_rate, read_bandwidth, synchronized_seconds
 
 Conversation = list[dict[str, Any]]
@@ -21,7 +21,7 @@ def compare_chat(model: YiVL, image: Path, turns: int, new_tokens: int) -> dict[
     """A chat about one image, with the prefix cache and with it cleared before each turn."""
     variants: dict[str, dict[str, float]] = {}
     for name, is_cleared in (("whole prompt prefilled", True), ("prefix cached", False)):
-        model.forget()
+        model.clear_cache()
         messages: list[dict[str, Any]] = []
         seconds = {}
         for turn in range(1, turns + 1):
@@ -30,14 +30,14 @@ def compare_chat(model: YiVL, image: Path, turns: int, new_tokens: int) -> dict[
                 {"role": "user", "content": [*content, {"type": "text", "text": f"Question {turn}: what is it?"}]}
             )
             if is_cleared:
-                model.forget()
+                model.clear_cache()
             started = synchronized_seconds(model.model.device)
-            prompts, sampling = model.prepare([messages]), Sampling(max_new_tokens=new_tokens)
-            steps = model.generate(prompts, model.begin_answers(prompts, sampling), sampling)
-            pieces = [next(steps)[0]]
+            prompts, sampling = model.engine.prepare([messages]), Sampling(max_new_tokens=new_tokens)
+            steps = model.engine.generate(prompts, sampling)
+            outputs = next(steps)
             seconds[f"turn_{turn}_ms"] = 1000 * (synchronized_seconds(model.model.device) - started)
-            pieces += [piece for (piece,) in steps]
-            messages.append({"role": "assistant", "content": "".join(pieces) or "Yes."})
+            outputs += [output for (output,) in steps]
+            messages.append({"role": "assistant", "content": "".join(output.text for output in outputs) or "Yes."})
         variants[name] = seconds
     slow, fast = (variant[f"turn_{turns}_ms"] for variant in variants.values())
     return {
@@ -89,7 +89,7 @@ def compare_prefill(model: YiVL, num_tokens: int) -> dict[str, Any]:
     """Products of the layers' matrices and of attention count; softmax, norms and the one row of logits do not."""
     text = model.model.config.text_config
     conversation = text_of(model, min(num_tokens, text.max_position_embeddings - 16))
-    (num_tokens,) = model.prepare([conversation]).num_tokens
+    (num_tokens,) = model.engine.prepare([conversation]).num_tokens
     layers = model.model.model.language_model.layers
     per_token = sum(p.numel() for p in layers.parameters() if p.ndim > 1)
     flops = 2 * per_token * num_tokens + 2 * num_tokens**2 * text.hidden_size * text.num_hidden_layers  # causal: half
@@ -118,25 +118,24 @@ def text_of(model: YiVL, num_tokens: int, begin: str = "") -> Conversation:
     def messages(num_words: int) -> Conversation:
         return [{"role": "system", "content": "."}, {"role": "user", "content": f"{begin} " + "word " * num_words}]
 
-    few, many = (model.prepare([messages(words)]).num_tokens[0] for words in (1, 11))
+    few, many = (model.engine.prepare([messages(words)]).num_tokens[0] for words in (1, 11))
     return messages(max(1, 1 + round((num_tokens - few) * 10 / (many - few))))
 
 
 def first_token_seconds(model: YiVL, conversation: Conversation) -> float:
     """From a tokenized prompt to the first token of the answer, with an empty prefix cache."""
-    model.forget()
-    prompts, sampling = model.prepare([conversation]), Sampling(max_new_tokens=2)
+    model.clear_cache()
+    prompts, sampling = model.engine.prepare([conversation]), Sampling(max_new_tokens=2)
     started = synchronized_seconds(model.model.device)
-    next(model.generate(prompts, model.begin_answers(prompts, sampling), sampling))
+    next(model.engine.generate(prompts, sampling))
     return synchronized_seconds(model.model.device) - started
 
 
 def engine_rate(model: YiVL, conversations: list[Conversation], new_tokens: int) -> float:
     """Tokens per second after the first, of answers without a stop token."""
-    model.forget()
-    prompts, sampling = model.prepare(conversations), Sampling(max_new_tokens=new_tokens)
-    answers = [Answer(model.processor.tokenizer, new_tokens, stop_ids=()) for _ in conversations]
-    steps = model.generate(prompts, answers, sampling)
+    model.clear_cache()
+    prompts, sampling = model.engine.prepare(conversations), Sampling(max_new_tokens=new_tokens)
+    steps = model.engine.generate(prompts, sampling, ignore_eos=True)
     next(steps)
     started = synchronized_seconds(model.model.device)
     num_steps = sum(1 for _ in steps)
@@ -145,9 +144,9 @@ def engine_rate(model: YiVL, conversations: list[Conversation], new_tokens: int)
 
 def _generate_rate(model: YiVL, conversation: Conversation, new_tokens: int) -> float:
     """Tokens per second after the first, of transformers alone: its cache, and `nn.Linear` as it is."""
-    prompts = model.prepare([conversation])
+    prompts = model.engine.prepare([conversation])
     streamer = _TokenTimes()
-    use_matrices_(model.model)
+    use_gemm_(model.model)
     try:
         model.model.generate(  # type: ignore[misc]  # transformers annotates `self` as a protocol that its own models do not fit
             input_ids=prompts.input_ids,
@@ -158,8 +157,8 @@ def _generate_rate(model: YiVL, conversation: Conversation, new_tokens: int) -> 
             streamer=streamer,
         )
     finally:
-        use_vectors_(model.model.model.language_model)
-        use_vectors_(model.model.lm_head)
+        use_gemv_(model.model.model.language_model)
+        use_gemv_(model.model.lm_head)
     first, *_, last = streamer.times[1:]  # the first is the prompt's
     return (new_tokens - 1) / (last - first)
 

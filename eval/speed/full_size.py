@@ -23,9 +23,9 @@ from transformers import GenerationConfig
 import yi_vl
 from yi_vl.checkpoint import Checkpoint, convert
 from yi_vl.config import preset
-from yi_vl.engine.engine import Sampling
+from yi_vl.engine.sampling import Sampling
 from yi_vl.hardware import machine, synchronized_seconds
-from yi_vl.image.transform import YiVLImageProcessor
+from yi_vl.image import YiVLImageProcessor
 from yi_vl.processor import YiVLProcessor, prepare_tokenizer
 from yi_vl.quantize import Scheme, num_bytes
 
@@ -108,10 +108,10 @@ def _measure(folder: Path, image: Path, new_tokens: int, quantize: Scheme | None
         messages = [
             {"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": _QUESTION}]}
         ]
-        prompts, sampling = model.prepare([messages]), Sampling(max_new_tokens=1 + new_tokens)
+        prompts, sampling = model.engine.prepare([messages]), Sampling(max_new_tokens=1 + new_tokens)
         pieces, times = [], [synchronized_seconds(device)]
-        for (piece,) in model.generate(prompts, model.begin_answers(prompts, sampling), sampling):
-            pieces.append(piece)
+        for (output,) in model.engine.generate(prompts, sampling):
+            pieces.append(output.text)
             times.append(synchronized_seconds(device))
         seconds_per_token = (times[-1] - times[1]) / max(1, len(times) - 2)
         results.send(

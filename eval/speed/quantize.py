@@ -127,7 +127,7 @@ def measure_load(folder: Path, scheme: Scheme | None, results: Any) -> None:
 
 def _log_probabilities(model: YiVL, conversation: list[dict[str, Any]]) -> Tensor:
     """Of the next token at every place of a prompt, (S, V)."""
-    prompts = model.prepare([conversation])
+    prompts = model.engine.prepare([conversation])
     with torch.inference_mode():
         logits = model.model(input_ids=prompts.input_ids, attention_mask=prompts.attention_mask).logits[0]
     return logits.float().log_softmax(-1)

@@ -13,7 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 import yi_vl
 from yi_vl import YiVLConfig, YiVLForConditionalGeneration, YiVLProcessor
 from yi_vl.config import OpenClipVisionConfig, preset
-from yi_vl.image.transform import YiVLImageProcessor
+from yi_vl.image import YiVLImageProcessor
 from yi_vl.predict import YiVL
 from yi_vl.processor import prepare_tokenizer
 

@@ -42,7 +42,7 @@ def compare_runner(
         (f"eval's runner, batch {batch_size}", in_batches),
     ):
         variant(ordered[:batch_size])
-        answerer.yi_vl.forget()
+        answerer.yi_vl.clear_cache()
         started = synchronized_seconds(device)
         texts[name] = variant(ordered)
         seconds = synchronized_seconds(device) - started
@@ -60,11 +60,11 @@ def compare_runner(
 
 def _generate(yi_vl: YiVL, question: Question, max_new_tokens: int) -> str:
     """What a script for one question does: processor, `generate`, decode."""
-    prompts = yi_vl.prepare([[{"role": "user", "content": read_images(question.content())}]])
+    prompts = yi_vl.engine.prepare([[{"role": "user", "content": read_images(question.content())}]])
     pixels: dict[str, Any] = {}
-    if prompts.squares is not None:
-        images_uint8 = prompts.squares.to(prompts.input_ids.device)
-        pixels["pixel_values"] = yi_vl.processor.image_processor.normalise(images_uint8)
+    if prompts.images_uint8 is not None:
+        images_uint8 = prompts.images_uint8.to(prompts.input_ids.device)
+        pixels["pixel_values"] = yi_vl.processor.image_processor.to_pixel_values(images_uint8)
     with torch.inference_mode():
         tokens = yi_vl.model.generate(  # type: ignore[misc]  # transformers annotates `self` as a protocol that its own models do not fit
             input_ids=prompts.input_ids,

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from yi_vl.config import IMAGE_MEAN
-from yi_vl.image.transform import load_image, open_image, pad_and_resize
+from yi_vl.image import load_image, open_image, pad_and_resize
 
 # Decoded pixels per final one along a side. A halved picture may have fewer, because that saves most: further halvings
 # save little, since a JPEG's code words must all be read in any case.

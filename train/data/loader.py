@@ -101,7 +101,7 @@ class SampleEncoder:
         if self._is_fast:
             images = [square(picture, image_processor.size_px) for picture in pictures]
         else:
-            images = [image_processor.square(picture) for picture in pictures]
+            images = [image_processor.to_uint8(picture) for picture in pictures]
         return Sample(sample_name(raw), source, segments, encoded, images)
 
 

@@ -34,7 +34,7 @@ from train.nano.picture import KINDS, Kind, Picture
 from train.nano.tower import PictureStream, TowerRecipe, make_optimiser
 from yi_vl import YiVLForConditionalGeneration, YiVLProcessor
 from yi_vl.connector import Projector
-from yi_vl.image.transform import YiVLImageProcessor
+from yi_vl.image import YiVLImageProcessor
 from yi_vl.vision import OpenClipTower, resize_position_grid
 
 # Two cycles of the learning rate.
@@ -124,7 +124,7 @@ def _train(eyes: Eyes, embeddings: Tensor, art: Art, recipe: TowerRecipe) -> Ite
     running, started = 0.0, time.time()
     for step, batch in enumerate(track(loader, "match", total=recipe.num_steps), start=1):
         with sdpa_kernel(SDPBackend.MATH), torch.autocast("cpu", torch.bfloat16):
-            features = eyes.at_size(processor.normalise(batch.pixels))
+            features = eyes.at_size(processor.to_pixel_values(batch.pixels))
         loss = sign_loss(features - codes[features.shape[1]], batch.signs, embeddings, recipe.label_smoothing)
         with sdpa_kernel(SDPBackend.MATH):
             loss.backward()
@@ -183,7 +183,7 @@ def score_signs(eyes: Eyes, embeddings: Tensor, art: Art, kind: Kind, num_pictur
     batch = sign_batch(rng, pictures, eyes.tower.config.patch_size)
     eyes.eval()
     with torch.autocast("cpu", torch.bfloat16):
-        features = eyes.at_size(YiVLImageProcessor().normalise(batch.pixels))
+        features = eyes.at_size(YiVLImageProcessor().to_pixel_values(batch.pixels))
     eyes.train()
     features = features - place_codes(8, embeddings)
     shown = (batch.signs != _IGNORED) & (batch.signs != _SIGN_IDS[BACKGROUND])

@@ -17,7 +17,7 @@ import torch
 from yi_vl.chat import IMAGE_PLACEHOLDER
 from yi_vl.config import preset
 from yi_vl.generation import set_end_tokens_
-from yi_vl.image.transform import YiVLImageProcessor
+from yi_vl.image import YiVLImageProcessor
 from yi_vl.model import YiVLForConditionalGeneration
 from yi_vl.processor import YiVLProcessor, prepare_tokenizer
 

@@ -36,7 +36,7 @@ from train.nano.compose import Composer
 from train.nano.names import LABELS
 from train.nano.picture import Kind, Picture, dense_labels
 from yi_vl.config import preset
-from yi_vl.image.transform import YiVLImageProcessor
+from yi_vl.image import YiVLImageProcessor
 from yi_vl.vision import OpenClipTower, resize_position_grid
 
 logger = logging.getLogger(__name__)
@@ -202,7 +202,7 @@ def make_optimiser(parameters: Iterable[nn.Parameter], recipe: TowerRecipe) -> t
 def _loss(head: PointHead, processor: YiVLImageProcessor, batch: PointBatch, label_smoothing: float) -> Tensor:
     # For as few tokens as here plain attention has the much faster backward pass on CPU.
     with sdpa_kernel(SDPBackend.MATH), torch.autocast("cpu", torch.bfloat16):
-        logits = head.at_size(processor.normalise(batch.pixels), batch.points)
+        logits = head.at_size(processor.to_pixel_values(batch.pixels), batch.points)
     return F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), label_smoothing=label_smoothing)
 
 
@@ -220,7 +220,7 @@ def score_heldout(head: PointHead, art: Art, kind: str, size_px: int) -> float:
         chunk = pictures[start : start + 32]
         batch = point_batch(rng, chunk, 64)
         with torch.autocast("cpu", torch.bfloat16):
-            logits = head.at_size(processor.normalise(batch.pixels), batch.points)
+            logits = head.at_size(processor.to_pixel_values(batch.pixels), batch.points)
         scores = logits.log_softmax(-1)[:, :32, ids].sum(1)  # the first half lie on the item
         for picture, best in zip(chunk, scores.argmax(-1).tolist(), strict=True):
             num_right += LABELS[ids[best]] == picture.truth.items[0].label

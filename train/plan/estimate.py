@@ -112,7 +112,9 @@ def count_parameters(model_config: YiVLConfig, config: TrainConfig) -> Parameter
         add_adapters_(model, config)
     set_trainable_(model, config)
     tower, head = model.model.vision_tower, model.lm_head.weight
-    not_cast = {id(p) for module in tower.visual.never_run(tower.config.feature_layer) for p in module.parameters()}
+    not_cast = {
+        id(p) for module in tower.visual.unused_modules(tower.config.feature_layer) for p in module.parameters()
+    }
     not_cast |= {id(p) for name, p in model.named_parameters() if name.endswith(("embed_tokens.weight", "_embedding"))}
     not_cast -= {id(head)}  # a tied table
     linears = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}

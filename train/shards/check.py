@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from yi_vl.chat import Segment
-from yi_vl.image.transform import load_image, open_image
+from yi_vl.image import load_image, open_image
 
 from ..config import FORMS
 from ..data.samples import read_sample, sample_name

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path, PureWindowsPath
 from typing import Any, Protocol
 
-from yi_vl.image.transform import load_image, open_image
+from yi_vl.image import load_image, open_image
 
 from ..data.conversations import Conversation, has_text, is_empty, read_conversation
 from ..data.samples import parse_json

@@ -109,7 +109,7 @@ def ours(shard: Path, processor: YiVLProcessor) -> Iterator[dict[str, Any]]:
     for step in _loader([str(shard)], processor):
         for micro in step.micros:
             assert micro.images is not None
-            pixel_values = processor.image_processor.normalise(micro.images)
+            pixel_values = processor.image_processor.to_pixel_values(micro.images)
             yield {"input_ids": micro.input_ids, "labels": micro.labels, "pixel_values": pixel_values}
 
 
@@ -126,7 +126,7 @@ def drift(shard: Path, size_px: int, num_pictures: int = 20) -> tuple[float, flo
     for sample in webdataset.WebDataset(str(shard), shardshuffle=False):
         for name in sample:
             if name.endswith(("jpg", "png")):
-                exact = processor.square(sample[name]).float()
+                exact = processor.to_uint8(sample[name]).float()
                 differences.append((square(sample[name], size_px).float() - exact).flatten())
         if len(differences) >= num_pictures:
             break

@@ -193,7 +193,7 @@ def plain(work: Work) -> Step:
                     input_ids=micro.input_ids.to(device),
                     attention_mask=micro.attention_mask.to(device),
                     labels=micro.labels.to(device),
-                    pixel_values=processor.image_processor.normalise(micro.images.to(device)),
+                    pixel_values=processor.image_processor.to_pixel_values(micro.images.to(device)),
                     num_items_in_batch=total,
                     use_cache=False,
                 ).loss

@@ -14,7 +14,7 @@ from transformers import GenerationConfig
 from ..arguments import one_line
 from ..auto import YiVLProcessor
 from ..config import YiVLConfig
-from ..image.transform import YiVLImageProcessor
+from ..image import YiVLImageProcessor
 from ..model import YiVLForConditionalGeneration
 from ..quantize import packed_config, replace_linears_
 from .configuration import (

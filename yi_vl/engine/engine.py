@@ -1,350 +1,302 @@
-"""Answers, token by token: the ONE decode loop, how a token is chosen, and how tokens become text safe to show.
+"""The engine: conversations become prompts, prompts are prefilled into slots, and slots are decoded token by token.
 
-B rows (conversations answered at once), S prompt tokens, T tokens so far, V vocabulary, N images, D language width.
-Called by predict.py; calls chat.py, cache.py, the model's forward, and transformers' samplers.
+B requests, S prompt tokens, V vocabulary, N images of P patches, D language width.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
-from itertools import islice
-from typing import Any, Literal
+import hashlib
+from collections.abc import Generator, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
-from transformers.generation import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
+from torch.nn.utils.rnn import pad_sequence
 
-from ..arguments import as_float, as_int, as_text, shown
-from ..chat import STOP_STRING, hold_back
-from .kv_cache import CACHE_ARGUMENT, gather
-from .prefix_cache import Keys
+from ..chat import STOP_STRING, Encoded, TooLongError
+from ..generation import as_list as as_id_list
+from ..generation import end_token_ids
+from ..image import ImageSource, check_source
+from ..messages import Message, as_messages, images_of
+from ..model import YiVLForConditionalGeneration
+from ..processor import YiVLProcessor
+from .detokenizer import IncrementalDetokenizer
+from .fingerprint import fingerprint
+from .gemv import use_gemv_
+from .kv_cache import gather
+from .prefix_cache import ImageKey, LRUCache, PrefixCache, PrefixKey, shared_prefix_length
+from .request_queue import Generation, RequestQueue
+from .running_batch import Prompts, Request, RunningBatch, StepOutput, forward
+from .sampling import Sampler, Sampling
 
-_MAX_STOPS = 1000
-_COLDEST, _HOTTEST = 1e-30, 1e30  # beyond float32 a temperature would be 0 or infinite
-_BROKEN = "\N{REPLACEMENT CHARACTER}"  # what tokenizers write for bytes that are not UTF-8, or not yet
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How answers are generated. None stands for a default; numbers may be numpy scalars.
-
-    Args:
-        max_new_tokens: an answer's greatest length; cut to what the context has left.
-        temperature: 0 always takes the likeliest token.
-        top_p: draw only from the likeliest tokens that make up this probability.
-        seed: makes draws repeatable; None draws afresh. Every row of a batch draws with it as if it were alone.
-        stop: texts that end an answer and are not part of it, besides the prompt's own separator: one, or any iterable
-            of them, which is read once.
-
-    Raises:
-        ValueError: a value is of another type, or out of its range.
-    """
-
-    max_new_tokens: int = 512
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int | None = None
-    stop: str | Iterable[str] = ()
-
-    def __post_init__(self) -> None:
-        checks: dict[str, Callable[[Any], Any]] = {
-            "max_new_tokens": lambda value: as_int(value, "max_new_tokens", 1),
-            "temperature": lambda value: as_float(value, "temperature"),
-            "top_p": lambda value: as_float(value, "top_p"),
-            "seed": lambda value: as_int(value, "seed", 0, 2**63 - 1),
-            "stop": _as_stops,
-        }
-        for field in fields(self):
-            given = getattr(self, field.name)
-            value = field.default if given is None else checks[field.name](given)
-            object.__setattr__(self, field.name, value)  # the class is frozen
-        if self.temperature < 0:
-            raise ValueError(f"temperature is {self.temperature}; it must be 0 (greedy) or a positive number.")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p}; it must be greater than 0 and at most 1.")
-
-    @property
-    def stop_strings(self) -> tuple[str, ...]:
-        """All texts that end an answer."""
-        return (STOP_STRING, *self.stop)
+_MAX_PREFIX_BYTES = 1 << 30  # of recent conversations: 16,000 tokens of the 6B's, 4,000 of the 34B's, in bf16
+_MAX_FEATURE_BYTES = 256 << 20  # of recent images: 31 of the 6B's, in bf16
+_CACHES = ("_prefixes", "_features", "_weights")  # attributes that are not copied or pickled
 
 
-def _as_stops(stop: Any) -> tuple[str, ...]:
-    if isinstance(stop, str):
-        stop = [stop]
-    is_list = isinstance(stop, Iterable) and getattr(stop, "ndim", 1) == 1  # an array of none iterates over nothing
-    if not is_list or isinstance(stop, (bytes, bytearray, Mapping)):
-        raise ValueError(f"stop is {shown(stop)}; expected a text, or a list of texts.")
-    texts = tuple(as_text(text, f"stop[{index}]") for index, text in enumerate(islice(stop, _MAX_STOPS + 1)))
-    if len(texts) > _MAX_STOPS:
-        raise ValueError(f"stop holds more than {_MAX_STOPS} texts; give fewer.")
-    if not all(texts):
-        raise ValueError(f"stop is {shown(list(texts))}; a text that ends an answer must not be empty.")
-    return texts
-
-
-@dataclass(frozen=True)
-class Prompts:
-    """What the model reads before it answers; see the table atop model.py."""
-
-    input_ids: Tensor  # (B, S) int64, padded on the left
-    attention_mask: Tensor  # (B, S) int64
-    squares: Tensor | None  # (N, H, W, 3) uint8, the pictures as image.py prepares them, on the CPU
-    keys: list[Keys]  # of every row's tokens
-
-    @property
-    def num_tokens(self) -> list[int]:
-        """Tokens of every row's prompt, images included."""
-        return self.attention_mask.sum(1).tolist()
-
-    @property
-    def places(self) -> Tensor:
-        """(B, S) int64: 1 for a row's first token, 2 for its second ...; padding is 0"""
-        return self.attention_mask.cumsum(1)
-
-
-@torch.inference_mode()
-def read_beginning(model: PreTrainedModel, prompts: Prompts, embeddings: Tensor, cache: Cache, end: int) -> None:
-    """Read what all rows begin with, up to place `end`, once; `cache` has one row and may know a part of it already.
-
-    `embeddings`: (B, S, D), images in their places.
-    """
-    num_known = cache.get_seq_length()
-    is_read = (prompts.places[0] > num_known) & (prompts.places[0] <= end)  # (S,)
-    if is_read.any():
-        positions = torch.arange(num_known, end, device=embeddings.device).unsqueeze(0)
-        model(
-            inputs_embeds=embeddings[:1, is_read],
-            position_ids=positions,
-            logits_to_keep=1,
-            **{CACHE_ARGUMENT: cache},
-        )
-
-
-class Rows:
-    """Conversations that are being answered at once: what the model has read, and the logits of what comes next.
-
-    Rows may end and new ones join; those shorter than the longest are padded, and padding shifts no row.
+class Engine:
+    """Prompts, prefill and decoding for one model. Recent prefixes and image features are cached between requests.
 
     Args:
-        cache: B rows; knows equally many tokens of every row's beginning, perhaps none. It grows with every step.
-        embeddings: (B, S, D), images in their places; what `cache` knows is not looked at.
-    """
-
-    @torch.inference_mode()
-    def __init__(self, model: PreTrainedModel, prompts: Prompts, cache: Cache, embeddings: Tensor) -> None:
-        self.cache = cache
-        self.logits: Tensor
-        self._model = model
-        num_rows, num_known = len(embeddings), cache.get_seq_length()
-        places = prompts.places
-        is_read = (places == 0) | (places > num_known)  # (B, S): padding stays in front of what is new
-        places = places[is_read].view(num_rows, -1)
-        known = places.new_ones(num_rows, num_known, dtype=torch.bool)
-        self._is_token = torch.cat([known, places > 0], dim=1)  # (B, T)
-        inputs = embeddings[is_read].view(num_rows, -1, embeddings.shape[-1])
-        self._read((places - 1).clamp(min=0), inputs_embeds=inputs)
-
-    def __len__(self) -> int:
-        return len(self._is_token)
-
-    @torch.inference_mode()
-    def advance(self, tokens: Tensor) -> None:
-        """One step: read every row's newest token, (B,)."""
-        positions = self._is_token.sum(1, keepdim=True)  # (B, 1)
-        self._is_token = F.pad(self._is_token, (0, 1), value=True)
-        self._read(positions, input_ids=tokens.unsqueeze(1).to(positions.device))
-
-    @torch.inference_mode()
-    def keep(self, rows: Sequence[int]) -> None:
-        """Go on with some of the rows only; the others cost nothing any more."""
-        self.cache, self._is_token = gather([(self.cache, self._is_token, rows)])
-        self.logits = self.logits[rows]
-
-    @torch.inference_mode()
-    def join(self, new: Rows) -> None:
-        """Go on with the rows of both."""
-        parts = [(rows.cache, rows._is_token, range(len(rows))) for rows in (self, new)]
-        self.cache, self._is_token = gather(parts)
-        self.logits = torch.cat([self.logits, new.logits])
-
-    def _read(self, positions: Tensor, **inputs: Tensor) -> None:
-        outputs = self._model(
-            **inputs,
-            attention_mask=None if self._is_token.all() else self._is_token,  # without one attention is faster
-            position_ids=positions,
-            logits_to_keep=1,
-            **{CACHE_ARGUMENT: self.cache},
-        )
-        self.logits = outputs.logits[:, -1]  # (B, V)
-
-
-Newcomers = tuple[Rows, "list[Answer]"]  # what they were asked is read, their answers are empty
-
-
-def decode(
-    read_next: Callable[[int], Newcomers | None], num_places: int, choose: Chooser
-) -> Generator[dict[int, str], None, None]:
-    """Answer one conversation after another, several at once: whoever ends leaves, and the next takes the free place.
-
-    Yields, after every step, the new text (often none) of every answer that grew, by its number in the order of
-    coming. A step's work is done when its texts are asked for, so none is done after the last.
-
-    Args:
-        read_next: given how many places are free, reads that many conversations or fewer; None when there are no more.
-        num_places: how many are answered at once.
-    """
-    rows: Rows | None = None
-    seats: list[_Seat] = []
-    num_come = 0
-    while True:
-        if len(seats) < num_places and (newcomers := read_next(num_places - len(seats))):
-            new, answers = newcomers
-            if rows is None or not seats:
-                rows = new
-            else:
-                rows.join(new)
-            seats += [_Seat(num_come + index, answer, choose.new_draws()) for index, answer in enumerate(answers)]
-            num_come += len(answers)
-        if rows is None or not seats:
-            return
-        tokens = choose(rows.logits, [seat.draws for seat in seats])  # (B, V) -> (B,)
-        yield {seat.number: seat.answer.add(token) for seat, token in zip(seats, tokens.tolist(), strict=True)}
-        going = [place for place, seat in enumerate(seats) if not seat.answer.finish_reason]
-        if going and len(going) < len(seats):
-            rows.keep(going)
-        seats = [seats[place] for place in going]
-        if seats:
-            rows.advance(tokens[going])
-
-
-@dataclass(frozen=True)
-class _Seat:
-    number: int
-    answer: Answer
-    draws: torch.Generator | None
-
-
-class Chooser:
-    """Takes each row's next token from its logits.
-
-    Args:
-        forbidden: (V,) true for tokens that no answer may hold: the image token, and rows that only pad the table.
-    """
-
-    def __init__(self, sampling: Sampling, forbidden: Tensor) -> None:
-        self._forbidden = forbidden
-        self._is_greedy = sampling.temperature == 0
-        self._seed = sampling.seed
-        if not self._is_greedy:
-            temperature = min(max(sampling.temperature, _COLDEST), _HOTTEST)
-            self._warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
-            if sampling.top_p < 1:
-                self._warpers.append(TopPLogitsWarper(sampling.top_p))
-
-    def new_draws(self) -> torch.Generator | None:
-        """A row's own source of chance: neighbours change nothing, and the global one is left alone."""
-        if self._is_greedy:
-            return None
-        generator = torch.Generator("cpu")  # on the CPU, for the same draws on every device
-        if self._seed is None:
-            generator.seed()
-        else:
-            generator.manual_seed(self._seed)
-        return generator
-
-    def __call__(self, logits: Tensor, draws: Iterable[torch.Generator | None]) -> Tensor:
-        """(B, V) -> (B,), with every row's own draws."""
-        logits = logits.float().masked_fill(self._forbidden, -math.inf)
-        if self._is_greedy:
-            return logits.argmax(-1)
-        logits = logits - logits.amax(-1, keepdim=True)  # lest a tiny temperature overflow
-        warped = self._warpers(None, logits)  # type: ignore[arg-type]  # none of them looks at the ids
-        probabilities = warped.softmax(-1).cpu()
-        drawn = [torch.multinomial(row, 1, generator=one) for row, one in zip(probabilities, draws, strict=True)]
-        return torch.cat(drawn)
-
-
-class Answer:
-    """One row's answer while it grows: tokens in, text out that will not have to be taken back.
-
-    Held back are a character's first bytes, what may turn out to be a stop string, and white space that may be the
-    answer's last. All pieces together are the answer, without white space around it.
-
-    Args:
-        max_tokens: after so many the answer ends, `finish_reason` "length".
-        stop_ids: tokens that end the answer, "stop"; as do the texts `stop_strings`, wherever token boundaries fall.
+        allow_remote_images: fetch images that are given as http or https URLs, from the public internet only.
     """
 
     def __init__(
-        self,
-        tokenizer: Any,
-        max_tokens: int,
-        stop_ids: Collection[int],
-        stop_strings: Sequence[str] = (STOP_STRING,),
+        self, model: YiVLForConditionalGeneration, processor: YiVLProcessor, allow_remote_images: bool = False
     ) -> None:
-        self.finish_reason: Literal["stop", "length"] | None = None
-        self.tokens: list[int] = []
-        self._tokenizer = tokenizer
-        self._max_tokens = max_tokens
-        self._stop_ids = stop_ids
-        self._stop_strings = stop_strings
-        self._window: list[int] = []  # tokens of the last text read, for context, then those that are no text yet
-        self._num_read = 0  # how many of the window are context
-        self._pending = ""  # text that is not shown yet
-        self._has_begun = False  # false while there has only been white space
+        self.model = model
+        self.processor = processor
+        self.allow_remote_images = allow_remote_images
+        use_gemv_(model.model.language_model)
+        use_gemv_(model.lm_head)
+        self.max_prompt_tokens = model.config.text_config.max_position_embeddings - 1  # an answer takes one at least
+        self.stop_ids = _stop_ids(model, processor.tokenizer)
+        token_ids = torch.arange(model.config.text_config.vocab_size, device="cpu")
+        is_unused = token_ids >= len(processor.tokenizer)  # rows that pad the table
+        self._suppress_tokens = is_unused | (token_ids == model.config.image_token_id)  # (V,)
+        self.clear_cache()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in _CACHES}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.clear_cache()
 
     @property
-    def num_tokens(self) -> int:
-        """So far, the one that ended it included."""
-        return len(self.tokens)
+    def device(self) -> torch.device:
+        """Of inputs and logits: the CPU for offloaded weights, to which accelerate brings inputs as needed."""
+        device = self.model.device
+        return torch.device("cpu") if device.type == "meta" else device
 
-    def add(self, token: int) -> str:
-        """Text that became certain with this token, often none. A finished answer takes no more."""
-        if self.finish_reason:
-            return ""
-        self.tokens.append(token)
-        if token in self._stop_ids:
-            return self._finish("stop")
-        self._pending += self._read(token)
-        if not self._has_begun:
-            self._pending = self._pending.lstrip()
-        cuts = [cut for stop in self._stop_strings if (cut := self._pending.find(stop)) >= 0]
-        if cuts:
-            self._pending = self._pending[: min(cuts)]
-            return self._finish("stop")
-        if self.num_tokens >= self._max_tokens:
-            return self._finish("length")
-        certain = self._pending[: len(self._pending) - hold_back(self._pending, self._stop_strings)]
-        return self._show(certain.rstrip())
+    def clear_cache(self) -> None:
+        """Drop the cached prefixes and image features."""
+        self._prefixes = PrefixCache(_MAX_PREFIX_BYTES)
+        self._features: LRUCache[Tensor] = LRUCache(_MAX_FEATURE_BYTES)  # an image's digest -> (P, D)
+        self._weights: int | None = None  # fingerprint of the weights that the cached values were computed with
 
-    def _read(self, token: int) -> str:
-        """The text that a token adds to those before it, once its bytes are characters.
+    # Prompts
 
-        Only the last few tokens are decoded, so that a long answer costs no more per token than a short one.
+    def prepare(self, conversations: Sequence[Sequence[Message]]) -> Prompts:
+        """Conversations that await an answer as the model's inputs.
+
+        Raises:
+            ValueError: a conversation is malformed or too long, or an image cannot be read.
         """
-        self._window.append(token)
-        before = self._decode(self._window[: self._num_read])
-        after = self._decode(self._window)
-        if len(after) <= len(before) or after.endswith(_BROKEN):
-            return ""
-        self._window = self._window[self._num_read :]
-        self._num_read = len(self._window)
-        return after[len(before) :]
+        checked = [as_messages(messages) for messages in conversations]
+        encoded = self.encode(checked)  # before images are decoded
+        images = [image for messages in checked for image in images_of(messages)]
+        with ThreadPoolExecutor() as threads:  # Pillow decodes and resizes without holding the interpreter's lock
+            images_uint8 = list(threads.map(self._decode_image, images))
+        return self.stack_prompts(encoded, images_uint8)
 
-    def _decode(self, tokens: list[int]) -> str:
-        return self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    def encode(self, conversations: Sequence[Sequence[Message]]) -> list[Encoded]:
+        """Conversations that await an answer as tokens; their images are not looked at.
 
-    def _show(self, text: str) -> str:
-        self._pending = self._pending[len(text) :]
-        self._has_begun = self._has_begun or bool(text)
-        return text
+        Raises:
+            ValueError: a conversation is malformed.
+            TooLongError: one leaves no room for an answer.
+        """
+        return [
+            self.processor.encode_messages(messages, max_tokens=self.max_prompt_tokens) for messages in conversations
+        ]
 
-    def _finish(self, reason: Literal["stop", "length"]) -> str:
-        self.finish_reason = reason
-        return self._show(self._pending.rstrip())
+    def check(self, messages: list[Message]) -> None:
+        """
+        Raises:
+            ValueError: a conversation cannot be answered; what shows only when images are fetched and decoded is not
+                found.
+        """
+        self.encode([messages])
+        for image in images_of(messages):
+            check_source(image, self.allow_remote_images)
+
+    def stack_prompts(self, encoded: Sequence[Encoded], images_uint8: Sequence[Tensor]) -> Prompts:
+        """Encoded prompts and their images, (H, W, 3) uint8 each in reading order, as the model's inputs.
+
+        Raises:
+            TooLongError: a prompt leaves no room for an answer.
+        """
+        for prompt in encoded:
+            if len(prompt.input_ids) > self.max_prompt_tokens:
+                num_images, patches = len(prompt.image_starts), self.processor.patches_per_image
+                raise TooLongError(len(prompt.input_ids), num_images, patches, self.max_prompt_tokens)
+        rows = [torch.tensor(prompt.input_ids, device="cpu") for prompt in encoded]
+        pad_id = self.processor.tokenizer.pad_token_id or 0
+        input_ids = pad_sequence(rows, batch_first=True, padding_value=pad_id, padding_side="left")
+        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
+        stacked = torch.stack(list(images_uint8)) if images_uint8 else None
+        keys = self._prefix_keys(encoded, images_uint8)
+        return Prompts(input_ids.to(self.device), mask.to(self.device), stacked, keys)
+
+    # Generation
+
+    def generate(
+        self, prompts: Prompts, sampling: Sampling, ignore_eos: bool = False
+    ) -> Generator[list[StepOutput], None, None]:
+        """Decode all prompts together; yields, after every step, the outputs of the requests that were not finished.
+
+        A step is computed when its outputs are asked for: closing the generator stops the work.
+
+        Args:
+            ignore_eos: no end token ends an answer; for benchmarks.
+        """
+        requests = self.new_requests(prompts, sampling, ignore_eos=ignore_eos)
+        batch, sampler = self.prefill(prompts, requests), self._sampler(sampling)
+        prefixes = self._prefixes  # another object once weights have changed
+        try:
+            while batch:
+                yield batch.sample(sampler)
+                batch.decode()
+        except GeneratorExit:  # closed between two steps; after an error the cache may not be valid
+            _store_prefix(prefixes, prompts, requests, batch)
+            raise
+        _store_prefix(prefixes, prompts, requests, batch)
+
+    def generate_queue(
+        self, queue: RequestQueue, sampling: Sampling, max_batch_size: int
+    ) -> list[Generation | ValueError]:
+        """Decode all requests of a queue, `max_batch_size` together: a slot that is released takes the next request."""
+        sampler = self._sampler(sampling)
+        batch: RunningBatch | None = None
+        while True:
+            num_slots = max_batch_size - (len(batch) if batch else 0)
+            if num_slots and (new := self._prefill_next(queue, num_slots, sampling)):
+                if batch:
+                    batch.extend(new)
+                else:
+                    batch = new
+            if not batch:
+                return queue.results()
+            queue.record(batch.sample(sampler))
+            batch.decode()
+
+    def new_requests(
+        self, prompts: Prompts, sampling: Sampling, indices: Iterable[int] | None = None, ignore_eos: bool = False
+    ) -> list[Request]:
+        """A request for each prompt, with no tokens generated yet."""
+        requests = []
+        limit, stop_ids = self.max_prompt_tokens + 1, set() if ignore_eos else self.stop_ids
+        indices = range(len(prompts.prefix_keys)) if indices is None else indices
+        for index, num_tokens in zip(indices, prompts.num_tokens, strict=True):
+            max_tokens = min(sampling.max_new_tokens, limit - num_tokens)
+            detokenizer = IncrementalDetokenizer(self.processor.tokenizer, max_tokens, stop_ids, sampling.stop_strings)
+            requests.append(Request(index, detokenizer, sampling.new_generator()))
+        return requests
+
+    @torch.inference_mode()
+    def prefill(self, prompts: Prompts, requests: Sequence[Request]) -> RunningBatch:
+        """Compute the keys and values of the prompts, but for their cached prefix; each request gets a slot.
+
+        A prefix that all prompts share is computed once, and cached.
+        """
+        weights = fingerprint(self.model)
+        if weights != self._weights:  # another adapter, another dtype, an edit
+            self.clear_cache()
+            self._weights = weights
+        num_rows = len(prompts.prefix_keys)
+        num_shared = shared_prefix_length(prompts.prefix_keys)
+        cache = self._prefixes.find(prompts.prefix_keys[0].head(num_shared))
+        embeddings = self.embed(prompts, cache.get_seq_length())  # (B, S, D)
+        if num_rows > 1 and num_shared:
+            cache = self._prefill_shared_prefix(prompts, embeddings, cache, num_shared)
+        num_cached = cache.get_seq_length()
+        is_cached = prompts.is_at(0, num_cached)  # (B, S)
+        mask = prompts.attention_mask[~is_cached].view(num_rows, -1).bool()  # padding, then tokens to compute
+        mask = torch.cat([mask.new_ones(num_rows, num_cached), mask], dim=1)  # (B, S)
+        position_ids = prompts.position_ids[~is_cached].view(num_rows, -1)
+        inputs = embeddings[~is_cached].view(num_rows, -1, embeddings.shape[-1])
+        logits = forward(self.model, cache, mask, position_ids, inputs_embeds=inputs)
+        return RunningBatch(self.model, requests, cache, mask, logits)
+
+    @torch.inference_mode()
+    def embed(self, prompts: Prompts, num_cached: int = 0) -> Tensor:
+        """(B, S, D): the prompts' embeddings, image features included; those of the first `num_cached` tokens of each
+        prompt are not needed, and undefined."""
+        # Any id but the image token's stands for what is cached, whose images are not encoded.
+        input_ids = prompts.input_ids.masked_fill(prompts.is_at(0, num_cached), 0) if num_cached else prompts.input_ids
+        embeddings = self.model.get_input_embeddings()(input_ids).to(input_ids.device)
+        if prompts.images_uint8 is None:
+            return embeddings
+        images = [image for key in prompts.prefix_keys for image in key.images]
+        features = self._image_features(prompts.images_uint8, images, num_cached)
+        return self.model.model.insert_images(embeddings, input_ids, features)
+
+    def _prefill_next(self, queue: RequestQueue, num_slots: int, sampling: Sampling) -> RunningBatch | None:
+        indices, conversations, images_uint8 = queue.pop(num_slots, self._decode_images)
+        if not indices:
+            return None
+        prompts = self.stack_prompts(self.encode(conversations), images_uint8)
+        requests = self.new_requests(prompts, sampling, indices)
+        batch = self.prefill(prompts, requests)
+        if len(requests) == 1:
+            self._prefixes.put(prompts.prefix_keys[0], batch.cache)
+        queue.start(requests)
+        return batch
+
+    def _prefill_shared_prefix(self, prompts: Prompts, embeddings: Tensor, cache: Any, num_shared: int) -> Any:
+        """Extend a cache of one row to the first `num_shared` tokens, store it, and repeat it for every prompt."""
+        num_cached = cache.get_seq_length()
+        mask = torch.ones(1, num_shared, dtype=torch.bool, device="cpu")
+        if num_cached < num_shared:
+            position_ids = torch.arange(num_cached, num_shared, device=embeddings.device).unsqueeze(0)
+            inputs = embeddings[:1, prompts.is_at(num_cached, num_shared)[0]]
+            forward(self.model, cache, mask, position_ids, inputs_embeds=inputs)
+        self._prefixes.put(prompts.prefix_keys[0].head(num_shared), cache)
+        return gather([(cache, mask, [0] * len(embeddings))])[0]
+
+    def _image_features(self, images_uint8: Tensor, images: list[ImageKey], num_cached: int) -> Tensor:
+        """(N, H, W, 3) -> (M, P, D), of the images that are not in the first `num_cached` tokens of their prompt; an
+        image that was encoded recently is not encoded again."""
+        digests = [image.digest for image in images if image.start >= num_cached]
+        features = {digest: cached for digest in digests if (cached := self._features.get(digest)) is not None}
+        missing = [digest for digest in dict.fromkeys(digests) if digest not in features]
+        if missing:
+            all_digests = [image.digest for image in images]
+            rows = images_uint8[[all_digests.index(digest) for digest in missing]]
+            pixel_values = self.processor.image_processor.to_pixel_values(rows).to(self.device, self.model.dtype)
+            for digest, encoded in zip(missing, self.model.model.encode_images(pixel_values), strict=True):
+                features[digest] = encoded
+                self._features.put(digest, encoded.clone(), encoded.nbytes)
+        if not digests:
+            return torch.zeros(0, self.processor.patches_per_image, 0, device="cpu")
+        return torch.stack([features[digest] for digest in digests])
+
+    def _prefix_keys(self, encoded: Sequence[Encoded], images_uint8: Sequence[Tensor]) -> list[PrefixKey]:
+        digests = (hashlib.sha256(image.numpy().tobytes()).digest() for image in images_uint8)
+        patches = self.processor.patches_per_image
+        return [
+            PrefixKey(
+                np.array(prompt.input_ids, dtype=np.int64),
+                tuple(ImageKey(next(digests), start, start + patches) for start in prompt.image_starts),
+            )
+            for prompt in encoded
+        ]
+
+    def _decode_images(self, messages: list[Message]) -> list[Tensor]:
+        return [self._decode_image(image) for image in images_of(messages)]
+
+    def _decode_image(self, image: ImageSource) -> Tensor:
+        return self.processor.image_processor.to_uint8(image, self.allow_remote_images)
+
+    def _sampler(self, sampling: Sampling) -> Sampler:
+        return Sampler(sampling, self._suppress_tokens.to(self.device))
+
+
+def _store_prefix(prefixes: PrefixCache, prompts: Prompts, requests: Sequence[Request], batch: RunningBatch) -> None:
+    """Cache a single conversation with its answer, as far as keys and values were computed."""
+    if len(requests) == 1:
+        key = prompts.prefix_keys[0].extended(requests[0].detokenizer.tokens)
+        prefixes.put(key.head(batch.cache.get_seq_length()), batch.cache)
+
+
+def _stop_ids(model: YiVLForConditionalGeneration, tokenizer: Any) -> set[int]:
+    """The generation config's end tokens, the tokenizer's, and Yi's two where the tokenizer has them.
+
+    Not the separator's: the detokenizer finds it in the text, whatever tokens it is made of.
+    """
+    configured = as_id_list(model.generation_config.eos_token_id) if model.generation_config else []
+    ids = {*configured, *as_id_list(tokenizer.eos_token_id), *end_token_ids(tokenizer)}
+    return ids - {tokenizer.get_vocab().get(STOP_STRING)}

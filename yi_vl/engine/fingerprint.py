@@ -26,8 +26,8 @@ def fingerprint(model: nn.Module) -> int:
     for tensor in chain(model.parameters(), model.buffers()):
         is_versioned = not tensor.is_inference()
         is_plain = type(tensor) in (Tensor, nn.Parameter) and tensor.device.type != "meta"
-        place = tensor.data_ptr() if is_plain else id(tensor)
-        state.append((place, tensor._version if is_versioned else -1, tensor.dtype, tensor.device, tensor.shape))
+        identity = tensor.data_ptr() if is_plain else id(tensor)
+        state.append((identity, tensor._version if is_versioned else -1, tensor.dtype, tensor.device, tensor.shape))
         if is_plain and tensor.numel() and tensor.is_contiguous():
             samples[tensor.device, tensor.dtype].append(_sampled(tensor))
     for module in model.modules():

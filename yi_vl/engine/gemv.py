@@ -1,4 +1,4 @@
-"""Linear layers that take one vector at the speed of the memory. Called by predict.py."""
+"""Linear layers that multiply one vector at the speed of the memory."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 
 
-class VectorLinear(nn.Linear):
-    """`nn.Linear`, but one bf16 vector on a CPU is multiplied as a vector and not as a matrix of one row.
+class GemvLinear(nn.Linear):
+    """`nn.Linear`, but one bf16 vector on a CPU is multiplied as a vector (GEMV), not as a matrix of one row (GEMM).
 
-    The product, and so an answer's every step, then reads the weights at 25-27 GB/s on a machine whose limit is 27, and
-    not at 18-20. Nothing else differs: other inputs, types and devices, and quantised weights, take `nn.Linear`'s way.
+    A decode step then reads the weights at 25-27 GB/s on a machine whose limit is 27, instead of 18-20. Other inputs,
+    dtypes and devices, and quantized weights, are multiplied as by `nn.Linear`.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -27,15 +27,15 @@ class VectorLinear(nn.Linear):
         return super().forward(input)
 
 
-def use_vectors_(model: nn.Module) -> None:
-    """Make every `nn.Linear` in the model a `VectorLinear`; it stays an `nn.Linear` to whoever looks for one."""
+def use_gemv_(model: nn.Module) -> None:
+    """Make every `nn.Linear` in the model a `GemvLinear`, which is a subclass."""
     for module in model.modules():
         if type(module) is nn.Linear:
-            module.__class__ = VectorLinear  # as parametrisations do: weights, hooks and names stay
+            module.__class__ = GemvLinear  # as parametrizations do: weights, hooks and names stay
 
 
-def use_matrices_(model: nn.Module) -> None:
-    """Undo `use_vectors_`."""
+def use_gemm_(model: nn.Module) -> None:
+    """Undo `use_gemv_`."""
     for module in model.modules():
-        if type(module) is VectorLinear:
+        if type(module) is GemvLinear:
             module.__class__ = nn.Linear  # type: ignore[assignment]

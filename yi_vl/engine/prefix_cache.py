@@ -1,4 +1,4 @@
-"""What was computed lately and may be needed again, within a limit of bytes. Called by predict.py; calls cache.py.
+"""Caches of what requests to come may share: KV caches of prefixes, and values by their key, both bounded in bytes.
 
 T tokens, H key-value heads, E head width.
 """
@@ -6,7 +6,7 @@ T tokens, H key-value heads, E head width.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from threading import Lock
 from typing import Generic, TypeVar
@@ -18,16 +18,57 @@ from transformers.cache_utils import Cache
 
 from .kv_cache import layers_of, new_cache
 
-Keys = npt.NDArray[np.int64]  # (T,): what decides a token's keys and values: its id, or picture and patch
-
 Value = TypeVar("Value")
 
 
-class LeastRecentlyUsed(Generic[Value]):
-    """A bounded store: when it is full, what was used longest ago goes first. Safe to share between threads.
+@dataclass(frozen=True)
+class ImageKey:
+    """An image in a prompt: a hash of its pixels, and the indices [start, end) of its tokens."""
+
+    digest: bytes
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, eq=False)
+class PrefixKey:
+    """What decides the keys and values of T tokens: their ids, and the images among them in reading order."""
+
+    token_ids: npt.NDArray[np.int64]  # (T,)
+    images: tuple[ImageKey, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    def head(self, length: int) -> PrefixKey:
+        """The key of the first `length` tokens."""
+        return PrefixKey(self.token_ids[:length], tuple(image for image in self.images if image.start < length))
+
+    def extended(self, tokens: Sequence[int]) -> PrefixKey:
+        """The key of these and then so many text tokens."""
+        return PrefixKey(np.concatenate([self.token_ids, np.array(tokens, dtype=np.int64)]), self.images)
+
+    def num_common(self, other: PrefixKey) -> int:
+        """How many tokens both begin with."""
+        length = min(len(self), len(other))
+        different = np.flatnonzero(self.token_ids[:length] != other.token_ids[:length])
+        ends = [int(different[0])] if len(different) else [length]
+        ends += [image.start for image, another in zip(self.images, other.images) if image.digest != another.digest]
+        return min(ends)
+
+
+def shared_prefix_length(keys: Sequence[PrefixKey]) -> int:
+    """How many tokens all prompts begin with; less than a whole prompt, whose last token has to be computed for its
+    logits, and never a part of an image."""
+    length = min([keys[0].num_common(key) for key in keys[1:]] + [len(key) - 1 for key in keys])
+    return next((image.start for image in keys[0].images if image.start < length < image.end), length)
+
+
+class LRUCache(Generic[Value]):
+    """Values by their key; the least recently used are dropped first. Safe to share between threads.
 
     Args:
-        max_bytes: of all values together; a single larger one is not kept.
+        max_bytes: of all values together; a single larger one is not stored.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -48,7 +89,7 @@ class LeastRecentlyUsed(Generic[Value]):
             return self._values[key][0]
 
     def put(self, key: Hashable, value: Value, num_bytes: int) -> None:
-        """Keep a value of that size, and let go of old ones until all fit."""
+        """Store a value of that size."""
         with self._lock:
             if key in self._values:
                 self.num_bytes -= self._values.pop(key)[1]
@@ -61,8 +102,8 @@ class LeastRecentlyUsed(Generic[Value]):
 
 
 @dataclass(frozen=True)
-class _Known:
-    keys: Keys
+class _Entry:
+    key: PrefixKey
     layers: list[tuple[Tensor, Tensor]]  # keys and values of each layer, (1, H, T, E)
 
     @property
@@ -71,63 +112,51 @@ class _Known:
 
 
 class PrefixCache:
-    """Keys and values of conversations read lately, so that what begins alike is read once. Safe between threads.
+    """Keys and values of recent conversations, so that a common prefix is prefilled once. Safe between threads.
 
-    What goes in and what comes out are copies, without the room that a growing cache has: nobody writes to what is
-    kept, and its size is what it takes.
+    Entries are copies without the reserve of a growing cache, and so are what `find` returns.
 
     Args:
-        max_bytes: of all keys and values together; what was used longest ago goes first.
+        max_bytes: of all keys and values together; the least recently used are dropped first.
     """
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
-        self._known: list[_Known] = []  # most recently used last
+        self._entries: list[_Entry] = []  # most recently used last
         self._lock = Lock()
 
     @property
     def num_bytes(self) -> int:
-        """Of all that is kept."""
-        return sum(known.num_bytes for known in self._known)
+        """Of all entries."""
+        return sum(entry.num_bytes for entry in self._entries)
 
-    def find(self, keys: Keys) -> Cache:
-        """A cache of one row with the longest known beginning of `keys`; it may be empty."""
+    def find(self, key: PrefixKey) -> Cache:
+        """A cache of one row with the longest stored prefix of `key`; it may be empty."""
         cache = new_cache()
         with self._lock:
             length, best = max(
-                ((_num_common(known.keys, keys), index) for index, known in enumerate(self._known)), default=(0, 0)
+                ((entry.key.num_common(key), index) for index, entry in enumerate(self._entries)), default=(0, 0)
             )
             if not length:
                 return cache
-            found = self._known.pop(best)
-            self._known.append(found)
-        for index, (layer_keys, layer_values) in enumerate(found.layers):
+            entry = self._entries.pop(best)
+            self._entries.append(entry)
+        for index, (layer_keys, layer_values) in enumerate(entry.layers):
             cache.update(layer_keys[:, :, :length], layer_values[:, :, :length], index)
         return cache
 
-    def put(self, keys: Keys, cache: Cache) -> None:
-        """Keep a row's cache; `keys` are those of the tokens that it holds."""
-        assert cache.get_seq_length() == len(keys), f"{cache.get_seq_length()} tokens cached, {len(keys)} keys"
+    def put(self, key: PrefixKey, cache: Cache) -> None:
+        """Store the cache of one row; `key` is that of the tokens in it."""
+        assert cache.get_seq_length() == len(key), f"{cache.get_seq_length()} tokens cached, {len(key)} in the key"
         layers = layers_of(cache)
         if sum(part.nbytes for layer in layers for part in layer) > self.max_bytes:
             return
         with self._lock:
-            if any(_num_common(known.keys, keys) == len(keys) for known in self._known):
+            if any(entry.key.num_common(key) == len(key) for entry in self._entries):
                 return
-            self._known = [known for known in self._known if _num_common(known.keys, keys) < len(known.keys)]
-            self._known.append(
-                _Known(keys, [(layer_keys.clone(), layer_values.clone()) for layer_keys, layer_values in layers])
+            self._entries = [entry for entry in self._entries if entry.key.num_common(key) < len(entry.key)]
+            self._entries.append(
+                _Entry(key, [(layer_keys.clone(), layer_values.clone()) for layer_keys, layer_values in layers])
             )
             while self.num_bytes > self.max_bytes:
-                self._known.pop(0)
-
-
-def num_common(rows: list[Keys]) -> int:
-    """How many keys all rows begin with, less one where that is a whole row: its last token is to be read anew."""
-    return min([_num_common(rows[0], row) for row in rows[1:]] + [len(row) - 1 for row in rows])
-
-
-def _num_common(first: Keys, second: Keys) -> int:
-    length = min(len(first), len(second))
-    different = np.flatnonzero(first[:length] != second[:length])
-    return int(different[0]) if len(different) else length
+                self._entries.pop(0)

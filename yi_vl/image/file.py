@@ -1,7 +1,7 @@
 """Image files opened within bounds: what is too large, or hides something that is, is refused before it is decoded.
 
-Pillow reads a file's header when it opens it, and decodes when pixels are asked for: these checks stand between. Icons
-are checked before, because Pillow decodes them as it opens them.
+Pillow reads a file's header when it opens it, and decodes when pixels are accessed; these checks are made in between.
+Icons are checked before they are opened, because Pillow decodes them then.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _MAX_FULL_JPEG_PIXELS = 50_000_000  # at half its size a JPEG takes half the tim
 _MAX_SCANS = 50  # of a progressive JPEG, each of which passes over the whole image; ten are usual
 _MAX_SEGMENTS = 10_000  # of a progressive JPEG
 _SEGMENT = re.compile(rb"\xff+([^\x00\xd0-\xd7\xff])")  # its marker; the other codes belong to coded data
-_MAX_READS = {  # by a file's first bytes: how many pieces it may be made of, and how many bytes allow for one more
+_MAX_READS = {  # by a file's first bytes: number of reads always allowed, and bytes per additional one
     b"\x89PNG": (100_000, 1 << 10),
     b"\xff\xd8": (5_000, 1 << 14),
     b"GIF8": (5_000, 1 << 14),
@@ -61,7 +61,7 @@ def open_file(source: Path | bytes, name: str, formats: Sequence[str] | None = N
     try:
         raw = io.FileIO(source) if isinstance(source, Path) else io.BytesIO(source)
     except OSError as error:
-        raise ImageError(f"{name} cannot be read as a picture: {error.strerror}.") from error
+        raise ImageError(f"{name} cannot be read as an image: {error.strerror}.") from error
     with _BoundedReader(raw, name) as file:  # type: ignore[arg-type]
         _check_icon(file, name)
         image = _open(file, name, formats)
@@ -111,7 +111,7 @@ def check_image(image: Image.Image, name: str) -> None:
         with decoding(name):
             has_too_many_scans = _has_too_many_scans(image.fp)
         if has_too_many_scans:
-            raise ImageError(f"{name} is a JPEG of more than {_MAX_SCANS} scans; save it anew.")
+            raise ImageError(f"{name} is a JPEG of more than {_MAX_SCANS} scans; save it again.")
 
 
 class _BoundedReader(io.BufferedReader):
@@ -132,7 +132,7 @@ class _BoundedReader(io.BufferedReader):
 
     def read(self, size: int | None = -1, /) -> bytes:
         if not self._num_left:
-            raise ImageError(f"{self._name} is made of too many pieces; save it anew, without comments.")
+            raise ImageError(f"{self._name} is made of too many pieces; save it again, without comments.")
         self._num_left -= 1
         return super().read(size)
 
@@ -147,9 +147,9 @@ def _open(file: IO[bytes], name: str, formats: Sequence[str] | None) -> Image.Im
         if isinstance(cause, Image.DecompressionBombError):
             raise ImageError(f"{name} is refused, it unpacks to too many pixels ({cause}).") from cause
         if isinstance(cause, UnidentifiedImageError):
-            known = f"that is read: {', '.join(formats)}" if formats else "Pillow knows"
+            supported = f"that is read: {', '.join(formats)}" if formats else "Pillow knows"
             raise ImageError(
-                f"{name} is not a picture of a format {known} (its content counts, not its name)."
+                f"{name} is not an image of a format {supported} (its content counts, not its name)."
             ) from cause
         raise
 
@@ -199,10 +199,10 @@ def _has_too_many_scans(file: IO[bytes] | None) -> bool:
     """Whether a progressive JPEG, opened and not decoded yet, has more than `_MAX_SCANS`."""
     if file is None:
         return False
-    place = file.tell()
+    offset = file.tell()
     file.seek(0)
     data = file.read()
-    file.seek(place)
+    file.seek(offset)
     num_scans, end = 0, 2  # after the start of the image
     for _ in range(_MAX_SEGMENTS):
         segment = _SEGMENT.search(data, end)

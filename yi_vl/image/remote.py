@@ -93,10 +93,10 @@ async def _resolve(target: httpx.URL, name: str) -> str:
     """An address of a URL's host, all of whose addresses are public."""
     if target.scheme not in ("http", "https") or not target.host:
         raise UnavailableError(f"{name} leads to what is no http or https URL.")
-    found = await asyncio.get_running_loop().getaddrinfo(
+    infos = await asyncio.get_running_loop().getaddrinfo(
         target.host, target.port or target.scheme, type=socket.SOCK_STREAM, flags=socket.AI_ADDRCONFIG
     )
-    addresses = [str(place[0]) for *_, place in found]
+    addresses = [str(socket_address[0]) for *_, socket_address in infos]
     if not all(map(is_public, addresses)):
         raise UnavailableError(f"{name} leads to an address that is not public.")
     return addresses[0]

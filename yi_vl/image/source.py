@@ -1,7 +1,7 @@
-"""Whatever a caller hands over as an image, as what is opened: a path to a file, bytes, a PIL image or an array.
+"""Image sources resolved to a path, bytes, a PIL image or an array.
 
-Streams (file objects and named pipes, as `/dev/fd/63` is one) are read once, to their end, and within bounds. http and
-https URLs are fetched only when the caller allows it.
+Streams (file objects, and named pipes such as `/dev/fd/63`) are read once, to their end, within bounds. http and https
+URLs are fetched only when the caller allows it.
 """
 
 from __future__ import annotations
@@ -49,20 +49,18 @@ def resolve(source: ImageSource, allow_remote_images: bool = False) -> Path | by
     name = describe(source)
     if is_url(source):
         check_url(source, allow_remote_images)
-        found: Path | bytes = _fetch(source, name)
+        resolved: Path | bytes = _fetch(source, name)
     elif isinstance(source, (str, os.PathLike)):
-        found = _resolve_text(source, name)
+        resolved = _resolve_text(source, name)
     elif isinstance(source, (bytes, bytearray, memoryview)):
-        found = bytes(source)
+        resolved = bytes(source)
     elif callable(read := getattr(source, "read", None)):
-        found = read_stream(read, name)
+        resolved = read_stream(read, name)
     else:
-        raise ImageError(
-            f"{name} is no picture: expected a path, bytes, a URL, a file object, a PIL image or an array."
-        )
-    if isinstance(found, bytes) and not found:
-        raise ImageError(f"{name} is empty (0 bytes), not a picture.")
-    return found
+        raise ImageError(f"{name} is no image: expected a path, bytes, a URL, a file object, a PIL image or an array.")
+    if isinstance(resolved, bytes) and not resolved:
+        raise ImageError(f"{name} is empty (0 bytes), not an image.")
+    return resolved
 
 
 def is_url(source: object) -> TypeGuard[str]:
@@ -152,22 +150,22 @@ def describe(source: object) -> str:
         if isinstance(name := getattr(source, attribute, None), (str, os.PathLike)) and name:
             return _printable(str(name))
     if isinstance(source, (bytes, bytearray, memoryview)):
-        return f"the picture of {len(source)} bytes"
-    return f"the picture given as {type(source).__name__}"
+        return f"the image of {len(source)} bytes"
+    return f"the image given as {type(source).__name__}"
 
 
 def _resolve_text(source: str | os.PathLike, name: str) -> Path | bytes:
     if isinstance(source, str) and _is_data_url(source):
         return decode_data_url(source, name)
     try:
-        path = as_path(source, "the picture's path")
+        path = as_path(source, "the image's path")
         status = stat(path, name)
     except ValueError as error:
         raise ImageError(str(error)) from error
     if status is None:
         raise ImageError(f"{name}: there is no such file.")
     if file_types.S_ISDIR(status.st_mode):
-        raise ImageError(f"{name} is a folder, not a picture.")
+        raise ImageError(f"{name} is a folder, not an image.")
     if file_types.S_ISFIFO(status.st_mode):
         return _read_pipe(path, name)
     if not file_types.S_ISREG(status.st_mode):

@@ -30,7 +30,7 @@ from transformers.core_model_loading import ConversionOps
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..hardware import give_back_memory
+from ..runtime import trim_malloc
 from .int4 import Int4Linear, packed_rows
 from .int8 import Int8Linear
 from .packed import PackedLinear
@@ -182,7 +182,7 @@ class PackedQuantizer(HfQuantizer):
                     "give a GPU the original with quantize=..."
                 )
             layer.pack_()
-            give_back_memory()  # else the freed unpacked weights stay resident
+            trim_malloc()  # else the freed unpacked weights stay resident
         return model
 
     def is_serializable(self) -> bool:

@@ -17,7 +17,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from ..engine.engine import Prompts, Sampling
+from ..engine.running_batch import Prompts
+from ..engine.sampling import Sampling
 from ..predict import TooLongError, YiVL
 from .body import read_body
 from .conversation import merge_messages
@@ -119,11 +120,11 @@ class Completions:
 
     def _encode(self, messages: list[dict[str, Any]]) -> None:
         with _bad_messages():
-            self._yi_vl.encode([messages])
+            self._yi_vl.engine.encode([messages])
 
     def _prepare(self, messages: list[dict[str, Any]]) -> Prompts:
         with _bad_messages():
-            return self._yi_vl.prepare([messages])
+            return self._yi_vl.engine.prepare([messages])
 
     def _generate(self, chat: ChatRequest, prompts: Prompts) -> Generator[Piece, None, None]:
         """The choices, one after another; runs in the worker's thread."""
@@ -132,9 +133,8 @@ class Completions:
         self.metrics.prompt_tokens.inc(num_prompt_tokens)
         for choice in range(chat.n):
             drawn = sampling if sampling.seed is None else replace(sampling, seed=(sampling.seed + choice) % 2**63)
-            (answer,) = answers = self._yi_vl.begin_answers(prompts, drawn)
-            with closing(self._yi_vl.generate(prompts, answers, drawn)) as steps:
-                for (text,) in steps:
+            with closing(self._yi_vl.engine.generate(prompts, drawn)) as steps:
+                for (output,) in steps:
                     self.metrics.completion_tokens.inc()
                     num_tokens += 1
                     usage = {
@@ -142,7 +142,7 @@ class Completions:
                         "completion_tokens": num_tokens,
                         "total_tokens": num_prompt_tokens + num_tokens,
                     }
-                    yield Piece(choice, text, answer.finish_reason, usage)
+                    yield Piece(choice, output.text, output.finish_reason, usage)
 
     def _sampling(self, chat: ChatRequest) -> Sampling:
         limit = self._limits.max_tokens

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 
 from PIL import Image
 
+from ..image import WEB_FORMATS
 from ..image.remote import TooLargeError, UnavailableError, fetch
 from ..image.source import decode_data_url
-from ..image.transform import WEB_FORMATS
 from .protocol import ApiError, Limits
 
 

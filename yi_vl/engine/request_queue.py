@@ -1,4 +1,4 @@
-"""The requests of one batch: all are checked before the first is answered, and none takes another's answer with it."""
+"""The requests of an offline batch: all are checked before the first is decoded, and one's error is its own."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ..arguments import as_choice, shown
 from ..messages import Message
-from .engine import Answer
+from .detokenizer import FinishReason
+from .running_batch import Request, StepOutput
 
 T = TypeVar("T")
 Errors = Literal["raise", "return"]
@@ -33,18 +34,17 @@ class Generation:
     """An answer and why it ended.
 
     Args:
-        finish_reason: "stop" at its own end or a stop string, "length" where it was cut at its greatest length or at
-            the context's.
+        finish_reason: "stop" at an end token or a stop string, "length" at `max_new_tokens` or the end of the context.
         num_tokens: generated, the one that ended it included.
     """
 
     text: str
-    finish_reason: Literal["stop", "length"]
+    finish_reason: FinishReason
     num_tokens: int
 
 
-class Batch:
-    """Conversations and what became of them.
+class RequestQueue:
+    """Conversations that wait for a slot, and the results of those that had one.
 
     Args:
         conversations: a `ValueError` stands for one that is malformed.
@@ -65,9 +65,9 @@ class Batch:
         self._is_strict = as_choice(errors, "errors", ("raise", "return")) == "raise"
         self._name = name
         self._errors: dict[int, ValueError] = {}
-        self._answers: list[tuple[int, Answer]] = []  # (request's index, answer), in the order they were admitted
+        self._requests: list[Request] = []  # that have or had a slot
         self._texts = [""] * len(conversations)
-        self._waiting: list[tuple[int, list[Message]]] = []
+        waiting: list[tuple[int, list[Message]]] = []
         for index, messages in enumerate(conversations):
             problem = messages if isinstance(messages, ValueError) else attempt(check, messages)
             if isinstance(problem, ValueError):
@@ -75,13 +75,13 @@ class Batch:
                     raise ValueError(f"{name}[{index}]: {problem}") from problem
                 self._errors[index] = problem
             else:
-                self._waiting.append((index, messages))  # type: ignore[arg-type]
-        self._remaining = iter(self._waiting)
+                waiting.append((index, messages))  # type: ignore[arg-type]
+        self._waiting = iter(waiting)
 
-    def next_group(
-        self, num_free: int, decode_images: Callable[[list[Message]], list[Tensor]]
+    def pop(
+        self, num_slots: int, decode_images: Callable[[list[Message]], list[Tensor]]
     ) -> tuple[list[int], list[list[Message]], list[Tensor]]:
-        """The next requests whose images can be decoded, `num_free` at most: their indices, messages and images.
+        """The next requests whose images can be decoded, `num_slots` at most: their indices, messages and images.
 
         Raises:
             BatchError: with `errors="raise"`, one cannot.
@@ -89,7 +89,7 @@ class Batch:
         indices: list[int] = []
         conversations: list[list[Message]] = []
         images: list[Tensor] = []
-        while group := list(islice(self._remaining, num_free - len(indices))):
+        while group := list(islice(self._waiting, num_slots - len(indices))):
             with ThreadPoolExecutor() as threads:  # Pillow decodes and resizes without holding the interpreter's lock
                 results = list(threads.map(lambda request: attempt(decode_images, request[1]), group))
             for (index, messages), decoded in zip(group, results, strict=True):
@@ -103,26 +103,27 @@ class Batch:
                 images += decoded
         return indices, conversations, images
 
-    def admit(self, indices: Iterable[int], answers: Iterable[Answer]) -> None:
-        """Requests whose answers grow from now on."""
-        self._answers += zip(indices, answers, strict=True)
+    def start(self, requests: Iterable[Request]) -> None:
+        """Requests that have a slot from now on."""
+        self._requests += requests
 
-    def extend(self, pieces: Mapping[int, str]) -> None:
-        """Add new text to answers, by their number in the order they were admitted."""
-        for number, piece in pieces.items():
-            self._texts[self._answers[number][0]] += piece
+    def record(self, outputs: Iterable[StepOutput]) -> None:
+        """Add a step's new text."""
+        for output in outputs:
+            self._texts[output.request_index] += output.text
 
     def results(self) -> list[Generation | ValueError]:
-        """What each conversation led to, in their order; a `ValueError` only with `errors="return"`."""
+        """One per conversation, in their order; a `ValueError` only with `errors="return"`."""
         results: dict[int, Generation | ValueError] = dict(self._errors)
-        for index, answer in self._answers:
-            assert answer.finish_reason is not None
-            results[index] = Generation(self._texts[index], answer.finish_reason, answer.num_tokens)
+        for request in self._requests:
+            reason = request.detokenizer.finish_reason
+            assert reason is not None
+            results[request.index] = Generation(self._texts[request.index], reason, request.detokenizer.num_tokens)
         return [results[index] for index in range(len(self._texts))]
 
     def _finished(self) -> list[str | None]:
-        ready = {index for index, answer in self._answers if answer.finish_reason}
-        return [text if index in ready else None for index, text in enumerate(self._texts)]
+        finished = {request.index for request in self._requests if request.detokenizer.finish_reason}
+        return [text if index in finished else None for index, text in enumerate(self._texts)]
 
 
 def attempt(function: Callable[..., T], *arguments: Any) -> T | ValueError:
@@ -136,7 +137,7 @@ def attempt(function: Callable[..., T], *arguments: Any) -> T | ValueError:
 def as_list(values: Any, name: str) -> list[Any]:
     """
     Raises:
-        ValueError: the values are not to be had one after the other.
+        ValueError: the values are not iterable, or a text or mapping.
     """
     if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable):
         raise ValueError(f"{name} is {shown(values)}; expected a list.")
