@@ -132,11 +132,11 @@ def test_collate_pads_on_the_right_and_finds_the_common_prefix(processor: YiVLPr
         assert batch.attention_mask[row].tolist() == [1] * length + [0] * (batch.input_ids.shape[1] - length)
         assert ((batch.labels[row, :length] != IGNORE).tolist()) == sample.encoded.loss_mask
     assert num_supervised(batch.labels) == sum(sum(sample.encoded.loss_mask) for sample in samples)
-    prefix = processor.tokenizer.decode(batch.input_ids[0, : batch.prefix])
+    prefix = processor.tokenizer.decode(batch.input_ids[0, : batch.shared_prefix_length])
     assert prefix.startswith("This is a chat") and "###" in prefix
-    assert (batch.input_ids[:, : batch.prefix + 1] != processor.image_token_id).all()
-    assert (batch.labels[:, : batch.prefix + 1] == IGNORE).all()
-    assert collate(samples[1:], 0).prefix == samples[1].encoded.image_starts[0] - 1
+    assert (batch.input_ids[:, : batch.shared_prefix_length + 1] != processor.image_token_id).all()
+    assert (batch.labels[:, : batch.shared_prefix_length + 1] == IGNORE).all()
+    assert collate(samples[1:], 0).shared_prefix_length == samples[1].encoded.image_starts[0] - 1
 
 
 def test_broken_samples_are_counted_and_named(processor: YiVLProcessor, tmp_path: Path, write_shard: Writer) -> None:

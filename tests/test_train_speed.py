@@ -12,7 +12,7 @@ from PIL import Image
 from tiny import tiny_model, tiny_processor
 
 from train.config import DataConfig, SourceConfig
-from train.data.fast_image import square
+from train.data.fast_image import to_uint8
 from train.data.loader import SampleEncoder
 from train.speed.data import drift, make_shards, ours, plain, processor_for, resident_memory
 from train.speed.step import Form, compare, make_work
@@ -37,8 +37,8 @@ def encoded(image: Image.Image, image_format: str, **options: object) -> bytes:
 
 
 def differences(content: bytes, size_px: int) -> torch.Tensor:
-    found = square(content, size_px)
-    exact = YiVLImageProcessor(size_px).square(content)
+    found = to_uint8(content, size_px)
+    exact = YiVLImageProcessor(size_px).to_uint8(content)
     assert found.shape == exact.shape and found.dtype == torch.uint8
     return (found.float() - exact.float()).abs()
 
@@ -68,23 +68,23 @@ def test_a_large_jpeg_is_decoded_scaled_and_a_small_one_is_not(monkeypatch: pyte
     load = train.data.fast_image.load_image
     monkeypatch.setattr(train.data.fast_image, "load_image", lambda image: decoded.append(image.size) or load(image))
     for side in (139, 141, 447, 449, 895, 897):
-        square(encoded(picture(side, side // 2), "JPEG"), 56)
+        to_uint8(encoded(picture(side, side // 2), "JPEG"), 56)
     assert [size[0] for size in decoded] == [139, 71, 224, 113, 224, 113]
 
 
 def test_broken_pictures_say_why() -> None:
     for content, reason in ((b"", "0 bytes"), (b"rotten", "not a picture")):
         with pytest.raises(ValueError, match=reason):
-            square(content, 56)
+            to_uint8(content, 56)
     with pytest.raises(ValueError, match="damaged"):
-        square(encoded(picture(640, 480), "JPEG")[:3000], 56)
+        to_uint8(encoded(picture(640, 480), "JPEG")[:3000], 56)
 
 
 def test_the_option_makes_inferences_pixels() -> None:
     processor = processor_for(56)
     content = encoded(picture(640, 480), "JPEG")
     raw = {"__url__": "x", "__key__": "k", "jpg": content, "txt": b"a"}
-    exact = processor.image_processor.square(content)
+    exact = processor.image_processor.to_uint8(content)
     for is_fast in (True, False):
         data = DataConfig("caption", [SourceConfig("x", "x")], fast_pixels=is_fast)
         (image,) = SampleEncoder(processor, data, 100).encode(raw, 0).images

@@ -16,7 +16,8 @@ from pathlib import Path
 from PIL import Image
 from torch import Tensor
 
-from .config import TrainConfig, exit_on_user_error, load_config
+from .config import TrainConfig, exit_on_user_error
+from .config_file import load_config
 from .data.loader import Sample, SampleEncoder, TooLong
 from .data.samples import sample_name
 from .data.stream import Mixture

@@ -134,7 +134,7 @@ class PatchFeatures(VisionTransformer):
         self.positional_embedding = nn.Parameter(resize_position_grid(old.data, grid), old.requires_grad)
         self.image_size, self.grid_size = (image_size, image_size), (grid, grid)
 
-    def never_run(self, feature_layer: int) -> list[nn.Module]:
+    def unused_modules(self, feature_layer: int) -> list[nn.Module]:
         """Modules behind the block whose output is taken."""
         return [*self.transformer.resblocks[feature_layer + 1 :], self.ln_post]
 
@@ -167,7 +167,7 @@ class TimmPatchFeatures(nn.Module):
         """Make the position grids, learned and rotary, ones for images of another size."""
         self.trunk.set_input_size(img_size=(image_size, image_size))
 
-    def never_run(self, feature_layer: int) -> list[nn.Module]:
+    def unused_modules(self, feature_layer: int) -> list[nn.Module]:
         """Modules behind the block whose output is taken."""
         return [*self.trunk.blocks[feature_layer + 1 :], self.trunk.norm, self.trunk.fc_norm]
 

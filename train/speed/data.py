@@ -27,7 +27,7 @@ from yi_vl.processor import YiVLProcessor
 
 from ..attention.cpu import keep_memory
 from ..config import DataConfig, SourceConfig
-from ..data.fast_image import square
+from ..data.fast_image import to_uint8
 from ..data.loader import IGNORE, StepLoader
 
 Format = Literal["jpg", "png"]
@@ -107,7 +107,7 @@ def plain(shard: Path, processor: YiVLProcessor) -> Iterator[dict[str, Any]]:
 def ours(shard: Path, processor: YiVLProcessor) -> Iterator[dict[str, Any]]:
     """The trainer's stream, its batches normalised as the trainer's loop does it."""
     for step in _loader([str(shard)], processor):
-        for micro in step.micros:
+        for micro in step.micro_batches:
             assert micro.images is not None
             pixel_values = processor.image_processor.normalise(micro.images)
             yield {"input_ids": micro.input_ids, "labels": micro.labels, "pixel_values": pixel_values}
@@ -127,7 +127,7 @@ def drift(shard: Path, size_px: int, num_pictures: int = 20) -> tuple[float, flo
         for name in sample:
             if name.endswith(("jpg", "png")):
                 exact = processor.square(sample[name]).float()
-                differences.append((square(sample[name], size_px).float() - exact).flatten())
+                differences.append((to_uint8(sample[name], size_px).float() - exact).flatten())
         if len(differences) >= num_pictures:
             break
     every = torch.cat(differences)

@@ -28,7 +28,7 @@ from yi_vl.processor import YiVLProcessor
 
 from ..config import DataConfig, InitConfig, LearningRateConfig, SourceConfig, TrainableConfig, TrainConfig
 from ..data.loader import MicroBatch, Sample, StepBatch, collate, num_supervised
-from ..optim import build_optimiser, set_learning_rates_, set_trainable_
+from ..optim import build_optimizer, set_learning_rates_, set_trainable_
 from ..plan.flops import Row, step_flops
 from ..trainer import Trainer
 
@@ -178,15 +178,15 @@ def plain(work: Work) -> Step:
     model.to(device)
     processor: YiVLProcessor = YiVLProcessor.from_pretrained(work.checkpoint)
     set_trainable_(model, config)
-    optimiser = build_optimiser(model, config)
+    optimizer = build_optimizer(model, config)
     schedule = iter(range(config.steps or 0))
 
     def step(samples: Sequence[Sample]) -> float:
-        set_learning_rates_(optimiser, next(schedule), config.steps or 0, config.warmup_ratio)
-        micros = _cut(samples, config.micro_batch)
-        total = torch.tensor(sum(num_supervised(micro.labels) for micro in micros), device=device)
+        set_learning_rates_(optimizer, next(schedule), config.steps or 0, config.warmup_ratio)
+        micro_batches = _cut(samples, config.micro_batch)
+        total = torch.tensor(sum(num_supervised(micro.labels) for micro in micro_batches), device=device)
         summed = 0.0
-        for micro in micros:
+        for micro in micro_batches:
             assert micro.images is not None
             with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
                 loss = model(
@@ -200,8 +200,8 @@ def plain(work: Work) -> Step:
             loss.backward()
             summed += loss.item()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)  # type: ignore[arg-type]
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
         return summed
 
     return step
@@ -213,10 +213,11 @@ def ours(work: Work) -> Step:
     trainer = Trainer(config, Console(quiet=True))
 
     def step(samples: Sequence[Sample]) -> float:
-        set_learning_rates_(trainer.optimiser, trainer.done_steps, trainer.num_steps, config.warmup_ratio)
+        set_learning_rates_(trainer.optimizer, trainer.done_steps, trainer.num_steps, config.warmup_ratio)
         by_length = sorted(samples, key=lambda sample: len(sample.encoded.input_ids))
-        micros = _cut(by_length, config.micro_batch)
-        per_source, _ = trainer.step(StepBatch(micros, [], 0, {}, []))
+        micro_batches = _cut(by_length, config.micro_batch)
+        batch = StepBatch(micro_batches, [], 0, {}, [])
+        per_source, _ = trainer.step(batch, batch.num_supervised)
         trainer.done_steps += 1
         loss, count = per_source.sum(0).tolist()
         return float(loss / count)
