@@ -88,8 +88,8 @@ def test_images_keep_their_order(processor: YiVLProcessor) -> None:
         ("chat", {"png": png("red")[:60], "json": chat_json("<image>\nWhat?", "Red.")}, "damaged|cannot be read"),
         ("chat", {"png": png("red"), "json": b"{"}, "Expecting"),
         ("chat", {"png": png("red"), "json": b'{"caption": "x"}'}, "no list of `conversations`"),
-        ("chat", {"png": png("red"), "json": chat_json("What?", "Red.")}, "0 <image> in the text but 1 pictures"),
-        ("chat", {"json": chat_json("<image>\nWhat?", "Red.")}, "1 <image> in the text but 0 pictures"),
+        ("chat", {"png": png("red"), "json": chat_json("What?", "Red.")}, "0 <image> in the text but 1 images"),
+        ("chat", {"json": chat_json("<image>\nWhat?", "Red.")}, "1 <image> in the text but 0 images"),
         ("chat", {"_1_png": png("red"), "json": chat_json("<image>\nWhat?", "Red.")}, r"numbered \[1\]"),
         ("chat", {"json": chat_json("What?")}, "no answer"),
         ("chat", {"png": png("red")}, "no .json, only .png"),
@@ -100,7 +100,7 @@ def test_images_keep_their_order(processor: YiVLProcessor) -> None:
         ("chat", {"json": b"[" * 100_000}, "nested too deeply"),
         ("chat", {"json": chat_json("half of a pair: \ud800", "z")}, "surrogates not allowed"),
         ("chat", {"json": b'{"conversations": [{"from": 5, "value": null}]}'}, "needs `from`"),
-        ("chat", {"png": png("red"), "json": chat_json("<image><image>\nWhat?", "Red.")}, "2 <image> .* 1 pictures"),
+        ("chat", {"png": png("red"), "json": chat_json("<image><image>\nWhat?", "Red.")}, "2 <image> .* 1 images"),
     ],
 )
 def test_what_is_broken_says_why(processor: YiVLProcessor, form: str, members: dict[str, bytes], reason: str) -> None:

@@ -289,12 +289,11 @@ def test_a_batch_without_images_gives_vision_a_zero_gradient(stem_widths: list[i
     """So that ranks with and without images exchange the same gradients."""
     model = tiny_model(stem_widths=stem_widths).train()
     ids = torch.arange(10, 58).repeat(2, 1)  # (B, S)
-    loss, per_source = Objective(model, 1)(ids, torch.ones_like(ids), ids, None, torch.zeros(2, dtype=torch.long))
+    loss, _ = Objective(model, 1)(ids, torch.ones_like(ids), ids, None, torch.zeros(2, dtype=torch.long))
     loss.backward()
     for part in (model.model.multi_modal_projector, model.model.vision_tower.visual.conv1):
         for parameter in part.parameters():
             assert parameter.grad is not None and not parameter.grad.any()
-    assert loss == per_source[0, 0], "nothing is added to the loss"
     model.zero_grad()
     model.model.vision_tower.requires_grad_(False)
     model.model.multi_modal_projector.requires_grad_(False)
