@@ -75,7 +75,7 @@ def test_an_image_that_cannot_be_read_is_no_missing_one(processor: YiVLProcessor
         ("caption", {"jpg": b"x", "txt": b"one", "1.txt": b"two"}, "member .1.txt is not read"),
         ("caption", {"jpg": b"x", "txt": "\u200b\ufeff".encode()}, ".txt is empty"),
         ("text", {"jpg": b"x", "txt": b"a red picture"}, "member .jpg is an image"),
-        ("caption", {"json": b'[{"from":"human","value":"<image>"},{"from":"gpt","value":"x"}]'}, "1 <image> .* 0 pic"),
+        ("caption", {"json": b'[{"from":"human","value":"<image>"},{"from":"gpt","value":"x"}]'}, "1 <image> .* 0 images"),
     ],
 )
 def test_no_member_is_ignored_without_a_word(form: str, members: dict[str, bytes], reason: str) -> None:
