@@ -98,7 +98,7 @@ def configure(
     """A function (overrides) -> the settings of a toy run over captions and conversations written to tmp_path."""
     import torch
 
-    from train.config import load_config
+    from train.config_file import load_config
 
     torch.set_num_threads(1)  # at this size more threads only wait for each other
 

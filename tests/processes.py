@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from train.config import TrainConfig, to_yaml
+from train.config import TrainConfig
+from train.config_file import to_yaml
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["train.trainer", "eval.runner", "processes"])

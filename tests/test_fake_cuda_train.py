@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -14,10 +15,9 @@ from accelerate.state import AcceleratorState
 from conftest import chat_sample
 from fake_cuda import CUDA, FakeCuda, device_of, fake_cuda
 from tiny import tiny_model, tiny_processor
-from toy_runs import losses, trainer
+from toy_runs import losses, step_once, trainer
 
-from train import loss as objective
-from train import trainer as loop
+from train import loss, metrics, setup
 from train.attention import packing
 from train.attention.packing import Packing
 from train.config import TrainConfig
@@ -25,7 +25,7 @@ from train.loss import Objective
 from train.metrics import read_metrics
 from train.speed import step as speed_step
 from train.trainer import train
-from yi_vl import hardware as machine
+from yi_vl import hardware
 
 Configure = Callable[..., TrainConfig]
 FORMS = {
@@ -56,8 +56,15 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], AbstractConte
 @pytest.fixture
 def watched(monkeypatch: pytest.MonkeyPatch) -> Callable[[FakeCuda], None]:
     def watch(device: FakeCuda) -> None:
-        for module in (loop, machine):
-            monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=device.clock))
+        for module in (metrics, hardware):
+            monkeypatch.setattr(
+                module,
+                "time",
+                SimpleNamespace(
+                    perf_counter=device.clock,
+                    **{name: getattr(time, name) for name in ("monotonic", "strftime", "gmtime")},
+                ),
+            )
 
     return watch
 
@@ -83,8 +90,8 @@ def test_nothing_of_a_step_is_left_on_the_cpu(configure: Configure, cuda: Any) -
     with cuda():
         run = trainer(configure())
         assert run.objective._packing is None, "rows stay padded where flash-attn is not"
-        run.step(next(iter(run.loader)))
-        state = [value for values in run.optimiser.optimizer.state.values() for value in values.values()]
+        step_once(run)
+        state = [value for values in run.optimizer.optimizer.state.values() for value in values.values()]
         tensors = [*run.model.parameters(), *run.model.buffers(), *state]
         assert {device_of(tensor) for tensor in tensors} == {CUDA} and len(state) > 50
 
@@ -97,9 +104,9 @@ def test_a_batch_without_images_reaches_the_tower(
     with cuda():
         run = trainer(config)
         batch = next(iter(run.loader))
-        assert all(micro.images is None for micro in batch.micros)
-        run.optimiser.zero_grad = lambda: None
-        run.step(batch)
+        assert all(micro.images is None for micro in batch.micro_batches)
+        run.optimizer.zero_grad = lambda: None
+        run.step(batch, batch.num_supervised)
         assert all(parameter.grad is not None for parameter in run.model.model.multi_modal_projector.parameters())
 
 
@@ -110,8 +117,8 @@ def test_rows_are_packed_where_flash_attn_is(
     train(expected := configure("steps=2", f"run_dir={tmp_path}/cpu"))
     monkeypatch.setattr(packing, "is_flash_attn_2_available", lambda: True)
     monkeypatch.setattr(packing, "VARLEN", "eager")
-    monkeypatch.setattr(loop, "use_varlen_attention_", lambda model, _: packing.use_varlen_attention_(model, "bf16"))
-    monkeypatch.setitem(objective._PACKINGS, "eager", Packing)
+    monkeypatch.setattr(setup, "use_varlen_attention_", lambda model, _: packing.use_varlen_attention_(model, "bf16"))
+    monkeypatch.setitem(loss._PACKINGS, "eager", Packing)
     packed: list[type] = []
     forward = Objective.forward
     monkeypatch.setattr(
@@ -138,7 +145,7 @@ def test_adapters_train_beside_a_frozen_language_model(configure: Configure, cud
 
 
 def test_a_run_goes_on_and_shows_answers(configure: Configure, cuda: Any, watched: Any, tmp_path: Path) -> None:
-    answers = f"answers={{shards: {tmp_path}/chats/0.tar, every_steps: 1, count: 2, max_new_tokens: 4}}"
+    answers = f"generations={{shards: {tmp_path}/chats/0.tar, every_steps: 1, count: 2, max_new_tokens: 4}}"
     overrides = ("steps=3", "checkpoint.every_steps=1", answers)
     with cuda() as device:
         watched(device)
@@ -149,7 +156,7 @@ def test_a_run_goes_on_and_shows_answers(configure: Configure, cuda: Any, watche
         AcceleratorState._reset_state(reset_partial_state=True)
         train(config)
     assert losses(config) == whole and len(whole) == 3
-    assert len((tmp_path / "run/answers.jsonl").read_text().splitlines()) == 3
+    assert len((tmp_path / "run/generations.jsonl").read_text().splitlines()) == 3
 
 
 def test_steps_are_timed_when_the_gpu_is_done(

@@ -222,12 +222,12 @@ def test_ordinary_files_of_the_same_kinds_are_read() -> None:
 
 
 def test_training_reads_within_the_same_bounds() -> None:
-    from train.data.fast_image import square
+    from train.data.fast_image import to_uint8
 
     for name in ("1 x 300,000", "icon", "GIF comments", "JPEG of 400 scans", "PostScript"):
         make, reason = FILES[name]
         with pytest.raises(ValueError, match=reason):
-            square(make(), 56)
+            to_uint8(make(), 56)
 
 
 def test_what_cannot_fit_is_refused_before_it_is_tokenized() -> None:

@@ -54,7 +54,7 @@ def test_it_learns_saves_little_resumes_exactly_and_is_merged_into_the_original(
     lora: Lora, tmp_path: Path, precision: str
 ) -> None:
     """The first run is also asked for answers, which must not change what it learns."""
-    answers = f"answers={{shards: {tmp_path}/chats/0.tar, every_steps: 2, count: 2, max_new_tokens: 4}}"
+    answers = f"generations={{shards: {tmp_path}/chats/0.tar, every_steps: 2, count: 2, max_new_tokens: 4}}"
     final = train(lora("whole", f"precision={precision}", answers))
     curve = losses(lora("whole"))
     assert sum(curve[-3:]) < sum(curve[:3]), curve
@@ -116,7 +116,7 @@ def test_gradients_reach_the_projector_as_through_the_same_weights_in_full(lora:
         if layer is not None:
             module.base_layer = nn.Linear(layer.in_features, layer.out_features, bias=False)
             module.base_layer.weight.data = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-    (micro, *_) = next(iter(run.loader)).micros
+    (micro, *_) = next(iter(run.loader)).micro_batches
     assert num_supervised(micro.labels) and micro.images is not None
     for objective in (run.objective, whole):
         objective(**run._inputs(micro))[0].backward()
@@ -132,7 +132,7 @@ def test_what_cannot_be_is_refused(lora: Lora, tmp_path: Path, monkeypatch: pyte
     with pytest.raises(ValueError, match=r"lora\.base is 'int8'; expected null or int4"):
         lora("run", "lora.base=int8")
     for other in ("true", "false"):
-        with pytest.raises(ValueError, match=rf"language is {other.title()}: weights in four bits cannot learn"):
+        with pytest.raises(ValueError, match=rf"language is {other.title()}: 4-bit weights cannot be trained"):
             lora("run", f"trainable.language={other}")
 
     config = lora("run")

@@ -88,20 +88,6 @@ def test_every_part_that_runs_learns(model: YiVLForConditionalGeneration) -> Non
     }
 
 
-@pytest.mark.parametrize("stem_widths", [None, [8, 16]])
-@pytest.mark.parametrize("empty", ["no pixels", "none"])
-def test_a_batch_without_images_gives_vision_a_zero_gradient(stem_widths: list[int] | None, empty: str) -> None:
-    model = tiny_model(stem_widths=stem_widths).train()
-    inputs = batch([0, 0])
-    pixels = inputs["pixel_values"] if empty == "no pixels" else None
-    with_vision = model(**inputs | {"pixel_values": pixels}).loss
-    with_vision.backward()
-    for part in (model.model.multi_modal_projector, model.model.vision_tower.visual.conv1):
-        for parameter in part.parameters():
-            assert parameter.grad is not None and not parameter.grad.any()
-    torch.testing.assert_close(with_vision, model.eval()(**inputs | {"pixel_values": None}).loss)
-
-
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_:FutureWarning")  # the name that every version knows
 def test_gradient_checkpointing_changes_no_gradient(model: YiVLForConditionalGeneration) -> None:
     inputs = batch([1, 2])

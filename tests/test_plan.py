@@ -29,7 +29,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from train.config import InitConfig, LoraConfig, TrainableConfig, TrainConfig, exit_on_user_error
 from train.lora import add_adapters_
 from train.loss import Objective
-from train.optim import build_optimiser, checkpoint_activations_, keep_frozen_low_, set_trainable_
+from train.optim import build_optimizer, cast_frozen_, checkpoint_activations_, set_trainable_
 from train.plan.__main__ import USABLE, Hardware, Plan, app, make_plan, verdict
 from train.plan.estimate import (
     Elements,
@@ -97,7 +97,7 @@ def allocations(function: Callable[[], Any]) -> tuple[int, int, Any]:
 @pytest.mark.parametrize("trains", COMBINATIONS, ids=str)
 def test_weights_gradients_and_moments_are_exact(trains: TrainableConfig) -> None:
     step = objective(trains)
-    optimiser = build_optimiser(step.model, TrainConfig(trainable=trains))
+    optimiser = build_optimizer(step.model, TrainConfig(trainable=trains))
     step(*batch())[0].backward()
     optimiser.step()
     parameters = list(step.parameters())
@@ -124,7 +124,7 @@ def test_ddp_holds_gradients_twice(tmp_path: Path) -> None:
 @pytest.mark.parametrize("trains", COMBINATIONS, ids=str)
 def test_frozen_matrices_take_two_bytes(trains: TrainableConfig) -> None:
     step = objective(trains)
-    keep_frozen_low_(step.model, "bf16")
+    cast_frozen_(step.model, "bf16")
     counted = count_parameters(MODEL, TrainConfig(trainable=trains, precision="bf16"))
     for strategy in strategies("bf16")[:2]:
         memory = step_memory(MODEL, counted, trains, strategy, 1, NUM_ROWS, ROW, is_checkpointed=True)
@@ -137,7 +137,7 @@ def test_frozen_matrices_take_two_bytes(trains: TrainableConfig) -> None:
 def test_activations_are_what_a_forward_pass_leaves(trains: TrainableConfig, is_autocast: bool) -> None:
     """Within 1%: fp32 weights under autocast, whose copies are kept as well, and bf16 weights."""
     step, inputs = objective(trains, torch.float32 if is_autocast else torch.bfloat16), batch()
-    keep_frozen_low_(step.model, "bf16")
+    cast_frozen_(step.model, "bf16")
 
     def forward() -> Any:
         with torch.autocast("cpu", torch.bfloat16) if is_autocast else nullcontext():
@@ -199,7 +199,7 @@ def adapted(folder: Path, dropout: float, base: str | None) -> tuple[Objective, 
         model, _ = read_int4(folder, "bf16", torch.device("cpu"))
     add_adapters_(model, config)
     set_trainable_(model, config)
-    keep_frozen_low_(model, "bf16")
+    cast_frozen_(model, "bf16")
     return Objective(model, num_sources=1), config
 
 

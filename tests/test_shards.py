@@ -58,7 +58,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> R
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
-    """A folder of pictures in several formats, one of them damaged; and a picture outside it."""
+    """A folder of images in several formats, one of them damaged; and an image outside it."""
     folder = tmp_path / "images"
     (folder / "sub").mkdir(parents=True)
     for name, colour in (("a.jpg", "red"), ("sub/b.png", "green"), ("c.webp", "blue"), ("d.gif", "yellow")):
@@ -108,7 +108,7 @@ def test_the_trainer_reads_what_llava_becomes(run: Run, processor: YiVLProcessor
     code, said, heard = run(
         "llava", write_json(tmp_path / "x.json", ENTRIES), images, out, "--samples-per-shard", 3, "--processes", 2
     )
-    assert code == 0 and "7 samples in 3 shards" in said and "0 left out" in said
+    assert code == 0 and "7 samples in 3 shards" in said and "0 skipped" in said
     assert "1 ids come again" in heard
     samples = stream(out, processor, "chat")
     assert [sample.name.split()[-1] for sample in samples] == [f"{index:09d}" for index in range(7)]
@@ -137,9 +137,9 @@ def test_the_trainer_reads_what_llava_becomes(run: Run, processor: YiVLProcessor
         (entry("<image>\nWhat?", "{outside}"), "leads out of the image folder"),
         (entry("<image>\nWhat?", "cut.png"), "damaged|cannot be read as an image"),
         (entry("<image>\nWhat?", "a.jpg\0"), "null"),
-        (entry("<image><image>\nWhat?", "a.jpg"), "2 <image> in the text but 1 pictures"),
-        (entry("<image>\nWhat?"), "1 <image> in the text but 0 pictures"),
-        (entry("What?", "a.jpg"), "0 <image> in the text but 1 pictures"),
+        (entry("<image><image>\nWhat?", "a.jpg"), "2 <image> in the text but 1 images"),
+        (entry("<image>\nWhat?"), "1 <image> in the text but 0 images"),
+        (entry("What?", "a.jpg"), "0 <image> in the text but 1 images"),
         (entry("<image>\nWhat?", 5), "neither a path nor a list of paths"),
         (entry("<image>\nWhat?", ["a.jpg", None]), "neither a path nor a list of paths"),
         ({"id": "x", "image": "a.jpg"}, "no list of `conversations`"),
@@ -168,8 +168,8 @@ def test_too_many_broken_samples_stop_it(run: Run, images: Path, tmp_path: Path)
     assert code == 2 and "6 of 120 samples cannot be used, more than --max-broken 0.01" in error
     assert "none.jpg" in error and "Traceback" not in heard
     code, said, heard = run(*command, "--max-broken", 0.05)
-    assert code == 0 and "133 samples in 4 shards" in said and "7 left out" in said
-    assert "3 of 4 shards are complete and kept" in heard and "left out: entry 0, id '0'" in heard
+    assert code == 0 and "133 samples in 4 shards" in said and "7 skipped" in said
+    assert "3 of 4 shards are complete and kept" in heard and "skipped: entry 0, id '0'" in heard
 
 
 @dataclass(frozen=True)
@@ -263,7 +263,7 @@ def test_the_trainer_reads_what_parquet_becomes(run: Run, processor: YiVLProcess
     code, said, _ = run("parquet", *files, tmp_path / "out", *options, "--processes", 1)
     assert code == 0 and "9 samples in 4 shards" in said
     assert broken(tmp_path / "out") == [
-        "0.parquet row 5: it has no picture",
+        "0.parquet row 5: it has no image",
         "0.parquet row 6: the image path '../beside.png' leads out of the image folder",
     ]
     good = [index for index in range(11) if index not in (5, 6)]
@@ -329,8 +329,8 @@ def test_check_tells_what_a_folder_holds(run: Run, tmp_path: Path, write_shard: 
     rows = table(said)
     assert code == 0 and rows["shards"].startswith("2, ") and rows["samples"] == "13"
     assert rows["captions"].startswith("12 "), "a conversation's one answer is a caption, too"
-    assert rows["conversations"].startswith("7 ") and rows["without a picture"] == "1"
-    assert rows["pictures"] == "12: 12 PNG" and rows["longer side"] == "32 to 200 px, half of them at most 32 px"
+    assert rows["conversations"].startswith("7 ") and rows["without an image"] == "1"
+    assert rows["images"] == "12: 12 PNG" and rows["longer side"] == "32 to 200 px, half of them at most 32 px"
     assert rows["cannot be used"] == "1" and "b.tar broken: " in heard
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from train.__main__ import main
-from train.config import TrainConfig, exit_on_user_error, load_config, num_steps, to_yaml
+from train.config import TrainConfig, exit_on_user_error, num_steps
+from train.config_file import load_config, to_yaml
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "train/configs").glob("*/*-[0-9]*.yaml"))
@@ -30,28 +31,32 @@ NANO = ROOT / "train/configs/nano/align-224.yaml"
         ("data=3", "data: "),
         ("data.sources=x", "data.sources: "),
         ("data.sources=[{name: a}]", "data.sources.0..shards is missing"),
-        ("optimiser.betas=[0.9]", "optimiser.betas"),
+        ("optimizer.betas=[0.9]", "optimizer.betas"),
         ("precision=bf32", "precision is 'bf32'; expected one of"),
         ("data.form=poem", "form of source .* is 'poem'"),
         ("epochs=2", "exactly one of steps and epochs"),
         ("init_from.language_model=x", "init_from needs either"),
         ("trainable.language=some", "trainable.language is .some.; expected true, false or lora"),
-        ("answers={shards: x.tar, count: 0}", "answers.count is 0"),
+        ("generations={shards: x.tar, count: 0}", "generations.count is 0"),
         ("trainable={vision: false, projector: false}", "trainable: nothing is"),
         ("micro_batch=0", "micro_batch is 0"),
         ("lr.vision=-1e-4", "lr.vision is -0.0001; it must not be negative"),
         ("lr.language=.inf", "lr.language is inf; expected a finite number"),
         ("lr.projector=.nan", "lr.projector is nan; expected a finite number"),
-        ("optimiser.weight_decay=-1", "optimiser.weight_decay is -1.0"),
-        ("optimiser.betas=[0.9, 1.0]", "optimiser.betas is .*0 to below 1"),
-        ("optimiser.betas=[.nan, 0.9]", "optimiser.betas is nan"),
-        ("optimiser.eps=0", "optimiser.eps is 0.0"),
+        ("optimizer.weight_decay=-1", "optimizer.weight_decay is -1.0"),
+        ("optimizer.betas=[0.9, 1.0]", "optimizer.betas is .*0 to below 1"),
+        ("optimizer.betas=[.nan, 0.9]", "optimizer.betas is nan"),
+        ("optimizer.eps=0", "optimizer.eps is 0.0"),
         ("clip_norm=.inf", "clip_norm is inf"),
         ("warmup_ratio=.nan", "warmup_ratio is nan"),
         ("data.sources.0.weight=.inf", "data.sources.captions.weight is inf"),
         ("data.max_broken_fraction=1.5", "data.max_broken_fraction is 1.5; expected 0 to 1"),
         ("seed=-1", "seed is -1"),
-        ("answers={shards: x.tar, form: text}", "form text have nothing to ask"),
+        ("generations={shards: x.tar, form: text}", "form text have no prompt"),
+        ("optimiser.betas=[0.9, 0.99]", r"\(optimiser.betas.*\): the key 'optimiser' is now called 'optimizer'"),
+        ("bad_steps={stop_after: 3}", "the key 'bad_steps' is now called 'spike_guard'"),
+        ("answers={shards: x.tar}", "the key 'answers' is now called 'generations'"),
+        ("answers.count=3", "the key 'answers' is now called 'generations'"),
         ("nothing", "not of the form key.sub=value"),
         ("x=[", "cannot be read as YAML"),
     ],
@@ -63,10 +68,15 @@ def test_a_wrong_setting_is_refused_and_named(override: str, named: str) -> None
 
 
 def test_a_mistake_in_a_file_names_the_file(tmp_path: Path) -> None:
-    for text, named in (("runs_dir: x", "unknown key 'runs_dir'"), ("- 1", "expected keys"), ("a: [", "YAML")):
-        path = tmp_path / "mine.yaml"
+    for text, named in (
+        ("runs_dir: x", "unknown key 'runs_dir'"),
+        ("optimiser: {eps: 1}", "'optimizer'"),
+        ("- 1", "expected keys"),
+        ("a: [", "YAML"),
+    ):
+        path = tmp_path / "run.yaml"
         path.write_text(text)
-        with pytest.raises(ValueError, match=f"mine.yaml: .*{named}"):
+        with pytest.raises(ValueError, match=f"run.yaml: .*{named}"):
             load_config(path)
     with pytest.raises(ValueError, match=r"none.yaml: there is no such config file"):
         load_config(tmp_path / "none.yaml")

@@ -88,8 +88,8 @@ def test_images_keep_their_order(processor: YiVLProcessor) -> None:
         ("chat", {"png": png("red")[:60], "json": chat_json("<image>\nWhat?", "Red.")}, "damaged|cannot be read"),
         ("chat", {"png": png("red"), "json": b"{"}, "Expecting"),
         ("chat", {"png": png("red"), "json": b'{"caption": "x"}'}, "no list of `conversations`"),
-        ("chat", {"png": png("red"), "json": chat_json("What?", "Red.")}, "0 <image> in the text but 1 pictures"),
-        ("chat", {"json": chat_json("<image>\nWhat?", "Red.")}, "1 <image> in the text but 0 pictures"),
+        ("chat", {"png": png("red"), "json": chat_json("What?", "Red.")}, "0 <image> in the text but 1 images"),
+        ("chat", {"json": chat_json("<image>\nWhat?", "Red.")}, "1 <image> in the text but 0 images"),
         ("chat", {"_1_png": png("red"), "json": chat_json("<image>\nWhat?", "Red.")}, r"numbered \[1\]"),
         ("chat", {"json": chat_json("What?")}, "no answer"),
         ("chat", {"png": png("red")}, "no .json, only .png"),
@@ -100,7 +100,7 @@ def test_images_keep_their_order(processor: YiVLProcessor) -> None:
         ("chat", {"json": b"[" * 100_000}, "nested too deeply"),
         ("chat", {"json": chat_json("half of a pair: \ud800", "z")}, "surrogates not allowed"),
         ("chat", {"json": b'{"conversations": [{"from": 5, "value": null}]}'}, "needs `from`"),
-        ("chat", {"png": png("red"), "json": chat_json("<image><image>\nWhat?", "Red.")}, "2 <image> .* 1 pictures"),
+        ("chat", {"png": png("red"), "json": chat_json("<image><image>\nWhat?", "Red.")}, "2 <image> .* 1 images"),
     ],
 )
 def test_what_is_broken_says_why(processor: YiVLProcessor, form: str, members: dict[str, bytes], reason: str) -> None:
@@ -132,11 +132,11 @@ def test_collate_pads_on_the_right_and_finds_the_common_prefix(processor: YiVLPr
         assert batch.attention_mask[row].tolist() == [1] * length + [0] * (batch.input_ids.shape[1] - length)
         assert ((batch.labels[row, :length] != IGNORE).tolist()) == sample.encoded.loss_mask
     assert num_supervised(batch.labels) == sum(sum(sample.encoded.loss_mask) for sample in samples)
-    prefix = processor.tokenizer.decode(batch.input_ids[0, : batch.prefix])
+    prefix = processor.tokenizer.decode(batch.input_ids[0, : batch.shared_prefix_length])
     assert prefix.startswith("This is a chat") and "###" in prefix
-    assert (batch.input_ids[:, : batch.prefix + 1] != processor.image_token_id).all()
-    assert (batch.labels[:, : batch.prefix + 1] == IGNORE).all()
-    assert collate(samples[1:], 0).prefix == samples[1].encoded.image_starts[0] - 1
+    assert (batch.input_ids[:, : batch.shared_prefix_length + 1] != processor.image_token_id).all()
+    assert (batch.labels[:, : batch.shared_prefix_length + 1] == IGNORE).all()
+    assert collate(samples[1:], 0).shared_prefix_length == samples[1].encoded.image_starts[0] - 1
 
 
 def test_broken_samples_are_counted_and_named(processor: YiVLProcessor, tmp_path: Path, write_shard: Writer) -> None:

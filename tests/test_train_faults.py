@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
-from toy_runs import losses, trainer
+from toy_runs import losses, step_once, trainer
 
 from train import checkpoint
-from train.config import BadStepsConfig, TrainConfig
+from train.config import SpikeGuardConfig, TrainConfig
 from train.metrics import read_metrics
-from train.spike_guard import GradientGuard
+from train.spike_guard import SpikeGuard
 from train.trainer import Trainer, train
 from yi_vl.model import YiVLForConditionalGeneration
 
@@ -30,10 +30,10 @@ def stop_after(run: Trainer, num_steps: int) -> None:
     """Run and kill."""
     real_step = run.step
 
-    def step(batch: Any) -> Any:
+    def step(batch: Any, num_supervised: int) -> Any:
         if run.done_steps == num_steps:
             raise KeyboardInterrupt
-        return real_step(batch)
+        return real_step(batch, num_supervised)
 
     run.step = step  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
@@ -152,14 +152,14 @@ class Poisoned(torch.nn.Module):
 
 @pytest.mark.parametrize("poison", [torch.nan, 1e25], ids=["no number", "an infinite norm"])
 def test_a_step_without_a_finite_gradient_changes_nothing_and_is_counted(configure: Configure, poison: float) -> None:
-    config = configure("bad_steps.stop_after=2")
+    config = configure("spike_guard.stop_after=2")
     run = trainer(config)
     run.objective = Poisoned(run, {2, 4}, poison)
     real_step, changed = run.step, []
 
-    def step(batch: Any) -> Any:
+    def step(batch: Any, num_supervised: int) -> Any:
         before = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
-        result = real_step(batch)
+        result = real_step(batch, num_supervised)
         changed.append(any(not torch.equal(tensor, before[name]) for name, tensor in run.model.state_dict().items()))
         return result
 
@@ -170,27 +170,29 @@ def test_a_step_without_a_finite_gradient_changes_nothing_and_is_counted(configu
     assert [(row["step"], row["steps_skipped"]) for row in rows] == [(1, 0), (2, 0), (4, 1), (6, 2)]
 
 
-def test_too_many_bad_steps_stop_the_run_and_name_the_checkpoint(configure: Configure) -> None:
-    config = configure("bad_steps.stop_after=2", EVERY_STEP)
+def test_too_many_skipped_steps_stop_the_run_and_name_the_checkpoint(configure: Configure) -> None:
+    config = configure("spike_guard.stop_after=2", EVERY_STEP)
     run = trainer(config)
     run.objective = Poisoned(run, {3, 4, 5})
-    with pytest.raises(ValueError, match=r"2 steps in a row .* is nan.*last good checkpoint is .*step-00000003;"):
+    with pytest.raises(
+        ValueError, match=r"2 consecutive steps were skipped.* is nan.*last good checkpoint is .*step-00000003;"
+    ):
         run.run()
     model = YiVLForConditionalGeneration.from_pretrained(Path(config.run_dir) / "step-00000003")
     assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
 
 
-def test_a_gradient_out_of_proportion_is_left_out() -> None:
-    guard = GradientGuard(BadStepsConfig(max_norm_ratio=10, stop_after=3))
+def test_an_outlying_gradient_norm_is_skipped() -> None:
+    guard = SpikeGuard(SpikeGuardConfig(max_norm_ratio=10, stop_after=3))
     assert guard.accepts(1e6), "nothing is unusual at the beginning"
     assert all(guard.accepts(1.0 + step % 2) for step in range(30))
-    other = GradientGuard(BadStepsConfig(max_norm_ratio=10, stop_after=3))
+    other = SpikeGuard(SpikeGuardConfig(max_norm_ratio=10, stop_after=3))
     other.load_state_dict(guard.state_dict())
     for judge in (guard, other):
         assert judge.accepts(9.0) and not judge.accepts(21.0) and not judge.accepts(float("inf"))
-        assert not judge.has_had_enough and not judge.accepts(float("nan")) and judge.has_had_enough
-        assert judge.accepts(1.0) and judge.num_skipped == 3 and not judge.has_had_enough
-    lenient = GradientGuard(BadStepsConfig(max_norm_ratio=None))
+        assert not judge.should_stop and not judge.accepts(float("nan")) and judge.should_stop
+        assert judge.accepts(1.0) and judge.num_skipped == 3 and not judge.should_stop
+    lenient = SpikeGuard(SpikeGuardConfig(max_norm_ratio=None))
     assert all(lenient.accepts(10.0**step) for step in range(30))
 
 
@@ -200,22 +202,22 @@ def test_an_overflow_of_fp16_is_the_scalers_business(configure: Configure, monke
     monkeypatch.setattr(run.accelerator.state, "_mixed_precision", "fp16")
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     run.accelerator.scaler = scaler
-    run.optimiser = AcceleratedOptimizer(run.optimiser.optimizer, device_placement=False, scaler=scaler)
-    run.accelerator._optimizers = [run.optimiser]
+    run.optimizer = AcceleratedOptimizer(run.optimizer.optimizer, device_placement=False, scaler=scaler)
+    run.accelerator._optimizers = [run.optimizer]
     run.objective = Poisoned(run, {0, 1, 2})
     batches = iter(run.loader)
     for scale, skipped in ((2.0, 0), (1.0, 0), (0.5, 1)):  # from 1 on the scale is not what overflows
-        run.step(next(batches))
+        step_once(run, batches)
         assert (scaler.get_scale(), run.guard.num_skipped) == (scale, skipped)
         run.done_steps += 1
     run.guard._norms.extend([1e-9] * 50)
-    run.step(next(batches))
+    step_once(run, batches)
     assert run.guard.num_skipped == 2
     run.guard._norms.extend([1.0] * 100)
     before = {name: tensor.clone() for name, tensor in run.model.named_parameters()}
-    run.optimiser.param_groups[0]["lr"] = 1e-3
-    run.step(next(batches))
-    assert run.guard.num_in_a_row == 0
+    run.optimizer.param_groups[0]["lr"] = 1e-3
+    step_once(run, batches)
+    assert run.guard.num_consecutive == 0
     assert any(not torch.equal(tensor, before[name]) for name, tensor in run.model.named_parameters())
 
 
@@ -224,11 +226,11 @@ def test_a_worker_that_dies_is_one_line(configure: Configure) -> None:
     run = trainer(config)
     real_step = run.step
 
-    def step(batch: Any) -> Any:
+    def step(batch: Any, num_supervised: int) -> Any:
         if run.done_steps == 2:
             (worker,) = torch.multiprocessing.active_children()
             os.kill(worker.pid, signal.SIGKILL)  # type: ignore[arg-type]
-        return real_step(batch)
+        return real_step(batch, num_supervised)
 
     run.step = step  # type: ignore[method-assign]
     with pytest.raises(

@@ -11,14 +11,15 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from tiny import tiny_config
+from tiny import tiny_config, tiny_model
 from torch import nn
-from toy_runs import losses, trainer
+from toy_runs import losses, step_once, trainer
 
 from train import loss as objective
-from train import trainer as loop
+from train import setup
 from train.attention.packing import Packing
-from train.config import TrainConfig, load_config
+from train.config import TrainConfig
+from train.config_file import load_config
 from train.data.loader import num_supervised
 from train.loss import Objective
 from train.optim import components, parameter_groups, schedule, set_learning_rates_
@@ -61,8 +62,8 @@ def test_three_stages(configure: Callable[..., TrainConfig], tmp_path: Path) -> 
 def test_frozen_parts_stay_to_the_last_bit(configure: Callable[..., TrainConfig], frozen: str) -> None:
     run = trainer(configure(f"trainable.{frozen}=false"))
     before = weights(run.model)
-    set_learning_rates_(run.optimiser, 0, 6, 0.0)
-    run.step(next(iter(run.loader)))
+    set_learning_rates_(run.optimizer, 0, 6, 0.0)
+    step_once(run)
     moved = {name for name, tensor in run.model.state_dict().items() if not torch.equal(tensor, before[name])}
     for component, modules in components(run.model).items():
         ids = {id(parameter) for module in modules for parameter in module.parameters()}
@@ -89,7 +90,7 @@ def test_batch_statistics_of_a_frozen_tower_stay(configure: Callable[..., TrainC
     tower.visual.conv1 = ConvStem(14, [8], 32).requires_grad_(False).eval()
     before = {name: tensor.clone() for name, tensor in tower.named_buffers()}
     assert before
-    run.step(next(iter(run.loader)))
+    step_once(run)
     assert all(torch.equal(tensor, before[name]) for name, tensor in tower.named_buffers())
 
 
@@ -98,10 +99,10 @@ def test_accumulation_is_one_big_batch(configure: Callable[..., TrainConfig]) ->
     for micro_batch in (8, 4, 3):
         run = trainer(configure(f"micro_batch={micro_batch}", "clip_norm=null"))
         batch = next(iter(run.loader))
-        assert len(batch.micros) == -(-8 // micro_batch)
-        run.optimiser.zero_grad()
-        run.optimiser.step, run.optimiser.zero_grad = (lambda: None), (lambda: None)  # keep the gradients
-        per_source, norm = run.step(batch)
+        assert len(batch.micro_batches) == -(-8 // micro_batch)
+        run.optimizer.zero_grad()
+        run.optimizer.step, run.optimizer.zero_grad = (lambda: None), (lambda: None)  # keep the gradients
+        per_source, norm = run.step(batch, batch.num_supervised)
         gradients = {name: p.grad for name, p in run.model.named_parameters() if p.grad is not None}
         steps.append((per_source.sum(0), norm, gradients))
     for per_source, norm, gradients in steps[1:]:
@@ -120,9 +121,9 @@ def test_the_objective_is_the_models_own_loss(
     In flash-attn's place the mask that transformers makes of the same positions.
     """
     run = trainer(configure("data.sources.0.weight=0.001"))
-    micro = next(iter(run.loader)).micros[-1]
+    micro = next(iter(run.loader)).micro_batches[-1]
     inputs = run._inputs(micro)
-    assert micro.prefix > 20 and micro.images is not None and not micro.attention_mask.all()
+    assert micro.shared_prefix_length > 20 and micro.images is not None and not micro.attention_mask.all()
     usual = YiVLForConditionalGeneration(run.model.config)
     usual.load_state_dict(run.model.state_dict())
     usual.model.language_model.set_attn_implementation("eager")
@@ -136,9 +137,14 @@ def test_the_objective_is_the_models_own_loss(
     expected = gradients_of(usual, own)
     on_cpu, padded = Objective(run.model, 2), Objective(usual, 2)
     monkeypatch.setitem(objective._PACKINGS, "eager", Packing)
-    ways = [(on_cpu, micro.prefix), (on_cpu, 0), (padded, 0), (Objective(usual, 2), micro.prefix)]
+    ways = [
+        (on_cpu, micro.shared_prefix_length),
+        (on_cpu, 0),
+        (padded, 0),
+        (Objective(usual, 2), micro.shared_prefix_length),
+    ]
     for way, prefix in ways:
-        loss, per_source = way(**inputs | {"prefix": prefix})
+        loss, per_source = way(**inputs | {"shared_prefix_length": prefix})
         torch.testing.assert_close(loss, own)
         torch.testing.assert_close(per_source.sum(0), torch.stack([own, torch.tensor(num_supervised(micro.labels))]))
         gradients = gradients_of(way.model, loss)
@@ -172,10 +178,10 @@ def test_frozen_matrices_take_half_the_memory_and_nothing_changes(
     for keeps_low in (False, True):
         with monkeypatch.context() as patch:
             if not keeps_low:
-                patch.setattr(loop, "keep_frozen_low_", lambda *_: None)
+                patch.setattr(setup, "cast_frozen_", lambda *_: None)
             runs.append(trainer(configure(*settings, f"run_dir={tmp_path}/{keeps_low}")))
         torch.manual_seed(0)
-        whole.append(list(map(runs[-1].step, islice(runs[-1].loader, 3))))
+        whole.append([runs[-1].step(batch, batch.num_supervised) for batch in islice(runs[-1].loader, 3)])
     for (losses_high, norm_high), (losses_low, norm_low) in zip(*whole, strict=True):
         assert torch.equal(losses_high, losses_low) and norm_high == norm_low
     high, low = (dict(run.model.named_parameters()) for run in runs)
@@ -197,7 +203,7 @@ def test_checkpointing_changes_nothing_but_what_is_kept(configure: Callable[...,
     kept, results = [], []
     for is_checkpointed in (False, True):
         run = trainer(configure(f"activation_checkpointing={is_checkpointed}", *overrides))
-        inputs = run._inputs(next(iter(run.loader)).micros[-1])
+        inputs = run._inputs(next(iter(run.loader)).micro_batches[-1])
         sizes: dict[int, int] = {}
 
         def keep(tensor: torch.Tensor, sizes: dict[int, int] = sizes) -> torch.Tensor:
@@ -235,11 +241,11 @@ def test_a_stopped_run_goes_on_exactly(configure: Callable[..., TrainConfig], tm
     run = trainer(stopped)
     real_step, names = run.step, []
 
-    def step_until_killed(batch: Any) -> Any:
+    def step_until_killed(batch: Any, num_supervised: int) -> Any:
         if run.done_steps == 5:
             raise KeyboardInterrupt
         names.append(batch.names)
-        return real_step(batch)
+        return real_step(batch, num_supervised)
 
     run.step = step_until_killed  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
@@ -276,3 +282,19 @@ def test_the_schedule_warms_up_and_ends_at_zero() -> None:
     assert factors[0] == 0.1 and factors[9] == 1.0 and factors[10] == 1.0
     assert factors == factors[:11] + sorted(factors[11:], reverse=True)
     assert factors[100] == pytest.approx(0)
+
+
+@pytest.mark.parametrize("stem_widths", [None, [8, 16]])
+def test_a_batch_without_images_gives_vision_a_zero_gradient(stem_widths: list[int] | None) -> None:
+    """So that ranks with and without images exchange the same gradients."""
+    model = tiny_model(stem_widths=stem_widths).train()
+    ids = torch.arange(10, 58).repeat(2, 1)  # (B, S)
+    loss, _ = Objective(model, 1)(ids, torch.ones_like(ids), ids, None, torch.zeros(2, dtype=torch.long))
+    loss.backward()
+    for part in (model.model.multi_modal_projector, model.model.vision_tower.visual.conv1):
+        for parameter in part.parameters():
+            assert parameter.grad is not None and not parameter.grad.any()
+    model.zero_grad()
+    model.model.vision_tower.requires_grad_(False)
+    model.model.multi_modal_projector.requires_grad_(False)
+    assert Objective(model, 1)(ids, torch.ones_like(ids), ids, None, torch.zeros(2, dtype=torch.long))[0] == loss

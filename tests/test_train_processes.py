@@ -20,7 +20,8 @@ from processes import finish, said, start, wait_for
 from rich.console import Console
 
 from train import checkpoint
-from train.config import TrainConfig, load_config
+from train.config import TrainConfig
+from train.config_file import load_config
 from train.data.loader import StepBatch, StepLoader
 from train.metrics import read_metrics
 from train.optim import set_learning_rates_
@@ -102,9 +103,10 @@ def one_process(config: TrainConfig) -> list[float]:
     ]
     numbers = []
     for step in range(config.steps or 0):
-        set_learning_rates_(run.optimiser, step, run.num_steps, config.warmup_ratio)
+        set_learning_rates_(run.optimizer, step, run.num_steps, config.warmup_ratio)
         one, other = (next(loader) for loader in loaders)
-        per_source, norm = run.step(StepBatch([*one.micros, *other.micros], [], 0, {}, []))
+        batch = StepBatch([*one.micro_batches, *other.micro_batches], [], 0, {}, [])
+        per_source, norm = run.step(batch, batch.num_supervised)
         loss, count = per_source.sum(0).tolist()
         numbers += [loss / count, norm]
     return numbers
@@ -190,14 +192,14 @@ def test_the_configs_for_many_gpus_are_accelerates() -> None:
     assert fsdp["FSDP_VERSION"] == "2" and fsdp["FSDP_AUTO_WRAP_POLICY"] == "TRANSFORMER_BASED_WRAP"
 
 
-@pytest.mark.parametrize(("learns", "precision", "rel"), [("all", "fp32", 1e-4), ("language", "bf16", 2e-2)])
+@pytest.mark.parametrize(("trainable", "precision", "rel"), [("all", "fp32", 1e-4), ("language", "bf16", 2e-2)])
 def test_spread_weights_learn_the_same(
-    two_ranks: Configure, tmp_path: Path, learns: str, precision: str, rel: float
+    two_ranks: Configure, tmp_path: Path, trainable: str, precision: str, rel: float
 ) -> None:
     """FSDP over two ranks, one of which has no picture, and one process that goes on with what they saved."""
     settings = ["data.workers=1", "steps=4", "checkpoint={every_steps: 2, keep_last: 2}", "lr.projector=3e-3"]
     settings += [f"precision={precision}"]
-    settings += ["trainable={vision: false, projector: false}"] if learns == "language" else []
+    settings += ["trainable={vision: false, projector: false}"] if trainable == "language" else []
     config = two_ranks("halves", *settings)
     assert finish(start(config, 2, **launched("fsdp"))) == [0, 0], said(config, 1).read_text()
     (line,) = (line for line in said(config).read_text().splitlines() if line.startswith("2 ranks"))
@@ -206,19 +208,19 @@ def test_spread_weights_learn_the_same(
     one = two_ranks("halves", f"run_dir={tmp_path}/one", *settings, "precision=fp32")
     expected = one_process(one)
     assert logged(config) == pytest.approx(expected, rel=rel)
-    if learns == "all":
+    if trainable == "all":
         (state,) = (checkpoint.load_state(path) for path in checkpoint.checkpoints(Path(config.run_dir)))
         run = Trainer(config, Console(quiet=True))  # of which the last checkpoint is step 2
-        assert run.done_steps == 2 and state["optimiser"]["state"].keys() == run_names(run)
+        assert run.done_steps == 2 and state["optimizer"]["state"].keys() == run_names(run)
         for name, parameter in run.objective.named_parameters():
             for key in ("exp_avg", "exp_avg_sq"):
                 if parameter.requires_grad:
-                    assert torch.equal(run.optimiser.state[parameter][key], state["optimiser"]["state"][name][key])
+                    assert torch.equal(run.optimizer.state[parameter][key], state["optimizer"]["state"][name][key])
         before = logged(config)
         shutil.rmtree(Path(config.run_dir) / "final")
         assert finish(start(config, 2, **launched("fsdp"))) == [0, 0], said(config, 1).read_text()
-        assert logged(config) == before, "going on, each rank has its part of the optimiser's state"
-        assert {group["name"]: group["peak_lr"] for group in run.optimiser.param_groups}["projector"] == 3e-3
+        assert logged(config) == before, "going on, each rank has its part of the optimizer's state"
+        assert {group["name"]: group["peak_lr"] for group in run.optimizer.param_groups}["projector"] == 3e-3
 
 
 def run_names(run: Trainer) -> set[str]:

@@ -1,4 +1,4 @@
-"""An epoch begun by some streams and ended by others: nothing is left out, and what comes again is counted."""
+"""An epoch begun by some streams and ended by others: nothing is skipped, and repeated samples are counted."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from conftest import caption_sample
 
 from train.config import DataConfig, SourceConfig
-from train.data.reshard import reshare
+from train.data.reshard import reshard
 from train.data.stream import Mixture
 
 Writer = Callable[..., Path]
@@ -27,7 +27,7 @@ def draw(streams: list[Mixture], counts: list[int]) -> list[str]:
 
 def go_on(streams: list[Mixture], num_streams: int, data: DataConfig) -> tuple[list[Mixture], int]:
     states = [{"mixture": stream.state_dict(), "counts": {}} for stream in streams]
-    after, num_again = reshare(states, num_streams, data, SEED)
+    after, num_again = reshard(states, num_streams, data, SEED)
     new = mixtures(data, num_streams)
     for stream, state in zip(new, after):
         stream.load_state_dict(state["mixture"])
@@ -55,7 +55,7 @@ def data(tmp_path: Path, write_shard: Writer) -> DataConfig:
 @pytest.mark.parametrize(
     ("drawn", "num_after"), [([5, 7], 1), ([30], 4), ([8, 16, 0], 2), ([3] * 7, 7), ([0], 2), ([30, 2], 16)]
 )
-def test_the_rest_of_an_epoch_is_shared_out(data: DataConfig, drawn: list[int], num_after: int) -> None:
+def test_the_remainder_of_an_epoch_is_split(data: DataConfig, drawn: list[int], num_after: int) -> None:
     before = mixtures(data, len(drawn))
     seen = draw(before, drawn)
     after, num_again = go_on(before, num_after, data)

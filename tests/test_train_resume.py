@@ -24,10 +24,10 @@ def stop_at(config: TrainConfig, num_steps: int) -> None:
     run = trainer(config)
     real_step = run.step
 
-    def step(batch: Any) -> Any:
+    def step(batch: Any, num_supervised: int) -> Any:
         if run.done_steps == num_steps:
             raise KeyboardInterrupt
-        return real_step(batch)
+        return real_step(batch, num_supervised)
 
     run.step = step  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
@@ -77,11 +77,11 @@ def test_added_and_missing_sources_are_refused(stopped: Configure, tmp_path: Pat
 
 
 def test_what_applies_does_and_is_reported(stopped: Configure, capsys: pytest.CaptureFixture[str]) -> None:
-    config = stopped(EVERY, "lr.vision=7e-4", "optimiser.weight_decay=0.25", "optimiser.betas=[0.8, 0.9]", "steps=8")
+    config = stopped(EVERY, "lr.vision=7e-4", "optimizer.weight_decay=0.25", "optimizer.betas=[0.8, 0.9]", "steps=8")
     run = Trainer(config, Console(stderr=True, width=400))
     said = capsys.readouterr().err
     assert "From step 5 on:" in said and "lr.vision 0.0007 instead of 0.001" in said and "steps 8 instead of 6" in said
-    groups = {group["name"]: group for group in run.optimiser.param_groups}
+    groups = {group["name"]: group for group in run.optimizer.param_groups}
     assert groups["vision"]["peak_lr"] == 7e-4 and groups["language"]["peak_lr"] == 1e-3
     assert groups["vision"]["weight_decay"] == 0.25 and groups["vision, no decay"]["weight_decay"] == 0
     assert all(tuple(group["betas"]) == (0.8, 0.9) for group in groups.values())
@@ -128,23 +128,23 @@ def test_a_held_out_sample_that_is_too_long_or_broken_is_named_at_the_start(
 ) -> None:
     long = chat_sample(0)[1] | {"json": chat_sample(0)[1]["json"].replace(b"What", b"What and what " * 200)}
     for key, members, reason in (
-        ("long", long, "held.tar long has a question of .* tokens or more, the model takes 511"),
-        ("bad", {"png": b"x", "json": chat_sample(0)[1]["json"]}, "held.tar bad cannot be asked about"),
+        ("long", long, "held.tar long has a prompt of .* tokens or more, the model takes 511"),
+        ("bad", {"png": b"x", "json": chat_sample(0)[1]["json"]}, "held.tar bad cannot be used"),
     ):
         write_shard(tmp_path / "held.tar", [chat_sample(1), (key, members)])
         with pytest.raises(ValueError, match=reason):
-            trainer(configure(f"answers={{shards: {tmp_path}/held.tar, every_steps: 2, count: 2}}"))
+            trainer(configure(f"generations={{shards: {tmp_path}/held.tar, every_steps: 2, count: 2}}"))
 
 
-def test_a_checkpoint_is_saved_before_answers_are_shown(
+def test_a_checkpoint_is_saved_before_answers_are_generated(
     configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = configure(EVERY, f"answers={{shards: {tmp_path}/chats/0.tar, every_steps: 2, count: 1}}")
+    config = configure(EVERY, f"generations={{shards: {tmp_path}/chats/0.tar, every_steps: 2, count: 1}}")
 
     def fail(*_: Any) -> None:
         raise ValueError("no answer")
 
-    monkeypatch.setattr(Trainer, "_show_answers", fail)
+    monkeypatch.setattr(Trainer, "_generate", fail)
     with pytest.raises(ValueError, match="no answer"):
         train(config)
     assert [path.name for path in checkpoint.checkpoints(Path(config.run_dir))] == ["step-00000002"]
@@ -155,6 +155,6 @@ def test_a_checkpoint_due_at_a_skipped_step_is_saved_after_the_next(configure: C
     accepts = run.guard.accepts
     run.guard.accepts = lambda norm: accepts(float("nan") if run.done_steps == 1 else norm)  # type: ignore[method-assign]
     saved: list[int] = []
-    run.save = lambda directory, with_state: saved.append(run.done_steps)  # type: ignore[method-assign]
+    run.save = lambda *_, **__: saved.append(run.done_steps)  # type: ignore[method-assign]
     assert run.run() == 0
     assert saved == [3, 4]

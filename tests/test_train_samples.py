@@ -69,13 +69,17 @@ def test_an_image_that_cannot_be_read_is_no_missing_one(processor: YiVLProcessor
 @pytest.mark.parametrize(
     ("form", "members", "reason"),
     [
-        ("caption", {"txt": b"a red picture"}, "caption of no picture; .* form text"),
+        ("caption", {"txt": b"a red picture"}, "caption without an image; .* form text"),
         ("caption", {"mp4": b"x", "txt": b"a red picture"}, "member .mp4 is not read"),
         ("chat", {"jpg": b"x", "npy": b"x", "json": b"{}"}, "member .npy is not read"),
         ("caption", {"jpg": b"x", "txt": b"one", "1.txt": b"two"}, "member .1.txt is not read"),
         ("caption", {"jpg": b"x", "txt": "\u200b\ufeff".encode()}, ".txt is empty"),
         ("text", {"jpg": b"x", "txt": b"a red picture"}, "member .jpg is an image"),
-        ("caption", {"json": b'[{"from":"human","value":"<image>"},{"from":"gpt","value":"x"}]'}, "1 <image> .* 0 pic"),
+        (
+            "caption",
+            {"json": b'[{"from":"human","value":"<image>"},{"from":"gpt","value":"x"}]'},
+            "1 <image> .* 0 images",
+        ),
     ],
 )
 def test_no_member_is_ignored_without_a_word(form: str, members: dict[str, bytes], reason: str) -> None:
@@ -145,8 +149,8 @@ def turns(answer: Any, **more: Any) -> dict[str, Any]:
         *((llava(**{key: "x"}), f"its `{key}` is not read") for key in ("video", "audios", "tools", "rejected")),
         (llava(image=None, image_path="a.png"), "`image_path` is not read"),
         (llava(images=["a.png"]), "images twice, in `image` and in `images`"),
-        (llava(image=["a.png", "a.png"]), "1 <image> in the text but 2 pictures"),
-        (llava(image=""), "1 <image> in the text but 0 pictures"),
+        (llava(image=["a.png", "a.png"]), "1 <image> in the text but 2 images"),
+        (llava(image=""), "1 <image> in the text but 0 images"),
         (llava(messages=[{}]), "both `conversations` and `messages`"),
         (llava(system={"x": 1}), "`system` is dict"),
         ({"messages": [{"role": "assistant", "content": "A."}]}, "begins with an answer"),

@@ -12,8 +12,8 @@ import torch
 from toy_runs import losses, trainer
 
 import yi_vl
-from train.config import AnswersConfig, TrainConfig
-from train.generations import HeldOut, read_answers
+from train.config import GenerationsConfig, TrainConfig
+from train.generations import HeldOut, read_generations
 from train.metrics import read_metrics
 from train.nano.measure import read_questions
 from train.trainer import train
@@ -55,34 +55,37 @@ def test_held_out_answers_are_shown_and_change_nothing(
 ) -> None:
     shards = tmp_path / ("captions/0.tar" if form == "caption" else "chats/0.tar")
     answers = f"{{shards: {shards}, form: {form}, every_steps: 2, count: 3, max_new_tokens: 4}}"
-    plain, shown = configure(f"run_dir={tmp_path}/plain"), configure(f"run_dir={tmp_path}/shown", f"answers={answers}")
+    plain, shown = (
+        configure(f"run_dir={tmp_path}/plain"),
+        configure(f"run_dir={tmp_path}/shown", f"generations={answers}"),
+    )
     train(plain)
     train(shown)
     assert losses(shown) == losses(plain)
-    rows = read_answers(tmp_path / "shown/answers.jsonl")
-    assert [row["step"] for row in rows] == [2, 4, 6] and all(len(row["answers"]) == 3 for row in rows)
-    page = (tmp_path / "shown/answers.html").read_text()
+    rows = read_generations(tmp_path / "shown/generations.jsonl")
+    assert [row["step"] for row in rows] == [2, 4, 6] and all(len(row["generations"]) == 3 for row in rows)
+    page = (tmp_path / "shown/generations.html").read_text()
     assert page.count("<article>") == 3 and page.count("<img") >= 3
     assert ("a red picture" if form == "caption" else "What colour is it?") in page
 
-    held_out = HeldOut(AnswersConfig(str(shards), form), shown.data, trainer(shown).processor, tmp_path)
-    question = held_out.questions[0]
-    assert question.wanted == ("a red picture" if form == "caption" else "red")
-    assert not any(segment.is_supervised for segment in question.prompt) and len(question.pictures) == 1
+    held_out = HeldOut(GenerationsConfig(str(shards), form), shown.data, trainer(shown).processor, tmp_path)
+    question = held_out.samples[0]
+    assert question.reference == ("a red picture" if form == "caption" else "red")
+    assert not any(segment.is_supervised for segment in question.prompt) and len(question.images) == 1
 
 
 def test_held_out_answers_and_pictures_reach_tensorboard(configure: Callable[..., TrainConfig], tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    answers = f"answers={{shards: {tmp_path}/chats/0.tar, every_steps: 2, count: 2, max_new_tokens: 4}}"
+    answers = f"generations={{shards: {tmp_path}/chats/0.tar, every_steps: 2, count: 2, max_new_tokens: 4}}"
     train(configure("steps=2", "trackers=[tensorboard]", answers))
     (events,) = (tmp_path / "run/yi_vl").glob("events.out.tfevents.*")
     logged = EventAccumulator(str(events)).Reload()
     tags = logged.Tags()
-    assert {"answers/0", "answers/1"} <= set(tags["images"])
-    (event,) = logged.Tensors("answers/0/text_summary")
+    assert {"generations/0", "generations/1"} <= set(tags["images"])
+    (event,) = logged.Tensors("generations/0/text_summary")
     (text,) = event.tensor_proto.string_val
-    assert b"What colour is it?" in text and b"wanted: red" in text
+    assert b"What colour is it?" in text and b"reference: red" in text
     assert {"loss", "loss_per_source/chats", "lr/vision", "grad_norm_per_component/language", "samples_broken"} <= set(
         tags["scalars"]
     )
@@ -101,5 +104,5 @@ def test_lines_of_json_end_at_line_ends_only(tmp_path: Path) -> None:
     row = {"id": "1", "skill": "x", "lang": "en", "images": [], "question": "a\u2028b\x85c\x1cd", "accepted": []}
     path = tmp_path / "questions.jsonl"
     path.write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
-    assert read_metrics(path) == read_answers(path) == [row]
+    assert read_metrics(path) == read_generations(path) == [row]
     assert [question.question for question in read_questions(tmp_path)] == [row["question"]]

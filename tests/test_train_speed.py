@@ -12,9 +12,9 @@ from PIL import Image
 from tiny import tiny_model, tiny_processor
 
 from train.config import DataConfig, SourceConfig
-from train.data.fast_image import square
+from train.data.fast_image import to_uint8
 from train.data.loader import SampleEncoder
-from train.speed.data import drift, make_shards, ours, plain, processor_for, resident_memory
+from train.speed.data import baseline, drift, make_shards, processor_for, resident_memory, yi_vl_loader
 from train.speed.step import Form, compare, make_work
 from yi_vl.image import YiVLImageProcessor
 
@@ -37,7 +37,7 @@ def encoded(image: Image.Image, image_format: str, **options: object) -> bytes:
 
 
 def differences(content: bytes, size_px: int) -> torch.Tensor:
-    found = square(content, size_px)
+    found = to_uint8(content, size_px)
     exact = YiVLImageProcessor(size_px).to_uint8(content)
     assert found.shape == exact.shape and found.dtype == torch.uint8
     return (found.float() - exact.float()).abs()
@@ -68,16 +68,16 @@ def test_a_large_jpeg_is_decoded_scaled_and_a_small_one_is_not(monkeypatch: pyte
     load = train.data.fast_image.load_image
     monkeypatch.setattr(train.data.fast_image, "load_image", lambda image: decoded.append(image.size) or load(image))
     for side in (139, 141, 447, 449, 895, 897):
-        square(encoded(picture(side, side // 2), "JPEG"), 56)
+        to_uint8(encoded(picture(side, side // 2), "JPEG"), 56)
     assert [size[0] for size in decoded] == [139, 71, 224, 113, 224, 113]
 
 
 def test_broken_pictures_say_why() -> None:
     for content, reason in ((b"", "0 bytes"), (b"rotten", "not an image")):
         with pytest.raises(ValueError, match=reason):
-            square(content, 56)
+            to_uint8(content, 56)
     with pytest.raises(ValueError, match="damaged"):
-        square(encoded(picture(640, 480), "JPEG")[:3000], 56)
+        to_uint8(encoded(picture(640, 480), "JPEG")[:3000], 56)
 
 
 def test_the_option_makes_inferences_pixels() -> None:
@@ -91,11 +91,11 @@ def test_the_option_makes_inferences_pixels() -> None:
         assert torch.equal(image, exact) == (not is_fast)
 
 
-def test_both_ways_read_the_same_samples(tmp_path: Path) -> None:
+def test_both_loaders_read_the_same_samples(tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
     shard = make_shards(tmp_path, "jpg", 16)
     processor = processor_for(56)
-    batches = [next(way(shard, processor)) for way in (plain, ours)]
+    batches = [next(load(shard, processor)) for load in (baseline, yi_vl_loader)]
     words, supervised, colours = [], [], []
     for batch in batches:
         words.append(sorted(row[row != 0].tolist() for row in batch["input_ids"]))
@@ -115,7 +115,7 @@ def test_resident_memory_is_told_at_each_tenth(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("form", ["caption", "chat"])
-def test_both_ways_train_alike(form: Form, tmp_path: Path) -> None:
+def test_both_loops_train_alike(form: Form, tmp_path: Path) -> None:
     """On a model without batch norm, its micro-batches sorted: the same losses, step by step."""
     checkpoint = tmp_path / "tiny"
     tiny_model(max_position_embeddings=4096).save_pretrained(checkpoint)
@@ -125,4 +125,4 @@ def test_both_ways_train_alike(form: Form, tmp_path: Path) -> None:
     measured = compare(work)
     first, second = measured["losses"].values()
     assert second == pytest.approx(first, abs=1e-4) and len(first) == 3
-    assert set(measured["ways"]) == {"plain loop", "train"}
+    assert set(measured["loops"]) == {"baseline", "train"}

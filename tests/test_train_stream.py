@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from train.config import SourceConfig
-from train.data.stream import Mixture, Share, SourceStream, expand_shards, read_shard, share_out
+from train.data.stream import Mixture, ShardSlice, SourceStream, expand_shards, read_shard, split_slices
 
 Writer = Callable[..., Path]
 
@@ -87,12 +87,12 @@ def test_a_loaded_place_goes_on_with_the_very_next_sample(tmp_path: Path, write_
     assert names(second, 40) == whole[num_done:]
 
 
-def test_shares_of_many_streams_read_one_shard_more_at_most() -> None:
-    pieces = [Share(number) for number in range(1000)]
-    shares = [share_out(pieces, stream, 512) for stream in range(512)]
-    assert max(len(share) for share in shares) == 2
-    every = [share for stream in shares for share in stream]
-    read = Counter((share.shard, index) for share in every for index in range(share.start, 60, share.step))
+def test_slices_of_many_streams_read_one_shard_more_at_most() -> None:
+    slices = [ShardSlice(number) for number in range(1000)]
+    parts = [split_slices(slices, stream, 512) for stream in range(512)]
+    assert max(len(part) for part in parts) == 2
+    pieces = [piece for part in parts for piece in part]
+    read = Counter((piece.shard, index) for piece in pieces for index in range(piece.start, 60, piece.step))
     assert set(read.values()) == {1} and len(read) == 60_000
 
 

@@ -1,12 +1,15 @@
-"""What tests of the trainer share: a run that prints nothing, and the losses that it logged."""
+"""Helpers of the trainer's tests: a silent run, one step of it, and its logged losses."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from rich.console import Console
+from torch import Tensor
 
 from train.config import TrainConfig
+from train.data.loader import StepBatch
 from train.metrics import read_metrics
 from train.trainer import Trainer
 
@@ -17,3 +20,9 @@ def trainer(config: TrainConfig) -> Trainer:
 
 def losses(config: TrainConfig) -> list[float]:
     return [row["loss"] for row in read_metrics(Path(config.run_dir) / "metrics.jsonl")]
+
+
+def step_once(run: Trainer, batches: Iterator[StepBatch] | None = None) -> tuple[Tensor, float]:
+    """One step of a run of one process, on the next of its batches."""
+    batch = next(batches if batches is not None else iter(run.loader))
+    return run.step(batch, batch.num_supervised)

@@ -6,7 +6,8 @@ import argparse
 import logging
 import os
 
-from .config import exit_on_user_error, load_config
+from .config import exit_on_user_error
+from .config_file import load_config
 
 
 def main() -> None:

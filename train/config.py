@@ -1,23 +1,12 @@
-"""What a training run is: structured settings, read from YAML and the command line, refused when they make no sense.
-
-Stages of a recipe are files; nothing here knows of them.
-"""
+"""The schema of a training run's config; `config_file.py` reads and checks one."""
 
 from __future__ import annotations
 
-import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import yaml
-from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
-
-from yi_vl.arguments import as_path
+from omegaconf import MISSING
 
 FORMS = ("caption", "chat", "text")
 LORA = "lora"
@@ -47,9 +36,9 @@ class InitConfig:
 
 @dataclass
 class TrainableConfig:
-    """Which components learn. Frozen ones keep their weights and their batch statistics to the last bit.
+    """Which components are trained. Frozen ones keep their weights and batch statistics to the last bit.
 
-    language: `lora` freezes it and adds adapters that learn instead; see `lora`.
+    language: `lora` freezes it and trains adapters instead; see `LoraConfig`.
     """
 
     vision: bool = True
@@ -59,10 +48,10 @@ class TrainableConfig:
 
 @dataclass
 class LoraConfig:
-    """Low-rank adapters (arXiv 2106.09685) on every linear layer of the language model's blocks, its head excepted.
+    """LoRA (arXiv 2106.09685) on every linear layer of the language model's blocks, not on its head.
 
     A layer's output gains alpha / rank x B A x: A (rank, inputs), B (outputs, rank). dropout: of x, on that path.
-    base: how the frozen layers are held: null, as all weights are; or `int4`, in four bits (QLoRA, arXiv 2305.14314).
+    base: storage of the frozen layers: null, like all weights; or `int4` (QLoRA, arXiv 2305.14314).
     """
 
     rank: int = 128
@@ -81,8 +70,8 @@ class LearningRateConfig:
 
 
 @dataclass
-class OptimiserConfig:
-    """AdamW. Norms, biases and single vectors are never decayed."""
+class OptimizerConfig:
+    """AdamW. One-dimensional parameters (norms, biases) have no weight decay."""
 
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     eps: float = 1e-8
@@ -94,9 +83,9 @@ class SourceConfig:
     """A set of shards.
 
     shards: paths, globs, URLs or `pipe:` commands with {000..999} braces; several joined by `::`, as in webdataset.
-    weight: its share of the stream, relative to the other sources'.
-    max_samples: after so many samples its epoch ends and the next begins, in another order.
-    form: null takes data.form.
+    weight: sampling weight, relative to the other sources.
+    max_samples: samples per epoch of this source; each epoch has another order.
+    form: null: data.form.
     """
 
     name: str = MISSING
@@ -110,13 +99,14 @@ class SourceConfig:
 class DataConfig:
     """The stream of samples.
 
-    form: for sources that do not say; `caption` (images with KEY.txt, or the one answer of KEY.json; plain form),
-        `chat` (KEY.json, `###` form) or `text` (KEY.txt alone, plain form).
-    ignore: suffixes of members, and keys of KEY.json, that are not read and would make a sample a broken one.
+    form: default of the sources': `caption` (images with KEY.txt, or the one answer of KEY.json; plain prompt),
+        `chat` (KEY.json, `###` prompt) or `text` (KEY.txt alone, plain prompt).
+    ignore: member suffixes and keys of KEY.json to ignore; other unknown ones make a sample a broken one.
     workers: loading processes per rank; 0 loads in the training process.
-    shuffle_buffer: samples per worker that are permuted together, shared by the sources in proportion to their weights.
-    max_broken_fraction: the run stops when more than this part of a worker's samples cannot be used.
-    fast_pixels: decode large JPEGs scaled and resize with torch, see pixels.py; false makes inference's pixels exactly.
+    shuffle_buffer: samples per worker that are permuted together, divided among the sources by weight.
+    max_broken_fraction: the run stops when a larger fraction of a worker's samples is broken.
+    fast_pixels: decode large JPEGs at reduced size and resize with torch (data/fast_image.py), which differs slightly
+        from the transform of inference; false: the pixels are exactly those of inference.
     """
 
     form: str = "caption"
@@ -137,12 +127,11 @@ class CheckpointConfig:
 
 
 @dataclass
-class BadStepsConfig:
-    """Steps that would spoil the weights are left out: no update, counted as `steps_skipped` in metrics.jsonl.
+class SpikeGuardConfig:
+    """Steps with a NaN, infinite or outlying gradient norm are skipped: no update, counted as `steps_skipped`.
 
-    max_norm_ratio: a gradient norm that is not finite is bad, and so is one this many times the median of the last 100
-        (null: never).
-    stop_after: the run stops after so many bad steps in a row.
+    max_norm_ratio: a gradient norm is an outlier above this many times the median of the last 100 (null: never).
+    stop_after: the run stops after this many consecutive skipped steps.
     """
 
     max_norm_ratio: float | None = 100.0
@@ -150,11 +139,11 @@ class BadStepsConfig:
 
 
 @dataclass
-class AnswersConfig:
-    """Held-out samples that the model is asked about every so many steps, for people to look at.
+class GenerationsConfig:
+    """Answers generated for held-out samples during training, to look at.
 
-    shards: as a source's, but not among those that are trained on; the first `count` samples are asked.
-    form: null takes data.form; a caption is asked for as it is learned, after the picture alone.
+    shards: as in `SourceConfig`, but held out from training; the first `count` samples are used.
+    form: null: data.form. For captions the prompt is the image alone, as in training.
     """
 
     shards: str = MISSING
@@ -170,68 +159,31 @@ class TrainConfig:
 
     run_dir: str = MISSING
     seed: int = 0
-    resume: bool = True  # go on from the newest complete checkpoint in run_dir; false refuses a run_dir with one
+    resume: bool = True  # from the newest complete checkpoint in run_dir; false refuses a run_dir that has one
     init_from: InitConfig = MISSING
     image_size: int = 448
     trainable: TrainableConfig = field(default_factory=TrainableConfig)
-    lora: LoraConfig = field(default_factory=LoraConfig)  # for trainable.language: lora
+    lora: LoraConfig = field(default_factory=LoraConfig)  # with trainable.language: lora
     lr: LearningRateConfig = field(default_factory=LearningRateConfig)
-    optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     warmup_ratio: float = 0.03  # of the steps, linear from 0; then cosine to 0
     clip_norm: float | None = 1.0
-    global_batch: int = MISSING  # samples per optimiser step, over all ranks
-    micro_batch: int = MISSING  # samples at once on one rank
+    global_batch: int = MISSING  # samples per optimizer step, over all ranks
+    micro_batch: int = MISSING  # samples per forward pass on one rank
     steps: int | None = None
     epochs: float | None = None
     samples: int | None = None
     max_tokens: int = 2048  # longer samples are skipped and counted, never cut
     precision: str = "bf16"
-    activation_checkpointing: bool = False  # keep layers' inputs only and run layers again backward; see train.plan
+    activation_checkpointing: bool = False  # recompute layers in the backward pass; see train.plan
     compile: bool = False  # the language model's layers; about a minute at the start, then 15% less time on a CPU
     data: DataConfig = MISSING
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    answers: AnswersConfig | None = None
-    bad_steps: BadStepsConfig = field(default_factory=BadStepsConfig)
+    generations: GenerationsConfig | None = None
+    spike_guard: SpikeGuardConfig = field(default_factory=SpikeGuardConfig)
     log_every: int = 10
     log_samples: bool = False  # the names of each step's samples, in run_dir/samples-RANK.jsonl
     trackers: list[str] = field(default_factory=list)
-
-
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
-    """The run that a YAML file and `key.sub=value` overrides describe.
-
-    Raises:
-        ValueError: no such file, not YAML, an unknown key, a wrong type, a missing value or a contradiction; one line.
-    """
-    if not Path(path).is_file():
-        raise ValueError(f"{path}: there is no such config file; the recipes are in train/configs/.")
-    merged = OmegaConf.structured(TrainConfig)
-    content = _parse(lambda: OmegaConf.load(path), str(path))
-    if not isinstance(content, DictConfig):
-        raise ValueError(f"{path}: expected keys and values at the top, found {type(content).__name__}.")
-    with _named_errors(str(path)):
-        merged = cast(DictConfig, OmegaConf.merge(merged, content))
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        where = f"command line ({override})"
-        if not equals:
-            raise ValueError(f"command line: {override!r} is not of the form key.sub=value.")
-        value = _parse(lambda text=text: OmegaConf.create({"value": yaml.safe_load(text)})["value"], where)  # type: ignore[misc]
-        with _named_errors(where):
-            OmegaConf.update(merged, key, value, merge=True)
-    try:
-        OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
-        config = cast(TrainConfig, OmegaConf.to_object(merged))
-    except (MissingMandatoryValue, OmegaConfBaseException) as error:
-        raise ValueError(f"{path}: {getattr(error, 'full_key', '')} is missing; {_first_line(error)}") from error
-    config.run_dir = str(as_path(config.run_dir, f"{path}: run_dir"))
-    _check(config, str(path))
-    return config
-
-
-def to_yaml(config: TrainConfig) -> str:
-    """The whole run as YAML that `load_config` takes back."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
 def flat_settings(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -258,155 +210,9 @@ def num_steps(config: TrainConfig) -> int:
 
 
 def exit_on_user_error(main: Any) -> None:
-    """Run a command; what the user got wrong becomes one line on stderr and exit code 2."""
+    """Run a command; a ValueError becomes one line on stderr and exit code 2."""
     try:
         main()
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
-
-
-def _parse(parse: Callable[[], Any], where: str) -> Any:
-    try:
-        return parse()
-    except Exception as error:  # YAML's and OmegaConf's parsers raise a family of their own
-        raise ValueError(f"{where}: cannot be read as YAML: {' '.join(str(error).split())}") from error
-
-
-@contextmanager
-def _named_errors(where: str) -> Iterator[None]:
-    """What OmegaConf refuses, as one line with the key and where it was written."""
-    try:
-        yield
-    except (ConfigKeyError, ConfigAttributeError) as error:
-        fields = getattr(error.object_type, "__dataclass_fields__", {})
-        raise ValueError(
-            f"{where}: unknown key {error.full_key!r}; known here: {', '.join(fields) or 'nothing'}."
-        ) from error
-    except OmegaConfBaseException as error:
-        key = f"{error.full_key}: " if error.full_key else ""
-        raise ValueError(f"{where}: {key}{_first_line(error)}") from error
-    except (TypeError, ValueError, IndexError) as error:  # a list where keys belong, or the other way round
-        raise ValueError(f"{where}: {_first_line(error)}.") from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]
-
-
-def _check(config: TrainConfig, where: str) -> None:
-    """What types cannot say."""
-
-    def require(holds: bool, message: str) -> None:
-        if not holds:
-            raise ValueError(f"{where}: {message}")
-
-    _check_numbers(config, require)
-    init = config.init_from
-    parts = init.tower is not None or init.language_model is not None
-    require((init.checkpoint is None) == parts, "init_from needs either checkpoint, or tower and language_model.")
-    require(
-        not parts or (init.tower is not None and init.language_model is not None),
-        "init_from: a model from parts needs both tower and language_model.",
-    )
-    require((config.steps is None) != (config.epochs is None), "give exactly one of steps and epochs.")
-    require(config.epochs is None or config.samples is not None, "epochs needs samples, the number in one epoch.")
-    for key in (
-        "steps",
-        "epochs",
-        "samples",
-        "clip_norm",
-        "image_size",
-        "global_batch",
-        "micro_batch",
-        "max_tokens",
-        "log_every",
-    ):
-        value = getattr(config, key)
-        require(value is None or value > 0, f"{key} is {value}; it must be positive.")
-    require(
-        config.precision in PRECISIONS, f"precision is {config.precision!r}; expected one of {', '.join(PRECISIONS)}."
-    )
-    require(0 <= config.warmup_ratio < 1, f"warmup_ratio is {config.warmup_ratio}; expected 0 to 1.")
-    optimiser = config.optimiser
-    require(len(optimiser.betas) == 2, f"optimiser.betas is {optimiser.betas}; expected two numbers.")
-    require(
-        all(0 <= beta < 1 for beta in optimiser.betas), f"optimiser.betas is {optimiser.betas}; each is 0 to below 1."
-    )
-    require(optimiser.eps > 0, f"optimiser.eps is {optimiser.eps}; it must be positive.")
-    require(
-        config.checkpoint.every_steps > 0 and config.checkpoint.keep_last > 0,
-        "checkpoint.every_steps and checkpoint.keep_last must be positive.",
-    )
-    bad = config.bad_steps
-    require(
-        bad.max_norm_ratio is None or bad.max_norm_ratio > 1,
-        f"bad_steps.max_norm_ratio is {bad.max_norm_ratio}; expected more than 1, or null.",
-    )
-    require(bad.stop_after > 0, f"bad_steps.stop_after is {bad.stop_after}; it must be positive.")
-    trains = config.trainable
-    require(
-        trains.language in (True, False, LORA),
-        f"trainable.language is {trains.language!r}; expected true, false or {LORA}.",
-    )
-    require(
-        bool(trains.vision or trains.projector or trains.language), "trainable: nothing is; set a component to true."
-    )
-    require(config.lora.base in (None, INT4), f"lora.base is {config.lora.base!r}; expected null or {INT4}.")
-    require(
-        config.lora.base is None or trains.language == LORA,
-        f"lora.base is {config.lora.base}, but trainable.language is {trains.language}: weights in four bits cannot "
-        f"learn, only adapters on them; set trainable.language to {LORA}, or lora.base to null.",
-    )
-    if trains.language == LORA:
-        require(init.checkpoint is not None, "trainable.language: lora adapts a checkpoint; name it in init_from.")
-        _check_lora(config.lora, require)
-    if config.answers is not None:
-        _check_answers(config.answers, config.data, require)
-    _check_data(config.data, require)
-
-
-def _check_numbers(config: TrainConfig, require: Any) -> None:
-    settings = flat_settings(config)
-    for key, value in settings.items():
-        for number in value if isinstance(value, list) else [value]:
-            require(
-                not isinstance(number, float) or math.isfinite(number), f"{key} is {number}; expected a finite number."
-            )
-    for key in ("lr.vision", "lr.projector", "lr.language", "optimiser.weight_decay"):
-        require(settings[key] >= 0, f"{key} is {settings[key]}; it must not be negative.")
-    require(0 <= config.seed < 1 << 31, f"seed is {config.seed}; expected 0 to {(1 << 31) - 1}.")
-
-
-def _check_lora(lora: LoraConfig, require: Any) -> None:
-    require(lora.rank > 0, f"lora.rank is {lora.rank}; it must be positive.")
-    require(lora.alpha > 0, f"lora.alpha is {lora.alpha}; it must be positive.")
-    require(0 <= lora.dropout < 1, f"lora.dropout is {lora.dropout}; expected 0 to 1.")
-
-
-def _check_answers(answers: AnswersConfig, data: DataConfig, require: Any) -> None:
-    for key in ("every_steps", "count", "max_new_tokens"):
-        value = getattr(answers, key)
-        require(value > 0, f"answers.{key} is {value}; it must be positive.")
-    form = answers.form
-    require(form in (None, *FORMS), f"answers.form is {form!r}; expected one of {', '.join(FORMS)}.")
-    form = form if form is not None else data.form
-    require(form != "text", "answers: samples of the form text have nothing to ask; set answers.form to another.")
-
-
-def _check_data(data: DataConfig, require: Any) -> None:
-    require(bool(data.sources), "data.sources is empty; list at least one with name and shards.")
-    names = [source.name for source in data.sources]
-    require(len(set(names)) == len(names), f"data.sources: names repeat ({', '.join(names)}).")
-    require(data.workers >= 0, f"data.workers is {data.workers}; 0 or more.")
-    require(data.shuffle_buffer >= 1, f"data.shuffle_buffer is {data.shuffle_buffer}; 1 (no shuffling) or more.")
-    fraction = data.max_broken_fraction
-    require(0 <= fraction <= 1, f"data.max_broken_fraction is {fraction}; expected 0 to 1.")
-    for source in data.sources:
-        form = source.form if source.form is not None else data.form
-        require(form in FORMS, f"the form of source {source.name!r} is {form!r}; expected one of {', '.join(FORMS)}.")
-        require(source.weight > 0, f"the weight of source {source.name!r} is {source.weight}; it must be positive.")
-        require(
-            source.max_samples is None or source.max_samples > 0,
-            f"max_samples of source {source.name!r} is {source.max_samples}; it must be positive.",
-        )

@@ -1,7 +1,6 @@
-"""One process or many: what accelerate is asked for, and whole weights and optimiser states where they are spread.
+"""One process or many: accelerate's set-up, exchanges between ranks, and full state dicts of sharded models.
 
-Checkpoints hold everything whole and by name, so that a run may go on with other ranks, or spread in another way.
-Called by loop.py; calls optim.py, accelerate and torch's distributed checkpoints.
+Checkpoints hold full, named tensors, so that a run can resume with another number of ranks or another sharding.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.tracking import get_available_trackers
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -29,29 +29,29 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
     """accelerate as `accelerate launch` set it up.
 
     Raises:
-        ValueError: a tracker is not installed, or accelerate is set up for what this trainer does not do.
+        ValueError: a tracker is not installed, or accelerate is set up for something unsupported.
     """
     available = [str(tracker) for tracker in get_available_trackers()]
-    if missing := [name for name in config.trackers if name not in available]:  # accelerate would leave it out
+    if missing := [name for name in config.trackers if name not in available]:  # accelerate would skip it
         raise ValueError(f"trackers: {missing[0]!r} is not installed; there are {', '.join(available) or 'none'}.")
     accelerator = Accelerator(
         mixed_precision=_ACCELERATE_PRECISION[config.precision],
         log_with=config.trackers if config.trackers else None,
         project_dir=config.run_dir,
     )
-    kind = accelerator.distributed_type
-    if kind not in _KNOWN or (is_sharded(accelerator) and not accelerator.is_fsdp2):
+    distributed_type = accelerator.distributed_type
+    if distributed_type not in _KNOWN or (is_sharded(accelerator) and not accelerator.is_fsdp2):
         raise ValueError(
-            f"accelerate is set up for {kind.value}; this trainer knows one process, plain data parallelism and FSDP "
+            f"accelerate is set up for {distributed_type.value}; this trainer supports one process, DDP and FSDP "
             "with fsdp_version 2: see train/configs/accelerate/."
         )
     if is_sharded(accelerator) and config.lora.base == INT4:
         raise ValueError(
-            "lora.base: int4 does not go with FSDP, which spreads weights but not the scales that bitsandbytes keeps "
-            "beside them. Use train/configs/accelerate/ddp.yaml, or set lora.base to null."
+            "lora.base: int4 does not go with FSDP, which shards weights but not bitsandbytes' quantization scales. "
+            "Use train/configs/accelerate/ddp.yaml, or set lora.base to null."
         )
     if is_sharded(accelerator):
-        # accelerate's own would round the loss, and the sum of all ranks' gradients, to 16 bits
+        # accelerate's default rounds the loss and the gradients' reduction to 16 bits
         accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
             param_dtype=LOW_DTYPES.get(config.precision), reduce_dtype=torch.float32
         )
@@ -59,32 +59,53 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
 
 
 def is_sharded(accelerator: Accelerator) -> bool:
-    """Whether each rank holds only a part of the weights."""
+    """Whether each rank holds only a shard of the weights (FSDP)."""
     return bool(accelerator.distributed_type == DistributedType.FSDP)
 
 
 def ranks_line(accelerator: Accelerator, objective: nn.Module) -> str:
-    """How the work is divided, for people."""
-    whole = sum(map(num_weights, objective.parameters()))
-    here = sum(p.to_local().numel() if isinstance(p, DTensor) else num_weights(p) for p in objective.parameters())
-    return f"{accelerator.num_processes} ranks; the first holds {here:,} of {whole:,} parameters."
+    """A line about the number of ranks, and how much of the model the first one holds."""
+    num_total = sum(map(num_weights, objective.parameters()))
+    num_local = sum(p.to_local().numel() if isinstance(p, DTensor) else num_weights(p) for p in objective.parameters())
+    return f"{accelerator.num_processes} ranks; the first holds {num_local:,} of {num_total:,} parameters."
 
 
 def gather_weights(accelerator: Accelerator, objective: nn.Module) -> dict[str, Tensor]:
-    """The model's weights by their names in the model; where they are spread, whole on the first rank only."""
+    """The model's weights by their names in the model; sharded ones are gathered on the first rank only."""
     weights: dict[str, Tensor] = accelerator.get_state_dict(objective)
     return {name.removeprefix("model."): tensor for name, tensor in weights.items()}
 
 
-def gather_optimiser(objective: nn.Module, optimiser: AcceleratedOptimizer) -> dict[str, Any]:
-    """The optimiser's state by the names of weights; where they are spread, whole on the first rank only."""
+def gather_optimizer(objective: nn.Module, optimizer: AcceleratedOptimizer) -> dict[str, Any]:
+    """The optimizer's state by parameter name; sharded ones are gathered on the first rank only."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    return get_optimizer_state_dict(objective, optimiser.optimizer, options=options)
+    return get_optimizer_state_dict(objective, optimizer.optimizer, options=options)
 
 
-def load_optimiser_(
-    accelerator: Accelerator, objective: nn.Module, optimiser: AcceleratedOptimizer, state: dict[str, Any]
+def load_optimizer_(
+    accelerator: Accelerator, objective: nn.Module, optimizer: AcceleratedOptimizer, state: dict[str, Any]
 ) -> None:
-    """Give each rank its part of what `gather_optimiser` returned on the first."""
+    """Load what `gather_optimizer` returned on the first rank. The param groups' settings stay as they are."""
+    settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=is_sharded(accelerator))
-    set_optimizer_state_dict(objective, optimiser.optimizer, state, options=options)
+    set_optimizer_state_dict(objective, optimizer.optimizer, state, options=options)
+    for group, group_settings in zip(optimizer.param_groups, settings, strict=True):
+        group.update(group_settings)  # rates and decay of this run's config, not of the checkpoint's
+
+
+def exchange(accelerator: Accelerator, numbers: list[int]) -> list[list[int]]:
+    """The numbers of every rank, in the order of ranks. All ranks take part; a single process waits for no device."""
+    if accelerator.num_processes == 1:
+        return [numbers]
+    rows: list[list[int]] = accelerator.gather(torch.tensor([numbers], device=accelerator.device)).tolist()
+    return rows
+
+
+def raise_on_all_ranks(error: str) -> None:
+    """Raise the first rank's error that is not empty, on every rank, so that none waits for another. All take part.
+
+    Raises:
+        ValueError: with that error.
+    """
+    if errors := [rank_error for rank_error in gather_object([error]) if rank_error]:
+        raise ValueError(errors[0])

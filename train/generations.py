@@ -1,6 +1,6 @@
-"""What the model says about a few held-out samples as it learns: answers.jsonl, a page to look at, and the trackers.
+"""Answers generated for held-out samples during training: generations.jsonl, an HTML page, and trackers.
 
-A sample is asked as it is learned from: everything before its first supervised token is the prompt.
+The prompt of a sample is everything before its first supervised token.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from yi_vl.engine.sampling import Sampling
 from yi_vl.model import YiVLForConditionalGeneration
 from yi_vl.processor import YiVLProcessor
 
-from .config import AnswersConfig, DataConfig, SourceConfig
+from .config import DataConfig, GenerationsConfig, SourceConfig
 from .data.samples import read_sample, sample_name
 from .data.shard_reader import read_shard
 from .data.stream import expand_shards
 
-ANSWERS_FILE, PAGE_FILE = "answers.jsonl", "answers.html"
+GENERATIONS_FILE, PAGE_FILE = "generations.jsonl", "generations.html"
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 60em; color: #222; background: #fafafa; }
 article { display: flex; gap: 1.2em; margin: 1em 0; padding: 1em; background: white; border: 1px solid #ddd; }
@@ -42,120 +42,124 @@ td { padding: .1em .8em .1em 0; vertical-align: top; white-space: pre-wrap; } td
 
 
 @dataclass(frozen=True)
-class Question:
-    """A held-out sample: what the model is given, and what it should say."""
+class HeldOutSample:
+    """A prompt and its reference answer."""
 
     name: str  # shard and key
     prompt: list[Segment]
-    wanted: str
-    pictures: list[Tensor]  # (H, W, 3) uint8 each, as the model sees them
+    reference: str
+    images: list[Tensor]  # (H, W, 3) uint8 each, after the transform
 
 
 class HeldOut:
-    """The questions of a run, and what was answered to them.
+    """The held-out samples of a run, and the answers generated for them.
 
     Args:
-        max_prompt_tokens: tokens that a question may have; None: any number.
+        max_prompt_tokens: longest prompt allowed; None: no limit.
 
     Raises:
-        ValueError: the shards are not there, hold too few samples, or one of these is broken or too long.
+        ValueError: the shards are missing or hold too few samples, or one of these is broken or too long.
     """
 
     def __init__(
-        self, config: AnswersConfig, data: DataConfig, processor: YiVLProcessor, run_dir: Path,
+        self, config: GenerationsConfig, data: DataConfig, processor: YiVLProcessor, run_dir: Path,
         max_prompt_tokens: int | None = None,
     ) -> None:  # fmt: skip
         self.every_steps = config.every_steps
         form = config.form if config.form is not None else data.form
-        source = SourceConfig(name="answers", shards=config.shards)
-        samples = itertools.chain.from_iterable(read_shard(shard) for shard in expand_shards(source))
-        self.questions: list[Question] = []
-        for raw in itertools.islice(samples, config.count):
+        source = SourceConfig(name="generations", shards=config.shards)
+        raw_samples = itertools.chain.from_iterable(read_shard(shard) for shard in expand_shards(source))
+        self.samples: list[HeldOutSample] = []
+        for raw in itertools.islice(raw_samples, config.count):
             try:
                 segments, images = read_sample(raw, form, data.ignore)
-                question = _question(sample_name(raw), segments, images, processor)
-                processor.encode(question.prompt, max_prompt_tokens)
+                sample = _held_out_sample(sample_name(raw), segments, images, processor)
+                processor.encode(sample.prompt, max_prompt_tokens)
             except TooLongError as error:
                 raise ValueError(
-                    f"answers: {sample_name(raw)} has a question of {error.num_tokens} tokens or more, the model takes "
-                    f"{max_prompt_tokens}; hold out other samples."
+                    f"generations: {sample_name(raw)} has a prompt of {error.num_tokens} tokens or more, the model "
+                    f"takes {max_prompt_tokens}; hold out other samples."
                 ) from error
             except ValueError as error:
-                raise ValueError(f"answers: {sample_name(raw)} cannot be asked about: {error}") from error
-            self.questions.append(question)
-        if len(self.questions) < config.count:
-            raise ValueError(f"answers: {config.shards} holds {len(self.questions)} samples, count is {config.count}.")
+                raise ValueError(f"generations: {sample_name(raw)} cannot be used: {error}") from error
+            self.samples.append(sample)
+        if len(self.samples) < config.count:
+            raise ValueError(
+                f"generations: {config.shards} holds {len(self.samples)} samples, count is {config.count}."
+            )
         stop = "\n" if form == "caption" else STOP_STRING
         self._sampling = Sampling(max_new_tokens=config.max_new_tokens, stop=stop)
         self._run_dir = run_dir
 
-    def ask(self, model: YiVLForConditionalGeneration, processor: YiVLProcessor) -> list[str]:
-        """The model's answers, greedily; it must be in evaluation mode. No random state is touched."""
+    def generate(self, model: YiVLForConditionalGeneration, processor: YiVLProcessor) -> list[str]:
+        """Greedy answers of a model in eval mode. No random state is used."""
         engine = Engine(model, processor)
         texts = []
-        for question in self.questions:
-            prompts = engine.stack_prompts([processor.encode(question.prompt)], question.pictures)
+        for sample in self.samples:
+            prompts = engine.stack_prompts([processor.encode(sample.prompt)], sample.images)
             texts.append("".join(output.text for (output,) in engine.generate(prompts, self._sampling)))
-        use_gemm_(model)  # what the engine makes of its linear layers is for answers only
+        use_gemm_(model)  # undo the engine's replacement of linear layers
         return texts
 
-    def record(self, step: int, answers: list[str]) -> None:
-        """Add a row to answers.jsonl, drop those of later steps that an interrupted run has left, and draw the page."""
-        path = self._run_dir / ANSWERS_FILE
-        rows = [row for row in read_answers(path) if row["step"] < step] + [{"step": step, "answers": answers}]
+    def record(self, step: int, texts: list[str]) -> None:
+        """Add a row to generations.jsonl, drop rows of later steps from an interrupted run, and rewrite the page."""
+        path = self._run_dir / GENERATIONS_FILE
+        rows = [row for row in read_generations(path) if row["step"] < step] + [{"step": step, "generations": texts}]
         path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
         (self._run_dir / PAGE_FILE).write_text(self._page(rows), encoding="utf-8")
 
-    def track(self, tracker: GeneralTracker, step: int, answers: list[str]) -> None:
-        """Show pictures, questions and answers in a tracker that can."""
-        for index, (question, answer) in enumerate(zip(self.questions, answers, strict=True)):
-            text = f"{to_text(question.prompt)}\n\nwanted: {question.wanted}\n\nsaid: {answer}"
-            tracker.log({f"answers/{index}": text}, step=step)
-            if tracker.name == "tensorboard" and question.pictures:
-                pictures = np.stack([picture.numpy() for picture in question.pictures])
-                tracker.log_images({f"answers/{index}": pictures}, step=step, dataformats="NHWC")  # type: ignore[attr-defined]
-            elif tracker.name == "wandb" and question.pictures:
-                pictures_of = {f"answers/{index}/pictures": [picture.numpy() for picture in question.pictures]}
-                tracker.log_images(pictures_of, step=step)  # type: ignore[attr-defined]
+    def track(self, tracker: GeneralTracker, step: int, texts: list[str]) -> None:
+        """Log images, prompts and answers to a tracker."""
+        for index, (sample, answer) in enumerate(zip(self.samples, texts, strict=True)):
+            text = f"{to_text(sample.prompt)}\n\nreference: {sample.reference}\n\nresponse: {answer}"
+            tracker.log({f"generations/{index}": text}, step=step)
+            if tracker.name == "tensorboard" and sample.images:
+                images = np.stack([image.numpy() for image in sample.images])
+                tracker.log_images({f"generations/{index}": images}, step=step, dataformats="NHWC")  # type: ignore[attr-defined]
+            elif tracker.name == "wandb" and sample.images:
+                values = {f"generations/{index}/images": [image.numpy() for image in sample.images]}
+                tracker.log_images(values, step=step)  # type: ignore[attr-defined]
 
     def _page(self, rows: list[dict[str, Any]]) -> str:
         articles = []
-        for index, question in enumerate(self.questions):
-            pictures = "".join(f'<img alt="" src="{_data_url(picture)}">' for picture in question.pictures)
-            said = "".join(
-                f"<tr><td>{row['step']}</td><td>{html.escape(row['answers'][index])}</td></tr>" for row in rows
+        for index, sample in enumerate(self.samples):
+            images = "".join(f'<img alt="" src="{_data_url(image)}">' for image in sample.images)
+            responses = "".join(
+                f"<tr><td>{row['step']}</td><td>{html.escape(row['generations'][index])}</td></tr>" for row in rows
             )
             articles.append(
-                f"<article><div>{pictures}</div><div><small>{html.escape(question.name)}</small>"
-                f"<p>{html.escape(to_text(question.prompt))}</p><p><b>{html.escape(question.wanted)}</b></p>"
-                f"<table>{said}</table></div></article>"
+                f"<article><div>{images}</div><div><small>{html.escape(sample.name)}</small>"
+                f"<p>{html.escape(to_text(sample.prompt))}</p><p><b>{html.escape(sample.reference)}</b></p>"
+                f"<table>{responses}</table></div></article>"
             )
-        title = f"{html.escape(str(self._run_dir))}: held-out answers, step by step"
+        title = f"{html.escape(str(self._run_dir))}: generations for held-out samples, by step"
         return (
             f"<!doctype html><meta charset=utf-8><title>{title}</title><style>{_STYLE}</style><h1>{title}</h1>"
             + "".join(articles)
         )
 
 
-def read_answers(path: Path) -> list[dict[str, Any]]:
-    """The rows of an answers.jsonl: step, and one answer for each question."""
+def read_generations(path: Path) -> list[dict[str, Any]]:
+    """The rows of a generations.jsonl: step, and one text per held-out sample."""
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")  # splitlines would break at U+2028 inside an answer
+    lines = path.read_text(encoding="utf-8").split("\n")  # splitlines would break at U+2028 inside a text
     return [json.loads(line) for line in lines if line.strip()]
 
 
-def _question(name: str, segments: list[Segment], pictures: list[bytes], processor: YiVLProcessor) -> Question:
-    is_told = [segment.is_supervised for segment in segments]
-    first = is_told.index(True)
-    end = is_told.index(False, first) if False in is_told[first:] else len(segments)
-    num_shown = sum(segment.is_image for segment in segments[:first])
-    squares = [processor.image_processor.to_uint8(picture) for picture in pictures[:num_shown]]
-    wanted = to_text(segments[first:end]).strip().removesuffix(STOP_STRING).strip()
-    return Question(name, segments[:first], wanted, squares)
+def _held_out_sample(
+    name: str, segments: list[Segment], images: list[bytes], processor: YiVLProcessor
+) -> HeldOutSample:
+    is_supervised = [segment.is_supervised for segment in segments]
+    first = is_supervised.index(True)
+    end = is_supervised.index(False, first) if False in is_supervised[first:] else len(segments)
+    num_images = sum(segment.is_image for segment in segments[:first])
+    images_uint8 = [processor.image_processor.to_uint8(image) for image in images[:num_images]]
+    reference = to_text(segments[first:end]).strip().removesuffix(STOP_STRING).strip()
+    return HeldOutSample(name, segments[:first], reference, images_uint8)
 
 
-def _data_url(picture: Tensor) -> str:
+def _data_url(image: Tensor) -> str:
     file = io.BytesIO()
-    Image.fromarray(picture.numpy()).save(file, "PNG")
+    Image.fromarray(image.numpy()).save(file, "PNG")
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()

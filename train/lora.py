@@ -1,7 +1,7 @@
-"""LoRA: adapters in a frozen language model, saved as PEFT saves them, a small file beside the model they adapt.
+"""LoRA adapters in a frozen language model, saved in PEFT's format.
 
-Whatever else learns is copied and saved with them, whole (PEFT's `modules_to_save`). `yi_vl.load` and `yi-vl convert`
-merge what is saved here. PEFT is imported where it is needed: with bitsandbytes it takes seconds.
+Other trained components are copied and saved with them, whole (PEFT's `modules_to_save`). `yi_vl.load` and
+`yi-vl convert` merge adapters saved here. PEFT is imported where it is needed: with bitsandbytes it takes seconds.
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ _LINEARS = r"model\.language_model\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|
 _MODULES = {"vision": "vision_tower", "projector": "multi_modal_projector"}
 
 
-def wants_adapters(config: TrainConfig) -> bool:
-    """Whether the language model learns by adapters."""
+def uses_adapters(config: TrainConfig) -> bool:
+    """Whether the language model is trained by adapters."""
     return config.trainable.language == LORA
 
 
 class Adapters:
-    """What an adapted model saves: its adapters and what else learns, nothing of what is frozen."""
+    """Saves the adapters and other trained components of a model, and nothing frozen."""
 
     def __init__(self, model: PeftModel) -> None:
         self._model = model
 
     def save_pretrained(self, directory: Path, state_dict: dict[str, Tensor]) -> None:
-        """PEFT's files; `state_dict` holds the weights of the model that was adapted, by its own names."""
+        """Write PEFT's files; `state_dict` holds the adapted model's weights, by their names in the model."""
         named = {f"base_model.model.{name}": tensor for name, tensor in state_dict.items()}
         self._model.save_pretrained(str(directory), state_dict=named, save_embedding_layers=False)
 
 
 def add_adapters_(model: YiVLForConditionalGeneration, config: TrainConfig, directory: Path | None = None) -> Adapters:
-    """Put adapters into `model`, and copies of what else learns.
+    """Put adapters into `model`, and copies of the other trained components.
 
     Args:
-        directory: of adapters to go on with; new ones change nothing at first, B being 0.
+        directory: of adapters to load; new ones have B = 0 and change nothing at first.
     """
     from peft import LoraConfig, PeftModel, get_peft_model
     from peft.utils import load_peft_weights, set_peft_model_state_dict

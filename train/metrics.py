@@ -1,11 +1,9 @@
-"""What people see of a run: the start-up table, the progress bar, metrics.jsonl, samples-RANK.jsonl and the loss curve.
-
-Called by loop.py.
-"""
+"""Logging of a run: the start-up table, the progress bar, metrics.jsonl, samples-RANK.jsonl and the loss curve."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -13,14 +11,18 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
+from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from torch import Tensor
 
 from yi_vl.model import YiVLForConditionalGeneration
 
 from .config import TrainConfig
-from .optim import own_parameters
+from .data.loader import StepBatch
+from .optim import component_parameters
 from .qlora import num_weights
 
 METRICS_FILE = "metrics.jsonl"
@@ -28,22 +30,93 @@ SAMPLES_FILE = "samples-{}.jsonl"  # of a rank
 
 
 def component_table(model: YiVLForConditionalGeneration, config: TrainConfig) -> Table:
-    """Component, parameters, how many of them learn, and how fast."""
-    table = Table(title=f"{config.run_dir}: what trains")
+    """Each component's parameters, trainable parameters and learning rate."""
+    table = Table(title=f"{config.run_dir}: trainable parameters")
     for heading in ("component", "parameters", "trainable", "learning rate"):
         table.add_column(heading, justify="left" if heading == "component" else "right")
-    for name, own in own_parameters(model).items():
-        learning = sum(num_weights(parameter) for parameter in own if parameter.requires_grad)
-        rate = f"{getattr(config.lr, name):g}" if learning else "frozen"
-        table.add_row(name, f"{sum(map(num_weights, own)):,}", f"{learning:,}", rate)
+    for name, parameters in component_parameters(model).items():
+        trainable = sum(num_weights(parameter) for parameter in parameters if parameter.requires_grad)
+        rate = f"{getattr(config.lr, name):g}" if trainable else "frozen"
+        table.add_row(name, f"{sum(map(num_weights, parameters)):,}", f"{trainable:,}", rate)
     return table
 
 
+class MetricsWindow:
+    """Sums over the steps since the last row of metrics.jsonl."""
+
+    def __init__(self, config: TrainConfig, accelerator: Accelerator) -> None:
+        self._names = [source.name for source in config.data.sources]
+        self._samples_per_step = config.global_batch
+        self._accelerator = accelerator
+        self._clear()
+
+    def _clear(self) -> None:
+        self._per_source = torch.zeros(len(self._names), 2)
+        self._grad_norm: float | None = None
+        self.component_norms: dict[str, float] = {}  # before clipping, of the step that is logged
+        self.num_steps, self._num_timed_steps, self._num_tokens, self._flops = 0, 0, 0, 0
+        self._since = time.perf_counter()
+
+    def add(self, batch: StepBatch, per_source: Tensor, grad_norm: float, flops: int) -> None:
+        self._per_source = self._per_source.to(per_source.device) + per_source
+        self._grad_norm = grad_norm if math.isfinite(grad_norm) else None
+        self._flops += flops
+        self._num_tokens += sum(int(micro.attention_mask.sum()) for micro in batch.micro_batches)
+        self.num_steps += 1
+        self._num_timed_steps += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to log the loss of all steps since the last row."""
+        return {"per_source": self._per_source.cpu(), "num_steps": self.num_steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._per_source, self.num_steps = state["per_source"], state["num_steps"]
+
+    def metrics(self, step: int, lr: dict[str, float], counts: dict[str, int], steps_skipped: int) -> dict[str, Any]:
+        """A row of metrics.jsonl, over all ranks; clears the window."""
+        numbers = [self._num_tokens, self._flops, counts["seen"], counts["broken"], counts["too_long"]]
+        device = self._per_source.device
+        sums = self._accelerator.reduce(torch.tensor(numbers, device=device), "sum").tolist()
+        tokens, flops, seen, broken, too_long = sums
+        per_source = self._accelerator.reduce(self._per_source, "sum").tolist()
+        seconds = time.perf_counter() - self._since
+        metrics = {
+            "step": step,
+            "loss": sum(loss for loss, _ in per_source) / sum(count for _, count in per_source),
+            "loss_per_source": {name: loss / count for name, (loss, count) in zip(self._names, per_source) if count},
+            "lr": lr,
+            "grad_norm": self._grad_norm,
+            "grad_norm_per_component": self.component_norms,
+            "samples_per_second": self._num_timed_steps * self._samples_per_step / seconds,
+            "tokens_per_second": tokens / seconds,
+            "tflops_per_device": flops / seconds / self._accelerator.num_processes / 1e12,
+            "samples_seen": seen,
+            "samples_broken": broken,
+            "samples_too_long": too_long,
+            "steps_skipped": steps_skipped,
+        }
+        if device.type == "cuda":
+            metrics["peak_memory_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
+        self._clear()
+        return metrics
+
+
+def flatten(metrics: dict[str, Any], prefix: str = "") -> dict[str, float]:
+    """Nested metrics by slash-separated names, as trackers take them."""
+    flat: dict[str, float] = {}
+    for key, value in metrics.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}/")
+        elif value is not None:
+            flat[prefix + key] = value
+    return flat
+
+
 class Reporter:
-    """Progress and metrics of one run; silent on all ranks but the first.
+    """Progress and metrics of one run; only the first rank prints.
 
     Args:
-        done_steps: steps that an interrupted run has behind it; what it logged later is dropped.
+        done_steps: steps done when the run resumes; rows of later steps are dropped.
     """
 
     def __init__(self, run_dir: Path, num_steps: int, done_steps: int, rank: int, console: Console) -> None:
@@ -73,12 +146,12 @@ class Reporter:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self, error_type: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bar.stop()
 
     def step(self, step: int, metrics: dict[str, Any] | None) -> None:
-        """Move the bar to `step`, and log metrics when there are any."""
+        """Move the bar to `step`, and log metrics if given."""
         if metrics is None:
             self._bar.update(self._task, completed=step)
             return
@@ -93,19 +166,19 @@ class Reporter:
             file.write(json.dumps(metrics) + "\n")
         if not self._console.is_terminal:
             per_step = (time.monotonic() - self._started) / max(1, step - self._done_at_start)
-            left = time.strftime("%H:%M:%S", time.gmtime((self._num_steps - step) * per_step))
+            remaining = time.strftime("%H:%M:%S", time.gmtime((self._num_steps - step) * per_step))
             self._console.print(
-                f"step {step}/{self._num_steps}  {numbers}  {left} left", highlight=False, soft_wrap=True
+                f"step {step}/{self._num_steps}  {numbers}  {remaining} left", highlight=False, soft_wrap=True
             )
 
     def note(self, lines: Sequence[str]) -> None:
-        """Lines that must not be lost, above the bar."""
+        """Print lines above the progress bar."""
         if self._is_main:
             for line in lines:
                 self._console.print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
     def samples(self, step: int, names: Sequence[str]) -> None:
-        """Write down what this rank's part of a step was made of."""
+        """Log the names of this rank's samples of a step."""
         with self._samples_path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, "samples": names}, ensure_ascii=False) + "\n")
 
@@ -120,7 +193,7 @@ def _drop_after(path: Path, step: int) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl or samples-RANK.jsonl; a last line cut off by a kill is left out."""
+    """The rows of a metrics.jsonl or samples-RANK.jsonl; a last line cut off by a kill is skipped."""
     rows = []
     for line in path.read_text(encoding="utf-8").split("\n"):
         try:

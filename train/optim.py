@@ -1,7 +1,4 @@
-"""What learns, and how fast: components, AdamW groups named after them, and the learning-rate schedule.
-
-Called by loop.py, report.py and costs.py; calls nothing of the project but the settings.
-"""
+"""Trainable components, AdamW parameter groups named after them, and the learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -16,62 +13,62 @@ from yi_vl.model import YiVLForConditionalGeneration
 
 from .config import TrainConfig
 
-LOW_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # by precision: what products are computed in
+LOW_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # by precision: autocast's
 COMPONENTS = ("vision", "projector", "language")
 
 
 def components(model: YiVLForConditionalGeneration) -> dict[str, list[nn.Module]]:
-    """The modules that each component of the settings means."""
+    """The modules of each component named in the config."""
     inner = model.model
     return {
-        "vision": [_learning(inner.vision_tower)],
-        "projector": [_learning(inner.multi_modal_projector)],
+        "vision": [_trainable_copy(inner.vision_tower)],
+        "projector": [_trainable_copy(inner.multi_modal_projector)],
         "language": [inner.language_model, model.lm_head],
     }
 
 
-def _learning(module: nn.Module) -> nn.Module:
-    """The module itself, or the copy of it that learns beside adapters; see adapters.py."""
+def _trainable_copy(module: nn.Module) -> nn.Module:
+    """The module itself, or its trainable copy beside adapters (PEFT's `modules_to_save`)."""
     copies = getattr(module, "modules_to_save", None)
     return module if copies is None else copies["default"]
 
 
-def own_parameters(model: YiVLForConditionalGeneration) -> dict[str, list[nn.Parameter]]:
-    """Each component's parameters, each parameter once: tied tables are one, and the first component's."""
-    own: dict[str, list[nn.Parameter]] = {}
+def component_parameters(model: YiVLForConditionalGeneration) -> dict[str, list[nn.Parameter]]:
+    """Each component's parameters; a tied parameter is listed once, in the first component."""
+    parameters: dict[str, list[nn.Parameter]] = {}
     seen: set[int] = set()
     for name, modules in components(model).items():
         by_identity = {id(p): p for module in modules for p in module.parameters() if id(p) not in seen}
         seen.update(by_identity)
-        own[name] = list(by_identity.values())
-    return own
+        parameters[name] = list(by_identity.values())
+    return parameters
 
 
 def set_trainable_(model: YiVLForConditionalGeneration, config: TrainConfig) -> None:
-    """Freeze what does not learn. Frozen modules are put in eval mode too: batch statistics are weights as well.
+    """Freeze what is not trained, and put it in eval mode: batch statistics are weights as well.
 
-    But for a frozen language model whose activations are checkpointed: in eval mode transformers checkpoints nothing.
-    Its layers are the same in both modes, as Llama has no dropout.
+    A frozen language model with activation checkpointing stays in training mode, as transformers checkpoints nothing in
+    eval mode; Llama has no dropout, so its layers compute the same in both.
     """
     model.train()
     for name, modules in components(model).items():
-        learns = getattr(config.trainable, name)
+        trainable = getattr(config.trainable, name)
         for module in modules:
-            module.requires_grad_(learns is True)
-            module.train(bool(learns) or (name == "language" and config.activation_checkpointing))
+            module.requires_grad_(trainable is True)
+            module.train(bool(trainable) or (name == "language" and config.activation_checkpointing))
     for name, parameter in model.named_parameters():
         if is_adapter(name):
             parameter.requires_grad_(True)
     tower = model.model.vision_tower
-    for never_run in tower.visual.unused_modules(tower.config.feature_layer):
-        never_run.requires_grad_(False)  # stored only; with a gradient asked for, distributed training waits for it
+    for module in tower.visual.unused_modules(tower.config.feature_layer):
+        module.requires_grad_(False)  # DDP would wait for their gradients
 
 
-def keep_frozen_low_(model: YiVLForConditionalGeneration, precision: str) -> None:
-    """Keep the matrices of frozen linear layers in the dtype that autocast multiplies them in, at half the memory.
+def cast_frozen_(model: YiVLForConditionalGeneration, precision: str) -> None:
+    """Cast the matrices of frozen linear layers to autocast's dtype, at half the memory.
 
-    Only those whose values it holds exactly, as it does those of a model that was released in it: so nothing of a step
-    changes, nor of what is saved. A table of embeddings stays in float32, for it makes the residual stream.
+    Only matrices that this dtype represents exactly, as it does those of a model released in it, so neither steps nor
+    saved weights change. Embedding tables stay in float32: they make the residual stream.
     """
     dtype = LOW_DTYPES.get(precision)
     if dtype is None:
@@ -80,20 +77,20 @@ def keep_frozen_low_(model: YiVLForConditionalGeneration, precision: str) -> Non
     for module in model.modules():
         if isinstance(module, nn.Linear) and not module.weight.requires_grad and id(module.weight) not in tables:
             if not module.weight.is_floating_point():
-                continue  # four bits, see int4.py
+                continue  # 4-bit, see qlora.py
             low = module.weight.to(dtype)
             if torch.equal(low.to(module.weight.dtype), module.weight):
                 module.weight.data = low
 
 
 def is_adapter(parameter_name: str) -> bool:
-    """Whether a parameter is one that PEFT's LoRA has added."""
+    """Whether a parameter belongs to a LoRA adapter of PEFT."""
     return ".lora_A." in parameter_name or ".lora_B." in parameter_name
 
 
 def checkpoint_activations_(model: YiVLForConditionalGeneration) -> None:
-    """Keep only the layers' inputs, and run the layers again in the backward pass."""
-    # its name since transformers 5.23, and before
+    """Keep only the layers' inputs, and recompute the layers in the backward pass."""
+    # the first name since transformers 5.23
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
 
@@ -101,12 +98,12 @@ def checkpoint_activations_(model: YiVLForConditionalGeneration) -> None:
 def parameter_groups(model: YiVLForConditionalGeneration, config: TrainConfig) -> list[dict[str, Any]]:
     """AdamW groups `<component>` and `<component>, no decay`, each with its peak learning rate `peak_lr`."""
     groups: list[dict[str, Any]] = []
-    for name, own in own_parameters(model).items():
-        learning = [parameter for parameter in own if parameter.requires_grad]
+    for name, parameters in component_parameters(model).items():
+        trainable = [parameter for parameter in parameters if parameter.requires_grad]
         peak_lr = getattr(config.lr, name)
         for suffix, decay, members in (
-            ("", config.optimiser.weight_decay, [p for p in learning if p.ndim > 1]),
-            (", no decay", 0.0, [p for p in learning if p.ndim <= 1]),
+            ("", config.optimizer.weight_decay, [p for p in trainable if p.ndim > 1]),
+            (", no decay", 0.0, [p for p in trainable if p.ndim <= 1]),
         ):
             if members:
                 groups.append(
@@ -115,18 +112,18 @@ def parameter_groups(model: YiVLForConditionalGeneration, config: TrainConfig) -
     return groups
 
 
-def build_optimiser(model: YiVLForConditionalGeneration, config: TrainConfig) -> torch.optim.AdamW:
+def build_optimizer(model: YiVLForConditionalGeneration, config: TrainConfig) -> torch.optim.AdamW:
     """AdamW over `parameter_groups`."""
-    first, second = config.optimiser.betas
+    first, second = config.optimizer.betas
     return torch.optim.AdamW(
-        parameter_groups(model, config), lr=0.0, betas=(first, second), eps=config.optimiser.eps, fused=True
+        parameter_groups(model, config), lr=0.0, betas=(first, second), eps=config.optimizer.eps, fused=True
     )
 
 
-def gradient_norms(optimiser: torch.optim.Optimizer) -> dict[str, float]:
-    """The gradients' Euclidean norm of each component that learns, as they are now; all ranks take part."""
+def gradient_norms(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """The gradients' Euclidean norm of each trained component; all ranks take part."""
     squares: dict[str, float] = {}
-    for group in optimiser.param_groups:
+    for group in optimizer.param_groups:
         name = group["name"].removesuffix(", no decay")
         norm = torch.nn.utils.get_total_norm([p.grad for p in group["params"] if p.grad is not None])
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
@@ -134,9 +131,9 @@ def gradient_norms(optimiser: torch.optim.Optimizer) -> dict[str, float]:
     return {name: math.sqrt(square) for name, square in squares.items()}
 
 
-def set_learning_rates_(optimiser: torch.optim.Optimizer, step: int, num_steps: int, warmup_ratio: float) -> None:
+def set_learning_rates_(optimizer: torch.optim.Optimizer, step: int, num_steps: int, warmup_ratio: float) -> None:
     """Before step `step` of `num_steps` (from 0): linear warm-up, then cosine to 0. The schedule has no state."""
-    for group in optimiser.param_groups:
+    for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * schedule(step, num_steps, warmup_ratio)
 
 
@@ -149,6 +146,6 @@ def schedule(step: int, num_steps: int, warmup_ratio: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def learning_rates(optimiser: torch.optim.Optimizer) -> dict[str, float]:
-    """The present learning rate of each component that learns."""
-    return {group["name"].removesuffix(", no decay"): group["lr"] for group in optimiser.param_groups}
+def learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """The current learning rate of each trained component."""
+    return {group["name"].removesuffix(", no decay"): group["lr"] for group in optimizer.param_groups}

@@ -1,6 +1,6 @@
 """What the model will see: `python -m train.preview CONFIG.yaml [key.sub=value ...] [--samples 12] [--out FILE]`.
 
-One page without outside files: each picture after the transform, the text with what is supervised coloured, token
+One page without outside files: each image after the transform, the text with what is supervised coloured, token
 counts, source, shard and key.
 """
 
@@ -16,7 +16,8 @@ from pathlib import Path
 from PIL import Image
 from torch import Tensor
 
-from .config import TrainConfig, exit_on_user_error, load_config
+from .config import TrainConfig, exit_on_user_error
+from .config_file import load_config
 from .data.loader import Sample, SampleEncoder, TooLong
 from .data.samples import sample_name
 from .data.stream import Mixture
@@ -71,9 +72,9 @@ def preview(config: TrainConfig, num_samples: int) -> str:
 def _article(source: str, sample: Sample, tokenizer: object, image_token_id: int) -> str:
     encoded = sample.encoded
     facts = f"{len(encoded.input_ids)} tokens, {sum(encoded.loss_mask)} supervised, {len(sample.images)} images"
-    pictures = "".join(f'<img src="{_data_uri(image)}">' for image in sample.images)
+    images = "".join(f'<img src="{_data_uri(image)}">' for image in sample.images)
     return (
-        f"<article><div>{pictures}</div><div>"
+        f"<article><div>{images}</div><div>"
         f"<small>{_escape(source)} · {_escape(sample.name)} · {facts}</small>"
         f"<p class=text>{_coloured(sample, tokenizer, image_token_id)}</p></div></article>"
     )

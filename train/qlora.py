@@ -59,7 +59,7 @@ def read_int4(
     )
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
-            # on some CPUs a layer in eval mode would repack its weights, round their scales, and pass no gradient again
+            # on some CPUs a layer in eval mode would repack its weights with rounded scales, and then pass no gradient
             module.support_avx512bf16_for_cpu = False
     return model, processor
 

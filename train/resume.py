@@ -1,7 +1,7 @@
-"""What other settings mean to a run that is resumed or finished: the settings beside a checkpoint, compared key by key.
+"""Finds the checkpoint to resume from, and compares its config with the run's.
 
-A key takes effect from the next step, or would change the order of the data, or cannot take effect because the
-checkpoint's own value holds. The last two are refused; the first is reported.
+A changed key takes effect from the next step, and is reported; or it would change the data order or cannot take effect,
+and is refused.
 """
 
 from __future__ import annotations
@@ -10,9 +10,15 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from .config import LORA, TrainConfig, flat_settings, load_config, num_steps
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 
-_ORDER = "which changes the order of the data: samples would come again or be left out"
+from .checkpoint import load_state, newest_good
+from .config import LORA, TrainConfig, flat_settings, num_steps
+from .config_file import load_config
+from .distributed import raise_on_all_ranks
+
+_ORDER = "which changes the order of the data: samples would be repeated or skipped"
 _REFUSED = {  # keys, or patterns of them, and why they cannot change
     "seed": _ORDER,
     "data.shuffle_buffer": _ORDER,
@@ -21,32 +27,60 @@ _REFUSED = {  # keys, or patterns of them, and why they cannot change
     "data.sources.*.weight": _ORDER,
     "data.sources.*.max_samples": _ORDER,
     "image_size": "but the checkpoint's position grid has its own size",
-    "init_from.*": "but the weights are the checkpoint's, and nothing else is read",
-    "trainable.*": "but the checkpoint holds the optimizer's state of what was trained",
+    "init_from.*": "but the weights are the checkpoint's, and no others are loaded",
+    "trainable.*": "but the checkpoint holds the optimizer's state of other parameters",
     "lora.rank": "but the checkpoint's adapters have their own rank",
 }
 _NOT_COMPARED = ("run_dir", "resume")
-_NO_RESULT = (  # keys that do not change what is learned
-    "checkpoint.*", "answers", "answers.*", "log_every", "log_samples", "trackers", "micro_batch", "compile",
-    "activation_checkpointing", "data.workers", "data.max_broken_fraction", "bad_steps.stop_after",
+_NO_RESULT = (  # keys that do not change the trained weights
+    "checkpoint.*", "generations", "generations.*", "log_every", "log_samples", "trackers", "micro_batch", "compile",
+    "activation_checkpointing", "data.workers", "data.max_broken_fraction", "spike_guard.stop_after",
 )  # fmt: skip
 
 
+def find_checkpoint(
+    accelerator: Accelerator, config: TrainConfig
+) -> tuple[Path | None, dict[str, Any] | None, list[str]]:
+    """The newest whole checkpoint, chosen by the first rank for all, its state, and lines about it for the user.
+
+    Raises:
+        ValueError: on every rank, when all checkpoints are damaged, or the config cannot change as it did.
+    """
+    choice: list[Any] = [None, []]
+    error = ""
+    if accelerator.is_main_process:
+        try:
+            choice = list(newest_good(Path(config.run_dir)))
+        except ValueError as none_good:
+            error = str(none_good)
+    raise_on_all_ranks(error)
+    directory, notes = broadcast_object_list(choice)
+    if directory is None:
+        return None, None, notes
+    is_main = accelerator.is_main_process
+    state = load_state(directory, lazily=not is_main)
+    if is_main:
+        try:
+            notes += check_resumed(directory, state["step"], config)
+        except ValueError as refused:
+            error = str(refused)
+    raise_on_all_ranks(error)
+    return directory, state, notes
+
+
 def check_resumed(checkpoint: Path, done_steps: int, config: TrainConfig) -> list[str]:
-    """Lines for people about settings that take effect from now on.
+    """Lines for the user about settings that take effect from now on.
 
     Args:
-        done_steps: steps behind the checkpoint.
+        done_steps: steps of the checkpoint.
 
     Raises:
         ValueError: settings differ that cannot change in the middle of a run.
     """
-    before = _settings_of(checkpoint)
-    if before is None:
-        return [f"{checkpoint} has no settings beside it that can be read; it is not known whether they are the same."]
+    before = _read_config(checkpoint)
     if done_steps > num_steps(config):
         raise ValueError(
-            f"{checkpoint} is at step {done_steps}, but this run has {num_steps(config)} steps; give it more, or take "
+            f"{checkpoint} is at step {done_steps}, but this run has {num_steps(config)} steps; raise `steps`, or take "
             "another run_dir."
         )
     differing = _differences(before, config)
@@ -69,8 +103,7 @@ def check_finished(final: Path, config: TrainConfig) -> None:
     Raises:
         ValueError: the finished model was trained with settings that make another model.
     """
-    before = _settings_of(final)
-    differing = {} if before is None else _differences(before, config)
+    differing = _differences(_read_config(final), config)
     changed = [
         f"{key} {_show(old)}, this run has {_show(new)}"
         for key, (old, new) in differing.items()
@@ -83,11 +116,11 @@ def check_finished(final: Path, config: TrainConfig) -> None:
         )
 
 
-def _settings_of(checkpoint: Path) -> TrainConfig | None:
+def _read_config(checkpoint: Path) -> TrainConfig:
     try:
         return load_config(checkpoint / "config.yaml")
-    except (OSError, ValueError):  # of another version
-        return None
+    except ValueError as error:
+        raise ValueError(f"The config of {checkpoint} cannot be read, take another run_dir: {error}") from error
 
 
 def _differences(before: TrainConfig, config: TrainConfig) -> dict[str, tuple[Any, Any]]:
@@ -103,7 +136,7 @@ def _differences(before: TrainConfig, config: TrainConfig) -> dict[str, tuple[An
         key: (old.get(key), new.get(key))
         for key in dict.fromkeys((*old, *new))
         if not _is_same(key, old.get(key), new.get(key))
-        and not any(key.startswith(f"data.sources.{name}.") for name in names)  # told by data.sources
+        and not any(key.startswith(f"data.sources.{name}.") for name in names)  # reported as data.sources
         and (not key.startswith("lora.") or LORA in (before.trainable.language, config.trainable.language))
     }
 
@@ -117,9 +150,9 @@ def _is_same(key: str, old: Any, new: Any) -> bool:
 def _refusal(key: str, before: TrainConfig, config: TrainConfig) -> str | None:
     """Why a key cannot change; None when it can."""
     if key == "init_from.checkpoint" and config.trainable.language == LORA == before.trainable.language:
-        return None  # the model that is adapted is read again, and may have been moved
+        return None  # the base model is loaded again, and may have been moved
     if key == "global_batch" and config.epochs is not None:
-        return "but the epochs' steps that are done were of another size; give `steps` instead of `epochs`"
+        return "but the steps already done were of another size; give `steps` instead of `epochs`"
     return next((reason for pattern, reason in _REFUSED.items() if fnmatch(key, pattern)), None)
 
 

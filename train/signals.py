@@ -1,7 +1,4 @@
-"""Being told to stop: a signal is remembered, and the loop leaves where it can go on later.
-
-Called by loop.py.
-"""
+"""Stop signals: remembered, so that the training loop can save a checkpoint and end between two steps."""
 
 from __future__ import annotations
 
@@ -9,22 +6,22 @@ import signal
 from types import FrameType, TracebackType
 from typing import Any
 
-_ASKED_TO_STOP = (signal.SIGTERM, signal.SIGINT)
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopSignals:
-    """While it is entered, the first SIGTERM or Ctrl-C is only remembered; the next one acts as it always does."""
+    """While entered, the first SIGTERM or Ctrl-C is only remembered; the next one has its previous effect."""
 
     def __init__(self) -> None:
         self.received = 0  # the signal's number
-        self._usual: dict[signal.Signals, Any] = {}
+        self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopSignals:
-        self._usual = {number: signal.signal(number, self._remember) for number in _ASKED_TO_STOP}
+        self._previous = {number: signal.signal(number, self._remember) for number in _STOP_SIGNALS}
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self, error_type: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._restore()
 
@@ -33,5 +30,5 @@ class StopSignals:
         self._restore()
 
     def _restore(self) -> None:
-        for number, handler in self._usual.items():
+        for number, handler in self._previous.items():
             signal.signal(number, handler)

@@ -1,7 +1,4 @@
-"""Which steps would spoil the weights: their gradient is not a number, or out of all proportion.
-
-Called by loop.py; calls nothing of the project but the settings.
-"""
+"""Skips steps whose gradient norm is NaN, infinite or an outlier."""
 
 from __future__ import annotations
 
@@ -10,45 +7,45 @@ from collections import deque
 from statistics import median
 from typing import Any
 
-from .config import BadStepsConfig
+from .config import SpikeGuardConfig
 
-_NUM_NORMS = 100  # whose median is what is usual
-_MIN_NORMS = 20  # before anything is unusual
+_NUM_NORMS = 100  # in the running median
+_MIN_NORMS = 20  # before any norm is an outlier
 
 
-class GradientGuard:
-    """Judges each step by the norm of its gradient, and counts those that are left out."""
+class SpikeGuard:
+    """Decides by the gradient norm whether a step is skipped, and counts skipped steps."""
 
-    def __init__(self, config: BadStepsConfig) -> None:
+    def __init__(self, config: SpikeGuardConfig) -> None:
         self._max_ratio, self._stop_after = config.max_norm_ratio, config.stop_after
         self._norms: deque[float] = deque(maxlen=_NUM_NORMS)
         self.num_skipped = 0
-        self.num_in_a_row = 0
+        self.num_consecutive = 0
 
     @property
-    def has_had_enough(self) -> bool:
-        """Whether as many steps in a row were left out as the settings allow."""
-        return self.num_in_a_row >= self._stop_after
+    def should_stop(self) -> bool:
+        """Whether as many consecutive steps were skipped as the config allows."""
+        return self.num_consecutive >= self._stop_after
 
     def accepts(self, norm: float) -> bool:
-        """Whether the step whose gradient has this norm may change the weights."""
-        accepted = math.isfinite(norm) and not self._is_unusual(norm)
+        """Whether a step with this gradient norm may update the weights."""
+        accepted = math.isfinite(norm) and not self._is_outlier(norm)
         if accepted:
             self._norms.append(norm)
-            self.num_in_a_row = 0
+            self.num_consecutive = 0
         else:
             self.num_skipped += 1
-            self.num_in_a_row += 1
+            self.num_consecutive += 1
         return accepted
 
     def state_dict(self) -> dict[str, Any]:
-        return {"norms": list(self._norms), "num_skipped": self.num_skipped, "num_in_a_row": self.num_in_a_row}
+        return {"norms": list(self._norms), "num_skipped": self.num_skipped, "num_consecutive": self.num_consecutive}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._norms.extend(state["norms"])
-        self.num_skipped, self.num_in_a_row = state["num_skipped"], state["num_in_a_row"]
+        self.num_skipped, self.num_consecutive = state["num_skipped"], state["num_consecutive"]
 
-    def _is_unusual(self, norm: float) -> bool:
+    def _is_outlier(self, norm: float) -> bool:
         if self._max_ratio is None or len(self._norms) < _MIN_NORMS:
             return False
         return norm > self._max_ratio * median(self._norms)

@@ -1,69 +1,72 @@
-"""The training loop: one for every stage of a recipe; the settings say what differs."""
+"""The training loop, the same for every stage of a recipe."""
 
 from __future__ import annotations
 
 import math
 import signal
-import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object, set_seed
+from accelerate.utils import gather_object, set_seed
 from rich.console import Console
 from torch import Tensor
 
 from . import checkpoint
-from .attention.cpu import keep_memory, use_short_attention_
-from .attention.packing import use_varlen_attention_
-from .config import TrainConfig, num_steps, to_yaml
-from .data.loader import IGNORE, MicroBatch, StepBatch, StepLoader, num_supervised
+from .config import TrainConfig, num_steps
+from .config_file import to_yaml
+from .data.loader import IGNORE, MicroBatch, StepBatch
 from .data.stream import expand_shards
-from .distributed import build_accelerator, gather_optimiser, gather_weights, is_sharded, load_optimiser_, ranks_line
+from .distributed import (
+    build_accelerator,
+    exchange,
+    gather_optimizer,
+    gather_weights,
+    is_sharded,
+    load_optimizer_,
+    raise_on_all_ranks,
+    ranks_line,
+)
 from .generations import HeldOut
-from .init import check_positions, initial_model, load_float32
-from .lora import add_adapters_, wants_adapters
 from .loss import Objective
-from .metrics import Reporter, component_table, draw_loss_curve
+from .metrics import MetricsWindow, Reporter, component_table, draw_loss_curve, flatten
 from .optim import (
-    build_optimiser,
-    checkpoint_activations_,
+    build_optimizer,
     gradient_norms,
-    keep_frozen_low_,
     learning_rates,
     set_learning_rates_,
     set_trainable_,
 )
 from .plan.flops import batch_flops
-from .resume import check_finished, check_resumed
+from .resume import check_finished, find_checkpoint
+from .setup import build_held_out, build_loader, build_model
 from .signals import StopSignals
-from .spike_guard import GradientGuard
+from .spike_guard import SpikeGuard
 
 
 def train(config: TrainConfig) -> Path:
-    """Run a training run to its end, or go on with the one in its run_dir; returns the finished model's directory.
+    """Run a training run to its end, or resume the one in its run_dir; returns the finished model's directory.
 
     Raises:
-        ValueError: something the user can put right: data, weights, settings or disk.
-        SystemExit: SIGTERM or Ctrl-C came, and a checkpoint was saved; the code is 128 and the signal's number.
+        ValueError: data, weights, settings or disk need the user's attention.
+        SystemExit: SIGTERM or Ctrl-C was received and a checkpoint saved; the code is 128 plus the signal's number.
     """
     run_dir, console = Path(config.run_dir), Console(stderr=True)
     final = run_dir / checkpoint.FINAL
     if not config.resume and (final.is_dir() or checkpoint.checkpoints(run_dir)):
-        raise ValueError(f"{run_dir} holds an earlier run; delete it, take another run_dir, or go on with resume=true.")
+        raise ValueError(f"{run_dir} holds an earlier run; delete it, take another run_dir, or set resume=true.")
     if final.is_dir():
         check_finished(final, config)
-        console.print(f"{final} is finished already; another run_dir trains anew.", markup=False)
+        console.print(f"{final} is finished already; to train again, take another run_dir.", markup=False)
         return final
     for source in config.data.sources:
         expand_shards(source)
     trainer = Trainer(config, console)
-    if stopped_by := trainer.run():
+    if stop_signal := trainer.run():
         trainer.accelerator.end_training()
-        raise SystemExit(128 + stopped_by)
+        raise SystemExit(128 + stop_signal)
     trainer.save(final, with_state=False)
     if trainer.accelerator.is_main_process:
         draw_loss_curve(run_dir)
@@ -72,7 +75,7 @@ def train(config: TrainConfig) -> Path:
 
 
 class Trainer:
-    """The state of a run: model, optimiser, data, and how many steps are done."""
+    """The state of a run: model, optimizer, data, and the number of steps done."""
 
     def __init__(self, config: TrainConfig, console: Console) -> None:
         self.config = config
@@ -80,51 +83,41 @@ class Trainer:
         self.console = console
         self.num_steps = num_steps(config)
         self.accelerator = build_accelerator(config)
-        self.guard = GradientGuard(config.bad_steps)
-        self.log = _Window(config, self.accelerator)
+        self.guard = SpikeGuard(config.spike_guard)
+        self.log = MetricsWindow(config, self.accelerator)
+        self.stop_signal = 0  # its number, once one was received by any rank
+        self.is_checkpoint_due = False
         set_seed(config.seed)  # the same fresh weights on every rank
 
-        found = self._newest_checkpoint() if config.resume else None
-        is_main = self.accelerator.is_main_process
-        state = checkpoint.load_state(found, lazily=not is_main) if found is not None else None
+        directory, state = None, None
+        if config.resume:
+            directory, state, notes = find_checkpoint(self.accelerator, config)
+            for note in notes:
+                self._print(note)
         self.done_steps: int = state["step"] if state is not None else 0
-        self.is_checkpoint_due = False
-        if found is not None:
-            self._check_resumed(found)
-        if found is None or wants_adapters(config):
-            self.model, self.processor = initial_model(config, self.accelerator.device)
-        else:
-            self.model, self.processor = load_float32(found)
-            check_positions(self.model, config)
-        self.saved = add_adapters_(self.model, config, found) if wants_adapters(config) else self.model
-        set_trainable_(self.model, config)
-        keep_frozen_low_(self.model, config.precision)
-        if config.activation_checkpointing:
-            checkpoint_activations_(self.model)
-        if self.accelerator.device.type == "cpu":
-            keep_memory()
-            use_short_attention_(self.model)
-        else:
-            use_varlen_attention_(self.model.model.language_model, config.precision)
-        if is_main:
+        self._saved_steps = self.done_steps
+        self.model, self.processor, self.saved = build_model(config, self.accelerator, directory)
+        if self.accelerator.is_main_process:
             console.print(component_table(self.model, config))
-        if found is not None:
-            self._say(f"Going on from {found}, step {self.done_steps} of {self.num_steps}.")
+        if directory is not None:
+            self._print(f"Resuming from {directory}, step {self.done_steps} of {self.num_steps}.")
 
-        self.objective, self.optimiser = self.accelerator.prepare(
-            Objective(self.model, len(config.data.sources)), build_optimiser(self.model, config)
+        self.objective, self.optimizer = self.accelerator.prepare(
+            Objective(self.model, len(config.data.sources)), build_optimizer(self.model, config)
         )
         if self.accelerator.num_processes > 1:
-            self._say(ranks_line(self.accelerator, self.objective))
+            self._print(ranks_line(self.accelerator, self.objective))
         if config.compile:
             for layer in self.model.model.language_model.layers:  # one by one: all share one compilation
                 layer.compile(dynamic=True)
-        self.held_out = self._held_out()
-        self.loader = self._build_loader(state)
+        self.held_out = build_held_out(config, self.accelerator, self.model, self.processor)
+        self.loader = build_loader(config, self.accelerator, self.processor, state)
+        if self.loader.note is not None:
+            self._print(self.loader.note)
         self._restore(state)
 
     def run(self) -> int:
-        """Train what is left of the run. Returns 0, or the signal that stopped it, once a checkpoint is saved."""
+        """Train the remaining steps. Returns 0, or the signal that stopped the run, once a checkpoint is saved."""
         if self.accelerator.is_main_process:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             self.accelerator.init_trackers("yi_vl", config={"config": to_yaml(self.config)})
@@ -134,139 +127,168 @@ class Trainer:
                 StopSignals() as signals,
                 Reporter(self.run_dir, self.num_steps, self.done_steps, rank, self.console) as reporter,
             ):
-                for batch in self._steps():
-                    self._train_on(batch, reporter)
-                    stopped_by = self._largest(signals.received)
-                    is_last = self.done_steps == self.num_steps
-                    self.is_checkpoint_due |= self.done_steps % self.config.checkpoint.every_steps == 0
-                    is_due = self.is_checkpoint_due and not self.guard.num_in_a_row  # else after the next good step
-                    if not is_last and (is_due or stopped_by):
-                        self.save(checkpoint.checkpoint_path(self.run_dir, self.done_steps), with_state=True)
-                        self.is_checkpoint_due = False
-                    if self.held_out is not None and (is_last or self.done_steps % self.held_out.every_steps == 0):
-                        self._show_answers(self.held_out)
-                    if not is_last and stopped_by:
-                        name = signal.Signals(stopped_by).name
-                        self._say(f"{name} at step {self.done_steps}: {self._last_good()}")
-                        return stopped_by
+                for batch, num_supervised in self._batches(signals):
+                    self._train_on(batch, num_supervised, reporter)
+                    self._after_step()
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
             raise ValueError(
                 f"A data worker died: {str(error).splitlines()[0]} If memory ran out, lower data.workers or "
-                f"data.shuffle_buffer. {self._last_good()}"
+                f"data.shuffle_buffer. {self._last_checkpoint_line()}"
             ) from error
-        return 0
+        if self.stop_signal:
+            name = signal.Signals(self.stop_signal).name
+            self._print(f"{name} at step {self.done_steps}: {self._last_checkpoint_line()}")
+        return self.stop_signal
 
-    def _train_on(self, batch: StepBatch, reporter: Reporter) -> None:
-        """One step, and what is told of it."""
+    def _batches(self, signals: StopSignals) -> Iterator[tuple[StepBatch, int]]:
+        """This rank's batches, each with the number of supervised tokens of the step on all ranks.
+
+        Ends at the last step, or on all ranks when one received a signal, after saving a checkpoint. One exchange per
+        step tells all ranks of the signals, the errors and the token counts of each.
+
+        Raises:
+            ValueError: on every rank, when the data of one cannot continue.
+        """
+        batches = iter(self.loader)
+        while self.done_steps < self.num_steps:
+            data_state = self.loader.state_dict()
+            error, batch = "", None
+            try:
+                batch = next(batches)
+            except ValueError as data_error:
+                error = str(data_error)
+            num_supervised = batch.num_supervised if batch is not None else 0
+            rows = exchange(self.accelerator, [bool(error), signals.received, num_supervised])
+            has_error, self.stop_signal, _ = map(max, zip(*rows))
+            if has_error:
+                raise_on_all_ranks(error)
+            if self.stop_signal:
+                if self._saved_steps != self.done_steps:
+                    self._save_step(data_state)  # without the batch that was just taken
+                return
+            assert batch is not None
+            yield batch, sum(row[2] for row in rows)
+
+    def _train_on(self, batch: StepBatch, num_supervised: int, reporter: Reporter) -> None:
+        """Do one step and log it."""
         reporter.note(batch.reports)
-        set_learning_rates_(self.optimiser, self.done_steps, self.num_steps, self.config.warmup_ratio)
-        per_source, norm = self.step(batch)
+        set_learning_rates_(self.optimizer, self.done_steps, self.num_steps, self.config.warmup_ratio)
+        per_source, norm = self.step(batch, num_supervised)
         self.done_steps += 1
         if self.config.log_samples:
             reporter.samples(self.done_steps, batch.names)
-        if self.guard.num_in_a_row:
-            reporter.note([f"step {self.done_steps} left out: the norm of its gradient is {norm:g}"])
+        if self.guard.num_consecutive:
+            reporter.note([f"step {self.done_steps} skipped: its gradient norm is {norm:g}"])
         else:
             self.log.add(batch, per_source, norm, self._flops(batch))
         metrics = None
         if self._is_logged(self.done_steps) and self.log.num_steps:
             counts, skipped = self.loader.counts(), self.guard.num_skipped
-            metrics = self.log.metrics(self.done_steps, learning_rates(self.optimiser), counts, skipped)
-            self.accelerator.log(_flat(metrics), step=self.done_steps)
+            metrics = self.log.metrics(self.done_steps, learning_rates(self.optimizer), counts, skipped)
+            self.accelerator.log(flatten(metrics), step=self.done_steps)
         reporter.step(self.done_steps, metrics)
-        if self.guard.has_had_enough:
+        if self.guard.should_stop:
             raise ValueError(
-                f"{self.guard.num_in_a_row} steps in a row had no gradient to learn from; the norm of the last is "
-                f"{norm:g}, bad_steps.max_norm_ratio {self.config.bad_steps.max_norm_ratio}. Lower the learning rate, "
-                f"or look at what these steps are made of (log_samples=true). {self._last_good()}"
+                f"{self.guard.num_consecutive} consecutive steps were skipped; the gradient norm of the last is "
+                f"{norm:g}, spike_guard.max_norm_ratio {self.config.spike_guard.max_norm_ratio}. Lower the learning "
+                f"rate, or look at the samples of these steps (log_samples=true). {self._last_checkpoint_line()}"
             )
 
-    def step(self, batch: StepBatch) -> tuple[Tensor, float]:
-        """One optimiser step; returns (num_sources, 2) summed losses and supervised tokens per source, and the norm.
+    def _after_step(self) -> None:
+        """Save a checkpoint and generate answers when they are due."""
+        is_last = self.done_steps == self.num_steps
+        self.is_checkpoint_due |= self.done_steps % self.config.checkpoint.every_steps == 0
+        if self.is_checkpoint_due and not is_last and not self.guard.num_consecutive:  # else after the next good step
+            self._save_step(self.loader.state_dict())
+            self.is_checkpoint_due = False
+        if self.held_out is not None and (is_last or self.done_steps % self.held_out.every_steps == 0):
+            self._generate(self.held_out)
 
-        The loss is normalised by the supervised tokens of the whole step on all ranks.
+    def step(self, batch: StepBatch, num_supervised: int) -> tuple[Tensor, float]:
+        """One optimizer step; its loss is normalized by the supervised tokens of the whole step on all ranks.
+
+        Args:
+            num_supervised: supervised tokens of this step on all ranks.
+
+        Returns:
+            (num_sources, 2) summed losses and supervised tokens per source on this rank, and the gradient norm.
         """
         accelerator = self.accelerator
-        mine = torch.tensor(sum(num_supervised(micro.labels) for micro in batch.micros), device=accelerator.device)
-        total = int(accelerator.reduce(mine, "sum"))
-        scale = accelerator.num_processes / total  # data parallelism averages gradients over ranks
+        scale = accelerator.num_processes / num_supervised  # data parallelism averages gradients over ranks
         per_source = torch.zeros(len(self.config.data.sources), 2, device=accelerator.device)
-        for index, micro in enumerate(batch.micros):
-            exchanges = is_sharded(accelerator) or index == len(batch.micros) - 1  # else whole gradients would pile up
-            with nullcontext() if exchanges else accelerator.no_sync(self.objective):
-                loss, losses = self.objective(**self._inputs(micro))
+        for index, micro_batch in enumerate(batch.micro_batches):
+            is_last = index == len(batch.micro_batches) - 1
+            syncs = is_sharded(accelerator) or is_last  # FSDP always, or whole gradients would accumulate on each rank
+            with nullcontext() if syncs else accelerator.no_sync(self.objective):
+                loss, losses = self.objective(**self._inputs(micro_batch))
                 accelerator.backward(loss * scale)
             per_source += losses
         clip = self.config.clip_norm
-        norm = accelerator.clip_grad_norm_(self.objective.parameters(), clip if clip is not None else math.inf)
+        norm = float(accelerator.clip_grad_norm_(self.objective.parameters(), clip if clip is not None else math.inf))
         if self._is_logged(self.done_steps + 1) and math.isfinite(norm):
-            clipped_to = 1.0 if clip is None else min(1.0, clip / (float(norm) + 1e-6))
-            norms = gradient_norms(self.optimiser)
-            self.log.component_norms = {name: found / clipped_to for name, found in norms.items()}
-        self._update(float(norm))
-        return per_source, float(norm)
+            clip_factor = 1.0 if clip is None else min(1.0, clip / (norm + 1e-6))
+            norms = gradient_norms(self.optimizer)
+            self.log.component_norms = {name: clipped / clip_factor for name, clipped in norms.items()}
+        self._update(norm)
+        return per_source, norm
 
     def _flops(self, batch: StepBatch) -> int:
         return sum(
             batch_flops(
-                self.model.config, self.config.trainable, micro.attention_mask, micro.labels[:, 1:] != IGNORE,
-                0 if micro.images is None else len(micro.images),
+                self.model.config, self.config.trainable, micro_batch.attention_mask,
+                micro_batch.labels[:, 1:] != IGNORE, 0 if micro_batch.images is None else len(micro_batch.images),
             )
-            for micro in batch.micros
+            for micro_batch in batch.micro_batches
         )  # fmt: skip
 
     def _is_logged(self, step: int) -> bool:
         return step % self.config.log_every == 0 or step == self.num_steps
 
     def _update(self, norm: float) -> None:
-        """Change the weights, unless the gradient would spoil them."""
+        """Update the weights, unless the guard skips the step."""
         scaler = self.accelerator.scaler
         is_overflow = scaler is not None and not math.isfinite(norm) and scaler.get_scale() > 1
         if is_overflow or self.guard.accepts(norm):
-            self.optimiser.step()  # an overflow of fp16 is the scaler's to leave out, and to scale down for
+            self.optimizer.step()  # the scaler skips an fp16 overflow itself, and lowers its scale
         elif scaler is not None:
             scaler.update()
-        self.optimiser.zero_grad()
+        self.optimizer.zero_grad()
 
-    def _held_out(self) -> HeldOut | None:
-        """What the first rank is to ask the model as it learns."""
-        if self.config.answers is None:
-            return None
-        if is_sharded(self.accelerator):
-            raise ValueError(
-                "answers: a model that is spread over ranks cannot be asked; leave `answers` out with FSDP."
-            )
-        max_prompt_tokens = self.model.config.text_config.max_position_embeddings - 1  # an answer takes one at least
-        held_out = HeldOut(self.config.answers, self.config.data, self.processor, self.run_dir, max_prompt_tokens)
-        return held_out if self.accelerator.is_main_process else None
-
-    def _show_answers(self, held_out: HeldOut) -> None:
-        language = self.model.model.language_model
-        attention = language.config._attn_implementation
+    def _generate(self, held_out: HeldOut) -> None:
+        language_model = self.model.model.language_model
+        attention = language_model.config._attn_implementation
         self.model.eval()
-        language.set_attn_implementation("sdpa")  # the packed ones take whole micro-batches only
+        language_model.set_attn_implementation("sdpa")  # packed attention only takes whole micro-batches
         with self.accelerator.autocast():
-            answers = held_out.ask(self.model, self.processor)
-        language.set_attn_implementation(attention)
-        set_trainable_(self.model, self.config)  # and in training mode again
-        held_out.record(self.done_steps, answers)
+            texts = held_out.generate(self.model, self.processor)
+        language_model.set_attn_implementation(attention)
+        set_trainable_(self.model, self.config)  # back to training mode
+        held_out.record(self.done_steps, texts)
         for tracker in self.accelerator.trackers:
-            held_out.track(tracker, self.done_steps, answers)
+            held_out.track(tracker, self.done_steps, texts)
 
-    def save(self, directory: Path, with_state: bool) -> None:
+    def _save_step(self, data_state: dict[str, Any]) -> None:
+        self.save(checkpoint.checkpoint_path(self.run_dir, self.done_steps), with_state=True, data_state=data_state)
+        self._saved_steps = self.done_steps
+
+    def save(self, directory: Path, with_state: bool, data_state: dict[str, Any] | None = None) -> None:
         """Save a checkpoint; all ranks take part, the first one writes.
 
+        Args:
+            data_state: of the loader, to resume from; None: its present one.
+
         Raises:
-            ValueError: on every rank, when the disk does not take it.
+            ValueError: on every rank, when the checkpoint cannot be written.
         """
         accelerator = self.accelerator
-        mine = {"rng": checkpoint.rng_state(), "data": self.loader.state_dict(), "log": self.log.state_dict()}
         state: dict[str, Any] | None = None
         if with_state:
-            state = {"step": self.done_steps, "guard": self.guard.state_dict(), "ranks": gather_object([mine])}
-            state["optimiser"] = gather_optimiser(self.objective, self.optimiser)
+            data_state = data_state if data_state is not None else self.loader.state_dict()
+            rank_state = {"rng": checkpoint.rng_state(), "data": data_state, "log": self.log.state_dict()}
+            state = {"step": self.done_steps, "guard": self.guard.state_dict(), "ranks": gather_object([rank_state])}
+            state["optimizer"] = gather_optimizer(self.objective, self.optimizer)
             if accelerator.scaler is not None:
                 state["scaler"] = accelerator.scaler.state_dict()
         weights = gather_weights(accelerator, self.objective)
@@ -275,181 +297,44 @@ class Trainer:
             try:
                 checkpoint.save_checkpoint(directory, self.saved, weights, self.processor, to_yaml(self.config), state)
                 checkpoint.delete_old(self.run_dir, self.config.checkpoint.keep_last)
-            except ValueError as found:
-                error = str(found)
-        self._raise_together(error)
+            except ValueError as save_error:
+                error = str(save_error)
+        raise_on_all_ranks(error)
 
-    def _steps(self) -> Iterator[StepBatch]:
-        """This rank's batches; what ends the data of one rank ends all, with the same words."""
-        batches = iter(self.loader)
-        while self.done_steps < self.num_steps:
-            error, batch = "", None
-            try:
-                batch = next(batches)
-            except ValueError as found:
-                error = str(found)
-            self._raise_together(error)
-            assert batch is not None
-            yield batch
+    def _last_checkpoint_line(self) -> str:
+        saved = checkpoint.checkpoints(self.run_dir)
+        if not saved:
+            return "No checkpoint was saved yet; started again, the run begins from step 0."
+        return f"The last good checkpoint is {saved[-1]}; started again, the run resumes from it."
 
-    def _raise_together(self, error: str) -> None:
-        """Raise on every rank what one of them has to say, so that none waits for another; all wait here."""
-        if self._largest(bool(error)):
-            raise ValueError(next(found for found in gather_object([error]) if found))
-
-    def _largest(self, number: int) -> int:
-        """The largest of all ranks' numbers."""
-        return int(self.accelerator.gather(torch.tensor([number], device=self.accelerator.device)).max())
-
-    def _newest_checkpoint(self) -> Path | None:
-        """What to go on from, chosen by the first rank for all."""
-        found: list[Any] = [None, []]
-        error = ""
-        if self.accelerator.is_main_process:
-            try:
-                found = list(checkpoint.newest_good(self.run_dir))
-            except ValueError as none_good:
-                error = str(none_good)
-        self._raise_together(error)
-        path, lines = broadcast_object_list(found)
-        for line in lines:
-            self._say(line)
-        return path
-
-    def _check_resumed(self, found: Path) -> None:
-        error, lines = "", []
-        if self.accelerator.is_main_process:
-            try:
-                lines = check_resumed(found, self.done_steps, self.config)
-            except ValueError as refused:
-                error = str(refused)
-        self._raise_together(error)
-        for line in lines:
-            self._say(line)
-
-    def _last_good(self) -> str:
-        """Where the run can go on, for people."""
-        found = checkpoint.checkpoints(self.run_dir)
-        if not found:
-            return "No checkpoint was saved yet; started again, the run begins anew."
-        return f"The last good checkpoint is {found[-1]}; started again, the run goes on from it."
-
-    def _say(self, line: str) -> None:
+    def _print(self, line: str) -> None:
         if self.accelerator.is_main_process:
             self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
-    def _inputs(self, micro: MicroBatch) -> dict[str, Any]:
+    def _inputs(self, micro_batch: MicroBatch) -> dict[str, Any]:
+        """The arguments of `Objective.forward`, on this rank's device."""
         device = self.accelerator.device
-        pixel_values = None
-        if micro.images is not None:
-            pixel_values = self.processor.image_processor.to_pixel_values(micro.images.to(device, non_blocking=True))
+        images, to_pixel_values = micro_batch.images, self.processor.image_processor.to_pixel_values
         return {
-            "input_ids": micro.input_ids.to(device, non_blocking=True),
-            "attention_mask": micro.attention_mask.to(device, non_blocking=True),
-            "labels": micro.labels.to(device, non_blocking=True),
-            "pixel_values": pixel_values,
-            "sources": micro.sources.to(device, non_blocking=True),
-            "prefix": micro.prefix,
+            "input_ids": micro_batch.input_ids.to(device),
+            "attention_mask": micro_batch.attention_mask.to(device),
+            "labels": micro_batch.labels.to(device),
+            "pixel_values": None
+            if images is None
+            else self.processor.image_processor.to_pixel_values(images.to(device)),
+            "source_ids": micro_batch.source_ids.to(device),
+            "shared_prefix_length": micro_batch.shared_prefix_length,
         }
-
-    def _build_loader(self, state: dict[str, Any] | None) -> StepLoader:
-        config, world_size = self.config, self.accelerator.num_processes
-        if config.global_batch % world_size:
-            raise ValueError(f"global_batch {config.global_batch} does not divide by {world_size} ranks.")
-        rank = self.accelerator.process_index
-        loader = StepLoader(
-            self.processor, config.data, config.max_tokens, config.seed, rank, world_size,
-            config.global_batch // world_size, config.micro_batch,
-            [rank_state["data"] for rank_state in state["ranks"]] if state is not None else None,
-        )  # fmt: skip
-        if loader.note is not None:
-            self._say(loader.note)
-        return loader
 
     def _restore(self, state: dict[str, Any] | None) -> None:
         set_seed(self.config.seed + self.done_steps, device_specific=True)
         if state is None:
             return
-        settings = [
-            {key: value for key, value in group.items() if key != "params"} for group in self.optimiser.param_groups
-        ]
-        load_optimiser_(self.accelerator, self.objective, self.optimiser, state["optimiser"])
-        for group, of_this_run in zip(self.optimiser.param_groups, settings, strict=True):
-            group.update(of_this_run)  # the checkpoint's rates and decay would hold else
+        load_optimizer_(self.accelerator, self.objective, self.optimizer, state["optimizer"])
         self.guard.load_state_dict(state["guard"])
         if len(state["ranks"]) == self.accelerator.num_processes:
-            mine = state["ranks"][self.accelerator.process_index]
-            checkpoint.set_rng_state(mine["rng"])
-            self.log.load_state_dict(mine["log"])
-        if self.accelerator.scaler is not None and "scaler" in state:  # not when it was of another precision
+            rank_state = state["ranks"][self.accelerator.process_index]
+            checkpoint.set_rng_state(rank_state["rng"])
+            self.log.load_state_dict(rank_state["log"])
+        if self.accelerator.scaler is not None and "scaler" in state:  # absent if saved in another precision
             self.accelerator.scaler.load_state_dict(state["scaler"])
-
-
-class _Window:
-    """Sums between two log lines."""
-
-    def __init__(self, config: TrainConfig, accelerator: Accelerator) -> None:
-        self._names = [source.name for source in config.data.sources]
-        self._samples_per_step = config.global_batch
-        self._accelerator = accelerator
-        self._clear()
-
-    def _clear(self) -> None:
-        self._per_source = torch.zeros(len(self._names), 2)
-        self._grad_norm: float | None = None
-        self.component_norms: dict[str, float] = {}  # before clipping, of the step that is logged
-        self.num_steps, self._num_timed_steps, self._num_tokens, self._flops = 0, 0, 0, 0
-        self._since = time.perf_counter()
-
-    def add(self, batch: StepBatch, per_source: Tensor, grad_norm: float, flops: int) -> None:
-        self._per_source = self._per_source.to(per_source.device) + per_source
-        self._grad_norm = grad_norm if math.isfinite(grad_norm) else None
-        self._flops += flops
-        self._num_tokens += sum(int(micro.attention_mask.sum()) for micro in batch.micros)
-        self.num_steps += 1
-        self._num_timed_steps += 1
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a run that goes on needs to log the loss of all steps since the last line."""
-        return {"per_source": self._per_source.cpu(), "num_steps": self.num_steps}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._per_source, self.num_steps = state["per_source"], state["num_steps"]
-
-    def metrics(self, step: int, lr: dict[str, float], counts: dict[str, int], steps_skipped: int) -> dict[str, Any]:
-        """A log line, over all ranks. The window starts anew."""
-        numbers = [self._num_tokens, self._flops, counts["seen"], counts["broken"], counts["too_long"]]
-        device = self._per_source.device
-        sums = self._accelerator.reduce(torch.tensor(numbers, device=device), "sum").tolist()
-        tokens, flops, seen, broken, too_long = sums
-        per_source = self._accelerator.reduce(self._per_source, "sum").tolist()
-        seconds = time.perf_counter() - self._since
-        metrics = {
-            "step": step,
-            "loss": sum(loss for loss, _ in per_source) / sum(count for _, count in per_source),
-            "loss_per_source": {name: loss / count for name, (loss, count) in zip(self._names, per_source) if count},
-            "lr": lr,
-            "grad_norm": self._grad_norm,
-            "grad_norm_per_component": self.component_norms,
-            "samples_per_second": self._num_timed_steps * self._samples_per_step / seconds,
-            "tokens_per_second": tokens / seconds,
-            "tflops_per_device": flops / seconds / self._accelerator.num_processes / 1e12,
-            "samples_seen": seen,
-            "samples_broken": broken,
-            "samples_too_long": too_long,
-            "steps_skipped": steps_skipped,
-        }
-        if device.type == "cuda":
-            metrics["peak_memory_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
-        self._clear()
-        return metrics
-
-
-def _flat(metrics: dict[str, Any], prefix: str = "") -> dict[str, float]:
-    flat: dict[str, float] = {}
-    for key, value in metrics.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}/")
-        elif value is not None:
-            flat[prefix + key] = value
-    return flat

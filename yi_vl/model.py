@@ -16,12 +16,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers import AutoModel, GenerationMixin, PreTrainedModel
 from transformers.generation import LogitsProcessor, LogitsProcessorList
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
@@ -135,8 +133,6 @@ class YiVLModel(YiVLPreTrainedModel):
             if input_ids is None:
                 raise ValueError("Images need input_ids: features go where the image tokens are.")
             inputs_embeds = self.insert_images(inputs_embeds, input_ids, image_features)
-        elif self.training and self._ranks_meet_in_vision():
-            inputs_embeds = inputs_embeds + self._touch_vision(inputs_embeds)
 
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
@@ -145,21 +141,6 @@ class YiVLModel(YiVLPreTrainedModel):
             **kwargs,
         )
         return YiVLModelOutput(**outputs, image_hidden_states=image_features)
-
-    def _ranks_meet_in_vision(self) -> bool:
-        """Whether tower and projector exchange gradients, or, spread over ranks (FSDP), their weights."""
-        parameters = chain(self.vision_tower.parameters(), self.multi_modal_projector.parameters())
-        return any(parameter.requires_grad or isinstance(parameter, DTensor) for parameter in parameters)
-
-    def _touch_vision(self, like: Tensor) -> Tensor:
-        """A zero that depends on every vision parameter.
-
-        A rank whose batch has no image must still take part in what ranks exchange of tower and projector, or
-        distributed training waits for it for ever.
-        """
-        size_px = self.config.vision_config.image_size
-        blank = like.new_zeros(1, 3, size_px, size_px)
-        return (self.encode_images(blank) * 0.0).sum().to(like.dtype)  # zero first: a sum may overflow
 
 
 class _NeverToken(LogitsProcessor):

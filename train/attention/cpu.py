@@ -1,16 +1,14 @@
-"""What training on a CPU needs to be quick: memory that is kept, no padding, and attention fit for short sequences.
+"""Training speed on a CPU: memory that is not returned to the system, packed rows, and attention for short sequences.
 
-The rows of a micro-batch run as one sequence of T tokens: first the prefix that all share, once, then each row's own
-tokens. Only attention tells rows apart. It is two matrix products and a softmax: torch's fused kernels are slow to go
-backward on a CPU, and its plain ones copy keys and values for grouped heads and walk masks several times; this costs
-half to a third of either (measured at nano's sizes).
+A micro-batch is one sequence of T tokens: the shared prefix once, then the other tokens of each row. Attention is two
+matrix products and a softmax per group of rows: a half to a third of the time of torch's fused kernels (slow backward)
+and math kernels (they copy keys and values of grouped heads), measured at nano's sizes.
 
-oneDNN writes a kernel for every shape of matrix product that it meets, and no two micro-batches are alike: so lengths
-are rounded up to few different ones. Without that, a step of nano's language model takes half as long again.
+oneDNN compiles a kernel for every new shape of a matrix product, so lengths are rounded up to few different ones.
+Without that a step of nano's language model takes 1.5 times as long.
 
-B rows, p prefix tokens, R tokens of a group of rows, M of its longest (rounded up), H query heads, K key heads,
-L queries, S keys, d head width, Dv tower width. Called by loop.py and objective.py; calls packing.py; transformers'
-Llama and open_clip's tower then call what is here.
+B rows, R tokens of a group of rows, M of its longest (rounded up), H query heads, K key heads, L queries, S keys,
+d head width.
 """
 
 from __future__ import annotations
@@ -33,12 +31,12 @@ from .packing import Packing
 PACKED = "yi_vl_packed"
 _GROUP_ROWS = 8  # rows come sorted by length
 _ROW_TOKENS, _ALL_TOKENS = 16, 128  # M and T are multiples of these
-_NUM_KERNELS = 16384  # that oneDNN keeps; 1024 by default, fewer than one step of two sizes of picture and text needs
+_NUM_KERNELS = 16384  # oneDNN's cache; the default of 1024 is less than one step with two image sizes needs
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # of glibc's malloc.h
 
 
 def keep_memory() -> None:
-    """Keep what is freed, which handed back to the system cost a tenth of the time, and every kernel that is made."""
+    """Keep freed memory (returning it to the system costs 10% of the time) and all of oneDNN's kernels."""
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(_NUM_KERNELS))  # read at the first matrix product
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
@@ -51,16 +49,16 @@ def keep_memory() -> None:
 
 @dataclass(frozen=True)
 class Group:
-    """Some rows of about the same length, which attend together: padded to M tokens each."""
+    """Rows of about the same length, which attend in one product, padded to M tokens each."""
 
     shape: tuple[int, int]  # B, M
-    padded: Tensor  # (R,) where each of their tokens lies among B*M places ...
-    packed: Tensor  # (B*M,) ... and which of their tokens lies at each place, anything at ...
-    padding: Tensor  # (number of pads,) ... these
+    padded: Tensor  # (R,) each token's index in the B*M padded ones
+    packed: Tensor  # (B*M,) the inverse, arbitrary at padding
+    padding: Tensor  # (number of pads,) indices of padding in the B*M
 
     @classmethod
     def of(cls, lengths: Tensor) -> Group:
-        """That of rows of these lengths, (B,)."""
+        """From the rows' lengths, (B,)."""
         longest = round_up(int(lengths.max()), _ROW_TOKENS)
         inside = (torch.arange(longest, device=lengths.device) < lengths.unsqueeze(1)).flatten()  # (B*M,)
         return cls(
@@ -73,28 +71,29 @@ class Group:
 
 @dataclass(frozen=True)
 class GroupedPacking(Packing):
-    """A packing whose rows attend in groups, after the prefix that they share."""
+    """A packing whose rows attend in groups, after their shared prefix."""
 
-    prefix: int
+    shared_prefix_length: int
     groups: list[Group]
 
     @classmethod
-    def of(cls, attention_mask: Tensor, prefix: int) -> GroupedPacking:
-        """That of rows padded on the right, (B, S), whose first `prefix` tokens are the same and run once."""
+    def of(cls, attention_mask: Tensor, shared_prefix_length: int) -> GroupedPacking:
+        """From the mask of rows padded on the right, (B, S), whose first `shared_prefix_length` tokens are the same."""
+        prefix = shared_prefix_length
         rows, columns = attention_mask[:, prefix:].nonzero().unbind(1)  # (R,) each
         shared = torch.arange(prefix, device=rows.device)
-        positions = torch.cat([shared, columns + prefix])
-        num_pads = round_up(len(positions), _ALL_TOKENS) - len(positions)
+        position_ids = torch.cat([shared, columns + prefix])
+        num_pads = round_up(len(position_ids), _ALL_TOKENS) - len(position_ids)
         return cls(
             tokens=torch.cat([shared, rows * attention_mask.shape[1] + columns + prefix]),
-            positions=F.pad(positions, (0, num_pads)).unsqueeze(0),
+            position_ids=F.pad(position_ids, (0, num_pads)).unsqueeze(0),
             num_pads=num_pads,
-            prefix=prefix,
+            shared_prefix_length=prefix,
             groups=[Group.of(lengths) for lengths in (attention_mask.sum(1) - prefix).split(_GROUP_ROWS)],
         )
 
     def inputs(self, input_ids: Tensor) -> dict[str, Any]:
-        """And `packed_attention`'s."""
+        """The model's inputs, and `packing` for `packed_attention`."""
         return super().inputs(input_ids) | {"packing": self}
 
 
@@ -103,7 +102,7 @@ def round_up(number: int, multiple: int) -> int:
 
 
 class _Pad(torch.autograd.Function):
-    """(R, width) -> (B*M, width), zeros on padding. Its backward is `_Unpad`: each token has one place."""
+    """(R, width) -> (B*M, width), zeros on padding. Its backward is `_Unpad`."""
 
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, group: Group) -> Tensor:
@@ -119,9 +118,9 @@ class _Unpad(torch.autograd.Function):
     """(B*M, width) -> (R, width)"""
 
     @staticmethod
-    def forward(ctx: Any, places: Tensor, group: Group) -> Tensor:
+    def forward(ctx: Any, padded: Tensor, group: Group) -> Tensor:
         ctx.group = group
-        return places.index_select(0, group.padded)
+        return padded.index_select(0, group.padded)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -129,14 +128,14 @@ class _Unpad(torch.autograd.Function):
 
 
 def use_short_attention_(model: YiVLForConditionalGeneration) -> None:
-    """Make tower and language model attend this way; the language model then needs a `packing` with its inputs."""
+    """Use this attention in tower and language model; the latter then needs a `packing` among its inputs."""
     model.model.language_model.set_attn_implementation(PACKED)
     for module in model.model.vision_tower.modules():
         if isinstance(module, SelfAttention):
             module.attend = short_attention
 
 
-@torch.compiler.disable  # its gathers, fused into their neighbours, would run element by element
+@torch.compiler.disable  # fused by the compiler, its gathers would run element by element
 def packed_attention(
     module: nn.Module,
     query: Tensor,
@@ -147,15 +146,15 @@ def packed_attention(
     packing: GroupedPacking,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """(1, H, T, d), (1, K, T, d), (1, K, T, d) -> (1, T, H, d); a row attends to the prefix and to itself, causally."""
+    """(1, H, T, d), (1, K, T, d), (1, K, T, d) -> (1, T, H, d); a row attends causally to the prefix and itself."""
     width = query.shape[3]
-    sizes = [packing.prefix, *(len(group.padded) for group in packing.groups), packing.num_pads]
+    sizes = [packing.shared_prefix_length, *(len(group.padded) for group in packing.groups), packing.num_pads]
     parts = [_to_tokens(heads.to(value.dtype)).split(sizes) for heads in (query, key, value)]  # (size, heads*d) each
-    shared = [_to_heads(part[0], (1, packing.prefix), width) for part in parts]
-    outputs = [_to_tokens(_causal(*shared, scaling))] if packing.prefix else []  # type: ignore[call-arg,arg-type]  # three of them
+    shared = [_to_heads(part[0], (1, packing.shared_prefix_length), width) for part in parts]
+    outputs = [_to_tokens(_causal(*shared, scaling))] if packing.shared_prefix_length else []  # type: ignore[call-arg,arg-type]  # three of them
     for index, group in enumerate(packing.groups, start=1):
         queries, keys, values = (_to_heads(_Pad.apply(part[index], group), group.shape, width) for part in parts)
-        if packing.prefix:
+        if packing.shared_prefix_length:
             prefix_keys, prefix_values = (heads.expand(group.shape[0], -1, -1, -1) for heads in shared[1:])
             keys, values = torch.cat([prefix_keys, keys], dim=2), torch.cat([prefix_values, values], dim=2)
         outputs.append(_Unpad.apply(_to_tokens(_causal(queries, keys, values, scaling)), group))
@@ -175,9 +174,9 @@ def _to_heads(tokens: Tensor, shape: tuple[int, int], width: int) -> Tensor:
 
 
 def _causal(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-    """(B, H, L, d), (B, K, S, d), (B, K, S, d) -> (B, H, L, d). The queries are those of the last L keys.
+    """(B, H, L, d), (B, K, S, d), (B, K, S, d) -> (B, H, L, d). The queries belong to the last L keys.
 
-    The heads of a group are rows of one product.
+    The query heads that share a key head are rows of one product.
     """
     batch, heads, length, width = query.shape
     groups, size = key.shape[1], key.shape[2]

@@ -78,7 +78,7 @@ def read_conversation(record: Any, ignore: Collection[str] = ()) -> Conversation
     conversation = Conversation(_with_system(messages, record.get("system")), _images(record, part_images))
     if conversation.images is not None and len(conversation.images) != conversation.num_slots:
         raise ValueError(
-            f"{conversation.num_slots} <image> in the text but {len(conversation.images)} pictures are named beside it"
+            f"{conversation.num_slots} <image> in the text but {len(conversation.images)} images are named beside it"
         )
     return conversation
 

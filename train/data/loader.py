@@ -1,8 +1,9 @@
-"""From raw samples to the batches of an optimiser step.
+"""From raw samples to the batches of an optimizer step.
 
-B samples of a micro-batch, S tokens, N images, H, W pixels. A worker makes whole steps: it encodes the samples of its
-rank's part of a global batch, sorts them by length and cuts them into micro-batches, so that little is padded and yet
-the step's gradient is that of the unsorted batch.
+A worker makes whole steps: it encodes its rank's samples of a global batch, sorts them by length and splits them into
+micro-batches, so that there is little padding while the step's gradient is that of the unsorted batch.
+
+B samples of a micro-batch, S tokens, N images, H, W pixels.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from yi_vl.chat import Encoded, Segment, TooLongError
 from yi_vl.processor import YiVLProcessor
 
 from ..config import DataConfig, SourceConfig
-from .fast_image import square
-from .reshard import reshare
+from .fast_image import to_uint8
+from .reshard import reshard
 from .samples import read_sample, sample_name
 from .shard_reader import RawSample
 from .stream import Mixture, expand_shards
@@ -40,7 +41,7 @@ class TooLong(ValueError):
 
 @dataclass
 class Sample:
-    """A sample as the model takes it, with its segments for people to look at."""
+    """An encoded sample, with its segments for inspection."""
 
     name: str  # shard and key
     source: int
@@ -51,30 +52,35 @@ class Sample:
 
 @dataclass
 class MicroBatch:
-    """What one forward pass takes. The first `prefix` tokens are the same in all rows, text only, unsupervised."""
+    """The inputs of one forward pass."""
 
     input_ids: Tensor  # (B, S) int64
     attention_mask: Tensor  # (B, S) int64, 1 on real tokens
     labels: Tensor  # (B, S) int64, unshifted, IGNORE off the loss mask
     images: Tensor | None  # (N, H, W, 3) uint8
-    sources: Tensor  # (B,) int64, index into data.sources
-    prefix: int
+    source_ids: Tensor  # (B,) int64, index into data.sources
+    shared_prefix_length: int  # first tokens that are the same in all rows: text, unsupervised
 
 
 @dataclass
 class StepBatch:
-    """One rank's part of an optimiser step, and where the stream stands after it; or why the stream cannot go on."""
+    """One rank's part of an optimizer step, and the stream's state after it; or an error that ends the stream."""
 
-    micros: list[MicroBatch]
+    micro_batches: list[MicroBatch]
     names: list[str]
     stream: int
     state: dict[str, Any]
     reports: list[str]
     error: str | None = None
 
+    @property
+    def num_supervised(self) -> int:
+        """Supervised tokens of this rank."""
+        return sum(num_supervised(micro_batch.labels) for micro_batch in self.micro_batches)
+
 
 class SampleEncoder:
-    """Raw members of a tar to a `Sample`."""
+    """Makes a `Sample` of the raw members of a tar."""
 
     def __init__(self, processor: YiVLProcessor, data: DataConfig, max_tokens: int) -> None:
         self._processor = processor
@@ -87,29 +93,29 @@ class SampleEncoder:
         """
         Raises:
             TooLong: it has more than max_tokens tokens.
-            ValueError: it cannot be learned from, and why.
+            ValueError: it cannot be used, and why.
         """
-        segments, pictures = read_sample(raw, self._forms[source], self._ignore)
+        segments, encoded_images = read_sample(raw, self._forms[source], self._ignore)
         try:
             encoded = self._processor.encode(segments, self._max_tokens)
         except TooLongError as error:
             least = "" if error.is_tokenized else "at least "
             raise TooLong(f"{least}{error.num_tokens} tokens, max_tokens is {self._max_tokens}") from error
         if not any(encoded.loss_mask[1:]):
-            raise ValueError("no answer to learn from")
+            raise ValueError("it has no supervised tokens")
         image_processor = self._processor.image_processor
         if self._is_fast:
-            images = [square(picture, image_processor.size_px) for picture in pictures]
+            images = [to_uint8(image, image_processor.size_px) for image in encoded_images]
         else:
-            images = [image_processor.to_uint8(picture) for picture in pictures]
+            images = [image_processor.to_uint8(image) for image in encoded_images]
         return Sample(sample_name(raw), source, segments, encoded, images)
 
 
 class StepStream(IterableDataset[StepBatch]):
-    """The steps of one stream, without end; in a DataLoader each worker is a stream of its own.
+    """The endless steps of one stream; each DataLoader worker is a stream.
 
     Args:
-        states: of this rank's streams, by number in the rank; `first` is the one whose turn it is.
+        states: of this rank's streams, by worker; `first` is the worker whose turn is next.
     """
 
     def __init__(
@@ -143,12 +149,12 @@ class StepStream(IterableDataset[StepBatch]):
             names = [sample.name for sample in samples]
             samples.sort(key=lambda sample: len(sample.encoded.input_ids))  # stable
             cuts = range(0, len(samples), self._micro_batch)
-            micros = [collate(samples[cut : cut + self._micro_batch], self._pad_id) for cut in cuts]
+            micro_batches = [collate(samples[cut : cut + self._micro_batch], self._pad_id) for cut in cuts]
             state = {"mixture": mixture.state_dict(), "counts": dict(counts)}
-            yield StepBatch(micros, names, number, state, reports)
+            yield StepBatch(micro_batches, names, number, state, reports)
 
     def _gather(self, mixture: Mixture, counts: Counter[str], reports: list[str]) -> list[Sample]:
-        """The samples of one step; what is broken is counted and reported.
+        """The samples of one step; broken ones are counted and reported.
 
         Raises:
             ValueError: too many are broken, or there are none.
@@ -191,14 +197,14 @@ class StepStream(IterableDataset[StepBatch]):
 
 
 class StepLoader:
-    """The steps of one rank, made by worker processes, with the cursor of the last one consumed.
+    """The steps of one rank, made by worker processes, with the cursor after the last one consumed.
 
     Args:
         samples_per_step: this rank's part of the global batch.
-        states: the earlier `state_dict` of every rank, to go on behind them.
+        states: the `state_dict` of every rank to resume from.
 
     Attributes:
-        note: what going on with another number of streams means, for people; or None.
+        note: the effects of resuming with another number of streams, for the user; or None.
 
     Raises:
         ValueError: the states are of other data.
@@ -222,24 +228,24 @@ class StepLoader:
                 raise ValueError(
                     f"The checkpoint's data cursor is for {before['sources']}, this run has {self._layout['sources']} "
                     "(name, shards, weight, max_samples, what the shards are); continue with the same data, or start "
-                    "anew (resume=false, or another run_dir)."
+                    "a new run (another run_dir)."
                 )
             for key in ("seed", "shuffle_buffer"):
                 if key in before and before[key] != self._layout[key]:
                     raise ValueError(
                         f"The checkpoint's data cursor is for {key} {before[key]}, this run has {self._layout[key]}, "
-                        "which changes the order of the data; set it back, or start anew (another run_dir)."
+                        "which changes the order of the data; set it back, or start a new run (another run_dir)."
                     )
             if all(before[key] == self._layout[key] for key in ("workers", "world_size")):
                 self._states, self._first = dict(states[rank]["streams"]), states[rank]["first"]
             else:
                 old = [state["streams"].get(worker) for state in states for worker in range(before["workers"])]
-                new, num_again = reshare(old, world_size * num_workers, data, seed)
+                new, num_repeated = reshard(old, world_size * num_workers, data, seed)
                 self._states = dict(enumerate(new[rank * num_workers : (rank + 1) * num_workers]))
                 self.note = (
                     f"The checkpoint is of {before['world_size']} ranks x {before['workers']} workers, this run has "
-                    f"{world_size} x {num_workers}: what is left of the epoch is shared out anew; at most {num_again} "
-                    f"samples come again, which lay in shuffle buffers of {data.shuffle_buffer}, and none is left out."
+                    f"{world_size} x {num_workers}: the remaining epoch is split again; at most {num_repeated} samples "
+                    f"are repeated, from shuffle buffers of {data.shuffle_buffer}, and none is skipped."
                 )
         pad_id = processor.tokenizer.pad_token_id
         dataset = StepStream(
@@ -250,16 +256,16 @@ class StepLoader:
             dataset,
             batch_size=None,
             num_workers=data.workers,
-            # Its children, and not those of a server of Python's, which would outlive a trainer that is killed.
+            # forkserver's workers would outlive a trainer that is killed
             multiprocessing_context="fork" if data.workers and sys.platform == "linux" else None,
             worker_init_fn=_leave_process_group,
-            generator=torch.Generator(),  # else it draws from the one that dropout draws from, and a resume differs
+            generator=torch.Generator(),  # not torch's default, which dropout uses: a resume would differ
         )
 
     def __iter__(self) -> Iterator[StepBatch]:
         """
         Raises:
-            ValueError: a worker cannot go on; see `StepBatch.error`.
+            ValueError: a worker cannot continue; see `StepBatch.error`.
         """
         for batch in self._loader:
             if batch.error is not None:
@@ -269,16 +275,16 @@ class StepLoader:
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the stream stands after the batch that was given out last."""
+        """The streams' state after the last batch returned."""
         return {"layout": self._layout, "streams": dict(self._states), "first": self._first}
 
     def counts(self) -> Counter[str]:
-        """Samples seen, broken and too long up to the batch that was given out last."""
+        """Samples seen, broken and too long up to the last batch returned."""
         return sum((Counter(state["counts"]) for state in self._states.values()), Counter())
 
 
 def _leave_process_group(_worker: int) -> None:
-    """Ctrl-C and what else is sent to a whole group must not end a worker: the step under way still needs it."""
+    """Keep Ctrl-C, sent to the whole process group, from ending workers that the current step needs."""
     os.setpgrp()
 
 
@@ -296,17 +302,17 @@ def collate(samples: Sequence[Sample], pad_id: int) -> MicroBatch:
     images = [image for sample in samples for image in sample.images]
     return MicroBatch(
         input_ids, attention_mask, labels, torch.stack(images) if images else None,
-        torch.tensor([sample.source for sample in samples]), _common_prefix(samples, input_ids, labels),
+        torch.tensor([sample.source for sample in samples]), _shared_prefix_length(samples, input_ids, labels),
     )  # fmt: skip
 
 
 def num_supervised(labels: Tensor) -> int:
-    """Tokens that are predicted: the first of a row never is."""
+    """Supervised tokens; the first of a row has no prediction."""
     return int((labels[:, 1:] != IGNORE).sum())
 
 
-def _common_prefix(samples: Sequence[Sample], input_ids: Tensor, labels: Tensor) -> int:
-    """Length of the text that all rows begin with, such as the system prompt, less its last token."""
+def _shared_prefix_length(samples: Sequence[Sample], input_ids: Tensor, labels: Tensor) -> int:
+    """Length of the text that all rows begin with, such as the system prompt, minus its last token."""
     shortest = min(len(sample.encoded.input_ids) for sample in samples)
     first_image = min((start for sample in samples for start in sample.encoded.image_starts[:1]), default=shortest)
     differs = (input_ids != input_ids[:1]).any(0) | (labels != IGNORE).any(0)  # (S,)
@@ -315,7 +321,7 @@ def _common_prefix(samples: Sequence[Sample], input_ids: Tensor, labels: Tensor)
 
 
 def _layout(sources: Sequence[SourceConfig]) -> list[tuple[str, str, float, int | None, str]]:
-    """What a place in the data depends on."""
+    """What the meaning of a cursor depends on."""
     return [
         (source.name, source.shards, source.weight, source.max_samples, _fingerprint(expand_shards(source)))
         for source in sources

@@ -46,7 +46,7 @@ def read_sample(raw: RawSample, form: str, ignore: Collection[str] = ()) -> tupl
         segment.text.encode()  # half a surrogate pair, which JSON can spell, is no text
     num_slots = sum(segment.is_image for segment in segments)
     if num_slots != len(images):
-        raise ValueError(f"{num_slots} <image> in the text but {len(images)} pictures beside it")
+        raise ValueError(f"{num_slots} <image> in the text but {len(images)} images beside it")
     if not any(segment.is_supervised for segment in segments):
         raise ValueError("no answer to learn from")
     return segments, images
@@ -81,10 +81,10 @@ def _images(raw: RawSample, ignore: Collection[str]) -> list[bytes]:
         if number and not number.isdecimal():
             raise ValueError(f"the member name .{suffix} is neither .{extension} nor .<number>.{extension}")
         if int(number or 0) in numbered:
-            raise ValueError(f"two pictures are number {number or 0}")
+            raise ValueError(f"two images are number {number or 0}")
         numbered[int(number or 0)] = content
     if sorted(numbered) != list(range(len(numbered))):
-        raise ValueError(f"pictures are numbered {sorted(numbered)}; expected 0, 1, ...")
+        raise ValueError(f"images are numbered {sorted(numbered)}; expected 0, 1, ...")
     return [numbered[index] for index in sorted(numbered)]
 
 
@@ -123,7 +123,7 @@ def _text(raw: RawSample) -> str:
 def _conversation(raw: RawSample, images: list[bytes], ignore: Collection[str]) -> Conversation:
     conversation = read_conversation(parse_json(_member(raw, "json"), "its .json"), ignore)
     if conversation.images is not None and len(conversation.images) != len(images):
-        raise ValueError(f"its .json names {len(conversation.images)} pictures but {len(images)} lie beside it")
+        raise ValueError(f"its .json names {len(conversation.images)} images but {len(images)} lie beside it")
     return conversation
 
 
@@ -136,13 +136,13 @@ def _caption(raw: RawSample, images: list[bytes], ignore: Collection[str]) -> li
     if "txt" in raw or "json" not in raw:
         text = _text(raw)
         if not images:
-            raise ValueError("its .txt is a caption of no picture; a source of nothing but text has the form text")
+            raise ValueError("its .txt is a caption without an image; a source of nothing but text has the form text")
         return render_caption(text, len(images))
     conversation = _conversation(raw, images, ignore)
     if [message["role"] for message in conversation.messages] != ["user", "assistant"]:
         raise ValueError("its .json is not one question and one answer, which the caption form wants")
     if conversation.num_slots and conversation.num_slots != len(images):
-        raise ValueError(f"{conversation.num_slots} <image> in the text but {len(images)} pictures beside it")
+        raise ValueError(f"{conversation.num_slots} <image> in the text but {len(images)} images beside it")
     question, answer = (
         "".join(part.get("text", "") for part in message["content"]) for message in conversation.messages
     )

@@ -21,8 +21,9 @@ from yi_vl.checkpoint.load import find, read_config
 from yi_vl.config import OpenClipVisionConfig, YiVLConfig, preset
 
 from ..checkpoint import FINAL
-from ..config import INT4, InitConfig, TrainConfig, exit_on_user_error, load_config, num_steps
-from ..lora import wants_adapters
+from ..config import INT4, InitConfig, TrainConfig, exit_on_user_error, num_steps
+from ..config_file import load_config
+from ..lora import uses_adapters
 from ..qlora import BYTES_PER_WEIGHT
 from .estimate import Memory, Parameters, Strategy, count_parameters, step_memory, strategies
 from .flops import Row, step_flops
@@ -76,7 +77,7 @@ class Plan:
         num_gpus, num_rows = hardware.num_gpus, self.rows_per_gpu(hardware)
         return step_memory(
             self.model, self.parameters, self.config.trainable, strategy, num_gpus, num_rows, row, is_checkpointed,
-            self.config.lora if wants_adapters(self.config) else None,
+            self.config.lora if uses_adapters(self.config) else None,
         )  # fmt: skip
 
     def flops(self, is_checkpointed: bool) -> int:

@@ -19,8 +19,8 @@ from yi_vl.config import YiVLConfig
 from yi_vl.model import YiVLForConditionalGeneration
 
 from ..config import INT4, LoraConfig, TrainableConfig, TrainConfig
-from ..lora import add_adapters_, wants_adapters
-from ..optim import own_parameters, set_trainable_
+from ..lora import add_adapters_, uses_adapters
+from ..optim import component_parameters, set_trainable_
 from ..qlora import BYTES_PER_WEIGHT
 from .flops import Row, num_blocks
 
@@ -103,12 +103,12 @@ def strategies(precision: str, is_int4: bool = False) -> tuple[Strategy, ...]:
 def count_parameters(model_config: YiVLConfig, config: TrainConfig) -> Parameters:
     """Counted on a model without weights, frozen as the trainer freezes it.
 
-    Frozen matrices are taken to hold nothing finer than bf16, as the released ones do: see `keep_frozen_low_`. What is
+    Frozen matrices are taken to hold nothing finer than bf16, as the released ones do: see `cast_frozen_`. What is
     left of a language model around an int4 base is held so, too.
     """
     with torch.device("meta"):
         model = YiVLForConditionalGeneration(model_config)
-    if wants_adapters(config):
+    if uses_adapters(config):
         add_adapters_(model, config)
     set_trainable_(model, config)
     tower, head = model.model.vision_tower, model.lm_head.weight
@@ -128,7 +128,7 @@ def count_parameters(model_config: YiVLConfig, config: TrainConfig) -> Parameter
     total: dict[str, int] = {}
     trained: dict[str, int] = {}
     cast_trained = cast_frozen = 0
-    for name, own in own_parameters(model).items():
+    for name, own in component_parameters(model).items():
         total[name] = _count(own)
         trained[name] = _count(parameter for parameter in own if parameter.requires_grad)
         matrices = [parameter for parameter in own if parameter.ndim == 2 and id(parameter) not in not_cast]
@@ -150,7 +150,7 @@ def count_parameters(model_config: YiVLConfig, config: TrainConfig) -> Parameter
 def _int4_base(model: YiVLForConditionalGeneration) -> tuple[dict[int, nn.Parameter], dict[int, nn.Parameter]]:
     """Of an adapted language model what int4.py holds in four bits, and what else is frozen; by `id`."""
     under = {id(p): p for name, p in model.named_parameters() if name.endswith(".base_layer.weight")}
-    frozen = {id(p): p for p in own_parameters(model)["language"] if not p.requires_grad}
+    frozen = {id(p): p for p in component_parameters(model)["language"] if not p.requires_grad}
     return under, {key: p for key, p in frozen.items() if key not in under}
 
 

@@ -55,10 +55,10 @@ def llava(
     max_broken: BrokenOption = 0.01,
     ignore: IgnoreOption = None,
 ) -> None:
-    """From JSON or JSON lines and their image folder. Given again, an interrupted command goes on."""
+    """From JSON or JSON lines and their image folder. Repeat an interrupted command to continue it."""
     source = LlavaSource(file, images, ignore or ())
     if source.num_repeated_ids:
-        _say(f"{file}: {source.num_repeated_ids:,} ids come again; the samples are kept apart by their numbers.")
+        _print(f"{file}: {source.num_repeated_ids:,} ids come again; the samples are kept apart by their numbers.")
     build(source, out, samples_per_shard, processes, max_broken)
 
 
@@ -66,9 +66,7 @@ def llava(
 def parquet(
     files: Annotated[list[Path], typer.Argument(metavar="FILES...", help="Parquet files, in order.")],
     out: OutArgument,
-    image: Annotated[
-        str, typer.Option(help="The column of pictures: bytes, {bytes, path}, or lists of them.")
-    ] = "image",
+    image: Annotated[str, typer.Option(help="The column of images: bytes, {bytes, path}, or lists of them.")] = "image",
     caption: Annotated[str | None, typer.Option(help="The column of captions.")] = None,
     conversations: Annotated[str | None, typer.Option(help="The column of conversations, as lists or as JSON.")] = None,
     samples_per_shard: SizeOption = 1000,
@@ -76,12 +74,12 @@ def parquet(
     max_broken: BrokenOption = 0.01,
     ignore: IgnoreOption = None,
 ) -> None:
-    """From parquet files, with --caption or --conversations. Given again, an interrupted command goes on."""
+    """From parquet files, with --caption or --conversations. Repeat an interrupted command to continue it."""
     if (caption is None) == (conversations is None):
         raise ValueError("say which column holds the text: --caption NAME, or --conversations NAME.")
     source = ParquetSource(files, Columns(image, caption, conversations), ignore or ())
     if source.unread_columns:
-        _say(f"columns that are not read: {', '.join(source.unread_columns)}")
+        _print(f"columns that are not read: {', '.join(source.unread_columns)}")
     build(source, out, samples_per_shard, processes, max_broken)
 
 
@@ -127,16 +125,16 @@ def build(source: Source, out: Path, samples_per_shard: int, processes: int | No
     manifest = _open_manifest(out, made_from)
     manifest.shards = {name: manifest.shards[name] for name in chunks if manifest.has(name)}
     manifest.write()
-    left = {name: chunk for name, chunk in chunks.items() if name not in manifest.shards}
-    if len(left) < len(chunks):
-        _say(f"{out}: {len(chunks) - len(left):,} of {len(chunks):,} shards are complete and kept.")
+    remaining = {name: chunk for name, chunk in chunks.items() if name not in manifest.shards}
+    if len(remaining) < len(chunks):
+        _print(f"{out}: {len(chunks) - len(remaining):,} of {len(chunks):,} shards are complete and kept.")
 
     broken = [line for shard in manifest.shards.values() for line in shard.broken]
     seen = sum(len(chunks[name]) for name in manifest.shards)
     num_new, started = total - seen, time.perf_counter()
     _stop_if_broken(broken, seen, total, max_broken)
     with _pool(processes) as pool:
-        jobs = [pool.submit(_write_shard, out / name, chunk, source.form) for name, chunk in left.items()]
+        jobs = [pool.submit(_write_shard, out / name, chunk, source.form) for name, chunk in remaining.items()]
         with _progress("samples", total, seen) as advance:
             for job in as_completed(jobs):
                 shard = job.result()
@@ -146,11 +144,11 @@ def build(source: Source, out: Path, samples_per_shard: int, processes: int | No
                 advance(len(chunks[shard.name]))
                 _stop_if_broken(broken, seen, total, max_broken)
     seconds = time.perf_counter() - started
-    _list("left out", broken)
+    _list("skipped", broken)
     num_bytes = sum(shard.bytes for shard in manifest.shards.values())
     print(
         f"{out}: {total - len(broken):,} samples in {len(chunks):,} shards, {num_bytes / 1e6:,.1f} MB; "
-        f"{len(broken):,} left out; {num_new / seconds:,.0f} samples/s."
+        f"{len(broken):,} skipped; {num_new / seconds:,.0f} samples/s."
     )
 
 
@@ -222,12 +220,12 @@ def _progress(name: str, total: int, done: int = 0) -> Iterator[Callable[..., No
 
 def _list(title: str, lines: list[str]) -> None:
     for line in lines[:_NUM_SHOWN]:
-        _say(f"{title}: {line}")
+        _print(f"{title}: {line}")
     if len(lines) > _NUM_SHOWN:
-        _say(f"{title}: {len(lines) - _NUM_SHOWN:,} more")
+        _print(f"{title}: {len(lines) - _NUM_SHOWN:,} more")
 
 
-def _say(line: str) -> None:
+def _print(line: str) -> None:
     typer.echo(line, err=True)
 
 

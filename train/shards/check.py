@@ -27,9 +27,9 @@ class Contents:
     """Of one shard or of many: `+=` adds one to another."""
 
     shards: dict[str, tuple[int, int, str]] = field(default_factory=dict)  # name -> samples, bytes, SHA-256
-    counts: Counter[str] = field(default_factory=Counter)  # samples, caption, chat, without a picture
-    formats: Counter[str] = field(default_factory=Counter)  # of the pictures
-    sides_px: Counter[int] = field(default_factory=Counter)  # the pictures' longer sides
+    counts: Counter[str] = field(default_factory=Counter)  # samples, caption, chat, without an image
+    formats: Counter[str] = field(default_factory=Counter)  # of the images
+    sides_px: Counter[int] = field(default_factory=Counter)  # the images' longer sides
     broken: list[str] = field(default_factory=list)  # samples, each with its reason
     unreadable: list[str] = field(default_factory=list)  # shards, likewise
     notes: list[str] = field(default_factory=list)  # what the reader says of them
@@ -46,7 +46,7 @@ class Contents:
 
 
 def inspect(path: Path, ignore: Collection[str] = ()) -> Contents:
-    """One shard: every sample is read in all forms, every picture decoded."""
+    """One shard: every sample is read in all forms, every image decoded."""
     contents = Contents()
     for raw in read_shard(str(path)):
         if "__lost__" in raw:
@@ -55,9 +55,9 @@ def inspect(path: Path, ignore: Collection[str] = ()) -> Contents:
         contents.notes += [raw["__note__"]] if "__note__" in raw else []
         contents.counts["samples"] += "__error__" not in raw
         try:
-            forms, pictures = _usable_forms(raw, ignore)
-            for picture in pictures:
-                with open_image(picture) as image:
+            forms, encoded_images = _usable_forms(raw, ignore)
+            for encoded in encoded_images:
+                with open_image(encoded) as image:
                     load_image(image)
                 contents.formats[image.format or "?"] += 1
                 contents.sides_px[max(image.size)] += 1
@@ -65,7 +65,7 @@ def inspect(path: Path, ignore: Collection[str] = ()) -> Contents:
             contents.broken.append(f"{sample_name(raw)}: {' '.join(str(error).split())}")
             continue
         contents.counts.update(forms)
-        contents.counts["without a picture"] += not pictures
+        contents.counts["without an image"] += not encoded_images
     contents.shards[path.name] = (contents.counts["samples"], path.stat().st_size, digest(path))
     return contents
 
@@ -103,8 +103,8 @@ def contents_table(folder: Path, contents: Contents, manifest: Manifest | None, 
     table.add_row("captions", f"{counts['caption']:,} can be learned from in the form caption")
     table.add_row("conversations", f"{counts['chat']:,} in the form chat")
     table.add_row("texts", f"{counts['text']:,} in the form text")
-    table.add_row("without a picture", f"{counts['without a picture']:,}")
-    table.add_row("pictures", f"{sides.total():,}: {formats}" if sides else "0")
+    table.add_row("without an image", f"{counts['without an image']:,}")
+    table.add_row("images", f"{sides.total():,}: {formats}" if sides else "0")
     if sides:
         table.add_row("longer side", f"{min(sides)} to {max(sides)} px, half of them at most {_median(sides)} px")
     table.add_row("cannot be used", f"{len(contents.broken):,}")
@@ -113,7 +113,7 @@ def contents_table(folder: Path, contents: Contents, manifest: Manifest | None, 
 
 
 def _usable_forms(raw: RawSample, ignore: Collection[str]) -> tuple[list[str], list[bytes]]:
-    """The forms a sample can be learned from in, and its pictures.
+    """The forms a sample can be learned from in, and its images.
 
     Raises:
         ValueError: in none; the reason is that of the form its members suggest.

@@ -1,7 +1,4 @@
-"""Shards on disk: tars that are whole or not there, and the manifest beside them.
-
-Called by shards.py, shard_check.py and nano/shards.py.
-"""
+"""Shards on disk: tars written atomically, and the manifest beside them."""
 
 from __future__ import annotations
 
@@ -38,16 +35,16 @@ def write_tar(path: Path, samples: Iterable[tuple[str, Members]]) -> None:
 
 def digest(path: Path) -> str:
     """The file's SHA-256."""
-    found = hashlib.sha256()
+    sha256 = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(_BLOCK_BYTES):
-            found.update(block)
-    return found.hexdigest()
+            sha256.update(block)
+    return sha256.hexdigest()
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A line of the manifest: a complete shard, and the samples that were left out of it, each with its reason."""
+    """A line of the manifest: a complete shard, and the samples skipped, each with its reason."""
 
     name: str
     samples: int
@@ -88,7 +85,7 @@ class Manifest:
             raise ValueError(f"{path} is no manifest of shards ({error}); delete it or take another folder.") from error
 
     def write(self) -> None:
-        """The whole file anew, at once."""
+        """Write the whole file, atomically."""
         self.folder.mkdir(parents=True, exist_ok=True)
         partial = self.folder / f"{MANIFEST}.tmp"
         entries = [{"made_from": self.made_from}, *map(asdict, self.shards.values())]

@@ -198,7 +198,7 @@ class ParquetChunk:
 
 
 class ParquetSource:
-    """Rows with a picture (bytes, {"bytes", "path"}, a list of either, or none) and a caption or a conversation.
+    """Rows with an image (bytes, {"bytes", "path"}, a list of either, or none) and a caption or a conversation.
 
     Raises:
         ValueError: a file is missing or not parquet, or a column is not in it.
@@ -257,7 +257,7 @@ def _from_row(values: dict[str, Any], columns: Columns, folder: Path, ignore: fr
         if not has_text(caption):
             raise ValueError(f"its {columns.caption!r} is empty")
         if not found:
-            raise ValueError("it has no picture")
+            raise ValueError("it has no image")
         return _image_members([_image_bytes(image, folder) for image in found]) | {"txt": caption.encode()}
     assert columns.conversations is not None
     record = values[columns.conversations]
@@ -266,7 +266,7 @@ def _from_row(values: dict[str, Any], columns: Columns, folder: Path, ignore: fr
     conversation = read_conversation(record, ignore)
     if conversation.images is not None and found and len(conversation.images) != len(found):
         num_named = len(conversation.images)
-        raise ValueError(f"its {columns.image!r} holds {len(found)} pictures, but its text names {num_named}")
+        raise ValueError(f"its {columns.image!r} holds {len(found)} images, but its text names {num_named}")
     members = _image_members([_image_bytes(image, folder) for image in found or conversation.images or ()])
     return members | {"json": _json({}, conversation)}
 
@@ -278,7 +278,7 @@ def _image_bytes(value: Any, folder: Path) -> bytes:
     if isinstance(value, str):
         return _decode_data_url(value) if value.startswith("data:") else _read_inside(folder, value)
     if not isinstance(value, bytes):
-        raise ValueError(f"its picture is {type(value).__name__}; expected bytes or {{bytes, path}}")
+        raise ValueError(f"its image is {type(value).__name__}; expected bytes or {{bytes, path}}")
     return value
 
 
@@ -306,15 +306,15 @@ def _read_inside(folder: Path, name: str) -> bytes:
 
 
 def _image_members(contents: list[bytes]) -> Members:
-    """The members of some encoded pictures, each decoded once to see that it can be."""
+    """The members of some encoded images, each decoded once to see that it can be."""
     members: Members = {}
     for index, content in enumerate(contents):
         with open_image(content) as image:
             suffix = _SUFFIX_OF_FORMAT.get(image.format or "")
-            picture = load_image(image)
+            decoded = load_image(image)
         if suffix is None:  # a format that the trainer does not look for
             buffer = io.BytesIO()
-            picture.save(buffer, "PNG")
+            decoded.save(buffer, "PNG")
             suffix, content = "png", buffer.getvalue()
         members[suffix if len(contents) == 1 else f"{index}.{suffix}"] = content
     return members

@@ -1,7 +1,4 @@
-"""`python -m train.speed WHAT`: what the trainer gains, each measured beside the plain way in one run.
-
-Called from the command line; calls speed_data.py, speed_step.py and rich.
-"""
+"""`python -m train.speed WHAT`: the trainer's speed beside a baseline, measured in one run."""
 
 from __future__ import annotations
 
@@ -30,22 +27,22 @@ Out = Annotated[Path | None, typer.Option(help="Where the shards are kept for th
 @app.command()
 def data(
     out: Out = None,
-    num_samples: Annotated[int, typer.Option("--samples", min=16, help="How many each way reads.")] = 64,
+    num_samples: Annotated[int, typer.Option("--samples", min=16, help="Samples that each loader reads.")] = 64,
     as_json: AsJson = False,
 ) -> None:
-    """Pictures and samples per second of one core, from shards of megapixel photographs."""
-    from . import data as speed_data
+    """Images and samples per second of one core, from shards of megapixel photographs."""
+    from .data import compare, drift, make_shards
 
     rows: list[dict[str, Any]] = []
     with _folder(out) as folder:
-        for kind in ("jpg", "png"):
-            shard = speed_data.make_shards(folder, kind, min(num_samples, 128))  # type: ignore[arg-type]
+        for image_format in ("jpg", "png"):
+            shard = make_shards(folder, image_format, min(num_samples, 128))  # type: ignore[arg-type]
             for size_px in (224, 448):
-                ways = speed_data.compare(shard, size_px, num_samples)
-                mean, root = speed_data.drift(shard, size_px)
-                slow, fast = (way["samples_per_second"] for way in ways.values())
+                loaders = compare(shard, size_px, num_samples)
+                mean, root = drift(shard, size_px)
+                slow, fast = (rates["samples_per_second"] for rates in loaders.values())
                 rows.append(
-                    {"pictures": kind, "size_px": size_px, "ways": ways, "ratio": fast / slow}
+                    {"images": image_format, "size_px": size_px, "loaders": loaders, "ratio": fast / slow}
                     | {"drift_mean": mean, "drift_rms": root}
                 )
     if as_json:
@@ -53,14 +50,14 @@ def data(
         return
     table = _table("of one core", "images/s", "samples/s", "ratio", "drift, mean", "rms")
     for row in rows:
-        for index, (name, rates) in enumerate(row["ways"].items()):
+        for index, (name, rates) in enumerate(row["loaders"].items()):
             last = [f"{row['ratio']:.2f}", f"{row['drift_mean']:.2f}", f"{row['drift_rms']:.2f}"] if index else [""] * 3
             numbers = [f"{rate:,.1f}" for rate in rates.values()]
-            table.add_row(f"{row['pictures']} to {row['size_px']} px, {name}", *numbers, *last)
+            table.add_row(f"{row['images']} to {row['size_px']} px, {name}", *numbers, *last)
     console = Console()
     console.print(machine(), highlight=False)
     console.print(table)
-    console.print("Drift: how far the pixels are from those of inference, of 255.", highlight=False)
+    console.print("Drift: difference to the pixels of inference, of 255.", highlight=False)
 
 
 @app.command()
@@ -69,10 +66,10 @@ def step(
         Literal["nano", "300m"], typer.Option(help="The bundled model, or one of random weights.")
     ] = "nano",
     form: Annotated[
-        Literal["caption", "chat"], typer.Option(help="caption: tower and projector learn; chat: everything.")
+        Literal["caption", "chat"], typer.Option(help="caption: trains tower and projector; chat: trains everything.")
     ] = "chat",
     num_steps: Annotated[
-        int | None, typer.Option("--steps", min=2, help="Of each way; the first is not timed.")
+        int | None, typer.Option("--steps", min=2, help="Of each loop; the first is not timed.")
     ] = None,
     precision: Annotated[
         Literal["bf16", "fp32"], typer.Option(help="In fp32 the losses agree but for rounding.")
@@ -80,18 +77,17 @@ def step(
     compiles: Annotated[bool, typer.Option("--compile", help="As `compile: true` in a config.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Samples, tokens and useful operations per second of training steps."""
+    """Samples, tokens and model FLOP per second of training steps."""
     from transformers.utils import logging
 
-    from . import step as speed_step
+    from .step import BATCHES, compare, make_checkpoint, make_work
 
     logging.disable_progress_bar()
     with _folder(None) as folder:
         steps = num_steps if num_steps is not None else _STEPS[size]
-        checkpoint = speed_step.make_checkpoint(folder, size)
-        batches = speed_step.BATCHES[size]
-        work = speed_step.make_work(folder, checkpoint, form, batches, steps, precision, compiles)
-        measured = speed_step.compare(work)
+        checkpoint = make_checkpoint(folder, size)
+        work = make_work(folder, checkpoint, form, BATCHES[size], steps, precision, compiles)
+        measured = compare(work)
     if as_json:
         typer.echo(
             json.dumps({"machine": machine(), "size": size, "form": form, "precision": precision} | measured, indent=1)
@@ -99,9 +95,13 @@ def step(
         return
     table = _table(f"{size}, {form}, {precision}", "samples/s", "tokens/s", "TFLOP/s", "of matrix products")
     table.add_row("matrix products", "", "", f"{measured['matrix_tflops']:.2f}", "100%")
-    for name, way in measured["ways"].items():
-        numbers = [f"{way['samples_per_second']:,.2f}", f"{way['tokens_per_second']:,.0f}", f"{way['tflops']:.2f}"]
-        table.add_row(name, *numbers, f"{way['utilisation']:.0%}")
+    for name, rates in measured["loops"].items():
+        numbers = [
+            f"{rates['samples_per_second']:,.2f}",
+            f"{rates['tokens_per_second']:,.0f}",
+            f"{rates['tflops']:.2f}",
+        ]
+        table.add_row(name, *numbers, f"{rates['mfu']:.0%}")
     console = Console()
     console.print(f"{machine()}; {measured['mean_tokens']:.0f} tokens a sample", highlight=False)
     console.print(table)
@@ -119,11 +119,11 @@ def memory(
     as_json: AsJson = False,
 ) -> None:
     """Resident memory while a long stream is read."""
-    from . import data as speed_data
+    from .data import resident_memory
 
     rows = []
     with _folder(out) as folder:
-        for done, megabytes in speed_data.resident_memory(folder, num_samples):
+        for done, megabytes in resident_memory(folder, num_samples):
             rows.append({"samples": done, "resident_mb": megabytes})
             if not as_json:
                 typer.echo(f"{done:>12,} samples  {megabytes:8.1f} MB")

@@ -1,7 +1,7 @@
-"""Pictures and samples per second of one core: the trainer's stream beside a plain webdataset pipeline.
+"""Images and samples per second of one core: the trainer's loader beside a webdataset pipeline.
 
-Both read the same shards, which are made here: photographs of about a megapixel, conversations about them, every fourth
-about two. Both end with normalised pixels and padded ids. Called by speed.py; calls data.py and yi_vl.
+Both read the same shards, made here: conversations about photographs of about a megapixel, every fourth about two. Both
+end with normalized pixels and padded ids.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from yi_vl.processor import YiVLProcessor
 
 from ..attention.cpu import keep_memory
 from ..config import DataConfig, SourceConfig
-from ..data.fast_image import square
+from ..data.fast_image import to_uint8
 from ..data.loader import IGNORE, StepLoader
 
 Format = Literal["jpg", "png"]
@@ -39,15 +39,15 @@ _MAX_TOKENS = 4096
 
 
 def processor_for(size_px: int) -> YiVLProcessor:
-    """nano's, with the real recipe's patches and another size of picture."""
+    """nano's, with the real recipe's patches and another image size."""
     processor: YiVLProcessor = YiVLProcessor.from_pretrained(Path(yi_vl.__file__).parent / "nano")
     processor.image_processor.size_px, processor.patch_size = size_px, 14
     return processor
 
 
-def make_shards(folder: Path, kind: Format, num_samples: int) -> Path:
-    """A shard of photographs with conversations, unless it is there already."""
-    path = folder / f"{kind}-{num_samples}.tar"
+def make_shards(folder: Path, image_format: Format, num_samples: int) -> Path:
+    """A shard of photographs with conversations, unless it exists already."""
+    path = folder / f"{image_format}-{num_samples}.tar"
     if path.is_file():
         return path
     folder.mkdir(parents=True, exist_ok=True)
@@ -56,8 +56,8 @@ def make_shards(folder: Path, kind: Format, num_samples: int) -> Path:
     with webdataset.TarWriter(str(unfinished)) as tar:
         for index in range(num_samples):
             count = 2 if index % 4 == 3 else 1
-            names = [kind] if count == 1 else [f"{number}.{kind}" for number in range(count)]
-            members: dict[str, Any] = {name: _encoded(_photograph(rng), kind) for name in names}
+            names = [image_format] if count == 1 else [f"{number}.{image_format}" for number in range(count)]
+            members: dict[str, Any] = {name: _encoded(_photograph(rng), image_format) for name in names}
             members["json"] = json.dumps({"conversations": _conversation(rng, count)}).encode()
             tar.write({"__key__": f"{index:06d}", **members})
     unfinished.rename(path)
@@ -65,31 +65,31 @@ def make_shards(folder: Path, kind: Format, num_samples: int) -> Path:
 
 
 def compare(shard: Path, size_px: int, num_samples: int) -> dict[str, dict[str, float]]:
-    """Both ways over the same samples, by the processor's time; the first batch is not counted."""
+    """Rates of both loaders over the same samples, in CPU time; the first batch is not counted."""
     processor = processor_for(size_px)
     keep_memory()  # for both, as the trainer does on a CPU
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return {name: _rates(way(shard, processor), num_samples) for name, way in WAYS.items()}
+        return {name: _rates(load(shard, processor), num_samples) for name, load in LOADERS.items()}
     finally:
         torch.set_num_threads(threads)
 
 
-def plain(shard: Path, processor: YiVLProcessor) -> Iterator[dict[str, Any]]:
-    """webdataset, Pillow and open_clip's transform, which pads as Yi-VL does when it is asked to; padded batches."""
+def baseline(shard: Path, processor: YiVLProcessor) -> Iterator[dict[str, Any]]:
+    """webdataset, Pillow and open_clip's transform, padding like Yi-VL's; padded batches."""
     mean_colour = tuple(int(255 * channel) for channel in IMAGE_MEAN)
     size_px = processor.image_processor.size_px
     transform = image_transform(size_px, is_train=False, resize_mode="longest", fill_color=mean_colour)  # type: ignore[arg-type]
 
     def encode(sample: dict[str, Any]) -> dict[str, Any]:
         encoded = processor.encode(render(from_llava(sample["json"]["conversations"])))
-        pictures = [sample[name] for name in sorted(sample) if isinstance(sample[name], Image.Image)]
+        images = [sample[name] for name in sorted(sample) if isinstance(sample[name], Image.Image)]
         ids, mask = torch.tensor(encoded.input_ids), torch.tensor(encoded.loss_mask)
         return {
             "input_ids": ids,
             "labels": torch.where(mask, ids, IGNORE),
-            "pixel_values": torch.stack([transform(picture) for picture in pictures]),
+            "pixel_values": torch.stack([transform(image) for image in images]),
         }
 
     def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
@@ -104,45 +104,45 @@ def plain(shard: Path, processor: YiVLProcessor) -> Iterator[dict[str, Any]]:
     return iter(stream.map(encode).batched(BATCH, collation_fn=collate))
 
 
-def ours(shard: Path, processor: YiVLProcessor) -> Iterator[dict[str, Any]]:
-    """The trainer's stream, its batches normalised as the trainer's loop does it."""
+def yi_vl_loader(shard: Path, processor: YiVLProcessor) -> Iterator[dict[str, Any]]:
+    """The trainer's loader, its batches normalized as in the trainer."""
     for step in _loader([str(shard)], processor):
-        for micro in step.micros:
-            assert micro.images is not None
-            pixel_values = processor.image_processor.to_pixel_values(micro.images)
-            yield {"input_ids": micro.input_ids, "labels": micro.labels, "pixel_values": pixel_values}
+        for micro_batch in step.micro_batches:
+            assert micro_batch.images is not None
+            pixel_values = processor.image_processor.to_pixel_values(micro_batch.images)
+            yield {"input_ids": micro_batch.input_ids, "labels": micro_batch.labels, "pixel_values": pixel_values}
 
 
-WAYS: dict[str, Callable[[Path, YiVLProcessor], Iterator[dict[str, Any]]]] = {
-    "plain webdataset": plain,
-    "train.data.loader": ours,
+LOADERS: dict[str, Callable[[Path, YiVLProcessor], Iterator[dict[str, Any]]]] = {
+    "webdataset": baseline,
+    "train.data.loader": yi_vl_loader,
 }
 
 
-def drift(shard: Path, size_px: int, num_pictures: int = 20) -> tuple[float, float]:
-    """How far the trainer's pixels are from inference's, of 255: on average, and the root of the mean square."""
+def drift(shard: Path, size_px: int, num_images: int = 20) -> tuple[float, float]:
+    """Mean and root mean square difference of the trainer's pixels to those of inference, of 255."""
     processor = processor_for(size_px).image_processor
     differences = []
     for sample in webdataset.WebDataset(str(shard), shardshuffle=False):
         for name in sample:
             if name.endswith(("jpg", "png")):
                 exact = processor.to_uint8(sample[name]).float()
-                differences.append((square(sample[name], size_px).float() - exact).flatten())
-        if len(differences) >= num_pictures:
+                differences.append((to_uint8(sample[name], size_px).float() - exact).flatten())
+        if len(differences) >= num_images:
             break
-    every = torch.cat(differences)
-    return every.abs().mean().item(), every.square().mean().sqrt().item()
+    all_differences = torch.cat(differences)
+    return all_differences.abs().mean().item(), all_differences.square().mean().sqrt().item()
 
 
 def resident_memory(folder: Path, num_samples: int, num_rows: int = 10) -> Iterator[tuple[int, float]]:
-    """Stream tiny samples, a few of them broken, over and over: samples so far, and the megabytes that are resident."""
+    """Stream tiny samples, a few of them broken, repeatedly: samples so far, and resident megabytes."""
     shards = [str(_tiny_shard(folder, number)) for number in range(_NUM_TINY_SHARDS)]
     processor = processor_for(14)
-    process, shown = psutil.Process(), 0
+    process, num_shown = psutil.Process(), 0
     for num_steps, _ in enumerate(_loader(shards, processor), start=1):
         done = num_steps * BATCH
-        if done * num_rows >= (shown + 1) * num_samples:
-            shown += 1
+        if done * num_rows >= (num_shown + 1) * num_samples:
+            num_shown += 1
             yield done, process.memory_info().rss / 1e6
         if done >= num_samples:
             return
@@ -156,14 +156,14 @@ def _loader(shards: list[str], processor: YiVLProcessor) -> StepLoader:
 
 def _rates(batches: Iterator[dict[str, Any]], num_samples: int) -> dict[str, float]:
     next(batches)
-    num_pictures = num_done = 0
+    num_images = num_done = 0
     started = time.process_time()
     while num_done < num_samples:
         batch = next(batches)
-        num_pictures += len(batch["pixel_values"])
+        num_images += len(batch["pixel_values"])
         num_done += len(batch["input_ids"])
     seconds = time.process_time() - started
-    return {"images_per_second": num_pictures / seconds, "samples_per_second": num_done / seconds}
+    return {"images_per_second": num_images / seconds, "samples_per_second": num_done / seconds}
 
 
 def _photograph(rng: np.random.Generator) -> Image.Image:
@@ -183,17 +183,17 @@ def _photograph(rng: np.random.Generator) -> Image.Image:
     return Image.fromarray((np.asarray(large) + grain).clip(0, 255).astype(np.uint8))
 
 
-def _encoded(image: Image.Image, kind: Format) -> bytes:
+def _encoded(image: Image.Image, image_format: Format) -> bytes:
     file = io.BytesIO()
-    image.save(file, "JPEG", quality=_QUALITY) if kind == "jpg" else image.save(file, "PNG")
+    image.save(file, "JPEG", quality=_QUALITY) if image_format == "jpg" else image.save(file, "PNG")
     return file.getvalue()
 
 
-def _conversation(rng: np.random.Generator, num_pictures: int) -> list[dict[str, str]]:
+def _conversation(rng: np.random.Generator, num_images: int) -> list[dict[str, str]]:
     """Up to five turns, with answers of up to sixty words."""
     turns = []
     for turn in range(int(rng.integers(1, 6))):
-        question = ("<image>" * num_pictures + "\n" if turn == 0 else "") + "What is left of the small red thing?"
+        question = ("<image>" * num_images + "\n" if turn == 0 else "") + "What is left of the small red thing?"
         answer = " ".join(["There is a large blue thing."] * int(rng.integers(1, 10)))
         turns += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
     return turns

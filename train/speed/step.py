@@ -1,8 +1,7 @@
-"""Samples, tokens and useful operations per second of training steps: this trainer beside a plain loop.
+"""Samples, tokens and model FLOP per second of training steps: this trainer beside a baseline loop.
 
-The plain one is what transformers' Trainer does: rows padded to the longest of their micro-batch, in the order in which
-they come, through `model(...).loss` under autocast, AdamW. Both train the same weights on the same samples, so their
-losses must agree, step by step.
+The baseline is what transformers' Trainer does: rows in stream order, padded to the longest of their micro-batch,
+`model(...).loss` under autocast, AdamW. Both train the same weights on the same samples, so their losses must agree.
 """
 
 from __future__ import annotations
@@ -28,14 +27,14 @@ from yi_vl.processor import YiVLProcessor
 
 from ..config import DataConfig, InitConfig, LearningRateConfig, SourceConfig, TrainableConfig, TrainConfig
 from ..data.loader import MicroBatch, Sample, StepBatch, collate, num_supervised
-from ..optim import build_optimiser, set_learning_rates_, set_trainable_
+from ..optim import build_optimizer, set_learning_rates_, set_trainable_
 from ..plan.flops import Row, step_flops
 from ..trainer import Trainer
 
 Size = Literal["nano", "300m"]
 Form = Literal["caption", "chat"]
 NANO = Path(yi_vl.__file__).parent / "nano"
-_WORDS = (
+_WORDS = [
     "a",
     "red",
     "blue",
@@ -51,12 +50,12 @@ _WORDS = (
     "one",
     "is",
     "it",
-)
-_TYPICAL_WORDS = {"caption": 12, "chat": 35}  # of a caption, of an answer: the middle of a skewed distribution
-_MOST_WORDS = 200
+]
+_MEDIAN_WORDS = {"caption": 12, "chat": 35}  # of a caption, of an answer: of a log-normal distribution
+_MAX_WORDS = 200
 _RATE_ROWS = 2048
-# Samples of a step, and at once. One micro-batch in nano's step: the batch norm of its stem tells which samples are in
-# one, and the trainer sorts them.
+# Samples of a step, and of a micro-batch. nano's step is one micro-batch: the trainer sorts by length before splitting,
+# and the batch norm of nano's stem depends on the samples of a micro-batch.
 BATCHES: dict[Size, tuple[int, int]] = {"nano": (16, 16), "300m": (8, 8)}
 
 Step = Callable[[Sequence[Sample]], float]  # the mean loss of a supervised token, before the step
@@ -64,7 +63,7 @@ Step = Callable[[Sequence[Sample]], float]  # the mean loss of a supervised toke
 
 @dataclass(frozen=True)
 class Work:
-    """What both ways train on."""
+    """What both loops train on."""
 
     checkpoint: Path
     config: TrainConfig
@@ -72,7 +71,7 @@ class Work:
 
     @property
     def rows(self) -> list[Row]:
-        """Of a step, on average over steps the same: every sample has one picture."""
+        """Of a step, on average over steps the same: every sample has one image."""
         return [
             Row(len(sample.encoded.input_ids), sum(sample.encoded.loss_mask[1:]))
             for step in self.steps[1:]
@@ -131,11 +130,11 @@ def make_work(
 
 
 def compare(work: Work) -> dict[str, Any]:
-    """Both ways, one after the other; the first step of each is not timed.
+    """Both loops, one after the other; the first step of each is not timed.
 
-    The plain way comes first: the trainer's settings of the C library's memory would quicken it, too.
+    The baseline runs first: the trainer's malloc settings would speed it up as well.
     """
-    ways: dict[str, dict[str, float]] = {}
+    rates: dict[str, dict[str, float]] = {}
     losses: dict[str, list[float]] = {}
     model_config = YiVLConfig.from_pretrained(work.checkpoint)
     text = model_config.text_config
@@ -144,7 +143,7 @@ def compare(work: Work) -> dict[str, Any]:
     limit = matrix_rate(_RATE_ROWS, text.hidden_size, text.intermediate_size, dtype, device)
     flops = sum(step_flops(model_config, work.config.trainable, row, False) for row in work.rows)
     num_timed = len(work.steps) - 1
-    for name, prepare in WAYS.items():
+    for name, prepare in LOOPS.items():
         step = prepare(work)
         losses[name], seconds = [], []
         for samples in work.steps:
@@ -152,41 +151,41 @@ def compare(work: Work) -> dict[str, Any]:
             losses[name].append(step(samples))
             seconds.append(synchronized_seconds(device) - started)
         typical = median(seconds[1:]) * num_timed
-        ways[name] = {
+        rates[name] = {
             "samples_per_second": len(work.rows) / typical,
             "tokens_per_second": sum(row.tokens for row in work.rows) / typical,
             "tflops": flops / typical / 1e12,
-            "utilisation": flops / typical / limit,
+            "mfu": flops / typical / limit,
         }
         del step
         gc.collect()
-    slow, fast = (way["samples_per_second"] for way in ways.values())
+    slow, fast = (loop["samples_per_second"] for loop in rates.values())
     return {
         "matrix_tflops": limit / 1e12,
         "mean_tokens": sum(row.tokens for row in work.rows) / len(work.rows),
-        "ways": ways,
+        "loops": rates,
         "ratio": fast / slow,
         "losses": losses,
         "largest_loss_difference": max(abs(a - b) for a, b in zip(*losses.values(), strict=True)),
     }
 
 
-def plain(work: Work) -> Step:
-    """As transformers' Trainer trains: padding, all logits, the model's own loss."""
+def baseline(work: Work) -> Step:
+    """Like transformers' Trainer: padding, all logits, the model's own loss."""
     config, device = work.config, torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model: Any = YiVLForConditionalGeneration.from_pretrained(work.checkpoint, dtype=torch.float32)
     model.to(device)
     processor: YiVLProcessor = YiVLProcessor.from_pretrained(work.checkpoint)
     set_trainable_(model, config)
-    optimiser = build_optimiser(model, config)
+    optimizer = build_optimizer(model, config)
     schedule = iter(range(config.steps or 0))
 
     def step(samples: Sequence[Sample]) -> float:
-        set_learning_rates_(optimiser, next(schedule), config.steps or 0, config.warmup_ratio)
-        micros = _cut(samples, config.micro_batch)
-        total = torch.tensor(sum(num_supervised(micro.labels) for micro in micros), device=device)
+        set_learning_rates_(optimizer, next(schedule), config.steps or 0, config.warmup_ratio)
+        micro_batches = _cut(samples, config.micro_batch)
+        total = torch.tensor(sum(num_supervised(micro.labels) for micro in micro_batches), device=device)
         summed = 0.0
-        for micro in micros:
+        for micro in micro_batches:
             assert micro.images is not None
             with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
                 loss = model(
@@ -200,23 +199,24 @@ def plain(work: Work) -> Step:
             loss.backward()
             summed += loss.item()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)  # type: ignore[arg-type]
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
         return summed
 
     return step
 
 
-def ours(work: Work) -> Step:
+def yi_vl_step(work: Work) -> Step:
     """The trainer's own step."""
     config = work.config
     trainer = Trainer(config, Console(quiet=True))
 
     def step(samples: Sequence[Sample]) -> float:
-        set_learning_rates_(trainer.optimiser, trainer.done_steps, trainer.num_steps, config.warmup_ratio)
+        set_learning_rates_(trainer.optimizer, trainer.done_steps, trainer.num_steps, config.warmup_ratio)
         by_length = sorted(samples, key=lambda sample: len(sample.encoded.input_ids))
-        micros = _cut(by_length, config.micro_batch)
-        per_source, _ = trainer.step(StepBatch(micros, [], 0, {}, []))
+        micro_batches = _cut(by_length, config.micro_batch)
+        batch = StepBatch(micro_batches, [], 0, {}, [])
+        per_source, _ = trainer.step(batch, batch.num_supervised)
         trainer.done_steps += 1
         loss, count = per_source.sum(0).tolist()
         return float(loss / count)
@@ -224,7 +224,7 @@ def ours(work: Work) -> Step:
     return step
 
 
-WAYS: dict[str, Callable[[Work], Step]] = {"plain loop": plain, "train": ours}
+LOOPS: dict[str, Callable[[Work], Step]] = {"baseline": baseline, "train": yi_vl_step}
 
 
 def _cut(samples: Sequence[Sample], micro_batch: int) -> list[MicroBatch]:
@@ -232,23 +232,23 @@ def _cut(samples: Sequence[Sample], micro_batch: int) -> list[MicroBatch]:
 
 
 def _sample(processor: YiVLProcessor, form: Form, rng: np.random.Generator, max_tokens: int) -> Sample:
-    """A picture with a caption, or a conversation of several turns; lengths are log-normal, as written ones are."""
+    """An image with a caption, or a conversation of several turns; lengths are log-normal."""
 
-    def words() -> str:
-        count = min(_MOST_WORDS, 1 + int(rng.lognormal(np.log(_TYPICAL_WORDS[form]), 0.8)))
+    def text() -> str:
+        count = min(_MAX_WORDS, 1 + int(rng.lognormal(np.log(_MEDIAN_WORDS[form]), 0.8)))
         return " ".join(rng.choice(_WORDS, count))
 
     size_px = processor.image_processor.size_px
     image = torch.from_numpy(rng.integers(0, 256, (size_px, size_px, 3), dtype=np.uint8))
     while True:
         if form == "caption":
-            segments = render_caption(words(), 1)
+            segments = render_caption(text(), 1)
         else:
             messages: list[dict[str, Any]] = []
             for turn in range(int(rng.integers(1, 5))):
                 content: list[dict[str, Any]] = [{"type": "image"}] if turn == 0 else []
                 messages.append({"role": "user", "content": [*content, {"type": "text", "text": "What is it like?"}]})
-                messages.append({"role": "assistant", "content": words()})
+                messages.append({"role": "assistant", "content": text()})
             segments = render(messages)
         encoded = processor.encode(segments)
         if len(encoded.input_ids) <= max_tokens:
@@ -256,7 +256,7 @@ def _sample(processor: YiVLProcessor, form: Form, rng: np.random.Generator, max_
 
 
 def _three_hundred_million() -> YiVLConfig:
-    """A ViT-B of 256 patches of a 448 px picture, and a Llama of 200 M with Yi's vocabulary."""
+    """A ViT-B of 256 patches of a 448 px image, and a Llama of 200 M with Yi's vocabulary."""
     vision = OpenClipVisionConfig(
         patch_size=28, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12
     )
