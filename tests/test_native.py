@@ -125,13 +125,13 @@ def test_lora_attaches_learns_merges_saves_and_loads(tmp_path: Path, inputs: dic
     before = base(**inputs).logits.detach()
     targets = r"model\.language_model\..*\.(q_proj|v_proj)"
     model = get_peft_model(copy.deepcopy(base), LoraConfig(r=4, target_modules=targets))
-    optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=5.0)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=5.0)
     losses = []
     for _ in range(4):
         loss = model(**inputs, labels=inputs["input_ids"].clone().masked_fill_(inputs["input_ids"] == 900, -100)).loss
         loss.backward()
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
     learned = model(**inputs).logits.detach()

@@ -1,14 +1,12 @@
-"""The plan's arithmetic against what is measured: bytes that torch allocates, operations that torch counts.
-
-Measured at sizes that fit a test: the formulas are linear in every size.
-"""
+"""What the plan counts without weights against what is measured with them: bytes that torch allocates, its FLOPs."""
 
 from __future__ import annotations
 
+import copy
 import inspect
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -31,16 +29,8 @@ from train.lora import add_adapters_
 from train.loss import Objective
 from train.optim import build_optimizer, cast_frozen_, checkpoint_activations_, set_trainable_
 from train.plan.__main__ import USABLE, Hardware, Plan, app, make_plan, verdict
-from train.plan.estimate import (
-    Elements,
-    activation_bytes,
-    count_parameters,
-    language_layer_bytes,
-    logit_bytes,
-    step_memory,
-    strategies,
-    tower_block_bytes,
-)
+from train.plan.count import SavedBytes, count_flops, count_saved_bytes
+from train.plan.estimate import count_parameters, logit_bytes, step_memory, strategies
 from train.plan.flops import Row, batch_flops, step_flops
 from train.qlora import read_int4
 from yi_vl.config import OpenClipVisionConfig, YiVLConfig, preset
@@ -62,7 +52,9 @@ MODEL = YiVLConfig(  # no two dimensions alike
     ),
     image_token_id=IMAGE_TOKEN_ID,
 )  # fmt: skip
+NOTHING_SAVED = SavedBytes(0, 0, 0)
 ALL, TOWER_AND_PROJECTOR = TrainableConfig(), TrainableConfig(language=False)
+PROJECTOR = TrainableConfig(vision=False, language=False)
 COMBINATIONS = [TrainableConfig(*trains) for trains in product([True, False], repeat=3) if any(trains)]
 
 
@@ -97,16 +89,16 @@ def allocations(function: Callable[[], Any]) -> tuple[int, int, Any]:
 @pytest.mark.parametrize("trains", COMBINATIONS, ids=str)
 def test_weights_gradients_and_moments_are_exact(trains: TrainableConfig) -> None:
     step = objective(trains)
-    optimiser = build_optimizer(step.model, TrainConfig(trainable=trains))
+    optimizer = build_optimizer(step.model, TrainConfig(trainable=trains))
     step(*batch())[0].backward()
-    optimiser.step()
+    optimizer.step()
     parameters = list(step.parameters())
-    moments = [value for state in optimiser.state.values() for value in state.values() if value.ndim]
-    counted = count_parameters(MODEL, TrainConfig(trainable=trains))
-    ddp = step_memory(MODEL, counted, trains, strategies("fp32")[0], 1, NUM_ROWS, ROW, is_checkpointed=False)
+    moments = [value for state in optimizer.state.values() for value in state.values() if value.ndim]
+    counted = count_parameters(MODEL, TrainConfig(trainable=trains, precision="fp32"))
+    ddp = step_memory(counted, strategies("fp32")[0], 1, NOTHING_SAVED, logits=0, is_checkpointed=False)
     assert ddp.weights == sum(parameter.nbytes for parameter in parameters)
     assert ddp.gradients == 2 * sum(parameter.grad.nbytes for parameter in parameters if parameter.grad is not None)
-    assert ddp.optimiser == sum(moment.nbytes for moment in moments)
+    assert ddp.optimizer == sum(moment.nbytes for moment in moments)
 
 
 def test_ddp_holds_gradients_twice(tmp_path: Path) -> None:
@@ -127,46 +119,64 @@ def test_frozen_matrices_take_two_bytes(trains: TrainableConfig) -> None:
     cast_frozen_(step.model, "bf16")
     counted = count_parameters(MODEL, TrainConfig(trainable=trains, precision="bf16"))
     for strategy in strategies("bf16")[:2]:
-        memory = step_memory(MODEL, counted, trains, strategy, 1, NUM_ROWS, ROW, is_checkpointed=True)
-        gathered = counted.outside_units + 2 * counted.largest_unit if strategy.is_sharded else counted.cast_trained
+        memory = step_memory(counted, strategy, 1, NOTHING_SAVED, logits=0, is_checkpointed=True)
+        gathered = counted.outside_units + 2 * counted.largest_unit if strategy.is_sharded else 0
         assert memory.weights - 2 * gathered == sum(parameter.nbytes for parameter in step.parameters())
 
 
+def log_probability_bytes(model: YiVLConfig) -> int:
+    return NUM_ROWS * logit_bytes(model, ROW) // 3
+
+
 @pytest.mark.parametrize("trains", [ALL, TOWER_AND_PROJECTOR, TrainableConfig(vision=False)], ids=str)
-@pytest.mark.parametrize("is_autocast", [True, False])
-def test_activations_are_what_a_forward_pass_leaves(trains: TrainableConfig, is_autocast: bool) -> None:
-    """Within 1%: fp32 weights under autocast, whose copies are kept as well, and bf16 weights."""
-    step, inputs = objective(trains, torch.float32 if is_autocast else torch.bfloat16), batch()
+@pytest.mark.parametrize("is_low", [False, True])
+def test_activations_are_what_a_forward_pass_leaves(trains: TrainableConfig, is_low: bool) -> None:
+    """Within 5%: autocast holds its copy of the patch embedding, too, but only until the forward pass ends."""
+    step, inputs = objective(trains, torch.bfloat16 if is_low else torch.float32), batch()
     cast_frozen_(step.model, "bf16")
 
     def forward() -> Any:
-        with torch.autocast("cpu", torch.bfloat16) if is_autocast else nullcontext():
+        with torch.autocast("cpu", torch.bfloat16):
             return step(*inputs)
 
     forward()  # makes what is made once
     left, _, _ = allocations(forward)
-    elements = Elements(product=2, stream=4 if is_autocast else 2, norm=2)  # a CPU's LayerNorm stays in bf16
-    kept = NUM_ROWS * activation_bytes(MODEL, trains, elements, ROW, is_checkpointed=False)
-    counted = count_parameters(MODEL, TrainConfig(trainable=trains))
-    copies = 2 * (counted.cast_trained + counted.cast_frozen) if is_autocast else 0
-    log_probabilities = NUM_ROWS * logit_bytes(MODEL, ROW) // 3
-    assert left == pytest.approx(kept + copies + log_probabilities, rel=0.01)
+    saved = count_saved_bytes(MODEL, TrainConfig(trainable=trains), ROW, NUM_ROWS, is_low, "cpu")
+    kept = saved.activations + saved.weight_copies + log_probability_bytes(MODEL)
+    assert left == pytest.approx(kept, rel=0.05)
 
 
-@pytest.mark.parametrize("trains", [ALL, TOWER_AND_PROJECTOR], ids=str)
+@pytest.mark.parametrize("trains", [ALL, TOWER_AND_PROJECTOR, TrainableConfig(vision=False)], ids=str)
 def test_checkpointing_leaves_the_layers_inputs(trains: TrainableConfig) -> None:
-    """Within 8%, of which rotary tables and one more tensor of the stream are most: at full size nothing."""
     step, inputs = objective(trains, torch.bfloat16, is_checkpointed=True), batch()
     step(*inputs)
     left, _, _ = allocations(lambda: step(*inputs))
-    elements = Elements(2, 2, 2)
-    tokens_of_image = MODEL.vision_config.num_patches + 1
-    layer = ROW.tokens * language_layer_bytes(MODEL, trains, elements)
-    run_again = max(layer, tokens_of_image * tower_block_bytes(MODEL, elements))
-    kept = NUM_ROWS * (activation_bytes(MODEL, trains, elements, ROW, is_checkpointed=True) - run_again)
-    log_probabilities = NUM_ROWS * logit_bytes(MODEL, ROW) // 3
-    random_states = 7 * torch.get_rng_state().nbytes  # of the host; a layer each
-    assert left == pytest.approx(kept + log_probabilities + random_states, rel=0.08)
+    config = TrainConfig(trainable=trains, activation_checkpointing=True)
+    saved = count_saved_bytes(MODEL, config, ROW, NUM_ROWS, True, "cpu")
+    num_checkpointed = MODEL.text_config.num_hidden_layers + 4 * trains.vision
+    random_states = num_checkpointed * torch.get_rng_state().nbytes  # of the host
+    assert left == pytest.approx(saved.activations + log_probability_bytes(MODEL) + random_states, rel=0.1)
+
+
+def test_a_tower_of_timm_is_counted() -> None:
+    """Within 1% of what its forward pass leaves; its blocks are not open_clip's own."""
+    config = copy.deepcopy(MODEL)
+    config.vision_config = OpenClipVisionConfig.from_open_clip("EVA02-B-16", image_size=80)
+    model = YiVLForConditionalGeneration(config)
+    train_config = TrainConfig(trainable=TOWER_AND_PROJECTOR)
+    set_trainable_(model, train_config)
+    pixels = torch.randn(NUM_ROWS, 3, 80, 80)
+
+    def forward() -> Any:
+        with torch.autocast("cpu", torch.bfloat16):
+            return model.model.vision_tower(pixels)
+
+    forward()
+    left, _, _ = allocations(forward)
+    saved = count_saved_bytes(config, train_config, ROW, NUM_ROWS, False, "cpu")
+    text = count_saved_bytes(config, replace(train_config, trainable=PROJECTOR), ROW, NUM_ROWS, False, "cpu")
+    saved_by_tower = saved.activations + saved.weight_copies - text.activations - text.weight_copies
+    assert left == pytest.approx(saved_by_tower, rel=0.01)
 
 
 LORA_MODEL = YiVLConfig(  # wide enough for blocks of 64 x 256 weights
@@ -213,9 +223,8 @@ def test_weights_under_adapters_are_exact(lora_base: Path, base: str | None) -> 
             held += scales.absmax.nbytes + scales.state2.absmax.nbytes
     counted = count_parameters(LORA_MODEL, config)
     ddp = strategies("bf16", base is not None)[0]
-    said = step_memory(LORA_MODEL, counted, config.trainable, ddp, 1, NUM_ROWS, ROW, is_checkpointed=False)
-    in_products = counted.cast_trained + counted.cast_frozen + counted.largest_int4
-    assert said.weights - 2 * in_products == held
+    memory = step_memory(counted, ddp, 1, NOTHING_SAVED, logits=0, is_checkpointed=False)
+    assert memory.weights - 2 * counted.largest_int4 == held
     assert counted.int4 == (6 * 256 * (2 * 256 + 2 * 128 + 3 * 704) if base else 0)
 
 
@@ -246,14 +255,9 @@ def test_adapters_keep_what_is_said(
 
     forward()
     left, _, _ = allocations(forward)
-    elements = Elements(product=2, stream=2 if base else 4, norm=2)
-    kept = NUM_ROWS * activation_bytes(LORA_MODEL, config.trainable, elements, ROW, False, config.lora)
-    counted = count_parameters(LORA_MODEL, config)
-    copies = 2 * (counted.cast_trained + counted.cast_frozen)
-    log_probabilities = NUM_ROWS * logit_bytes(LORA_MODEL, ROW) // 3
-    numbers_dropped = NUM_ROWS * ROW.tokens * 6 * (6 * 256 + 704) if dropout else 0
-    mask = numbers_dropped * (1 if base else 3)  # 2 or 4 bytes instead of 1
-    assert left == pytest.approx(kept + copies + log_probabilities + mask, rel=0.01)
+    saved = count_saved_bytes(LORA_MODEL, config, ROW, NUM_ROWS, False, "cpu")
+    kept = saved.activations + saved.weight_copies + log_probability_bytes(LORA_MODEL)
+    assert left == pytest.approx(kept, rel=0.01)
 
 
 def test_the_logits_peak_when_the_backward_pass_begins() -> None:
@@ -280,11 +284,13 @@ def test_operations_are_exact(trains: TrainableConfig, is_checkpointed: bool) ->
     step = objective(trains, is_checkpointed=is_checkpointed)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         step(*batch())[0].backward()
-    expected = NUM_ROWS * step_flops(MODEL, trains, ROW, is_checkpointed)
-    assert counter.get_total_flops() == expected
+    expected = counter.get_total_flops()
+    config = TrainConfig(trainable=trains, activation_checkpointing=is_checkpointed)
+    assert NUM_ROWS * count_flops(MODEL, config, ROW) == expected
     if not is_checkpointed:
         mask = torch.arange(ROW.tokens + 9).expand(NUM_ROWS, -1)  # rows are padded
         assert batch_flops(MODEL, trains, mask < ROW.tokens, mask < ROW.supervised, NUM_ROWS) == expected
+        assert NUM_ROWS * step_flops(MODEL, trains, ROW) == expected
 
 
 def test_counts_are_those_of_the_release() -> None:

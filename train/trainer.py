@@ -319,9 +319,7 @@ class Trainer:
             "input_ids": micro_batch.input_ids.to(device),
             "attention_mask": micro_batch.attention_mask.to(device),
             "labels": micro_batch.labels.to(device),
-            "pixel_values": None
-            if images is None
-            else self.processor.image_processor.to_pixel_values(images.to(device)),
+            "pixel_values": None if images is None else to_pixel_values(images.to(device)),
             "source_ids": micro_batch.source_ids.to(device),
             "shared_prefix_length": micro_batch.shared_prefix_length,
         }

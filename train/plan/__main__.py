@@ -1,13 +1,14 @@
 """What runs will take: `python -m train.plan CONFIG... [key.sub=value ...] --gpus 128 --gpu-memory 80`.
 
 For each config what it trains, its steps and tokens, the memory of a GPU by what holds it under DDP, FSDP and ZeRO-3,
-and GPU-hours; then their sum. No weights are read. Called from the command line; calls costs.py.
+and GPU-hours; then their sum. No weights are read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,10 +24,10 @@ from yi_vl.config import OpenClipVisionConfig, YiVLConfig, preset
 from ..checkpoint import FINAL
 from ..config import INT4, InitConfig, TrainConfig, exit_on_user_error, num_steps
 from ..config_file import load_config
-from ..lora import uses_adapters
 from ..qlora import BYTES_PER_WEIGHT
-from .estimate import Memory, Parameters, Strategy, count_parameters, step_memory, strategies
-from .flops import Row, step_flops
+from .count import SavedBytes, count_flops, count_saved_bytes
+from .estimate import Memory, Parameters, Strategy, count_parameters, logit_bytes, step_memory, strategies
+from .flops import Row
 
 app = typer.Typer(add_completion=False)
 
@@ -50,7 +51,7 @@ class Hardware:
         return flops / (self.tflops * 1e12 * self.utilisation) / _SECONDS_PER_HOUR
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Plan:
     """A config with the model it is for, and an average row of its batches."""
 
@@ -74,15 +75,21 @@ class Plan:
 
     def memory(self, hardware: Hardware, strategy: Strategy, row: Row, is_checkpointed: bool) -> Memory:
         """Of a GPU whose rows are all like `row`."""
-        num_gpus, num_rows = hardware.num_gpus, self.rows_per_gpu(hardware)
-        return step_memory(
-            self.model, self.parameters, self.config.trainable, strategy, num_gpus, num_rows, row, is_checkpointed,
-            self.config.lora if uses_adapters(self.config) else None,
-        )  # fmt: skip
+        num_rows = self.rows_per_gpu(hardware)
+        saved = self._saved_bytes(row, num_rows, strategy.is_sharded, is_checkpointed)
+        logits = num_rows * logit_bytes(self.model, row)
+        return step_memory(self.parameters, strategy, hardware.num_gpus, saved, logits, is_checkpointed)
 
+    @cache  # noqa: B019  # plans live as long as the command
+    def _saved_bytes(self, row: Row, num_rows: int, is_low: bool, is_checkpointed: bool) -> SavedBytes:
+        config = replace(self.config, activation_checkpointing=is_checkpointed)
+        return count_saved_bytes(self.model, config, row, num_rows, is_low)
+
+    @cache  # noqa: B019
     def flops(self, is_checkpointed: bool) -> int:
         """Of all its steps on all GPUs."""
-        return self.num_samples * step_flops(self.model, self.config.trainable, self.row, is_checkpointed)
+        config = replace(self.config, activation_checkpointing=is_checkpointed)
+        return self.num_samples * count_flops(self.model, config, self.row)
 
 
 @app.command()
@@ -164,11 +171,11 @@ def describe(made: Plan, hardware: Hardware) -> list[str]:
 
 def memory_table(made: Plan, hardware: Hardware) -> Table:
     """GB per GPU, by strategy."""
-    table = _table("GB per GPU", "weights", "grads", "optimiser", "activations", "logits", "total", "fits")
+    table = _table("GB per GPU", "weights", "grads", "optimizer", "activations", "logits", "total", "fits")
     for strategy in strategies(made.config.precision, made.config.lora.base == INT4):
         for is_checkpointed in (False, True):
             memory = made.memory(hardware, strategy, made.row, is_checkpointed)
-            held = (memory.weights, memory.gradients, memory.optimiser, memory.activations, memory.logits, memory.total)
+            held = (memory.weights, memory.gradients, memory.optimizer, memory.activations, memory.logits, memory.total)
             name = "checkpointed" if is_checkpointed else strategy.name
             cells = [f"{num_bytes / 1e9:,.1f}" for num_bytes in held]
             table.add_row(name, *cells, verdict(made, hardware, strategy, is_checkpointed))
@@ -180,11 +187,11 @@ def verdict(made: Plan, hardware: Hardware, strategy: Strategy, is_checkpointed:
     limit, patches = made.config.max_tokens, made.model.vision_config.num_patches
     usable = USABLE * hardware.memory_bytes
     average = made.memory(hardware, strategy, made.row, is_checkpointed).total
+    if average > usable:
+        return "no"
     most = made.memory(hardware, strategy, Row(limit, limit - patches), is_checkpointed).total
     if most <= usable:
         return "yes"
-    if average > usable:
-        return "no"
     return f"to {made.row.tokens + int((limit - made.row.tokens) * (usable - average) / (most - average)):,}"
 
 

@@ -141,7 +141,7 @@ def compare(work: Work) -> dict[str, Any]:
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}[work.config.precision]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     limit = matrix_rate(_RATE_ROWS, text.hidden_size, text.intermediate_size, dtype, device)
-    flops = sum(step_flops(model_config, work.config.trainable, row, False) for row in work.rows)
+    flops = sum(step_flops(model_config, work.config.trainable, row) for row in work.rows)
     num_timed = len(work.steps) - 1
     for name, prepare in LOOPS.items():
         step = prepare(work)

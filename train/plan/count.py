@@ -1,0 +1,249 @@
+"""FLOPs and saved bytes of a micro-batch, counted by torch on a model without weights.
+
+Models of three layers or fewer are run: both counts are linear in the number of layers and of tower blocks, from the
+second on (the first's input may need no gradient).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AttentionInterface
+
+from yi_vl.config import YiVLConfig
+from yi_vl.model import YiVLForConditionalGeneration
+
+from ..config import INT4, TrainConfig
+from ..lora import add_adapters_, uses_adapters
+from ..optim import LOW_DTYPES, checkpoint_activations_, components, set_trainable_
+from .flops import Row, num_blocks
+
+_UNMASKED = "unmasked"
+
+
+@dataclass(frozen=True)
+class SavedBytes:
+    """What a forward pass leaves for the backward pass.
+
+    weight_copies: of fp32 matrices, made and kept by autocast.
+    largest_layer: the activations of one layer or tower block, were it not checkpointed.
+    """
+
+    activations: int
+    weight_copies: int
+    largest_layer: int
+
+
+def meta_model(model_config: YiVLConfig, config: TrainConfig, is_low: bool = False) -> YiVLForConditionalGeneration:
+    """The model as the trainer prepares it, without weights.
+
+    What `cast_frozen_` casts is in the products' dtype here, too, as released weights are exact in it. An int4 base
+    stands as a matrix in the products' dtype: a product with it saves as much.
+
+    Args:
+        is_low: hold all weights in the products' dtype, as FSDP gathers them.
+    """
+    with torch.device("meta"):
+        model = YiVLForConditionalGeneration(model_config)
+        if uses_adapters(config):
+            add_adapters_(model, config)
+    set_trainable_(model, config)
+    if config.activation_checkpointing:
+        checkpoint_activations_(model)
+    if (low := LOW_DTYPES.get(config.precision)) is None:
+        return model
+    if is_low:
+        return model.to(dtype=low)  # type: ignore[no-any-return,call-arg]
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    linears = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
+    frozen = [weight for weight in linears if id(weight) not in tables]
+    if config.lora.base == INT4:
+        frozen += [*model.model.language_model.parameters(), *model.lm_head.parameters()]
+    for parameter in frozen:
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(low)
+    return model
+
+
+def count_saved_bytes(
+    model_config: YiVLConfig, config: TrainConfig, row: Row, num_rows: int, is_low: bool, device: str = "cuda"
+) -> SavedBytes:
+    """Of a micro-batch of rows alike, the logits' own excepted; with fused attention, on fake tensors of `device`.
+
+    Args:
+        is_low: see `meta_model`.
+    """
+    plain = _saved_bytes(model_config, replace(config, activation_checkpointing=False), row, num_rows, is_low, device)
+    if not config.activation_checkpointing:
+        return plain
+    checkpointed = _saved_bytes(model_config, config, row, num_rows, is_low, device)
+    return replace(checkpointed, largest_layer=plain.largest_layer)
+
+
+def _saved_bytes(
+    model_config: YiVLConfig, config: TrainConfig, row: Row, num_rows: int, is_low: bool, device: str
+) -> SavedBytes:
+    model = _shallow_model(model_config, config, 3, 3, is_low)
+    stacks = (model.model.language_model.layers, _blocks(model))
+    depths = (model_config.text_config.num_hidden_layers, num_blocks(model_config))
+    with FakeTensorMode(allow_non_fake_inputs=True), _autocast(device, config.precision):
+        model.to_empty(device=device)
+        counter = _SavedCounter(model)
+        starts: list[list[tuple[int, int]]] = [[], []]
+        for modules, start in zip(stacks, starts):
+            for module in modules[1:3]:
+                module.register_forward_pre_hook(lambda *_, start=start: start.append(counter.counts()))
+        with _FusedAttention(), counter, torch.autograd.graph.saved_tensors_hooks(counter.pack, _unpack):
+            loss = _loss(model, row, num_rows, device)  # holds the graph, which holds what is saved
+            activations, copies = counter.counts()
+        del loss
+    activations -= 4 * num_rows * row.supervised * model_config.text_config.vocab_size  # the log-probabilities
+    largest = 0
+    for depth, start in zip(depths, starts):
+        saved, copied = (after - before for before, after in zip(*start)) if len(start) == 2 else (0, 0)
+        activations, copies = activations + (depth - 3) * saved, copies + (depth - 3) * copied
+        largest = max(largest, saved)
+    return SavedBytes(activations, copies, largest)
+
+
+def count_flops(model_config: YiVLConfig, config: TrainConfig, row: Row) -> int:
+    """Floating-point operations for one row with one image, forward and backward, recomputation included.
+
+    Attention is counted whole, its causal half not taken off (as Chowdhery et al. 2022, appendix B). What bitsandbytes
+    does to make an int4 base's matrices again is not counted.
+    """
+
+    def count(num_layers: int, num_blocks: int) -> int:
+        model = _shallow_model(model_config, config, num_layers, num_blocks).float()
+        with FlopCounterMode(display=False) as counter:
+            _loss(model, row, 1, "meta").backward()  # type: ignore[no-untyped-call]
+        return counter.get_total_flops()
+
+    base = count(2, 2)
+    layers = (model_config.text_config.num_hidden_layers - 2) * (count(3, 2) - base)
+    return base + layers + (num_blocks(model_config) - 2) * (count(2, 3) - base)
+
+
+def _loss(model: YiVLForConditionalGeneration, row: Row, num_rows: int, device: str) -> Tensor:
+    """`Objective`'s, for rows that begin with their image. Its masks need values, which these tensors lack."""
+    size_px, num_patches = model.config.vision_config.image_size, model.config.vision_config.num_patches
+    pixels = torch.empty(num_rows, 3, size_px, size_px, device=device)
+    ids = torch.empty(num_rows, row.tokens - num_patches, dtype=torch.long, device=device)
+    targets = torch.empty(num_rows * row.supervised, dtype=torch.long, device=device)
+    language_model = model.model.language_model
+    text = language_model.embed_tokens(ids)  # (B, S - P, D)
+    embeds = torch.cat([model.model.encode_images(pixels).to(text.dtype), text], dim=1)  # (B, S, D)
+    hidden = language_model(inputs_embeds=embeds, use_cache=False).last_hidden_state
+    logits = model.lm_head(hidden.flatten(0, 1).index_select(0, targets))  # (B K, V)
+    return F.cross_entropy(logits.float(), targets, reduction="none").sum()
+
+
+def _shallow_model(
+    model_config: YiVLConfig, config: TrainConfig, num_layers: int, num_run: int, is_low: bool = False
+) -> YiVLForConditionalGeneration:
+    """`meta_model` with so many layers; and tower blocks that run, at most as many as there are."""
+    shallow = copy.deepcopy(model_config)
+    shallow.text_config.num_hidden_layers = num_layers
+    shallow.vision_config.feature_layer = num_blocks(model_config) - 1 - model_config.vision_config.num_hidden_layers
+    model = meta_model(shallow, config, is_low)
+    model.model.language_model.set_attn_implementation(_UNMASKED)
+    del _blocks(model)[num_run : num_blocks(model_config)]
+    return model
+
+
+def _blocks(model: YiVLForConditionalGeneration) -> nn.ModuleList:
+    visual: Any = components(model)["vision"][0].visual
+    return visual.trunk.blocks if hasattr(visual, "trunk") else visual.transformer.resblocks  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True, eq=False)
+class _Saved:
+    tensor: Tensor
+
+
+def _unpack(saved: _Saved) -> Tensor:
+    return saved.tensor
+
+
+class _SavedCounter(TorchDispatchMode):
+    """The bytes that autograd keeps besides the model's own, each storage once; and autocast's copies of weights."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._own = {_storage(tensor): tensor.requires_grad for tensor in (*model.parameters(), *model.buffers())}
+        self._copies: dict[int, tuple[Tensor, bool]] = {}
+        self._saved: WeakSet[_Saved] = WeakSet()  # checkpointing drops what a frozen block has saved
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default and (is_trained := self._own.get(_storage(args[0]))) is not None:
+            self._copies[_storage(result)] = result, is_trained
+        return result
+
+    def pack(self, tensor: Tensor) -> _Saved:
+        """To be called with what autograd saves."""
+        self._saved.add(saved := _Saved(tensor))
+        return saved
+
+    def counts(self) -> tuple[int, int]:
+        """Bytes of activations, and of copies; of a trained weight autocast keeps one until the forward pass ends."""
+        saved = {_storage(saved.tensor): saved.tensor for saved in self._saved}
+        activations = [tensor for key, tensor in saved.items() if key not in self._own and key not in self._copies]
+        copies = [copy for key, (copy, is_trained) in self._copies.items() if is_trained or key in saved]
+        return _nbytes(activations), _nbytes(copies)
+
+
+def _attend_unmasked(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Any:
+    """transformers' attention of rows without padding; its own would look at the values of masks."""
+    attended = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+    return attended.transpose(1, 2), None
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Attention as flash kernels do it, which keep no scores; torch chooses none where the device is missing."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        is_causal = bool((kwargs or {}).get("is_causal"))
+        device = args[0].device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else args[0].dtype
+        query_key_value = [tensor.to(dtype) for tensor in args[:3]]
+        return torch.ops.aten._scaled_dot_product_flash_attention(*query_key_value, 0.0, is_causal)[0]
+
+
+@contextmanager
+def _autocast(device: str, precision: str) -> Iterator[None]:
+    """torch.autocast, which switches itself off where the device is missing."""
+    before = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+    torch.set_autocast_enabled(device, precision in LOW_DTYPES)
+    torch.set_autocast_dtype(device, LOW_DTYPES.get(precision, torch.bfloat16))
+    try:
+        yield
+    finally:
+        torch.clear_autocast_cache()
+        torch.set_autocast_enabled(device, before[0])
+        torch.set_autocast_dtype(device, before[1])
+
+
+AttentionInterface.register(_UNMASKED, _attend_unmasked)
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _nbytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
