@@ -1,8 +1,8 @@
 """Find home-made words that have a standard name in the field: `python tests/names.py` exits with 1 if there are any.
 
 `IDENTIFIERS` are whole names in Python code and YAML keys, `PARTS` are words inside such names (`num_pictures`),
-`PROSE` are patterns for comments, strings and documents, `FILES` are file names. `ALLOWED` says where one must stay, and
-why.
+`PROSE` are patterns for comments, strings and documents, `FILES` are file names. `ALLOWED` lists what must stay,
+and why.
 """
 
 from __future__ import annotations
