@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import typer
 
-from train.config import load_config
+from train.config_file import load_config
 
 ROOT = Path(__file__).parents[1]
 ENGLISH = [
