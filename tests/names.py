@@ -38,7 +38,6 @@ IDENTIFIERS = {
     "answer_nobody": "cancel_on_disconnect",
     "asked": "user_message, prompt",
     "bad_steps": "spike_guard",
-    "begin": "prefill, start",
     "begin_answers": "new_request",
     "behind": "skip",
     "complained": "error_message",
@@ -158,6 +157,11 @@ ALLOWED = (
     Allowed("advance", "*", "rich's method", r"(progress|bar)\w*\.advance"),
     Allowed("kind", "*", "numpy's and inspect's attribute", r"(dtype|parameter|param)\.kind"),
     Allowed("adapters.py", "yi_vl/checkpoint/adapters.py", "reads the adapters of PEFT"),
+    Allowed("int4.py", "yi_vl/quantize/int4.py", "4-bit layers; the trainer's file is qlora.py"),
+    Allowed("parts.py", "eval/gpu/parts.py", "the parts of the command, as in its option --parts"),
+    Allowed("pictures?", "train/nano/words.py", "words that nano is trained to read"),
+    Allowed("advance", "eval/runner.py", "rich's method"),
+    Allowed("draws?|behind", "eval/*", "random draws of the official rules; the text behind a match"),
     Allowed("guard.py", "eval/gpu/guard.py", "runs a part under a time limit"),
 )
 
