@@ -1,13 +1,13 @@
-# make ask     a question about an image: IMAGE=... QUESTION=... ; the first call creates .venv
-# make demo    a chat in the browser; MODEL=... for another than the bundled nano
-# make test    the tests;  make test-slow: those in a browser and in several processes;  make lint: style and types
-# make nano    train the bundled model from nothing, and measure it
-# make matrix  the core tests on the oldest and the newest libraries, and on each Python;  make lock: constraints.txt anew
+# make ask     ask about an image: IMAGE=... QUESTION=... ; the first call creates .venv
+# make demo    a chat in the browser; MODEL=... for another model than the bundled nano
+# make test    the tests;  make test-slow: those with a browser or several processes;  make lint: style and types
+# make nano    train the bundled model from scratch and measure it
+# make matrix  the core tests on the oldest and the newest libraries, and on each Python;  make lock: renew constraints.txt
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 IMAGE ?= docs/images/penguin.png
-# Exact versions, so that these commands give the same thing next year. `pip install yi_vl` takes pyproject's ranges.
+# Exact versions, so that these commands are reproducible. `pip install yi_vl` uses the ranges of pyproject.toml.
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
 .PHONY: ask demo test test-slow lint matrix lock nano clean
