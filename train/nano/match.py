@@ -31,7 +31,7 @@ from train.nano.compose import Composer
 from train.nano.mosaic import SIGNS, ideal_cells
 from train.nano.names import BACKGROUND
 from train.nano.picture import KINDS, Kind, Picture
-from train.nano.tower import PictureStream, TowerRecipe, make_optimiser
+from train.nano.tower import PictureStream, TowerRecipe, make_optimizer
 from yi_vl import YiVLForConditionalGeneration, YiVLProcessor
 from yi_vl.connector import Projector
 from yi_vl.image import YiVLImageProcessor
@@ -116,7 +116,7 @@ def match(
 
 def _train(eyes: Eyes, embeddings: Tensor, art: Art, recipe: TowerRecipe) -> Iterator[dict[str, float]]:
     patch_size_px = eyes.tower.config.patch_size
-    optimiser, schedule = make_optimiser(eyes.parameters(), recipe)
+    optimizer, schedule = make_optimizer(eyes.parameters(), recipe)
     codes = {grid**2: place_codes(grid, embeddings) for grid in (4, 8)}
     processor = YiVLImageProcessor()
     stream = PictureStream(art, recipe, lambda rng, pictures: sign_batch(rng, pictures, patch_size_px))
@@ -129,9 +129,9 @@ def _train(eyes: Eyes, embeddings: Tensor, art: Art, recipe: TowerRecipe) -> Ite
         with sdpa_kernel(SDPBackend.MATH):
             loss.backward()
         nn.utils.clip_grad_norm_(eyes.parameters(), 1.0)
-        optimiser.step()
+        optimizer.step()
         schedule.step()
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         running += (loss.item() - running) / min(step, 100)
         if step % 400 == 0 or step == recipe.num_steps:
             shares: dict[str, float] = {kind: score_signs(eyes, embeddings, art, kind) for kind in KINDS}

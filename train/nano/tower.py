@@ -160,7 +160,7 @@ def pretrain_tower(out_dir: Path, recipe: TowerRecipe, data_dir: Path = DATA_DIR
     config.image_size = 224
     head = PointHead(OpenClipTower(config)).train()
     head.to(memory_format=torch.channels_last)
-    optimiser, schedule = make_optimiser(head.parameters(), recipe)
+    optimizer, schedule = make_optimizer(head.parameters(), recipe)
     processor = YiVLImageProcessor()
     stream = PictureStream(art, recipe, partial(point_batch, num_points=recipe.num_points))
     loader = DataLoader(stream, batch_size=None, num_workers=recipe.num_workers, prefetch_factor=4)
@@ -173,9 +173,9 @@ def pretrain_tower(out_dir: Path, recipe: TowerRecipe, data_dir: Path = DATA_DIR
             with sdpa_kernel(SDPBackend.MATH):
                 loss.backward()
             nn.utils.clip_grad_norm_(head.parameters(), 1.0)
-            optimiser.step()
+            optimizer.step()
             schedule.step()
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             running += (loss.item() - running) / min(step, 100)
             if step % 500 == 0 or step == recipe.num_steps:
                 row = {"step": step, "loss": round(running, 4), "seconds": round(time.time() - started)}
@@ -190,12 +190,12 @@ def pretrain_tower(out_dir: Path, recipe: TowerRecipe, data_dir: Path = DATA_DIR
     return head.tower
 
 
-def make_optimiser(parameters: Iterable[nn.Parameter], recipe: TowerRecipe) -> tuple[AdamW, OneCycleLR]:
+def make_optimizer(parameters: Iterable[nn.Parameter], recipe: TowerRecipe) -> tuple[AdamW, OneCycleLR]:
     """AdamW under one cosine cycle."""
-    optimiser = AdamW(parameters, recipe.learning_rate, weight_decay=recipe.weight_decay, betas=(0.9, 0.98))
+    optimizer = AdamW(parameters, recipe.learning_rate, weight_decay=recipe.weight_decay, betas=(0.9, 0.98))
     share_of_warmup = recipe.warmup_steps / recipe.num_steps
-    return optimiser, OneCycleLR(
-        optimiser, recipe.learning_rate, recipe.num_steps, pct_start=share_of_warmup, cycle_momentum=False
+    return optimizer, OneCycleLR(
+        optimizer, recipe.learning_rate, recipe.num_steps, pct_start=share_of_warmup, cycle_momentum=False
     )
 
 
