@@ -213,7 +213,7 @@ def test_what_is_saved_stops_and_pads_by_itself(to: Layout | str, tmp_path: Path
         assert generation["suppress_tokens"] == list(range(IMAGE_TOKEN_ID, 960))
     again = yi_vl.load(tmp_path / "out", device="cpu")
     assert again.model.generation_config.eos_token_id == [2, 7, separator]
-    assert again._stop_ids == {2, 7}, "our engine finds the separator in the text, whatever its tokens"
+    assert again.engine.stop_ids == {2, 7}, "our engine finds the separator in the text, whatever its tokens"
     assert again.processor.tokenizer.padding_side == "left"
 
 

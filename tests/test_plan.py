@@ -326,6 +326,7 @@ def chat_6b() -> Plan:
     return make_plan(ROOT / "train/configs/6b/chat-448.yaml", [], model=None, caption_tokens=32, chat_tokens=256)
 
 
+@pytest.mark.slow
 def test_the_stages_of_a_release_are_summed_beside_the_published_hours(run: Run) -> None:
     code, said, _ = run(*(f"train/configs/34b/{stage}.yaml" for stage in STAGES))
     assert code == 0
@@ -341,12 +342,14 @@ def test_the_stages_of_a_release_are_summed_beside_the_published_hours(run: Run)
     assert len(rows(said, "FSDP")) == len(rows(said, "ZeRO-3")) == 3 and len(rows(said, "checkpointed")) == 9
 
 
+@pytest.mark.slow
 def test_an_int4_base_brings_a_release_to_a_small_gpu(run: Run) -> None:
     code, said, _ = run("train/configs/6b/chat-448-qlora.yaml", "--gpus", 1, "--gpu-memory", 24)
     assert code == 0 and [row[-1] for row in rows(said, "checkpointed")] == ["yes"]
     assert "5,536.5 M frozen weights in 4.127 bits each" in said and not rows(said, "FSDP")
 
 
+@pytest.mark.slow
 def test_settings_matter(run: Run) -> None:
     nano = ("train/configs/nano/align-224.yaml", "--model", "nano", "--gpus", 1)
     code, small, _ = run(*nano, "--gpu-memory", 80)

@@ -278,7 +278,7 @@ def test_the_command_line(run: Run, folder: Path, tmp_path: Path) -> None:  # no
     code, _, error = run("ask", "Hi", "--model", saved, "--quantize", "int8")
     assert code == 2 and "is quantised already" in error
     code, _, error = run("convert", str(folder), saved + "-2", "--quantize", "int4", "--to", "official")
-    assert code == 2 and "has no place for quantised weights" in error
+    assert code == 2 and "has no place for quantized weights" in error
 
 
 def test_measuring(folder: Path) -> None:
