@@ -93,7 +93,7 @@ def test_whatever_becomes_of_a_part_the_rest_is_run(tmp_path: Path, capsys: pyte
         "again": ("ok", ""),
         "misses": ("skipped", "needs a_package_that_nobody_has"),
         "skipped": ("skipped", "needs a GPU"),
-        "killed": ("failed", "its process died of SIGSEGV; the last it said: the last words"),
+        "killed": ("failed", "its process died of SIGSEGV; its last output: the last words"),
         "hangs": ("failed", "it was stopped after 3 seconds"),
         "rates": ("ok", ""),
     }

@@ -23,10 +23,10 @@ LIBRARIES = ("transformers", "torch", "torchvision", "accelerate", "peft", "open
 
 USED = {
     "torch._make_per_channel_quantized_tensor": "int8 through FBGEMM; without it torch's own int8 kernel",
-    "torch._subclasses.fake_tensor.FakeTensorMode": "what a pickled checkpoint holds, without reading it; train.plan: a model without weights",
+    "torch._subclasses.fake_tensor.FakeTensorMode": "pickled checkpoints without reading them; train.plan",
     "torch._weight_int8pack_mm": "int8 for one row, where FBGEMM is not exact",
     "torch.ops.aten._convert_weight_to_int4pack_for_cpu": "int4: weights as the CPU's kernel reads them",
-    "torch.ops.aten._scaled_dot_product_flash_attention": "train.plan: what flash attention keeps for the backward pass",
+    "torch.ops.aten._scaled_dot_product_flash_attention": "train.plan: what flash attention saves",
     "torch.ops.aten._to_copy.default": "train.plan: autocast's copies of weights",
     "torch.ops.aten._weight_int4pack_mm_for_cpu": "int4: the CPU's kernel",
     "torch.utils._python_dispatch.TorchDispatchMode": "train.plan: seeing the operations of a forward pass",

@@ -73,7 +73,7 @@ def meta_model(model_config: YiVLConfig, config: TrainConfig, is_low: bool = Fal
         frozen += [*model.model.language_model.parameters(), *model.lm_head.parameters()]
         for module in model.modules():
             if hasattr(module, "lora_A"):
-                module.cast_input_dtype_enabled = False  # PEFT's adapters on bitsandbytes' layers cast no inputs
+                module.cast_input_dtype_enabled = False  # type: ignore[assignment]  # PEFT's adapters on bitsandbytes' layers cast no inputs
     for parameter in frozen:
         if not parameter.requires_grad:
             parameter.data = parameter.data.to(low)
