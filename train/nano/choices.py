@@ -1,6 +1,6 @@
 """Questions in the prompt forms of MMMU and CMMMU, answered with a letter or a word, as those benchmarks ask.
 
-Called by shards.py and heldout.py; calls dialogue.py. Source: MMMU's llava1.5 configuration and CMMMU's prompts.
+Source: MMMU's llava1.5 configuration and CMMMU's prompts.
 """
 
 from __future__ import annotations

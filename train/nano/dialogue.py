@@ -1,7 +1,7 @@
 """From what a picture shows to what is said about it, in English and Chinese: captions, questions, conversations.
 
 Answers have one fixed frame per question, so that exact comparison is fair. A question is asked only where the picture
-allows one answer. Called by shards.py and heldout.py; calls phrases.py and layout.py.
+allows one answer.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """Nano's test: questions about pictures that it was never trained on, as plain rows and in MMMU's and CMMMU's schemas.
 
 Drawings of twemoji and circle-flags, a third of the fonts, the digits' test split, scenes of shapes and such drawings.
-Called by __main__.py; calls compose.py, dialogue.py and choices.py.
 """
 
 from __future__ import annotations

@@ -6,7 +6,6 @@ stage starts from image features which mean something: from captions alone it wo
 out. The language model itself does not run.
 
 B pictures, P patches each (G x G), D language width, L signs, W waves.
-Called by __main__.py; calls tower.py, compose.py and mosaic.py.
 """
 
 from __future__ import annotations

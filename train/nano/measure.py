@@ -1,7 +1,7 @@
 """How good a nano is: the held-out questions, answered and counted, skill by skill and language by language.
 
 An answer is right when it equals an accepted one but for case, spaces and end marks; of two pictures only the verdict
-counts (what stands before the comma), not whether both are named right too. Called by __main__.py; calls yi_vl.
+counts (what stands before the comma), not whether both are named right too.
 """
 
 from __future__ import annotations

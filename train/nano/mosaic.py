@@ -4,8 +4,6 @@ A picture reaches a language model as one vector per patch. A mosaic has one sig
 language model that reads mosaics knows what to do with a picture, and the first stage has to find what each patch's
 sign is. Signs are an invented alphabet in Unicode's private use area: one for each of `names.LABELS`, and one for every
 two letters that can share a patch.
-
-Called by shards.py and match.py; calls names.py, words.py and layout.py.
 """
 
 from __future__ import annotations

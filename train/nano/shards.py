@@ -1,7 +1,7 @@
 """Nano's training data: WebDataset shards of composed pictures with captions and conversations.
 
 Every shard is a pure function of its name and number, so a build can be interrupted, continued and repeated, in as many
-processes as there are cores. Called by __main__.py; calls compose.py, dialogue.py and ../shard_files.py.
+processes as there are cores.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""A page of held-out pictures with what nano was asked and what it answered: for people to look at.
-
-Called by measure.py.
-"""
+"""A page of held-out pictures with what nano was asked and what it answered: for people to look at."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """What nano's training starts from: its own tokenizer, and a whole model with fresh weights.
 
-Called by __main__.py; calls yi_vl. The tokenizer is SentencePiece with the special ids of Yi's.
+The tokenizer is SentencePiece with the special ids of Yi's.
 """
 
 from __future__ import annotations

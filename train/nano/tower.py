@@ -6,7 +6,7 @@ nothing) from the features of the patch the point falls into: those of the penul
 see them.
 Some batches are 448 px, with the position grid resized on the fly: every fifth at first, every second towards the end.
 
-B pictures, K points each, P patches, L labels. Called by __main__.py; calls compose.py.
+B pictures, K points each, P patches, L labels.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""How nano's world is put into words: nouns, articles, plurals, numbers, lists, in English and Chinese.
-
-Called by dialogue.py; calls names.py.
-"""
+"""How nano's world is put into words: nouns, articles, plurals, numbers, lists, in English and Chinese."""
 
 from __future__ import annotations
 
