@@ -237,3 +237,19 @@ def test_a_worker_that_dies_is_one_line(configure: Configure) -> None:
         ValueError, match=r"A data worker died: .*Killed.* lower data.workers .*step-0000000\d; started"
     ):
         run.run()
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError(), EOFError(), FileNotFoundError()])
+def test_a_worker_that_dies_while_it_sends_a_batch_is_one_line(
+    configure: Configure, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The socket that its tensors come through may be closed before SIGCHLD arrives."""
+    run = trainer(configure("data.workers=1", "steps=3"))
+    monkeypatch.setattr("time.sleep", lambda _: None)
+
+    def receive(_: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(type(run.loader._loader), "__iter__", receive)
+    with pytest.raises(ValueError, match=r"A data worker died: DataLoader worker: it was lost .* lower data.workers"):
+        run.run()

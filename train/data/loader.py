@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -215,7 +216,7 @@ class StepLoader:
         samples_per_step: int, micro_batch: int, states: Sequence[dict[str, Any]] | None = None,
     ) -> None:  # fmt: skip
         num_workers = max(1, data.workers)
-        self._layout = {
+        self._layout: dict[str, Any] = {
             "workers": num_workers, "world_size": world_size, "sources": _layout(data.sources),
             "seed": seed, "shuffle_buffer": data.shuffle_buffer,
         }  # fmt: skip
@@ -266,13 +267,23 @@ class StepLoader:
         """
         Raises:
             ValueError: a worker cannot continue; see `StepBatch.error`.
+            RuntimeError: a worker was killed; the message begins with "DataLoader worker".
         """
-        for batch in self._loader:
+        for batch in self._received():
             if batch.error is not None:
                 raise ValueError(batch.error)
             self._states[batch.stream] = batch.state
             self._first = (batch.stream + 1) % self._layout["workers"]
             yield batch
+
+    def _received(self) -> Iterator[StepBatch]:
+        try:
+            yield from self._loader
+        except (EOFError, ConnectionError, FileNotFoundError) as error:
+            if not self._loader.num_workers:
+                raise
+            time.sleep(1)  # torch's SIGCHLD handler raises here, and names the worker and its signal
+            raise RuntimeError("DataLoader worker: it was lost while it sent a batch.") from error
 
     def state_dict(self) -> dict[str, Any]:
         """The streams' state after the last batch returned."""
