@@ -52,7 +52,7 @@ MODEL = YiVLConfig(  # no two dimensions alike
     ),
     image_token_id=IMAGE_TOKEN_ID,
 )  # fmt: skip
-NOTHING_SAVED = SavedBytes(0, 0, 0)
+NOTHING_SAVED = SavedBytes(0, 0, 0, 0)
 ALL, TOWER_AND_PROJECTOR = TrainableConfig(), TrainableConfig(language=False)
 PROJECTOR = TrainableConfig(vision=False, language=False)
 COMBINATIONS = [TrainableConfig(*trains) for trains in product([True, False], repeat=3) if any(trains)]
@@ -106,7 +106,8 @@ def test_ddp_holds_gradients_twice(tmp_path: Path) -> None:
     try:
         model = nn.Sequential(nn.Linear(300, 300), nn.Linear(300, 300))
         num_bytes = sum(parameter.nbytes for parameter in model.parameters())
-        buckets, _, wrapped = allocations(lambda: DistributedDataParallel(model))
+        # without the first broadcast, whose buffer a thread of gloo's frees at some time
+        buckets, _, wrapped = allocations(lambda: DistributedDataParallel(model, init_sync=False))
         gradients, _, _ = allocations(lambda: wrapped(torch.ones(1, 300)).sum().backward())
     finally:
         dist.destroy_process_group()
@@ -131,7 +132,7 @@ def log_probability_bytes(model: YiVLConfig) -> int:
 @pytest.mark.parametrize("trains", [ALL, TOWER_AND_PROJECTOR, TrainableConfig(vision=False)], ids=str)
 @pytest.mark.parametrize("is_low", [False, True])
 def test_activations_are_what_a_forward_pass_leaves(trains: TrainableConfig, is_low: bool) -> None:
-    """Within 5%: autocast holds its copy of the patch embedding, too, but only until the forward pass ends."""
+    """Within 1%: fp32 weights under autocast, whose copies are kept as well, and bf16 weights, as FSDP gathers them."""
     step, inputs = objective(trains, torch.bfloat16 if is_low else torch.float32), batch()
     cast_frozen_(step.model, "bf16")
 
@@ -143,11 +144,15 @@ def test_activations_are_what_a_forward_pass_leaves(trains: TrainableConfig, is_
     left, _, _ = allocations(forward)
     saved = count_saved_bytes(MODEL, TrainConfig(trainable=trains), ROW, NUM_ROWS, is_low, "cpu")
     kept = saved.activations + saved.weight_copies + log_probability_bytes(MODEL)
-    assert left == pytest.approx(kept, rel=0.05)
+    assert left == pytest.approx(kept, rel=0.01)
+    with torch.autocast("cpu", torch.bfloat16):
+        at_the_end, _, _ = allocations(lambda: step(*inputs))
+    assert at_the_end == pytest.approx(kept + saved.forward_copies, rel=0.01)
 
 
 @pytest.mark.parametrize("trains", [ALL, TOWER_AND_PROJECTOR, TrainableConfig(vision=False)], ids=str)
 def test_checkpointing_leaves_the_layers_inputs(trains: TrainableConfig) -> None:
+    """Within 8%, at a size where what is small beside a layer counts."""
     step, inputs = objective(trains, torch.bfloat16, is_checkpointed=True), batch()
     step(*inputs)
     left, _, _ = allocations(lambda: step(*inputs))
@@ -155,7 +160,7 @@ def test_checkpointing_leaves_the_layers_inputs(trains: TrainableConfig) -> None
     saved = count_saved_bytes(MODEL, config, ROW, NUM_ROWS, True, "cpu")
     num_checkpointed = MODEL.text_config.num_hidden_layers + 4 * trains.vision
     random_states = num_checkpointed * torch.get_rng_state().nbytes  # of the host
-    assert left == pytest.approx(saved.activations + log_probability_bytes(MODEL) + random_states, rel=0.1)
+    assert left == pytest.approx(saved.activations + log_probability_bytes(MODEL) + random_states, rel=0.08)
 
 
 def test_a_tower_of_timm_is_counted() -> None:

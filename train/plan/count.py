@@ -37,12 +37,14 @@ _UNMASKED = "unmasked"
 class SavedBytes:
     """What a forward pass leaves for the backward pass.
 
-    weight_copies: of fp32 matrices, made and kept by autocast.
+    weight_copies: of fp32 matrices, made by autocast and saved.
+    forward_copies: of other fp32 weights that are trained; autocast keeps them until the forward pass ends.
     largest_layer: the activations of one layer or tower block, were it not checkpointed.
     """
 
     activations: int
     weight_copies: int
+    forward_copies: int
     largest_layer: int
 
 
@@ -73,7 +75,8 @@ def meta_model(model_config: YiVLConfig, config: TrainConfig, is_low: bool = Fal
         frozen += [*model.model.language_model.parameters(), *model.lm_head.parameters()]
         for module in model.modules():
             if hasattr(module, "lora_A"):
-                module.cast_input_dtype_enabled = False  # type: ignore[assignment]  # PEFT's adapters on bitsandbytes' layers cast no inputs
+                # As PEFT's adapters on bitsandbytes' layers, which cast no inputs.
+                module.cast_input_dtype_enabled = False  # type: ignore[assignment]
     for parameter in frozen:
         if not parameter.requires_grad:
             parameter.data = parameter.data.to(low)
@@ -104,21 +107,22 @@ def _saved_bytes(
     with FakeTensorMode(allow_non_fake_inputs=True), _autocast(device, config.precision):
         model.to_empty(device=device)
         counter = _SavedCounter(model)
-        starts: list[list[tuple[int, int]]] = [[], []]
+        starts: list[list[tuple[int, ...]]] = [[], []]
         for modules, start in zip(stacks, starts):
             for module in modules[1:3]:
                 module.register_forward_pre_hook(lambda *_, start=start: start.append(counter.counts()))
         with _FusedAttention(), counter, torch.autograd.graph.saved_tensors_hooks(counter.pack, _unpack):
             loss = _loss(model, row, num_rows, device)  # holds the graph, which holds what is saved
-            activations, copies = counter.counts()
+            counts = counter.counts()
         del loss
-    activations -= 4 * num_rows * row.supervised * model_config.text_config.vocab_size  # the log-probabilities
-    largest = 0
+    largest_layer = 0
     for depth, start in zip(depths, starts):
-        saved, copied = (after - before for before, after in zip(*start)) if len(start) == 2 else (0, 0)
-        activations, copies = activations + (depth - 3) * saved, copies + (depth - 3) * copied
-        largest = max(largest, saved)
-    return SavedBytes(activations, copies, largest)
+        of_layer = [after - before for before, after in zip(*start)] if len(start) == 2 else [0, 0, 0]
+        counts = tuple(count + (depth - 3) * added for count, added in zip(counts, of_layer))
+        largest_layer = max(largest_layer, of_layer[0])
+    log_probabilities = 4 * num_rows * row.supervised * model_config.text_config.vocab_size
+    activations, copies, forward_copies = counts
+    return SavedBytes(activations - log_probabilities, copies, forward_copies, largest_layer)
 
 
 def count_flops(model_config: YiVLConfig, config: TrainConfig, row: Row) -> int:
@@ -181,18 +185,19 @@ def _unpack(saved: _Saved) -> Tensor:
 
 
 class _SavedCounter(TorchDispatchMode):
-    """The bytes that autograd keeps besides the model's own, each storage once; and autocast's copies of weights."""
+    """The bytes that autograd keeps besides the model's own, each storage once; and copies of its weights."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self._own = {_storage(tensor): tensor.requires_grad for tensor in (*model.parameters(), *model.buffers())}
+        self._own = {_storage(tensor) for tensor in (*model.parameters(), *model.buffers())}
         self._copies: dict[int, tuple[Tensor, bool]] = {}
         self._saved: WeakSet[_Saved] = WeakSet()  # checkpointing drops what a frozen block has saved
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func is torch.ops.aten._to_copy.default and (is_trained := self._own.get(_storage(args[0]))) is not None:
-            self._copies[_storage(result)] = result, is_trained
+        if func is torch.ops.aten._to_copy.default and _storage(args[0]) in self._own:
+            is_cached = isinstance(args[0], nn.Parameter) and args[0].requires_grad  # autocast caches no views
+            self._copies[_storage(result)] = result, is_cached
         return result
 
     def pack(self, tensor: Tensor) -> _Saved:
@@ -200,12 +205,13 @@ class _SavedCounter(TorchDispatchMode):
         self._saved.add(saved := _Saved(tensor))
         return saved
 
-    def counts(self) -> tuple[int, int]:
-        """Bytes of activations, and of copies; of a trained weight autocast keeps one until the forward pass ends."""
+    def counts(self) -> tuple[int, ...]:
+        """Bytes of activations, of copies that are saved, and of cached copies that are not."""
         saved = {_storage(saved.tensor): saved.tensor for saved in self._saved}
         activations = [tensor for key, tensor in saved.items() if key not in self._own and key not in self._copies]
-        copies = [copy for key, (copy, is_trained) in self._copies.items() if is_trained or key in saved]
-        return _nbytes(activations), _nbytes(copies)
+        copies = [copy for key, (copy, _) in self._copies.items() if key in saved]
+        others = [copy for key, (copy, is_cached) in self._copies.items() if is_cached and key not in saved]
+        return _nbytes(activations), _nbytes(copies), _nbytes(others)
 
 
 def _attend_unmasked(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Any:

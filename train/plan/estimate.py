@@ -115,7 +115,7 @@ def step_memory(
         weights += low * (parameters.outside_units + 2 * parameters.largest_unit)
         gradients += low * 2 * parameters.largest_trained_unit
     else:
-        weights += saved.weight_copies
+        weights += saved.weight_copies + saved.forward_copies
     return Memory(
         weights=weights,
         gradients=gradients,
