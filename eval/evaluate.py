@@ -92,12 +92,14 @@ def _print_summary(out: Path, errors: Mapping[str, str], num_questions: int) -> 
     if (out / "results.md").exists():
         typer.echo((out / "results.md").read_text(encoding="utf-8"))
     typer.echo(f"{out}: predictions.jsonl, verdicts.jsonl, results.json, results.md, results.png, page.html", err=True)
+    _warn_of(errors, f"of {num_questions} questions failed and are scored as empty responses", "asks them again")
+
+
+def _warn_of(errors: Mapping[str, str], what: str, next_time: str) -> None:
     if errors:
         first, reason = next(iter(errors.items()))
         typer.echo(
-            f"{len(errors)} of {num_questions} questions failed and are scored as empty responses, {first} first: "
-            f"{reason.rstrip('.')}. The same command asks them again.",
-            err=True,
+            f"{len(errors)} {what}, {first} first: {reason.rstrip('.')}. The same command {next_time}.", err=True
         )
 
 
@@ -117,13 +119,8 @@ def _write(
     if choice is not None:
         scored, errors = judge(choice, scored, out)
     write_results(benchmark, scored, out, config, split, {**choice.details, "errors": errors} if choice else None)
-    if errors:
-        first, reason = next(iter(errors.items()))
-        typer.echo(
-            f"{len(errors)} of {len(scored)} answers could not be judged and are not among the judged, {first} first: "
-            f"{reason.rstrip('.')}. The same command asks the judge again.",
-            err=True,
-        )
+    what = f"of {len(scored)} answers could not be judged and are not among the judged"
+    _warn_of(errors, what, "asks the judge again")
     return scored, not errors
 
 

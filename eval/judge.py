@@ -16,9 +16,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from yi_vl.files import read_json_lines
+
 from .benchmarks.cmmmu_official import FALSE, TRUE
 from .chat_client import DEFAULT_TIMEOUT_SECONDS, ChatClient, Reply, without_secrets
-from .data import read_jsonl
 from .reasoning import answer_of
 from .scoring import Scored
 from .types import Answered, Verdict
@@ -190,7 +191,7 @@ def _kept(path: Path) -> list[dict[str, Any]]:
     content = path.read_bytes()
     if not content.endswith(b"\n"):
         path.write_bytes(content[: content.rfind(b"\n") + 1])
-    return read_jsonl(path)
+    return read_json_lines(path)
 
 
 def _key(answered: Answered, prompt: str) -> tuple[str, str]:

@@ -11,7 +11,8 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from .data import read_jsonl
+from yi_vl.files import read_json_lines
+
 from .scoring import RULES, Rules, Scored, chance, compare, count_outcomes, summarize
 from .types import Benchmark, PublishedRow, Split
 
@@ -100,7 +101,7 @@ def compare_results(folders: Sequence[Path]) -> str:
 def _read_verdicts(folder: Path) -> dict[str, dict[str, bool]]:
     """Protocol -> id -> whether it is correct; a protocol of a judge has the judge's name in it."""
     verdicts: dict[str, dict[str, bool]] = {}
-    for row in read_jsonl(folder / "verdicts.jsonl"):
+    for row in read_json_lines(folder / "verdicts.jsonl"):
         for rules in (rules for rules in RULES if row.get(rules, {}).get("correct") is not None):
             by = row[rules].get("by")
             verdicts.setdefault(f"{rules} {by}" if by else rules, {})[row["id"]] = row[rules]["correct"]

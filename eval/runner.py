@@ -16,6 +16,8 @@ from typing import Any, TextIO
 from accelerate import PartialState
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from yi_vl.files import read_json_lines, write_json_lines
+
 from .models import Answerer, Reply, Settings
 from .types import Question
 
@@ -165,22 +167,14 @@ def _whole_lines(path: Path) -> Iterable[dict[str, Any]]:
     end = content.rfind(b"\n") + 1
     if end < len(content):
         os.truncate(path, end)
-    for number, line in enumerate(content[:end].splitlines(), start=1):
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise ValueError(
-                f"{path}, line {number} is no JSON: {error}. Remove the line, or give another --out."
-            ) from error
-        if not isinstance(record, dict):
-            raise ValueError(f"{path}, line {number} is no record. Remove the line, or give another --out.")
-        yield record
+    try:
+        return read_json_lines(path)
+    except ValueError as error:
+        raise ValueError(f"{error} Remove the line, or give another --out.") from error
 
 
 def _write_in_order(out_dir: Path, records: Sequence[dict[str, Any]]) -> None:
-    partial = out_dir / "predictions.tmp"
-    partial.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
-    os.replace(partial, out_dir / PREDICTIONS)
+    write_json_lines(out_dir / PREDICTIONS, records)
     for path in out_dir.glob("predictions-*.jsonl"):
         path.unlink()
 

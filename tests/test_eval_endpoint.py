@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 from eval import chat_client
 from eval.__main__ import app
 from eval.chat_client import ChatClient
-from eval.data import read_jsonl
 from eval.models import Endpoint, Settings
+from yi_vl.files import read_json_lines
 
 ASK = [{"type": "text", "text": "Hi"}]
 
@@ -169,7 +169,7 @@ def test_failed_questions_are_counted_and_asked_again_by_the_same_command(tmp_pa
         assert "Of 8 responses: 2 failed, 1 refused, 1 cut, 2 empty, 1 unfinished reasoning." in first.stdout
         assert results["no_guess"]["correct"] == 3 and len(results["official"]["random_guesses"]) == 5
         assert list(results["config"]["errors"]) == ["validation_Art_2", "validation_Art_5"]
-        records = {record["id"]: record for record in read_jsonl(out / "predictions.jsonl")}
+        records = {record["id"]: record for record in read_json_lines(out / "predictions.jsonl")}
         assert records["validation_Art_6"]["response"] == "<think>Well, (B)"
         assert records["validation_Art_1"]["reasoning"] == "A?" and records["validation_Art_4"]["refusal"]
         again = CliRunner().invoke(app, ["score", "mmmu", "--predictions", str(out / "predictions.jsonl"), "--answers",
@@ -183,7 +183,7 @@ def test_failed_questions_are_counted_and_asked_again_by_the_same_command(tmp_pa
         assert {number_of(body) for body in server.requests[num_before:]} == {2, 5}
         results = json.loads((out / "results.json").read_text())
         assert results["responses"]["failed"] == 0 and results["no_guess"]["correct"] == 5
-        records = {record["id"]: record for record in read_jsonl(out / "predictions.jsonl")}
+        records = {record["id"]: record for record in read_json_lines(out / "predictions.jsonl")}
         assert len(records) == 8 and "error" not in records["validation_Art_2"]
 
 
@@ -201,7 +201,7 @@ def test_a_server_that_goes_away_is_one_line_and_its_answers_are_kept(
         with pytest.raises(ValueError, match=r"HTTP 401 .* expired\. Stopped after 4 of 12 questions; .* kept"):
             run(server, data, out, *named)
         assert len(server.requests) == 8
-    assert sum("error" not in record for record in read_jsonl(out / "predictions.jsonl")) == 4
+    assert sum("error" not in record for record in read_json_lines(out / "predictions.jsonl")) == 4
     with pytest.raises(ValueError, match=r"Connection .*\. Stopped after 0 of 8 questions") as caught:
         run(server, data, out, *named)
     assert server.url in str(caught.value) and "\n" not in str(caught.value)

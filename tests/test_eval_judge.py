@@ -14,8 +14,8 @@ from eval import judge as judging
 from eval import scoring
 from eval.__main__ import app
 from eval.benchmarks import mmmu
-from eval.data import read_jsonl
 from eval.types import Answered, Question, QuestionType
+from yi_vl.files import read_json_lines
 
 OPTIONS = {"A": "red", "B": "green", "C": "blue"}
 
@@ -121,7 +121,7 @@ def test_judged_results_stand_beside_the_others_and_no_reply_is_asked_for_twice(
             judge["model"] == "wise" and judge["prompt_version"] == "1" and set(judge["prompts"]) >= {"choice", "open"}
         )
         assert results["no_guess"]["correct"] == 1 and "read by a judge" in done.stdout
-        verdicts = {row["id"][-1]: row for row in read_jsonl(out / "verdicts.jsonl")}
+        verdicts = {row["id"][-1]: row for row in read_json_lines(out / "verdicts.jsonl")}
         assert [verdicts[n]["judge"]["parsed"] for n in "12345"] == ["B", "B", "none", "C", "none"]
         assert "key" not in "".join(path.read_text() for path in out.glob("*.json*")).replace("keys", "")
 

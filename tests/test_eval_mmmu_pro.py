@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from eval import scoring
 from eval.__main__ import app
 from eval.benchmarks import mmmu_pro, mmmu_pro_official
-from eval.data import read_jsonl
+from yi_vl.files import read_json_lines
 
 NESTED = "[['A', 'B', 'Not enough information']]"
 
@@ -183,7 +183,7 @@ def test_a_run_starts_and_ends(tmp_path: Path, tiny_folder: Path, variant: str, 
     out = tmp_path / "out"
     command = ["mmmu-pro", "--model", str(tiny_folder), "--data", write_configs(tmp_path), "--max-new-tokens", "4"]
     table = run_cli(*command, "--variant", variant, "--prompt", style, "--out", str(out))
-    records, verdicts = (read_jsonl(out / f"{name}.jsonl") for name in ("predictions", "verdicts"))
+    records, verdicts = (read_json_lines(out / f"{name}.jsonl") for name in ("predictions", "verdicts"))
     results = json.loads((out / "results.json").read_text())
     assert [record["id"] for record in records] == [item["id"] for item in ROWS] and not results["config"]["errors"]
     assert (results["config"]["variant"], results["config"]["prompt"]) == (variant, style)
@@ -278,7 +278,7 @@ def test_a_published_file_is_scored_as_it_is(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "gpt-4o_vision_direct.jsonl", records)
     table = run_cli("score", "mmmu-pro", "--predictions", path, "--out", str(tmp_path / "out"))
     results = json.loads((tmp_path / "out" / "results.json").read_text())
-    verdicts = read_jsonl(tmp_path / "out" / "verdicts.jsonl")
+    verdicts = read_json_lines(tmp_path / "out" / "verdicts.jsonl")
     official = results["official"]
     assert results["split"] == "test" and official["num"] == len(verdicts) == 1730
     assert official["random_guesses"] == ["test_Art_2", "test_Art_3", "test_Art_4"]

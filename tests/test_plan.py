@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from train.config import InitConfig, LoraConfig, TrainableConfig, TrainConfig, exit_on_user_error
+from train.config import InitConfig, LoraConfig, TrainableConfig, TrainConfig
 from train.lora import add_adapters_
 from train.loss import Objective
 from train.optim import build_optimizer, cast_frozen_, checkpoint_activations_, set_trainable_
@@ -33,6 +33,7 @@ from train.plan.count import SavedBytes, count_flops, count_saved_bytes
 from train.plan.estimate import count_parameters, logit_bytes, step_memory, strategies
 from train.plan.flops import Row, batch_flops, step_flops
 from train.qlora import read_int4
+from yi_vl import program
 from yi_vl.config import OpenClipVisionConfig, YiVLConfig, preset
 from yi_vl.model import YiVLForConditionalGeneration
 
@@ -314,7 +315,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> R
         monkeypatch.chdir(ROOT)
         capfd.readouterr()
         with pytest.raises(SystemExit) as caught:
-            exit_on_user_error(app)
+            program.run(app, "error")
         out, err = capfd.readouterr()
         return int(caught.value.code or 0), out, err
 

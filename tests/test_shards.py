@@ -21,12 +21,13 @@ import torch
 from conftest import COLOURS, Members, caption_sample, chat_sample, png
 from PIL import Image
 
-from train.config import DataConfig, SourceConfig, exit_on_user_error
+from train.config import DataConfig, SourceConfig
 from train.data.loader import Sample, SampleEncoder
 from train.data.stream import expand_shards, read_shard
-from train.shards.__main__ import build, main
+from train.shards.__main__ import app, build
 from train.shards.files import MANIFEST, Manifest
 from train.shards.sources import Chunk, LlavaSource, Reader
+from yi_vl import program
 from yi_vl.chat import from_llava, render, to_text
 from yi_vl.image import YiVLImageProcessor
 from yi_vl.processor import YiVLProcessor, prepare_tokenizer
@@ -49,7 +50,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> R
         monkeypatch.setenv("COLUMNS", "200")
         capfd.readouterr()
         with pytest.raises(SystemExit) as caught:
-            exit_on_user_error(main)
+            program.run(app, "error")
         out, err = capfd.readouterr()
         return int(caught.value.code or 0), out, err
 
@@ -211,7 +212,7 @@ def test_a_killed_run_goes_on(run: Run, tmp_path: Path) -> None:
     out, whole = tmp_path / "out", tmp_path / "whole"
     with pytest.raises(ValueError, match="a process was killed"):
         build(ToySource(deadly=True), out, 5, processes=1, max_broken=0)
-    assert sorted(path.name for path in out.iterdir()) == ["00000.tar", "00001.tar", "00002.tmp", MANIFEST]
+    assert sorted(path.name for path in out.iterdir()) == [".00002.tar.tmp", "00000.tar", "00001.tar", MANIFEST]
     code, _, heard = run("check", out)
     assert code == 2 and "2 of 4 shards are made so far" in heard
     with (out / MANIFEST).open("a") as file:

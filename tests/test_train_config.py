@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from train.__main__ import main
-from train.config import TrainConfig, exit_on_user_error, num_steps
+from train.config import TrainConfig, num_steps
 from train.config_file import load_config, to_yaml
+from yi_vl import program
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "train/configs").glob("*/*-[0-9]*.yaml"))
@@ -85,7 +86,7 @@ def test_a_mistake_in_a_file_names_the_file(tmp_path: Path) -> None:
 def test_the_command_exits_with_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["train", str(NANO), "data.workrs=3"])
     with pytest.raises(SystemExit) as ended:
-        exit_on_user_error(main)
+        program.run(main, "error")
     said = capsys.readouterr().err
     assert ended.value.code == 2
     assert said.startswith("error: ") and said.count("\n") == 1 and "workrs" in said

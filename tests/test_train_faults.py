@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
-from toy_runs import losses, step_once, trainer
+from toy_runs import losses, step_once, stop_after, trainer
 
 from train import checkpoint
 from train.config import SpikeGuardConfig, TrainConfig
@@ -24,20 +24,6 @@ from yi_vl.model import YiVLForConditionalGeneration
 
 Configure = Callable[..., TrainConfig]
 EVERY_STEP = "checkpoint={every_steps: 1, keep_last: 3}"
-
-
-def stop_after(run: Trainer, num_steps: int) -> None:
-    """Run and kill."""
-    real_step = run.step
-
-    def step(batch: Any, num_supervised: int) -> Any:
-        if run.done_steps == num_steps:
-            raise KeyboardInterrupt
-        return real_step(batch, num_supervised)
-
-    run.step = step  # type: ignore[method-assign]
-    with pytest.raises(KeyboardInterrupt):
-        run.run()
 
 
 def damage(path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from conftest import chat_sample
 from rich.console import Console
-from toy_runs import losses, trainer
+from toy_runs import losses, stop_after, trainer
 
 from train import checkpoint
 from train.config import TrainConfig
@@ -20,24 +20,10 @@ Writer = Callable[..., Path]
 EVERY = "checkpoint={every_steps: 2, keep_last: 2}"
 
 
-def stop_at(config: TrainConfig, num_steps: int) -> None:
-    run = trainer(config)
-    real_step = run.step
-
-    def step(batch: Any, num_supervised: int) -> Any:
-        if run.done_steps == num_steps:
-            raise KeyboardInterrupt
-        return real_step(batch, num_supervised)
-
-    run.step = step  # type: ignore[method-assign]
-    with pytest.raises(KeyboardInterrupt):
-        run.run()
-
-
 @pytest.fixture
 def stopped(configure: Configure) -> Configure:
     """`configure`, and a run that was stopped behind its checkpoint at step 4."""
-    stop_at(configure(EVERY), 5)
+    stop_after(trainer(configure(EVERY)), 5)
     return configure
 
 
@@ -114,7 +100,7 @@ def test_a_rank_that_changes_is_refused(configure: Configure, tmp_path: Path) ->
         "trainable.language=lora",
         EVERY,
     )
-    stop_at(configure(*settings, "lora.rank=4"), 3)
+    stop_after(trainer(configure(*settings, "lora.rank=4")), 3)
     with pytest.raises(ValueError, match=r"lora\.rank 4, this run has 8, but the checkpoint's adapters"):
         train(configure(*settings, "lora.rank=8"))
     with pytest.raises(ValueError, match=r"trainable\.language lora, this run has true, but"):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import pytest
 from rich.console import Console
 from torch import Tensor
 
@@ -26,3 +28,17 @@ def step_once(run: Trainer, batches: Iterator[StepBatch] | None = None) -> tuple
     """One step of a run of one process, on the next of its batches."""
     batch = next(batches if batches is not None else iter(run.loader))
     return run.step(batch, batch.num_supervised)
+
+
+def stop_after(run: Trainer, num_steps: int) -> None:
+    """Run, and be interrupted after so many steps."""
+    real_step = run.step
+
+    def step(batch: Any, num_supervised: int) -> Any:
+        if run.done_steps == num_steps:
+            raise KeyboardInterrupt
+        return real_step(batch, num_supervised)
+
+    run.step = step  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        run.run()

@@ -6,7 +6,8 @@ import argparse
 import logging
 import os
 
-from .config import exit_on_user_error
+from yi_vl import program
+
 from .config_file import load_config
 
 
@@ -32,4 +33,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    exit_on_user_error(main)
+    program.run(main, "error")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
@@ -207,12 +206,3 @@ def num_steps(config: TrainConfig) -> int:
         return config.steps
     assert config.epochs is not None and config.samples is not None
     return max(1, int(config.samples * config.epochs) // config.global_batch)
-
-
-def exit_on_user_error(main: Any) -> None:
-    """Run a command; a ValueError becomes one line on stderr and exit code 2."""
-    try:
-        main()
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from error

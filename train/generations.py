@@ -23,6 +23,7 @@ from yi_vl.chat import STOP_STRING, Segment, TooLongError, to_text
 from yi_vl.engine.engine import Engine
 from yi_vl.engine.gemv import use_gemm_
 from yi_vl.engine.sampling import Sampling
+from yi_vl.files import read_json_lines
 from yi_vl.model import YiVLForConditionalGeneration
 from yi_vl.processor import YiVLProcessor
 
@@ -143,8 +144,7 @@ def read_generations(path: Path) -> list[dict[str, Any]]:
     """The rows of a generations.jsonl: step, and one text per held-out sample."""
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")  # splitlines would break at U+2028 inside a text
-    return [json.loads(line) for line in lines if line.strip()]
+    return read_json_lines(path)
 
 
 def _held_out_sample(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import Tensor
 
+from yi_vl.files import read_json_lines, write_json_lines
 from yi_vl.model import YiVLForConditionalGeneration
 
 from .config import TrainConfig
@@ -186,21 +186,12 @@ class Reporter:
 def _drop_after(path: Path, step: int) -> None:
     if not path.exists():
         return
-    kept = [row for row in read_metrics(path) if row["step"] <= step]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), encoding="utf-8")
-    os.replace(temporary, path)
+    write_json_lines(path, [row for row in read_metrics(path) if row["step"] <= step])
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of a metrics.jsonl or samples-RANK.jsonl; a last line cut off by a kill is skipped."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").split("\n"):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
+    return read_json_lines(path, drops_partial=True)
 
 
 def draw_loss_curve(run_dir: Path) -> None:

@@ -16,7 +16,9 @@ from pathlib import Path
 from PIL import Image
 from torch import Tensor
 
-from .config import TrainConfig, exit_on_user_error
+from yi_vl import program
+
+from .config import TrainConfig
 from .config_file import load_config
 from .data.loader import Sample, SampleEncoder, TooLong
 from .data.samples import sample_name
@@ -130,4 +132,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    exit_on_user_error(main)
+    program.run(main, "error")

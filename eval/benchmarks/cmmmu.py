@@ -14,7 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..data import Row, images_of, read_jsonl, read_rows, refuse_repeated, split_at_markers, warn_of_unshown
+from yi_vl.files import read_json_lines
+
+from ..data import Row, images_of, read_rows, refuse_repeated, split_at_markers, warn_of_unshown
 from ..types import Answered, BenchmarkImage, PublishedRow, Question, QuestionType, ResponseFormat, Split, from_record
 from . import cmmmu_official
 from .mmmu_official import RandomGuess
@@ -86,7 +88,7 @@ def _jsonl_rows(folder: Path, split: Split) -> list[Row]:
     }
     rows = []
     for path in named or files:
-        for values in read_jsonl(path):
+        for values in read_json_lines(path):
             images: dict[str, BenchmarkImage] = {}
             row = Row(values, str(path), images)
             missing = [name for name in (*_COLUMNS, *_answer_column(split)) if name not in values]
@@ -177,7 +179,7 @@ def official_order(answered: Sequence[Answered]) -> list[Answered]:
 def read_answers(path: Path) -> list[Question]:
     """JSON lines with id, type, answer, category and, for choices, option1 to option4."""
     questions = []
-    for record in read_jsonl(path):
+    for record in read_json_lines(path):
         row = Row(record, str(path))
         missing = [name for name in ("id", "type", "answer", "category") if name not in record]
         if missing:
@@ -203,7 +205,7 @@ def read_predictions(path: Path, questions: Mapping[str, Question]) -> list[Answ
     files = sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]
     if not files:
         raise ValueError(f"{path} has no .jsonl files.")
-    records = [(file, record) for file in files for record in read_jsonl(file)]
+    records = [(file, record) for file in files for record in read_json_lines(file)]
     response_format = _response_format(path, [record for _, record in records])
     answered = [_answered(file, record, response_format, questions) for file, record in records]
     ids = [item.question.id for item in answered]

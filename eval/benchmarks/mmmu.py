@@ -9,7 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..data import Row, images_of, read_json, read_jsonl, read_rows, split_at_markers
+from yi_vl.files import read_json_lines
+
+from ..data import Row, images_of, read_json, read_rows, split_at_markers
 from ..types import Answered, PublishedRow, Question, QuestionType, Split, from_record
 from . import mmmu_official
 from .mmmu_official import RandomGuess
@@ -167,7 +169,7 @@ def read_predictions(path: Path, questions: Mapping[str, Question]) -> list[Answ
         if not files:
             raise ValueError(f"{path} has no SUBJECT/output.json; give such a folder, a .json or a .jsonl file.")
         return [item for file in files for item in read_predictions(file, questions)]
-    records = read_jsonl(path) if path.suffix == ".jsonl" else read_json(path)
+    records = read_json_lines(path) if path.suffix == ".jsonl" else read_json(path)
     if isinstance(records, dict):
         return [Answered(_known(path, key, questions), str(answer), "answer") for key, answer in records.items()]
     return [_answered(path, record, questions) for record in records]

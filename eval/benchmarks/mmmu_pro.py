@@ -11,7 +11,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from ..data import Row, images_of, read_jsonl, read_rows, split_at_markers, warn_of_unshown
+from yi_vl.files import read_json_lines
+
+from ..data import Row, images_of, read_rows, split_at_markers, warn_of_unshown
 from ..types import Answered, Marker, PublishedRow, Question, Split, from_record
 from . import mmmu_pro_official
 from .mmmu import GROUPS as GROUPS
@@ -91,7 +93,7 @@ def official_order(answered: Sequence[Answered]) -> list[Answered]:
 
 def read_answers(path: Path) -> list[Question]:
     """JSON lines with id, options, answer and perhaps subject: a prediction file, the official ones or this harness's."""
-    return [_recorded_question(path, record) for record in read_jsonl(path)]
+    return [_recorded_question(path, record) for record in read_json_lines(path)]
 
 
 def read_predictions(path: Path, questions: Mapping[str, Question]) -> list[Answered]:
@@ -100,7 +102,7 @@ def read_predictions(path: Path, questions: Mapping[str, Question]) -> list[Answ
     Raises:
         ValueError: a record has no id or response, or options or an answer other than its question's.
     """
-    return [_answered(Row(record, str(path)), questions) for record in read_jsonl(path)]
+    return [_answered(Row(record, str(path)), questions) for record in read_json_lines(path)]
 
 
 def _answered(row: Row, questions: Mapping[str, Question]) -> Answered:

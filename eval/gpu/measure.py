@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+
+from yi_vl.files import write_text
 
 from . import parts as inference
 from . import train as training
@@ -76,6 +77,4 @@ def _write(out: Path, settings: Settings, seconds: float, outcomes: Mapping[str,
         TABLE_FILE: markdown(settings, seconds, outcomes),
     }
     for name, text in texts.items():
-        temporary = out / f".{name}.tmp"
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, out / name)
+        write_text(out / name, text)

@@ -20,6 +20,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from yi_vl.files import read_json_lines
+
 from .guard import Measured, Part, Settings, Skipped, last_line
 from .parts import MATRIX_RATE, checkpoint
 
@@ -42,25 +44,10 @@ _VARIANTS: dict[str, dict[str, Any]] = {
     "QLoRA": _LORA | {"lora": _LORA["lora"] | {"base": "int4"}},
 }
 _BATCHES = {"6b": (16, 8), "nano": (2, 2)}  # samples of a step, and at once
-_WORDS = [
-    "a",
-    "red",
-    "blue",
-    "small",
-    "large",
-    "round",
-    "thing",
-    "left",
-    "right",
-    "of",
-    "the",
-    "and",
-    "one",
-    "is",
-    "it",
-    "not",
-    "two",
-]
+_WORDS = (
+    "a", "red", "blue", "small", "large", "round", "thing", "left", "right", "of",
+    "the", "and", "one", "is", "it", "not", "two",
+)  # fmt: skip
 
 
 def train(settings: Settings, shared: dict[str, Any], stage: str, variant: str) -> Iterator[Measured]:
@@ -91,8 +78,7 @@ def train(settings: Settings, shared: dict[str, Any], stage: str, variant: str) 
 
 
 def _measured(settings: Settings, run_dir: Path) -> Iterator[Measured]:
-    lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines]
+    rows = read_json_lines(run_dir / "metrics.jsonl")
     losses = [row["loss"] for row in rows]
     yield Measured(f"loss of step {len(rows)}", losses[-1], "", losses[0], "that of the first step")
     timed = rows[min(_NUM_WARMUP, len(rows) - 1) :]

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from train.config import exit_on_user_error
+from yi_vl import program
 from yi_vl.cli import QuantizeOption
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -97,4 +97,4 @@ def export(source: Path = RUNS / "chat-448" / "final", target: Path = PACKAGED) 
 
 
 if __name__ == "__main__":
-    exit_on_user_error(app)
+    program.run(app, "error")

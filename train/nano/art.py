@@ -7,7 +7,6 @@ Training artwork and held-out artwork are told apart by the package they come fr
 import io
 import json
 import logging
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from PIL import Image
 
 from train.nano.names import FLAGS, LABELS, THINGS
 from train.nano.packages import FLAG_ART, FONTS, THING_ART, Package, Split, fetch, read_members
+from yi_vl.files import atomic_path, write_text
 
 # circle-flags gives some country codes to languages: the country's disc has another name, or (Argentina) there is none
 # and the held-out flag is twemoji's.
@@ -87,12 +87,9 @@ def render_art(data_dir: Path) -> None:
         rasters.append(pixels.reshape(-1))
         offset += pixels.size
     _logger.info("%d drawings rendered, %d skipped", len(rows), num_failed)
-    partial = data_dir / "art.tmp.npy"
-    np.save(partial, np.concatenate(rasters))
-    os.replace(partial, data_dir / "art.npy")  # whoever has the old one mapped keeps it
-    partial = data_dir / "art.json.tmp"
-    partial.write_text(json.dumps({"drawings": rows, "num_failed": num_failed}))
-    os.replace(partial, data_dir / "art.json")
+    with atomic_path(data_dir / "art.npy") as partial, partial.open("wb") as file:  # the old one may be mapped
+        np.save(file, np.concatenate(rasters))
+    write_text(data_dir / "art.json", json.dumps({"drawings": rows, "num_failed": num_failed}))
 
 
 def render(svg: str) -> npt.NDArray[np.uint8] | None:

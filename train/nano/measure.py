@@ -18,6 +18,7 @@ from rich.progress import track
 
 from train.nano.sheet import write_sheet
 from yi_vl import YiVL, load
+from yi_vl.files import read_json_lines
 from yi_vl.quantize import Scheme
 
 _BATCH = 64
@@ -42,8 +43,6 @@ def read_questions(folder: Path) -> list[Question]:
     path = folder / "questions.jsonl"
     if not path.is_file():
         raise ValueError(f"{path} is not here; `python -m train.nano data` makes it.")
-    lines = path.read_text(encoding="utf-8").split("\n")  # splitlines would break at U+2028 inside a text
-    rows = [json.loads(line) for line in lines if line.strip()]
     return [
         Question(
             id=row["id"],
@@ -53,7 +52,7 @@ def read_questions(folder: Path) -> list[Question]:
             question=row["question"],
             accepted=tuple(row["accepted"]),
         )
-        for row in rows
+        for row in read_json_lines(path)
     ]
 
 

@@ -18,11 +18,12 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig
 
+from yi_vl import program
 from yi_vl.checkpoint.load import find, read_config
 from yi_vl.config import OpenClipVisionConfig, YiVLConfig, preset
 
 from ..checkpoint import FINAL
-from ..config import INT4, InitConfig, TrainConfig, exit_on_user_error, num_steps
+from ..config import INT4, InitConfig, TrainConfig, num_steps
 from ..config_file import load_config
 from ..qlora import BYTES_PER_WEIGHT
 from .count import SavedBytes, count_flops, count_saved_bytes
@@ -295,4 +296,4 @@ def _dimensions(model: YiVLConfig) -> list[int]:
 
 
 if __name__ == "__main__":
-    exit_on_user_error(app)
+    program.run(app, "error")

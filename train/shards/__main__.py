@@ -21,10 +21,12 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ..config import exit_on_user_error
+from yi_vl import program
+from yi_vl.files import sha256
+
 from ..data.samples import read_sample
 from .check import Contents, contents_table, inspect, problems
-from .files import Manifest, Members, Shard, digest, write_tar
+from .files import Manifest, Members, Shard, write_tar
 from .sources import Chunk, Columns, LlavaSource, ParquetSource, Source
 
 app = typer.Typer(help="Make WebDataset shards for the trainer, and look into them.", add_completion=False)
@@ -170,7 +172,7 @@ def _write_shard(path: Path, chunk: Chunk, form: str) -> Shard:
 
     try:
         write_tar(path, samples())
-        return Shard(path.name, num_samples, path.stat().st_size, digest(path), broken)
+        return Shard(path.name, num_samples, path.stat().st_size, sha256(path), broken)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be made: {error}. Given again, the command goes on.") from error
 
@@ -229,13 +231,5 @@ def _print(line: str) -> None:
     typer.echo(line, err=True)
 
 
-def main() -> None:
-    """The command; what the disk refuses is the user's to put right, too."""
-    try:
-        app()
-    except OSError as error:
-        raise ValueError(str(error)) from error
-
-
 if __name__ == "__main__":
-    exit_on_user_error(main)
+    program.run(app, "error")

@@ -14,12 +14,13 @@ from rich.table import Table
 from rich.text import Text
 
 from yi_vl.chat import Segment
+from yi_vl.files import sha256
 from yi_vl.image import load_image, open_image
 
 from ..config import FORMS
 from ..data.samples import read_sample, sample_name
 from ..data.shard_reader import RawSample, read_shard
-from .files import Manifest, digest
+from .files import Manifest
 
 
 @dataclass
@@ -66,7 +67,7 @@ def inspect(path: Path, ignore: Collection[str] = ()) -> Contents:
             continue
         contents.counts.update(forms)
         contents.counts["without an image"] += not encoded_images
-    contents.shards[path.name] = (contents.counts["samples"], path.stat().st_size, digest(path))
+    contents.shards[path.name] = (contents.counts["samples"], path.stat().st_size, sha256(path))
     return contents
 
 

@@ -2,44 +2,29 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
-import os
 import tarfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from yi_vl.files import atomic_path, write_json_lines
+
 MANIFEST = "manifest.jsonl"
 Members = dict[str, bytes]  # suffix -> content, of one sample
-_BLOCK_BYTES = 1 << 20
 
 
 def write_tar(path: Path, samples: Iterable[tuple[str, Members]]) -> None:
     """A tar of `KEY.suffix` files, the same bytes for the same samples; in place only when it is complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".tmp")
-    with partial.open("wb") as file:
-        with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as archive:
-            for key, members in samples:
-                for suffix, content in members.items():
-                    info = tarfile.TarInfo(f"{key}.{suffix}")
-                    info.size = len(content)
-                    archive.addfile(info, io.BytesIO(content))
-        file.flush()
-        os.fsync(file.fileno())  # else a power cut may leave the name without the content
-    os.replace(partial, path)
-
-
-def digest(path: Path) -> str:
-    """The file's SHA-256."""
-    sha256 = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK_BYTES):
-            sha256.update(block)
-    return sha256.hexdigest()
+    # Without flushing, a power cut may leave the manifest's line without the shard.
+    with atomic_path(path, flush=True) as partial, tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as archive:
+        for key, members in samples:
+            for suffix, content in members.items():
+                info = tarfile.TarInfo(f"{key}.{suffix}")
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content))
 
 
 @dataclass(frozen=True)
@@ -86,23 +71,16 @@ class Manifest:
 
     def write(self) -> None:
         """Write the whole file, atomically."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        partial = self.folder / f"{MANIFEST}.tmp"
         entries = [{"made_from": self.made_from}, *map(asdict, self.shards.values())]
-        partial.write_text("".join(map(_line, entries)), encoding="utf-8")
-        os.replace(partial, self.folder / MANIFEST)
+        write_json_lines(self.folder / MANIFEST, entries)
 
     def add(self, shard: Shard) -> None:
         """One more line."""
         self.shards[shard.name] = shard
         with (self.folder / MANIFEST).open("a", encoding="utf-8") as file:
-            file.write(_line(asdict(shard)))
+            file.write(json.dumps(asdict(shard), ensure_ascii=False) + "\n")
 
     def has(self, name: str) -> bool:
         """Whether the shard is complete: listed, and on disk in the size that is listed."""
         path = self.folder / name
         return name in self.shards and path.is_file() and path.stat().st_size == self.shards[name].bytes
-
-
-def _line(entry: dict[str, Any]) -> str:
-    return json.dumps(entry, ensure_ascii=False) + "\n"

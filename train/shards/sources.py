@@ -19,11 +19,12 @@ from functools import partial
 from pathlib import Path, PureWindowsPath
 from typing import Any, Protocol
 
+from yi_vl.files import sha256
 from yi_vl.image import load_image, open_image
 
 from ..data.conversations import Conversation, has_text, is_empty, read_conversation
 from ..data.samples import parse_json
-from .files import Members, digest
+from .files import Members
 
 Reader = Callable[[], Members]  # raises ValueError
 _SUFFIX_OF_FORMAT = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # MPO: a JPEG with more behind it
@@ -102,7 +103,7 @@ class LlavaSource:
         if not images.is_dir():
             raise ValueError(f"{images}: there is no such image folder.")
         self._entries, self._images, self._ignore = _read_entries(path), images, frozenset(ignore)
-        self.identity = {"llava": path.name, "sha256": digest(path)}
+        self.identity = {"llava": path.name, "sha256": sha256(path)}
         if ignore:
             self.identity["ignore"] = ",".join(sorted(ignore))
         ids = Counter(str(entry["id"]) for entry in self._entries if isinstance(entry, dict) and "id" in entry)

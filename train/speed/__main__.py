@@ -14,9 +14,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from yi_vl import program
 from yi_vl.hardware import machine
-
-from ..config import exit_on_user_error
 
 app = typer.Typer(add_completion=False, help="Measure speed, side by side in one run.", no_args_is_help=True)
 _STEPS = {"nano": 20, "300m": 4}
@@ -151,4 +150,4 @@ def _table(*headings: str) -> Table:
 
 
 if __name__ == "__main__":
-    exit_on_user_error(app)
+    program.run(app, "error")

@@ -34,23 +34,10 @@ from ..trainer import Trainer
 Size = Literal["nano", "300m"]
 Form = Literal["caption", "chat"]
 NANO = Path(yi_vl.__file__).parent / "nano"
-_WORDS = [
-    "a",
-    "red",
-    "blue",
-    "small",
-    "large",
-    "round",
-    "thing",
-    "left",
-    "right",
-    "of",
-    "the",
-    "and",
-    "one",
-    "is",
-    "it",
-]
+_WORDS = (
+    "a", "red", "blue", "small", "large", "round", "thing", "left", "right", "of",
+    "the", "and", "one", "is", "it",
+)  # fmt: skip
 _MEDIAN_WORDS = {"caption": 12, "chat": 35}  # of a caption, of an answer: of a log-normal distribution
 _MAX_WORDS = 200
 _RATE_ROWS = 2048
