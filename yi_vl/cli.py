@@ -194,7 +194,8 @@ def serve(
     allow_remote_images: Annotated[
         bool, typer.Option("--allow-remote-images", help="Fetch images from the public internet for clients.")
     ] = False,
-    max_waiting: Annotated[int, typer.Option(min=0, help="How many requests may wait while one is answered.")] = 16,
+    max_batch_size: Annotated[int, typer.Option(min=1, help="How many answers are generated at once.")] = 16,
+    max_waiting: Annotated[int, typer.Option(min=0, help="How many requests beyond those may wait.")] = 16,
     max_tokens: Annotated[int, typer.Option(min=1, help="The greatest length clients may ask for.")] = 2048,
     shutdown_seconds: Annotated[int, typer.Option(min=0, help="How long answers may go on after Ctrl-C.")] = 5,
 ) -> None:
@@ -221,7 +222,7 @@ def serve(
         ssl_keyfile=ssl_keyfile,
         shutdown_seconds=shutdown_seconds,
         allow_remote_images=allow_remote_images,
-        limits=Limits(num_waiting=max_waiting, max_tokens=max_tokens),
+        limits=Limits(max_batch_size=max_batch_size, num_waiting=max_waiting, max_tokens=max_tokens),
     )
 
 

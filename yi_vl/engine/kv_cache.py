@@ -70,11 +70,24 @@ def new_cache() -> Cache:
 
 
 def layers_of(cache: Cache) -> list[tuple[Tensor, Tensor]]:
-    """Keys and values of each layer, (B, H, T, E)."""
+    """Keys and values of each layer, (B, H, T, E); none for an empty cache."""
     layers = []
     for layer in cache.layers:
         assert isinstance(layer, DynamicLayer) and layer.keys is not None and layer.values is not None
         layers.append((layer.keys, layer.values))
+    return layers
+
+
+def row_of(cache: Cache, row: int, attention_mask: Tensor | None = None) -> list[tuple[Tensor, Tensor]]:
+    """One row's keys and values of each layer, (1, H, T, E), without padding; views where there is none."""
+    is_token = None if attention_mask is None or attention_mask[row].all() else attention_mask[row]
+    layers = []
+    for keys, values in layers_of(cache):
+        keys, values = keys[row : row + 1], values[row : row + 1]
+        if is_token is not None:
+            is_token = is_token.to(keys.device)
+            keys, values = keys[:, :, is_token], values[:, :, is_token]
+        layers.append((keys, values))
     return layers
 
 
@@ -87,16 +100,20 @@ def gather(parts: Sequence[tuple[Cache, Tensor, Sequence[int]]]) -> tuple[Cache,
     Returns:
         A cache of R rows, and its attention mask (R, T) bool.
     """
-    rows = [(layers_of(cache), mask[row], row) for cache, mask, indices in parts for row in indices]
-    num_tokens = [int(mask.sum()) for _, mask, _ in rows]
+    device = parts[0][1].device
+    rows = [row_of(cache, row, mask) for cache, mask, indices in parts for row in indices]
+    num_tokens = [layers[0][0].shape[2] if layers else 0 for layers in rows]
     longest = max(num_tokens)
-    gathered = [GrowableLayer() for _ in parts[0][0].layers]
-    for index, layer in enumerate(gathered):
-        layer.reserve(rows[0][0][index][0], len(rows), longest)
-        for slot, ((layers, mask, row), length) in enumerate(zip(rows, num_tokens, strict=True)):
-            keys, values = layers[index]
-            mask = mask.to(keys.device)
-            layer.keys[slot, :, longest - length :] = keys[row][:, mask]  # type: ignore[index]
-            layer.values[slot, :, longest - length :] = values[row][:, mask]  # type: ignore[index]
     positions, lengths = torch.arange(longest, device="cpu"), torch.tensor(num_tokens, device="cpu").unsqueeze(1)
-    return Cache(layers=gathered), (positions >= longest - lengths).to(parts[0][1].device)  # type: ignore[arg-type]
+    attention_mask = (positions >= longest - lengths).to(device)
+    if not longest:
+        return new_cache(), attention_mask
+    widest = rows[num_tokens.index(longest)]
+    gathered = [GrowableLayer() for _ in widest]
+    for index, layer in enumerate(gathered):
+        layer.reserve(widest[index][0], len(rows), longest)
+        for slot, (layers, length) in enumerate(zip(rows, num_tokens, strict=True)):
+            if length:
+                layer.keys[slot, :, longest - length :] = layers[index][0][0]  # type: ignore[index]
+                layer.values[slot, :, longest - length :] = layers[index][1][0]  # type: ignore[index]
+    return Cache(layers=gathered), attention_mask  # type: ignore[arg-type]

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from .kv_cache import layers_of, new_cache
+from .kv_cache import new_cache, row_of
 
 Value = TypeVar("Value")
 
@@ -48,6 +48,10 @@ class PrefixKey:
         """The key of these and then so many text tokens."""
         return PrefixKey(np.concatenate([self.token_ids, np.array(tokens, dtype=np.int64)]), self.images)
 
+    def reusable(self, length: int) -> int:
+        """The longest prefix of at most `length` tokens that does not end within an image."""
+        return next((image.start for image in self.images if image.start < length < image.end), length)
+
     def num_common(self, other: PrefixKey) -> int:
         """How many tokens both begin with."""
         length = min(len(self), len(other))
@@ -60,8 +64,7 @@ class PrefixKey:
 def shared_prefix_length(keys: Sequence[PrefixKey]) -> int:
     """How many tokens all prompts begin with; less than a whole prompt, whose last token has to be computed for its
     logits, and never a part of an image."""
-    length = min([keys[0].num_common(key) for key in keys[1:]] + [len(key) - 1 for key in keys])
-    return next((image.start for image in keys[0].images if image.start < length < image.end), length)
+    return keys[0].reusable(min([keys[0].num_common(key) for key in keys[1:]] + [len(key) - 1 for key in keys]))
 
 
 class LRUCache(Generic[Value]):
@@ -105,10 +108,7 @@ class LRUCache(Generic[Value]):
 class _Entry:
     key: PrefixKey
     layers: list[tuple[Tensor, Tensor]]  # keys and values of each layer, (1, H, T, E)
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(part.nbytes for layer in self.layers for part in layer)
+    num_bytes: int
 
 
 class PrefixCache:
@@ -122,13 +122,9 @@ class PrefixCache:
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
+        self.num_bytes = 0
         self._entries: list[_Entry] = []  # most recently used last
         self._lock = Lock()
-
-    @property
-    def num_bytes(self) -> int:
-        """Of all entries."""
-        return sum(entry.num_bytes for entry in self._entries)
 
     def find(self, key: PrefixKey) -> Cache:
         """A cache of one row with the longest stored prefix of `key`; it may be empty."""
@@ -145,18 +141,28 @@ class PrefixCache:
             cache.update(layer_keys[:, :, :length], layer_values[:, :, :length], index)
         return cache
 
-    def put(self, key: PrefixKey, cache: Cache) -> None:
-        """Store the cache of one row; `key` is that of the tokens in it."""
-        assert cache.get_seq_length() == len(key), f"{cache.get_seq_length()} tokens cached, {len(key)} in the key"
-        layers = layers_of(cache)
-        if sum(part.nbytes for layer in layers for part in layer) > self.max_bytes:
+    def put(self, key: PrefixKey, cache: Cache, row: int = 0, attention_mask: Tensor | None = None) -> None:
+        """Store one row of a cache.
+
+        Args:
+            key: of the tokens in that row.
+            attention_mask: (B, T) bool, of the whole cache; None where all of it are tokens.
+        """
+        layers = row_of(cache, row, attention_mask)
+        num_tokens = layers[0][0].shape[2] if layers else 0
+        assert num_tokens == len(key), f"{num_tokens} tokens cached, {len(key)} in the key"
+        num_bytes = sum(part.nbytes for layer in layers for part in layer)
+        if num_bytes > self.max_bytes:
             return
         with self._lock:
-            if any(entry.key.num_common(key) == len(key) for entry in self._entries):
+            num_common = [entry.key.num_common(key) for entry in self._entries]
+            if len(key) in num_common:  # a stored one begins with it
                 return
-            self._entries = [entry for entry in self._entries if entry.key.num_common(key) < len(entry.key)]
-            self._entries.append(
-                _Entry(key, [(layer_keys.clone(), layer_values.clone()) for layer_keys, layer_values in layers])
-            )
+            self._entries = [
+                entry for entry, length in zip(self._entries, num_common, strict=True) if length < len(entry.key)
+            ]
+            copies = [(keys.clone(), values.clone()) for keys, values in layers]
+            self._entries.append(_Entry(key, copies, num_bytes))
+            self.num_bytes = sum(entry.num_bytes for entry in self._entries)
             while self.num_bytes > self.max_bytes:
-                self._entries.pop(0)
+                self.num_bytes -= self._entries.pop(0).num_bytes

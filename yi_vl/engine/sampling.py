@@ -6,7 +6,7 @@ B requests in the batch, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import islice
 from typing import Any
@@ -89,29 +89,36 @@ class Sampler:
         suppress_tokens: (V,) bool, true for tokens that are never generated.
     """
 
-    def __init__(self, sampling: Sampling, suppress_tokens: Tensor) -> None:
+    def __init__(self, suppress_tokens: Tensor) -> None:
         self._suppress_tokens = suppress_tokens
-        self._is_greedy = sampling.is_greedy
-        if not self._is_greedy:
-            temperature = min(max(sampling.temperature, _MIN_TEMPERATURE), _MAX_TEMPERATURE)
-            self._warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
-            if sampling.top_p < 1:
-                self._warpers.append(TopPLogitsWarper(sampling.top_p))
 
-    def __call__(self, logits: Tensor, generators: Iterable[torch.Generator | None]) -> Tensor:
-        """(B, V) -> (B,), each sampled with its own generator."""
-        logits = logits.float().masked_fill(self._suppress_tokens, -math.inf)
-        if self._is_greedy:
-            return logits.argmax(-1)
-        logits = logits - logits.amax(-1, keepdim=True)  # a tiny temperature would overflow otherwise
-        warped = self._warpers(None, logits)  # type: ignore[arg-type]  # none of them looks at the ids
-        probabilities = warped.softmax(-1).cpu()
-        return torch.cat(
-            [
-                torch.multinomial(row, 1, generator=generator)
-                for row, generator in zip(probabilities, generators, strict=True)
+    def __call__(
+        self, logits: Tensor, samplings: Sequence[Sampling], generators: Sequence[torch.Generator | None]
+    ) -> Tensor:
+        """(B, V) -> (B,), each with its own options, and sampled with its own generator."""
+        logits = logits.float().masked_fill(self._suppress_tokens.to(logits.device), -math.inf)
+        tokens = logits.argmax(-1)
+        rows_of: dict[tuple[float, float], list[int]] = {}
+        for row, sampling in enumerate(samplings):
+            if not sampling.is_greedy:
+                rows_of.setdefault((sampling.temperature, sampling.top_p), []).append(row)
+        for (temperature, top_p), rows in rows_of.items():
+            probabilities = _probabilities(logits[rows], temperature, top_p).cpu()
+            sampled = [
+                torch.multinomial(of_row, 1, generator=generators[row])
+                for row, of_row in zip(rows, probabilities, strict=True)
             ]
-        )
+            tokens[rows] = torch.cat(sampled).to(tokens.device)
+        return tokens
+
+
+def _probabilities(logits: Tensor, temperature: float, top_p: float) -> Tensor:
+    """(B, V) -> (B, V)"""
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(min(max(temperature, _MIN_TEMPERATURE), _MAX_TEMPERATURE))])
+    if top_p < 1:
+        warpers.append(TopPLogitsWarper(top_p))
+    logits = logits - logits.amax(-1, keepdim=True)  # a tiny temperature would overflow otherwise
+    return warpers(None, logits).softmax(-1)  # type: ignore[arg-type]  # none of them looks at the ids
 
 
 def _as_stops(stop: Any) -> tuple[str, ...]:
