@@ -1,4 +1,4 @@
-"""Image features of recent images, by the hash of their pixels: an image that was encoded recently is not encoded again.
+"""Image features by the hash of the pixels: an image that was encoded recently is not encoded again.
 
 N images, P patches, D language width.
 """

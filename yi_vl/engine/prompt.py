@@ -94,7 +94,7 @@ class InputProcessor:
         if num_tokens > self.max_tokens:
             raise TooLongError(num_tokens, len(encoded.image_starts), patches, self.max_tokens)
         keys = tuple(
-            ImageKey(hashlib.sha256(image.numpy()).digest(), start, start + patches)
+            ImageKey(hashlib.sha256(image.numpy().tobytes()).digest(), start, start + patches)
             for image, start in zip(images_uint8, encoded.image_starts, strict=True)
         )
         return Prompt(PrefixKey(np.array(encoded.input_ids, dtype=np.int64), keys), tuple(images_uint8))
