@@ -129,20 +129,20 @@ log_every: 1
 
 
 def png(colour: str, size: tuple[int, int] = (32, 24)) -> bytes:
-    """A picture in one colour."""
+    """A PNG image in one colour."""
     file = io.BytesIO()
     Image.new("RGB", size, COLOURS[colour]).save(file, "PNG")
     return file.getvalue()
 
 
 def caption_sample(index: int) -> tuple[str, Members]:
-    """A picture in one colour, and its name."""
+    """An image in one colour and a caption that names it."""
     colour = list(COLOURS)[index % len(COLOURS)]
     return f"c{index:05d}", {"png": png(colour), "txt": f"a {colour} picture".encode()}
 
 
 def chat_sample(index: int) -> tuple[str, Members]:
-    """A question about a picture; every fifth sample has two pictures, every seventh none."""
+    """A question about an image; every fifth sample has two images, every seventh none."""
     colours = [list(COLOURS)[index % len(COLOURS)], list(COLOURS)[index // 3 % len(COLOURS)]]
     count = 0 if index % 7 == 6 else 2 if index % 5 == 4 else 1
     question = "<image>" * count + ("\nWhat colour is it?" if count else "Hello!")

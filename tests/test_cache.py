@@ -23,13 +23,13 @@ def states(num_rows: int, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_it_holds_what_transformers_cache_holds_however_far_it_grows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache_module, "_RESERVE_TOKENS", 3)
-    ours, theirs = GrowableLayer(), DynamicCache()
+    layer, reference = GrowableLayer(), DynamicCache()
     for num_tokens in (5, 1, 1, 1, 1, 4, 1, 2):
         given = states(2, num_tokens)
-        expected = theirs.update(*given, 0)
-        for part, expected_part in zip(ours.update(*given), expected, strict=True):
+        expected = reference.update(*given, 0)
+        for part, expected_part in zip(layer.update(*given), expected, strict=True):
             assert torch.equal(part, expected_part)
-    assert ours.get_seq_length() == 16
+    assert layer.get_seq_length() == 16
 
 
 def test_a_step_copies_nothing_that_is_known() -> None:
@@ -52,9 +52,9 @@ def test_keys_given_out_stay_as_they_are(change: str) -> None:
         "reorder": lambda: layer.reorder_cache(rows),  # type: ignore[arg-type]
     }[change]()
     new = states(2, 1)
-    found, _ = layer.update(*new)
+    updated_keys, _ = layer.update(*new)
     before = given[0][:, :, :4] if change == "crop" else given[0][rows]
-    assert torch.equal(found, torch.cat([before, new[0]], dim=2))
+    assert torch.equal(updated_keys, torch.cat([before, new[0]], dim=2))
     assert torch.equal(keys, given[0]) and torch.equal(values, given[1])
 
 
@@ -83,8 +83,10 @@ def test_one_vector_gives_the_same_product() -> None:
     expected = [layer(given) for layer in layers for given in (vector, matrix)]
     use_gemv_(layers)
     assert all(type(layer) is GemvLinear and isinstance(layer, nn.Linear) for layer in layers)
-    for found, wanted in zip([layer(given) for layer in layers for given in (vector, matrix)], expected, strict=True):
-        torch.testing.assert_close(found, wanted, atol=0.01, rtol=0.01)
+    for actual, expected_product in zip(
+        [layer(given) for layer in layers for given in (vector, matrix)], expected, strict=True
+    ):
+        torch.testing.assert_close(actual, expected_product, atol=0.01, rtol=0.01)
     use_gemm_(layers)
     assert all(type(layer) is nn.Linear for layer in layers)
 

@@ -225,7 +225,7 @@ def test_from_llava() -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "expected"),
     [
         ([IMAGE], "<image_placeholder>"),
         ([IMAGE, text("")], "<image_placeholder>"),
@@ -233,9 +233,9 @@ def test_from_llava() -> None:
         ([text(""), text("a"), IMAGE, text("b")], "a<image_placeholder>b"),
     ],
 )
-def test_images_without_words_and_empty_texts(content: list[Any], said: str) -> None:
+def test_images_without_words_and_empty_texts(content: list[Any], expected: str) -> None:
     prompt = to_text(render([{"role": "system", "content": "S"}, user(*content)], add_generation_prompt=True))
-    assert prompt == f"S\n\n### Human: {said}\n### Assistant:"
+    assert prompt == f"S\n\n### Human: {expected}\n### Assistant:"
 
 
 def test_the_assistant_may_speak_first() -> None:

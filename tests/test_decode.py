@@ -36,7 +36,7 @@ def tokens_of(yi_vl: YiVL, *pieces: str) -> list[int]:
     return ids
 
 
-def speak(yi_vl: YiVL, tokens: Sequence[int], max_tokens: int = 100) -> tuple[list[str], IncrementalDetokenizer]:
+def detokenize(yi_vl: YiVL, tokens: Sequence[int], max_tokens: int = 100) -> tuple[list[str], IncrementalDetokenizer]:
     answer = IncrementalDetokenizer(yi_vl.processor.tokenizer, max_tokens, stop_ids={2, 7})
     return [answer.add(token) for token in tokens], answer
 
@@ -56,62 +56,62 @@ def speak(yi_vl: YiVL, tokens: Sequence[int], max_tokens: int = 100) -> tuple[li
 def test_stop_string_ends_an_answer_wherever_token_boundaries_fall(
     yi_vl: YiVL, pieces: tuple[str, ...], shown: str
 ) -> None:
-    said, answer = speak(yi_vl, tokens_of(yi_vl, *pieces))
-    assert "".join(said) == shown
+    shown_pieces, answer = detokenize(yi_vl, tokens_of(yi_vl, *pieces))
+    assert "".join(shown_pieces) == shown
     assert answer.finish_reason == "stop"
 
 
 @pytest.mark.parametrize("stop_id", [2, 7])
 def test_stop_ids_end_an_answer_and_nothing_follows(yi_vl: YiVL, stop_id: int) -> None:
-    said, answer = speak(yi_vl, [*tokens_of(yi_vl, " dog", "#"), stop_id, *tokens_of(yi_vl, " is")])
-    assert "".join(said) == "dog#"
+    pieces, answer = detokenize(yi_vl, [*tokens_of(yi_vl, " dog", "#"), stop_id, *tokens_of(yi_vl, " is")])
+    assert "".join(pieces) == "dog#"
     assert (answer.finish_reason, answer.num_tokens) == ("stop", 3)
 
 
 def test_length_ends_an_answer_and_shows_what_was_held_back(yi_vl: YiVL) -> None:
-    said, answer = speak(yi_vl, tokens_of(yi_vl, " dog", "#", "#", " is"), max_tokens=3)
-    assert said == ["dog", "", "##", ""]
+    pieces, answer = detokenize(yi_vl, tokens_of(yi_vl, " dog", "#", "#", " is"), max_tokens=3)
+    assert pieces == ["dog", "", "##", ""]
     assert (answer.finish_reason, answer.num_tokens) == ("length", 3)
 
 
 def test_what_may_be_a_stop_string_or_the_last_white_space_is_held_back(yi_vl: YiVL) -> None:
-    said, _ = speak(yi_vl, tokens_of(yi_vl, " dog", "\n", "#", "#", " is", " ", "###"))
-    assert said == ["dog", "", "", "", "\n## is", "", ""]
+    pieces, _ = detokenize(yi_vl, tokens_of(yi_vl, " dog", "\n", "#", "#", " is", " ", "###"))
+    assert pieces == ["dog", "", "", "", "\n## is", "", ""]
 
 
 @pytest.mark.parametrize("text", ["你好，世界", "🙂🙃 ok", "é狗ñ🐕", "a🙂b狗c"])
 def test_pieces_are_whole_characters_whatever_the_token_boundaries(yi_vl: YiVL, text: str) -> None:
     tokenizer = yi_vl.processor.tokenizer
     ids = [tokenizer.convert_tokens_to_ids(f"<0x{byte:02X}>") for byte in text.encode()]
-    said, _ = speak(yi_vl, ids)
-    assert "".join(said) == text
-    assert all("\N{REPLACEMENT CHARACTER}" not in piece for piece in said)
+    pieces, _ = detokenize(yi_vl, ids)
+    assert "".join(pieces) == text
+    assert all("\N{REPLACEMENT CHARACTER}" not in piece for piece in pieces)
 
 
 def test_a_character_cut_off_at_the_end_is_dropped(yi_vl: YiVL) -> None:
-    said, _ = speak(yi_vl, tokens_of(yi_vl, " dog", "🙂", "🐕")[:-1], max_tokens=8)
-    assert "".join(said) == "dog🙂"
+    pieces, _ = detokenize(yi_vl, tokens_of(yi_vl, " dog", "🙂", "🐕")[:-1], max_tokens=8)
+    assert "".join(pieces) == "dog🙂"
 
 
 def test_broken_bytes_do_not_buffer_what_follows(yi_vl: YiVL) -> None:
     broken = yi_vl.processor.tokenizer.convert_tokens_to_ids("<0xFF>")
-    said, _ = speak(yi_vl, [broken, *tokens_of(yi_vl, " dog", "狗", " is")])
-    assert "".join(said).endswith(" dog狗 is")
+    pieces, _ = detokenize(yi_vl, [broken, *tokens_of(yi_vl, " dog", "狗", " is")])
+    assert "".join(pieces).endswith(" dog狗 is")
 
 
 @pytest.mark.parametrize("text", ["A  dog,\n\n  a cat", "def f():\n    return 1", "What is this? 这是什么？ ok"])
 def test_pieces_together_are_the_text(yi_vl: YiVL, text: str) -> None:
     ids = yi_vl.processor.tokenizer(f" {text}\n###", add_special_tokens=False)["input_ids"]
-    said, _ = speak(yi_vl, ids)
-    assert "".join(said) == text
+    pieces, _ = detokenize(yi_vl, ids)
+    assert "".join(pieces) == text
 
 
 def test_a_long_answer_costs_no_more_per_token_than_a_short_one(yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer, lengths = yi_vl.processor.tokenizer, []
     plain = tokenizer.decode
     monkeypatch.setattr(tokenizer, "decode", lambda ids, **options: lengths.append(len(ids)) or plain(ids, **options))
-    said, _ = speak(yi_vl, tokens_of(yi_vl, " dog", "狗", "🐕") * 10)
-    assert "".join(said) == ("dog狗🐕 " * 10).rstrip()
+    pieces, _ = detokenize(yi_vl, tokens_of(yi_vl, " dog", "狗", "🐕") * 10)
+    assert "".join(pieces) == ("dog狗🐕 " * 10).rstrip()
     assert max(lengths) <= 8
 
 
@@ -152,7 +152,7 @@ def test_a_value_out_of_range_is_named(options: dict[str, float]) -> None:
         Sampling(**options)  # type: ignore[arg-type]
 
 
-def test_suppress_tokens_tokens_are_never_chosen() -> None:
+def test_suppressed_tokens_are_never_sampled() -> None:
     suppress_tokens = NO_SUPPRESSED_TOKENS.clone()
     suppress_tokens[[3, 5]] = True
     logits = torch.zeros(2, VOCABULARY)
@@ -164,7 +164,7 @@ def test_suppress_tokens_tokens_are_never_chosen() -> None:
     assert not {3, 5} & {token for _ in range(50) for token in sampler(logits, generators).tolist()}
 
 
-def test_temperature_and_top_p_shape_the_draws() -> None:
+def test_temperature_and_top_p_shape_the_samples() -> None:
     logits = torch.full((1, VOCABULARY), -20.0)
     logits[0, :3] = torch.tensor([2.0, 1.0, 0.0])
 
@@ -179,20 +179,20 @@ def test_temperature_and_top_p_shape_the_draws() -> None:
     assert share_of_first(temperature=1e-42) == 1.0
 
 
-def test_a_seed_repeats_its_draws_in_every_row_and_leaves_the_global_generator_alone() -> None:
+def test_a_seed_repeats_its_samples_in_every_row_and_leaves_the_global_generator_alone() -> None:
     logits = torch.randn(20, 1, VOCABULARY, generator=torch.Generator().manual_seed(0))
     before = torch.get_rng_state()
 
-    def draws(seed: int | None, num_rows: int) -> torch.Tensor:
+    def sample(seed: int | None, num_rows: int) -> torch.Tensor:
         sampling = Sampling(temperature=1.0, seed=seed)
         sampler = Sampler(sampling, NO_SUPPRESSED_TOKENS)
         generators = [sampling.new_generator() for _ in range(num_rows)]
         return torch.stack([sampler(step.expand(num_rows, -1), generators) for step in logits])  # (steps, rows)
 
-    alone = draws(1, 1)
-    assert torch.equal(draws(1, 3), alone.expand(-1, 3))
-    assert not torch.equal(draws(2, 1), alone)
-    assert not torch.equal(draws(None, 1), draws(None, 1))
+    alone = sample(1, 1)
+    assert torch.equal(sample(1, 3), alone.expand(-1, 3))
+    assert not torch.equal(sample(2, 1), alone)
+    assert not torch.equal(sample(None, 1), sample(None, 1))
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -216,24 +216,24 @@ def pixel_values(yi_vl: YiVL, prompts: Prompts) -> torch.Tensor:
     return yi_vl.processor.image_processor.to_pixel_values(prompts.images_uint8)
 
 
-def begin(yi_vl: YiVL, prompts: Prompts) -> RunningBatch:
+def prefill(yi_vl: YiVL, prompts: Prompts) -> RunningBatch:
     yi_vl.clear_cache()
     return yi_vl.engine.prefill(prompts, yi_vl.engine.new_requests(prompts, Sampling()))
 
 
-def go_on(rows: RunningBatch, num_steps: int) -> tuple[torch.Tensor, torch.Tensor]:
+def decode_greedily(batch: RunningBatch, num_steps: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Greedily: the tokens (B, steps), and the logits that each was chosen by (steps, B, V)."""
     tokens, logits = [], []
     for _ in range(num_steps):
-        logits.append(rows.logits)
-        tokens.append(rows.logits.argmax(-1))
-        rows.step(tokens[-1])
+        logits.append(batch.logits)
+        tokens.append(batch.logits.argmax(-1))
+        batch.step(tokens[-1])
     return torch.stack(tokens, dim=1), torch.stack(logits)
 
 
 def test_cached_steps_equal_uncached_ones(yi_vl: YiVL) -> None:
     prompts = two_prompts(yi_vl)
-    chosen, seen = go_on(begin(yi_vl, prompts), 8)
+    chosen, seen = decode_greedily(prefill(yi_vl, prompts), 8)
     with torch.inference_mode():
         for row, num_tokens in enumerate(prompts.num_tokens):
             ids = torch.cat([prompts.input_ids[row, -num_tokens:], chosen[row]])
@@ -244,8 +244,8 @@ def test_cached_steps_equal_uncached_ones(yi_vl: YiVL) -> None:
 
 def test_decoding_equals_transformers_generate(yi_vl: YiVL) -> None:
     prompts = two_prompts(yi_vl)
-    ours, _ = go_on(begin(yi_vl, prompts), 8)
-    theirs = yi_vl.model.generate(
+    tokens, _ = decode_greedily(prefill(yi_vl, prompts), 8)
+    expected = yi_vl.model.generate(
         input_ids=prompts.input_ids,
         attention_mask=prompts.attention_mask,
         pixel_values=pixel_values(yi_vl, prompts),
@@ -253,30 +253,30 @@ def test_decoding_equals_transformers_generate(yi_vl: YiVL) -> None:
         do_sample=False,
         eos_token_id=-1,  # none
     )
-    assert torch.equal(ours, theirs[:, -8:])
+    assert torch.equal(tokens, expected[:, -8:])
 
 
 def test_rows_that_leave_and_join_change_nothing_for_those_that_stay(yi_vl: YiVL) -> None:
     prompts = two_prompts(yi_vl)
     alone = [yi_vl.engine.prepare([[{"role": "user", "content": text}]]) for text in ("Hi", "Tell me about a dog.")]
-    expected, logits = go_on(begin(yi_vl, alone[0]), 12)
-    expected_new, logits_new = go_on(begin(yi_vl, alone[1]), 6)
+    expected, logits = decode_greedily(prefill(yi_vl, alone[0]), 12)
+    expected_new, logits_new = decode_greedily(prefill(yi_vl, alone[1]), 6)
 
-    rows = begin(yi_vl, prompts)  # a picture's row, and "Hi"
-    tokens, seen = go_on(rows, 4)
-    rows.select([1])  # the longer row leaves, and its places with it
-    assert rows.cache.get_seq_length() == prompts.num_tokens[1] + 4
-    more, seen_alone = go_on(rows, 2)
-    rows.extend(begin(yi_vl, alone[1]))
-    both, seen_both = go_on(rows, 6)
+    batch = prefill(yi_vl, prompts)  # a request with an image, and "Hi"
+    tokens, seen = decode_greedily(batch, 4)
+    batch.select([1])  # the longer row leaves, and its padding with it
+    assert batch.cache.get_seq_length() == prompts.num_tokens[1] + 4
+    more, seen_alone = decode_greedily(batch, 2)
+    batch.extend(prefill(yi_vl, alone[1]))
+    both, seen_both = decode_greedily(batch, 6)
     assert torch.equal(torch.cat([tokens[1], more[0], both[0]]), expected[0])
     assert torch.equal(both[1], expected_new[0])
-    found = torch.cat([seen[:, 1], seen_alone[:, 0], seen_both[:, 0]])
-    torch.testing.assert_close(found, logits[:, 0], atol=1e-4, rtol=0)
+    seen_of_row = torch.cat([seen[:, 1], seen_alone[:, 0], seen_both[:, 0]])
+    torch.testing.assert_close(seen_of_row, logits[:, 0], atol=1e-4, rtol=0)
     torch.testing.assert_close(seen_both[:, 1], logits_new[:, 0], atol=1e-4, rtol=0)
 
 
-def test_what_rows_share_is_read_once_and_a_step_computes_one_position(
+def test_a_shared_prefix_is_prefilled_once_and_a_step_computes_one_position(
     yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[tuple[int, int, int]] = []
@@ -292,7 +292,7 @@ def test_what_rows_share_is_read_once_and_a_step_computes_one_position(
 
     monkeypatch.setattr(yi_vl.model, "forward", watch)
     prompts = two_prompts(yi_vl)
-    go_on(begin(yi_vl, prompts), 2)
+    decode_greedily(prefill(yi_vl, prompts), 2)
     shared, length, num_tokens = (
         shared_prefix_length(prompts.prefix_keys),
         prompts.input_ids.shape[1],

@@ -129,7 +129,7 @@ def test_an_attention_that_is_not_there_is_transformers_own_error(
 def test_the_pipeline_answers_as_predict_does_alone_and_in_a_batch(nano: YiVL) -> None:
     pipe = pipeline("image-text-to-text", model=str(Path(yi_vl.__file__).parent / "nano"), dtype=torch.float32)
     expected = [nano.predict(IMAGES / name, question) for name, question, _ in QUESTIONS]
-    assert all(answer in (None, said) for (*_, answer), said in zip(QUESTIONS, expected))
+    assert all(answer in (None, response) for (*_, answer), response in zip(QUESTIONS, expected))
     together = pipe(CHATS, batch_size=3, return_full_text=False)
     assert [answer[0]["generated_text"] for answer in together] == expected
     assert [pipe(chat, return_full_text=False)[0]["generated_text"] for chat in CHATS] == expected

@@ -117,7 +117,7 @@ def test_the_next_request_takes_the_place_of_the_one_that_ended(yi_vl: YiVL, mon
     assert sizes == sorted(sizes, reverse=True) and sizes.count(2) > sizes.count(1)  # one place is free at the end only
 
 
-def test_an_answer_depends_on_its_picture(yi_vl: YiVL) -> None:
+def test_an_answer_depends_on_its_image(yi_vl: YiVL) -> None:
     assert len({yi_vl.predict(image, "What?", max_new_tokens=12) for image in (WIDE, TALL, None, [WIDE, TALL])}) == 4
 
 
@@ -130,14 +130,14 @@ def test_streamed_pieces_are_the_answer(yi_vl: YiVL, request_index: int) -> None
     assert len(pieces) > 3 and all(pieces)
 
 
-def test_pictures_may_be_paths_bytes_images_or_arrays(yi_vl: YiVL) -> None:
-    picture = Image.open(WIDE).convert("RGB")
-    forms = [WIDE, str(WIDE), WIDE.read_bytes(), picture, np.asarray(picture), [picture]]
-    assert len({yi_vl.predict(form, "What?", max_new_tokens=8) for form in forms}) == 1
+def test_images_may_be_paths_bytes_pil_images_or_arrays(yi_vl: YiVL) -> None:
+    image = Image.open(WIDE).convert("RGB")
+    sources = [WIDE, str(WIDE), WIDE.read_bytes(), image, np.asarray(image), [image]]
+    assert len({yi_vl.predict(source, "What?", max_new_tokens=8) for source in sources}) == 1
 
 
 class Watched:
-    """How many tokens each call of the model reads, and how many pictures it encodes."""
+    """How many tokens each call of the model reads, and how many images it encodes."""
 
     def __init__(self, yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch) -> None:
         self.read: list[int] = []
@@ -161,7 +161,7 @@ def cold(yi_vl: YiVL) -> YiVL:
     return YiVL(yi_vl.model, yi_vl.processor)
 
 
-def test_a_picture_seen_lately_is_not_encoded_again(yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_seen_lately_is_not_encoded_again(yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch) -> None:
     fresh, watched = cold(yi_vl), Watched(yi_vl, monkeypatch)
     first = fresh.predict_batch([([WIDE, TALL, WIDE], "What?"), (WIDE, "Where?")], max_new_tokens=8)
     assert watched.encoded == [2]
@@ -175,7 +175,9 @@ def test_a_chat_reads_only_what_is_new(yi_vl: YiVL, monkeypatch: pytest.MonkeyPa
     first_turn, watched.read[:] = watched.read[0], []
     chat.ask("And now?", max_new_tokens=6)
     assert watched.encoded == [1] and watched.read[0] < first_turn / 4
-    fresh.chat().ask("Another question", [WIDE], max_new_tokens=6)  # begins alike: prompt and picture are known
+    fresh.chat().ask(
+        "Another question", [WIDE], max_new_tokens=6
+    )  # the same prefix: system prompt and image are cached
     assert watched.encoded == [1] and max(watched.read) < first_turn / 4
 
 
@@ -198,7 +200,7 @@ def test_images_and_image_tokens_that_do_not_match_are_refused(yi_vl: YiVL) -> N
         next(cold(yi_vl).engine.generate(broken, Sampling()))
 
 
-@pytest.mark.parametrize("change", ["go on", "regenerate", "edit", "stop early", "failed turn", "another picture"])
+@pytest.mark.parametrize("change", ["go on", "regenerate", "edit", "stop early", "failed turn", "another image"])
 def test_what_is_remembered_changes_no_answer(yi_vl: YiVL, change: str) -> None:
     """Logits of the next turn equal those of a cold run, whatever happened to the conversation before."""
     warm = cold(yi_vl)
@@ -216,7 +218,7 @@ def test_what_is_remembered_changes_no_answer(yi_vl: YiVL, change: str) -> None:
     elif change == "failed turn":
         with pytest.raises(ValueError, match="no-such-file"):
             chat.ask("And this?", ["no-such-file.png"])
-    elif change == "another picture":
+    elif change == "another image":
         chat.messages = [
             {
                 "role": "user",
@@ -241,11 +243,11 @@ def test_what_is_remembered_changes_no_answer(yi_vl: YiVL, change: str) -> None:
 def test_what_is_remembered_is_bounded(yi_vl: YiVL) -> None:
     fresh = cold(yi_vl)
     fresh.predict(WIDE, "What?", max_new_tokens=4)
-    one = fresh.engine._prefixes.num_bytes
-    fresh.engine._prefixes.max_bytes = int(2.5 * one)
+    num_bytes_of_one = fresh.engine._prefixes.num_bytes
+    fresh.engine._prefixes.max_bytes = int(2.5 * num_bytes_of_one)
     for question in ("What?", "Where?", "Why?", "How?", "Who?"):
         fresh.chat(system=question * 9).ask(question, [TALL], max_new_tokens=4)
-        assert 0 < fresh.engine._prefixes.num_bytes <= 2.5 * one
+        assert 0 < fresh.engine._prefixes.num_bytes <= 2.5 * num_bytes_of_one
         parts = [part for entry in fresh.engine._prefixes._entries for layer in entry.layers for part in layer]
         held = {part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in parts}
         assert sum(held.values()) == fresh.engine._prefixes.num_bytes  # no reserve, nothing larger kept alive
@@ -348,7 +350,7 @@ def test_too_long_prompts_are_refused_before_any_work(yi_vl: YiVL, script: Scrip
         ((None, ""), {}, "question is empty"),
         ((None, " "), {}, "question is empty"),
         ((None, 3), {}, "question is 3; expected a text"),
-        ((b"no picture", "What?"), {}, "not an image"),
+        ((b"no image", "What?"), {}, "not an image"),
         ((["missing.png"], "What?"), {}, "missing.png"),
         ((None, "Hi"), {"temperature": -1}, "temperature is -1"),
         ((None, "Hi"), {"top_p": 0}, "top_p is 0"),
@@ -371,7 +373,7 @@ def test_unknown_options_and_sizes_are_refused(yi_vl: YiVL) -> None:
     assert yi_vl.predict_batch([]) == []
 
 
-def test_image_parts_must_carry_their_picture(yi_vl: YiVL) -> None:
+def test_image_parts_must_carry_their_image(yi_vl: YiVL) -> None:
     with pytest.raises(ValueError, match="must carry its image"):
         yi_vl.answer([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}])
 
@@ -379,16 +381,18 @@ def test_image_parts_must_carry_their_picture(yi_vl: YiVL) -> None:
 def test_system_and_history_are_read(yi_vl: YiVL) -> None:
     history = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
     messages = [{"role": "system", "content": "Be brief."}, *history, {"role": "user", "content": "So?"}]
-    said = yi_vl.predict(None, "So?", system="Be brief.", history=history, max_new_tokens=12)
-    assert said == yi_vl.answer(messages, max_new_tokens=12)
-    assert said != yi_vl.predict(None, "So?", max_new_tokens=12)
+    response = yi_vl.predict(None, "So?", system="Be brief.", history=history, max_new_tokens=12)
+    assert response == yi_vl.answer(messages, max_new_tokens=12)
+    assert response != yi_vl.predict(None, "So?", max_new_tokens=12)
 
 
 def test_answers_tell_why_they_ended_and_how_long_they_are(yi_vl: YiVL, script: Script) -> None:
     script([[*ids_of(yi_vl, " dog"), 2], ids_of(yi_vl, " dog")])
     prompts = yi_vl.engine.prepare([[{"role": "user", "content": "Hi"}]] * 2)
     outputs = [output for step in yi_vl.engine.generate(prompts, Sampling(max_new_tokens=3)) for output in step]
-    assert [(one.request_index, one.finish_reason, one.num_tokens) for one in outputs if one.finish_reason] == [
+    assert [
+        (output.request_index, output.finish_reason, output.num_tokens) for output in outputs if output.finish_reason
+    ] == [
         (0, "stop", 2),
         (1, "length", 3),
     ]
@@ -400,17 +404,17 @@ def test_a_conversation_remembers(yi_vl: YiVL) -> None:
     second = chat.ask("And what else?", max_new_tokens=5)
     assert [message["role"] for message in chat.messages] == ["user", "assistant"] * 2
     assert [chat.messages[index]["content"] for index in (1, 3)] == [first, second]
-    picture = {"type": "image", "image": WIDE}
-    told = [
-        {"role": "user", "content": [picture, {"type": "text", "text": "What is this?"}]},
+    image_part = {"type": "image", "image": WIDE}
+    messages = [
+        {"role": "user", "content": [image_part, {"type": "text", "text": "What is this?"}]},
         {"role": "assistant", "content": first},
         {"role": "user", "content": "And what else?"},
     ]
-    assert second == yi_vl.answer(told, max_new_tokens=5)
+    assert second == yi_vl.answer(messages, max_new_tokens=5)
 
 
-def test_a_conversation_keeps_its_pictures_when_their_files_are_gone(yi_vl: YiVL, tmp_path: Path) -> None:
-    path = tmp_path / "picture.png"
+def test_a_conversation_keeps_its_images_when_their_files_are_gone(yi_vl: YiVL, tmp_path: Path) -> None:
+    path = tmp_path / "image.png"
     path.write_bytes(WIDE.read_bytes())
     chat = yi_vl.chat(system="Be brief.")
     chat.ask("What?", path, max_new_tokens=3)

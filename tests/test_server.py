@@ -75,7 +75,7 @@ def serving(app: FastAPI, log_level: str = "warning") -> Iterator[str]:
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
-        until(lambda: server.started or not thread.is_alive())
+        wait_until(lambda: server.started or not thread.is_alive())
         yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     finally:
         server.should_exit = True
@@ -95,11 +95,11 @@ def client(address: str) -> Iterator[OpenAI]:
         yield client
 
 
-def client_of(address: str, kind: Any = OpenAI, key: str = "none") -> Any:
-    return kind(base_url=f"{address}/v1", api_key=key, max_retries=0, timeout=PATIENCE_SECONDS)
+def client_of(address: str, client_class: Any = OpenAI, key: str = "none") -> Any:
+    return client_class(base_url=f"{address}/v1", api_key=key, max_retries=0, timeout=PATIENCE_SECONDS)
 
 
-def until(condition: Callable[[], Any]) -> None:
+def wait_until(condition: Callable[[], Any]) -> None:
     """Wait for what another thread brings about."""
     end = time.monotonic() + PATIENCE_SECONDS
     while not condition():
@@ -111,7 +111,7 @@ def data_url(image: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(image).decode()
 
 
-def asked(turns: Turns) -> list[Any]:
+def openai_messages(turns: Turns) -> list[Any]:
     """Turns as OpenAI's client sends them."""
     messages = []
     for role, images, words in turns:
@@ -171,8 +171,8 @@ def gate(yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
     gate.open()
 
 
-def say(yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch, text: str, then: int | Exception = 2) -> None:
-    """Makes the model say a text, then a token or fail."""
+def make_model_generate(yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch, text: str, then: int | Exception = 2) -> None:
+    """Makes the model generate the tokens of a text, then one more token, or fail."""
     tokens = yi_vl.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
     steps = iter([*tokens, then])
 
@@ -189,7 +189,7 @@ def say(yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch, text: str, then: int | Exc
 @pytest.mark.parametrize("chat", CHATS)
 def test_answers_are_those_of_the_model(client: OpenAI, yi_vl: YiVL, chat: str) -> None:
     text, reason, num_read, num_generated = direct(yi_vl, CHATS[chat], max_new_tokens=12)
-    reply = client.chat.completions.create(model="tiny", messages=asked(CHATS[chat]), max_tokens=12)
+    reply = client.chat.completions.create(model="tiny", messages=openai_messages(CHATS[chat]), max_tokens=12)
     (choice,) = reply.choices
     assert (choice.message.role, choice.message.content, choice.finish_reason) == ("assistant", text, reason)
     assert reply.usage is not None and reply.model == "tiny" and reply.object == "chat.completion"
@@ -209,7 +209,7 @@ def test_a_stream_is_the_answer_in_pieces(client: OpenAI, yi_vl: YiVL, includes_
     options: Any = {"stream_options": {"include_usage": True}} if includes_usage else {}
     chunks = list(
         client.chat.completions.create(
-            model="tiny", messages=asked(CHATS["image"]), max_completion_tokens=12, stream=True, **options
+            model="tiny", messages=openai_messages(CHATS["image"]), max_completion_tokens=12, stream=True, **options
         )
     )
     if includes_usage:
@@ -238,14 +238,14 @@ def test_sampling_options_are_those_of_the_model(client: OpenAI, yi_vl: YiVL) ->
     expected = [direct(yi_vl, CHATS["text"], max_new_tokens=8, seed=5 + i, **options)[0] for i in range(3)]
     assert len(set(expected)) == 3
     reply = client.chat.completions.create(
-        model="tiny", messages=asked(CHATS["text"]), max_tokens=8, seed=5, n=3, **options
+        model="tiny", messages=openai_messages(CHATS["text"]), max_tokens=8, seed=5, n=3, **options
     )
     assert [choice.message.content for choice in reply.choices] == expected
     assert [choice.index for choice in reply.choices] == [0, 1, 2]
     assert reply.usage is not None and reply.usage.completion_tokens == 24
     streamed = ["", "", ""]
     for chunk in client.chat.completions.create(
-        model="tiny", messages=asked(CHATS["text"]), max_tokens=8, seed=5, n=3, stream=True, **options
+        model="tiny", messages=openai_messages(CHATS["text"]), max_tokens=8, seed=5, n=3, stream=True, **options
     ):
         streamed[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
     assert streamed == expected
@@ -258,7 +258,7 @@ def test_stop_strings_end_an_answer_and_are_not_in_it(client: OpenAI, yi_vl: YiV
     text, _, _, num_generated = direct(yi_vl, CHATS["text"], max_new_tokens=12)
     stop = text[len(text) // 2 :][:3]
     reply = client.chat.completions.create(
-        model="tiny", messages=asked(CHATS["text"]), max_tokens=12, stop=["never", stop] if as_list else stop
+        model="tiny", messages=openai_messages(CHATS["text"]), max_tokens=12, stop=["never", stop] if as_list else stop
     )
     assert reply.choices[0].message.content == text.partition(stop)[0].rstrip()
     assert reply.choices[0].finish_reason == "stop"
@@ -266,7 +266,7 @@ def test_stop_strings_end_an_answer_and_are_not_in_it(client: OpenAI, yi_vl: YiV
 
 
 @pytest.mark.parametrize(
-    ("said", "then", "limit", "heard"),
+    ("generated", "then", "limit", "expected"),
     [
         (" A dog.", 2, 9, ("A dog.", "stop")),
         (" A dog.\n### Human: more", 2, 50, ("A dog.", "stop")),
@@ -274,11 +274,11 @@ def test_stop_strings_end_an_answer_and_are_not_in_it(client: OpenAI, yi_vl: YiV
     ],
 )
 def test_finish_reasons(
-    client: OpenAI, yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch, said: str, then: int, limit: int, heard: Any
+    client: OpenAI, yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch, generated: str, then: int, limit: int, expected: Any
 ) -> None:
-    say(yi_vl, monkeypatch, said, then)
+    make_model_generate(yi_vl, monkeypatch, generated, then)
     (choice,) = client.chat.completions.create(model="tiny", messages=HI, max_tokens=limit).choices
-    assert (choice.message.content, choice.finish_reason) == heard
+    assert (choice.message.content, choice.finish_reason) == expected
 
 
 def test_models_and_health(client: OpenAI, address: str) -> None:
@@ -416,16 +416,20 @@ def test_defaults_of_openai_pass_and_its_answers_come_back(client: OpenAI, yi_vl
     )  # fmt: skip
     history: Any = [*HI, first.choices[0].message, {"role": "user", "content": "So?"}]
     second = client.chat.completions.create(model="tiny", messages=history, max_tokens=4)
-    told: Turns = [("user", [], "Hi"), ("assistant", [], first.choices[0].message.content or ""), ("user", [], "So?")]
-    assert second.choices[0].message.content == direct(yi_vl, told, max_new_tokens=4)[0]
+    history: Turns = [
+        ("user", [], "Hi"),
+        ("assistant", [], first.choices[0].message.content or ""),
+        ("user", [], "So?"),
+    ]
+    assert second.choices[0].message.content == direct(yi_vl, history, max_new_tokens=4)[0]
 
 
 def test_pages_that_do_not_exist_and_other_methods(address: str) -> None:
     missing, wrong = httpx.get(f"{address}/v1/nothing"), httpx.get(f"{address}/v1/chat/completions")
     assert (missing.status_code, wrong.status_code) == (404, 405)
     assert missing.json()["error"]["type"] == wrong.json()["error"]["type"] == "invalid_request_error"
-    form = httpx.post(f"{address}/v1/chat/completions", data={"model": "tiny"})
-    assert form.status_code == 400 and "application/json" in form.json()["error"]["message"]
+    response = httpx.post(f"{address}/v1/chat/completions", data={"model": "tiny"})
+    assert response.status_code == 400 and "application/json" in response.json()["error"]["message"]
 
 
 def test_bodies_and_images_are_limited_in_bytes(yi_vl: YiVL) -> None:
@@ -441,9 +445,11 @@ def test_bodies_and_images_are_limited_in_bytes(yi_vl: YiVL) -> None:
         )
         assert chunked.status_code == 413
         with pytest.raises(openai.APIStatusError, match="larger than 5,000 bytes") as caught:
-            client.chat.completions.create(model="tiny", messages=asked([("user", [TALL], "What?")]))
+            client.chat.completions.create(model="tiny", messages=openai_messages([("user", [TALL], "What?")]))
         assert caught.value.status_code == 413 and caught.value.param == URL
-        assert client.chat.completions.create(model="tiny", messages=asked(CHATS["image"]), max_tokens=1).choices
+        assert client.chat.completions.create(
+            model="tiny", messages=openai_messages(CHATS["image"]), max_tokens=1
+        ).choices
 
 
 def test_a_body_that_does_not_arrive_is_given_up(yi_vl: YiVL) -> None:
@@ -473,11 +479,11 @@ def test_a_key_is_asked_for_and_never_logged(yi_vl: YiVL, caplog: pytest.LogCapt
 
 
 def start(address: str, **fields: Any) -> threading.Thread:
-    """A client in a thread of its own, that asks and remembers what it hears in `heard`."""
+    """A request from another thread, which keeps the response in `text`."""
 
     def ask_and_listen() -> None:
         with client_of(address) as client:
-            thread.heard = client.chat.completions.create(**ask(**fields)).choices[0].message.content  # type: ignore[attr-defined]
+            thread.text = client.chat.completions.create(**ask(**fields)).choices[0].message.content  # type: ignore[attr-defined]
 
     thread = threading.Thread(target=ask_and_listen)
     thread.start()
@@ -487,9 +493,9 @@ def start(address: str, **fields: Any) -> threading.Thread:
 def test_overload_is_told_and_the_others_are_answered(yi_vl: YiVL, gate: Gate) -> None:
     with serving(create_app(yi_vl, "tiny", limits=Limits(num_waiting=1))) as address:
         first = start(address, max_tokens=5)
-        until(lambda: gate.num_begun == 1)
+        wait_until(lambda: gate.num_begun == 1)
         second = start(address, max_tokens=7)
-        until(lambda: metric(address, "requests_waiting") == 1)  # the loop is free while the model is not
+        wait_until(lambda: metric(address, "requests_waiting") == 1)  # the loop is free while the model is not
         with client_of(address) as client, pytest.raises(openai.RateLimitError) as caught:
             client.chat.completions.create(**ask())
         assert int(caught.value.response.headers["Retry-After"]) > 0
@@ -497,17 +503,17 @@ def test_overload_is_told_and_the_others_are_answered(yi_vl: YiVL, gate: Gate) -
         gate.open()
         first.join(PATIENCE_SECONDS), second.join(PATIENCE_SECONDS)
         for thread, length in ((first, 5), (second, 7)):
-            assert thread.heard == direct(yi_vl, [("user", [], "Hi")], max_new_tokens=length)[0]  # type: ignore[attr-defined]
-        until(lambda: metric(address, "requests_running") + metric(address, "requests_waiting") == 0)
+            assert thread.text == direct(yi_vl, [("user", [], "Hi")], max_new_tokens=length)[0]  # type: ignore[attr-defined]
+        wait_until(lambda: metric(address, "requests_running") + metric(address, "requests_waiting") == 0)
 
 
-def leave(address: str, when: Callable[[], bool], stream: bool) -> None:
+def disconnect(address: str, when: Callable[[], bool], stream: bool) -> None:
     """A client that asks for a long answer and closes its connection after a while."""
 
-    async def ask_and_leave() -> None:
+    async def ask_and_disconnect() -> None:
         async with client_of(address, AsyncOpenAI) as client:
             task = asyncio.create_task(listen(client))
-            await asyncio.to_thread(until, when)
+            await asyncio.to_thread(wait_until, when)
             task.cancel()
             with suppress(asyncio.CancelledError):
                 await task
@@ -517,31 +523,31 @@ def leave(address: str, when: Callable[[], bool], stream: bool) -> None:
         async for _ in answer:
             pass
 
-    asyncio.run(ask_and_leave())
+    asyncio.run(ask_and_disconnect())
 
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_frees_the_worker_within_a_step(yi_vl: YiVL, gate: Gate, stream: bool) -> None:
     with serving(create_app(yi_vl, "tiny")) as address:
         gate.let(3)
-        leave(address, lambda: gate.num_begun == 4, stream)  # it leaves during the fourth step
-        until(lambda: metric(address, "requests_total", status="499") == 1)
+        disconnect(address, lambda: gate.num_begun == 4, stream)  # it leaves during the fourth step
+        wait_until(lambda: metric(address, "requests_total", status="499") == 1)
         assert metric(address, "requests_running") == 1  # the step goes on
         gate.open()
-        until(lambda: metric(address, "requests_running") == 0)
+        wait_until(lambda: metric(address, "requests_running") == 0)
         assert gate.num_begun == 4 and metric(address, "completion_tokens_total") == 4
         with client_of(address) as client:
-            heard = client.chat.completions.create(**ask(max_tokens=5)).choices[0].message.content
-        assert gate.num_begun == 9 and heard == direct(yi_vl, [("user", [], "Hi")], max_new_tokens=5)[0]
+            text = client.chat.completions.create(**ask(max_tokens=5)).choices[0].message.content
+        assert gate.num_begun == 9 and text == direct(yi_vl, [("user", [], "Hi")], max_new_tokens=5)[0]
 
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_the_line_costs_no_step(yi_vl: YiVL, gate: Gate, stream: bool) -> None:
     with serving(create_app(yi_vl, "tiny")) as address:
         first = start(address, max_tokens=5)
-        until(lambda: gate.num_begun == 1)
-        leave(address, lambda: metric(address, "requests_waiting") == 1, stream)
-        until(lambda: metric(address, "requests_total", status="499") == 1)
+        wait_until(lambda: gate.num_begun == 1)
+        disconnect(address, lambda: metric(address, "requests_waiting") == 1, stream)
+        wait_until(lambda: metric(address, "requests_total", status="499") == 1)
         assert metric(address, "requests_waiting") == 0
         gate.open()
         first.join(PATIENCE_SECONDS)
@@ -566,16 +572,16 @@ def test_a_slow_reader_holds_up_nobody() -> None:
 
 def test_a_failure_is_told_and_the_server_goes_on(yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch) -> None:
     with serving(create_app(yi_vl, "tiny")) as address, client_of(address) as client:
-        say(yi_vl, monkeypatch, " dog dog", RuntimeError("out of memory at 0x1234"))
+        make_model_generate(yi_vl, monkeypatch, " dog dog", RuntimeError("out of memory at 0x1234"))
         with pytest.raises(openai.InternalServerError, match="The server failed") as caught:
             client.chat.completions.create(**ask(max_tokens=9))
         assert "0x1234" not in str(caught.value)
-        say(yi_vl, monkeypatch, " dog dog", RuntimeError("out of memory at 0x1234"))
-        heard = ""
+        make_model_generate(yi_vl, monkeypatch, " dog dog", RuntimeError("out of memory at 0x1234"))
+        text = ""
         with pytest.raises(openai.APIError, match="The server failed"):
             for chunk in client.chat.completions.create(**ask(max_tokens=9, stream=True)):
-                heard += chunk.choices[0].delta.content or ""
-        assert heard == "dog dog"
+                text += chunk.choices[0].delta.content or ""
+        assert text == "dog dog"
         monkeypatch.undo()
         assert client.chat.completions.create(**ask()).choices[0].finish_reason == "length"
         assert metric(address, "failures_total") == metric(address, "requests_total", status="500") == 2
@@ -586,7 +592,7 @@ def test_metrics_count(yi_vl: YiVL) -> None:
         usages = [client.chat.completions.create(**ask(max_tokens=n)).usage for n in (3, 4)]
         with pytest.raises(openai.BadRequestError):
             client.chat.completions.create(**ask(n=99))
-        until(lambda: metric(address, "requests_total") == 3)
+        wait_until(lambda: metric(address, "requests_total") == 3)
         assert metric(address, "requests_total", status="200") == 2
         assert metric(address, "requests_total", status="400") == 1
         assert metric(address, "prompt_tokens_total") == sum(usage.prompt_tokens for usage in usages)
@@ -602,7 +608,7 @@ def web(monkeypatch: pytest.MonkeyPatch) -> Iterator[ThreadingHTTPServer]:
         yield server
 
 
-def look(yi_vl: YiVL, web: ThreadingHTTPServer, place: str) -> str:
+def ask_about_remote_image(yi_vl: YiVL, web: ThreadingHTTPServer, place: str) -> str:
     """What a server that may fetch images answers about the one at `host/path`."""
     host, _, path = place.partition("/")
     limits = Limits(image_bytes=100_000, fetch_seconds=0.5 if path == "slow" else PATIENCE_SECONDS)
@@ -614,13 +620,13 @@ def look(yi_vl: YiVL, web: ThreadingHTTPServer, place: str) -> str:
 
 @pytest.mark.parametrize("place", ["public.test/wide.png", "public.test/moved", "rebinding.test/wide.png"])
 def test_remote_images_are_fetched(web: Any, yi_vl: YiVL, place: str) -> None:
-    assert look(yi_vl, web, place) == direct(yi_vl, [("user", [WIDE], "What?")], max_new_tokens=2)[0]
+    assert ask_about_remote_image(yi_vl, web, place) == direct(yi_vl, [("user", [WIDE], "What?")], max_new_tokens=2)[0]
     host = place.partition("/")[0]
-    assert set(web.asked) <= {(f"{host}:{web.server_address[1]}", path) for path in ("/wide.png", "/moved")}
+    assert set(web.requests) <= {(f"{host}:{web.server_address[1]}", path) for path in ("/wide.png", "/moved")}
 
 
 @pytest.mark.parametrize(
-    ("place", "status", "problem", "num_asked"),
+    ("place", "status", "problem", "num_requests"),
     [
         ("private.test/wide.png", 422, "not public", 0),
         ("both.test/wide.png", 422, "not public", 0),
@@ -636,11 +642,11 @@ def test_remote_images_are_fetched(web: Any, yi_vl: YiVL, place: str) -> None:
     ],
 )
 def test_remote_images_have_limits(
-    web: Any, yi_vl: YiVL, place: str, status: int, problem: str, num_asked: int
+    web: Any, yi_vl: YiVL, place: str, status: int, problem: str, num_requests: int
 ) -> None:
     with pytest.raises(openai.APIStatusError, match=problem) as caught:
-        look(yi_vl, web, place)
-    assert (caught.value.status_code, caught.value.param, len(web.asked)) == (status, URL, num_asked)
+        ask_about_remote_image(yi_vl, web, place)
+    assert (caught.value.status_code, caught.value.param, len(web.requests)) == (status, URL, num_requests)
 
 
 @pytest.mark.slow
@@ -654,7 +660,7 @@ def test_many_clients_at_once(yi_vl: YiVL) -> None:
 
     async def listen(client: AsyncOpenAI, index: int) -> None:
         chat, stream = index % len(chats), index % 2 == 0
-        request = ask(messages=asked(chats[chat]), max_tokens=6, stream=stream, temperature=1.0, seed=chat)
+        request = ask(messages=openai_messages(chats[chat]), max_tokens=6, stream=stream, temperature=1.0, seed=chat)
         answer: Any = await client.chat.completions.create(**request)
         if stream:
             text = "".join([chunk.choices[0].delta.content or "" async for chunk in answer])
@@ -682,8 +688,8 @@ def test_many_clients_at_once(yi_vl: YiVL) -> None:
         await listen(client, index)
         return "answered"
 
-    async def insist(client: AsyncOpenAI, index: int, crowd: asyncio.Semaphore) -> None:
-        async with crowd:
+    async def retry_until_served(client: AsyncOpenAI, index: int, semaphore: asyncio.Semaphore) -> None:
+        async with semaphore:
             while True:
                 try:
                     seen[await request(client, index)] += 1
@@ -694,15 +700,15 @@ def test_many_clients_at_once(yi_vl: YiVL) -> None:
                     await asyncio.sleep(0.2)
 
     async def run(address: str) -> None:
-        crowd = asyncio.Semaphore(20)
+        semaphore = asyncio.Semaphore(20)
         async with client_of(address, AsyncOpenAI) as client:
-            await asyncio.gather(*(insist(client, index, crowd) for index in range(200)))
+            await asyncio.gather(*(retry_until_served(client, index, semaphore) for index in range(200)))
 
     with serving(create_app(yi_vl, "tiny", limits=Limits(num_waiting=12))) as address:
         asyncio.run(run(address))
         num_refused = seen.pop("refused", 0)
         assert seen == {"malformed": 20, "interrupted": 34, "impatient": 26, "answered": 120}
-        until(lambda: metric(address, "requests_running") + metric(address, "requests_waiting") == 0)
+        wait_until(lambda: metric(address, "requests_running") + metric(address, "requests_waiting") == 0)
         malformed = metric(address, "requests_total", status="400") + metric(address, "requests_total", status="404")
         assert malformed == 20 and metric(address, "requests_total", status="500") == 0
         assert metric(address, "requests_total", status="429") >= num_refused
