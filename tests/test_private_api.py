@@ -1,4 +1,4 @@
-"""Every name of another library that may move without notice: what it is for, and that it is here.
+"""The private API of other libraries that we use: each name, what it is used for, and that it exists.
 
 transformers' public names are those that `transformers` itself exports. All others that yi_vl, train, eval and demo
 import, every name with an underscore, and every private hook that they override must stand in a table below: when a
@@ -66,7 +66,7 @@ OVERRIDDEN = {
 
 
 @pytest.mark.parametrize("name", [*USED, *OVERRIDDEN])
-def test_it_is_here(name: str) -> None:
+def test_the_name_exists(name: str) -> None:
     try:
         _resolve(name)
     except (AttributeError, ModuleNotFoundError) as error:
