@@ -138,7 +138,7 @@ def png(colour: str, size: tuple[int, int] = (32, 24)) -> bytes:
 def caption_sample(index: int) -> tuple[str, Members]:
     """An image in one colour and a caption that names it."""
     colour = list(COLOURS)[index % len(COLOURS)]
-    return f"c{index:05d}", {"png": png(colour), "txt": f"a {colour} picture".encode()}
+    return f"c{index:05d}", {"png": png(colour), "txt": f"a {colour} image".encode()}
 
 
 def chat_sample(index: int) -> tuple[str, Members]:
