@@ -1,6 +1,6 @@
 """Images at http and https URLs: fetched where asked for, from public addresses only, however they are written.
 
-The server's limits on them are tested in test_server.py.
+The server's limits on them are tested in test_server_limits.py.
 """
 
 from __future__ import annotations

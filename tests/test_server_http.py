@@ -19,7 +19,7 @@ from typing import Any
 import httpx
 import pytest
 import uvicorn
-from test_server import PATIENCE_SECONDS, Gate, ask, metric, serving, wait_until
+from serving import PATIENCE_SECONDS, Gate, ask, metric, serving, wait_until
 from tiny import tiny_yi_vl
 
 from yi_vl.predict import YiVL

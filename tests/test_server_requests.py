@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from openai import OpenAI
 from PIL import Image, features
-from test_server import HI, WIDE, ask, client_of, direct, serving
+from serving import HI, WIDE, ask, client_of, direct, serving
 from tiny import tiny_yi_vl
 
 from yi_vl.chat import SYSTEM_PROMPT, render, to_text
