@@ -128,6 +128,33 @@ log_every: 1
     return lambda *overrides: load_config(path, overrides)
 
 
+@pytest.fixture
+def small_mmmu(tmp_path: Path) -> str:
+    """Seven questions of two subjects, one of them open, one with two images."""
+    from benchmark_rows import mmmu_row, write_mmmu
+
+    return write_mmmu(
+        tmp_path / "mmmu",
+        Art_Theory=[mmmu_row("Art_Theory", number) for number in range(1, 5)],
+        Math=[
+            mmmu_row("Math", 1, "<image 2> then <image 1>?"),
+            mmmu_row("Math", 2, question_type="open", options="[]", answer="['3.5', 'three and a half']"),
+            mmmu_row("Math", 3, "No marker here"),
+        ],
+    )
+
+
+@pytest.fixture(scope="module")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Yi-VL, saved."""
+    from tiny import tiny_model, tiny_processor
+
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny_model(max_position_embeddings=1024).save_pretrained(folder)
+    tiny_processor().save_pretrained(folder)
+    return folder
+
+
 def png(colour: str, size: tuple[int, int] = (32, 24)) -> bytes:
     """A PNG image in one colour."""
     file = io.BytesIO()
