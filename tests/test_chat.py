@@ -113,7 +113,7 @@ def test_a_prompt_is_the_beginning_of_its_training_text(processor: YiVLProcessor
     assert not any(trained.loss_mask[: len(prompt.input_ids)]) and all(trained.loss_mask[len(prompt.input_ids) :])
 
 
-def test_caption_form(processor: YiVLProcessor) -> None:
+def test_caption_format(processor: YiVLProcessor) -> None:
     segments = render_caption("A red dog.", num_images=2)
     assert to_text(segments) == "<image_placeholder>" * 2 + "A red dog.\n"
     encoded = processor.encode(segments)
@@ -238,7 +238,7 @@ def test_images_without_words_and_empty_texts(content: list[Any], expected: str)
     assert prompt == f"S\n\n### Human: {expected}\n### Assistant:"
 
 
-def test_the_assistant_may_speak_first() -> None:
+def test_a_conversation_may_start_with_the_assistant() -> None:
     messages = [{"role": "system", "content": "S"}, assistant("How can I help?"), user("Hi")]
     assert to_text(render(messages, True)) == "S\n\n### Assistant: How can I help?\n### Human: Hi\n### Assistant:"
 

@@ -53,7 +53,7 @@ ENGLISH = r"""() => [...document.querySelectorAll("[aria-label], [title], [place
         .replace(/\w+[.]png|Yi-VL|Top-p|JSON|Markdown|Language|^模型：.*/g, "")))"""
 
 
-def test_everything_is_said_in_the_language_of_the_browser_or_of_the_switch(visit: Any, served: Served) -> None:
+def test_everything_is_in_the_language_of_the_browser_or_of_the_switch(visit: Any, served: Served) -> None:
     visitor = visit(locale="zh-CN", permissions=["camera"])
     page = visitor.page
     page.get_by_text("给我看一张图片").wait_for()

@@ -117,8 +117,8 @@ def test_published_responses_score_as_published(tmp_path: Path) -> None:
             str(folder / "answers.jsonl"),
         )
         assert (yi["correct"], yi["num"], len(yi["random_guesses"])) == (326, 900, unparsed)
-        for name, place in order.items():
-            assert list(yi["disciplines"].values())[place]["correct"] == categories[name]["correct"]
+        for name, index in order.items():
+            assert list(yi["disciplines"].values())[index]["correct"] == categories[name]["correct"]
 
 
 def test_cmmmu_predictions_must_be_whole_and_of_one_form(tmp_path: Path) -> None:

@@ -42,7 +42,9 @@ def test_predictions_do_not_depend_on_batches_or_processes(small_mmmu: str, tiny
     assert "| official | 7 | +0.0 | +0.0 to +0.0 | 0 | 0 | 1 |" in shown
 
 
-def test_a_quantized_run_says_so_and_continues_no_other(small_mmmu: str, tiny_folder: Path, tmp_path: Path) -> None:
+def test_a_quantized_run_is_recorded_as_such_and_continues_no_other(
+    small_mmmu: str, tiny_folder: Path, tmp_path: Path
+) -> None:
     command = ["mmmu", "--model", str(tiny_folder), "--data", small_mmmu, "--max-new-tokens", "6", "--device", "cpu"]
     command += ["--out", str(tmp_path / "out")]
     run_cli(*command, "--limit", "2")

@@ -13,7 +13,7 @@ from yi_vl.engine.gemv import GemvLinear, use_gemm_, use_gemv_
 from yi_vl.runtime import use_huge_pages
 
 
-def test_one_vector_gives_the_same_product() -> None:
+def test_gemv_equals_gemm() -> None:
     torch.manual_seed(0)
     layers = nn.ModuleList([nn.Linear(64, 48, bias=False), nn.Linear(64, 48)]).to(torch.bfloat16)
     vector, matrix = torch.randn(1, 1, 64, dtype=torch.bfloat16), torch.randn(2, 3, 64, dtype=torch.bfloat16)
@@ -28,7 +28,7 @@ def test_one_vector_gives_the_same_product() -> None:
     assert all(type(layer) is nn.Linear for layer in layers)
 
 
-def test_the_product_with_a_vector_is_used_for_a_step_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gemv_is_used_for_a_decoding_step_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model().to(torch.bfloat16)
     use_gemv_(model)
     num_products, plain = 0, torch.mv
@@ -47,9 +47,7 @@ def test_the_product_with_a_vector_is_used_for_a_step_in_bf16(monkeypatch: pytes
 
 
 @pytest.mark.parametrize("chosen", [None, "0"])
-def test_large_pages_are_asked_for_unless_the_user_has_chosen(
-    chosen: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_huge_pages_are_enabled_unless_the_user_has_chosen(chosen: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "")
     monkeypatch.delenv("THP_MEM_ALLOC_ENABLE")
     if chosen is not None:

@@ -241,8 +241,8 @@ def test_pad_and_resize_equals_padding_then_resizing(size: tuple[int, int]) -> N
     assert pad_and_resize(image, 56).tobytes() == padded_then_resized(image, 56).tobytes()
 
 
-@pytest.mark.parametrize("max_padded_pixels", [0, 1 << 25])  # the way of large long images, and that of all others
-def test_every_way_of_resizing_equals_padding_then_resizing(
+@pytest.mark.parametrize("max_padded_pixels", [0, 1 << 25])  # large long images, and all others
+def test_every_variant_of_resizing_equals_padding_then_resizing(
     max_padded_pixels: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(image_resize, "_MAX_PADDED_PIXELS", max_padded_pixels)

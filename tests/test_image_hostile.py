@@ -1,4 +1,4 @@
-"""Images that nobody photographs: answered or refused soon and in little memory, by every way an image comes in."""
+"""Hostile images: answered or refused quickly and in little memory, through every entry point for images."""
 
 from __future__ import annotations
 

@@ -231,7 +231,7 @@ def test_the_command_fetches_when_asked(
     assert "answers 404" in shown.err and yi_vl.predict(WIDE, "What?", max_new_tokens=3) in shown.out
 
 
-def test_without_httpx_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_httpx_the_message_names_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "httpx", None)
     monkeypatch.delitem(sys.modules, "yi_vl.image.remote")
     with pytest.raises(ValueError, match=r'httpx is missing; .* pip install "yi_vl\[serve\]"'):

@@ -104,7 +104,7 @@ def test_public_names_resolve() -> None:
         _ = yi_vl.nonsense
 
 
-def test_the_walk_finds_every_kind_of_import() -> None:
+def test_every_variant_of_import_is_found() -> None:
     source = (
         "import train.data.loader as d\n"
         "from yi_vl import chat\n"

@@ -26,7 +26,7 @@ def test_it_holds_what_transformers_cache_holds_however_far_it_grows(monkeypatch
     assert layer.get_seq_length() == 16
 
 
-def test_a_step_copies_nothing_that_is_known() -> None:
+def test_a_step_copies_no_cached_keys() -> None:
     layer = GrowableLayer()
     first, _ = layer.update(*states(1, 10))
     for _ in range(100):

@@ -75,7 +75,7 @@ def test_pixels_need_input_ids(model: YiVLForConditionalGeneration) -> None:
         model()
 
 
-def test_every_part_that_runs_learns(model: YiVLForConditionalGeneration) -> None:
+def test_every_parameter_that_is_used_gets_a_gradient(model: YiVLForConditionalGeneration) -> None:
     model.train()(**batch([1, 0])).loss.backward()
     silent = {name for name, parameter in model.named_parameters() if parameter.grad is None}
     last_block = "model.vision_tower.visual.transformer.resblocks.2."

@@ -118,7 +118,7 @@ def test_modules_can_be_offloaded_one_by_one(inputs: dict[str, torch.Tensor]) ->
     torch.testing.assert_close(model(**inputs).logits, expected)
 
 
-def test_lora_attaches_learns_merges_saves_and_loads(tmp_path: Path, inputs: dict[str, torch.Tensor]) -> None:
+def test_lora_attaches_trains_merges_saves_and_loads(tmp_path: Path, inputs: dict[str, torch.Tensor]) -> None:
     from peft import LoraConfig, PeftModel, get_peft_model
 
     base = tiny_model()

@@ -372,7 +372,9 @@ def test_drafts_never_hold_an_image_token(nano: YiVL, names: tuple[str, ...]) ->
     assert torch.equal(plain, drafted)
 
 
-def test_generate_never_says_the_image_token(monkeypatch: pytest.MonkeyPatch, inputs: dict[str, torch.Tensor]) -> None:
+def test_generate_never_samples_the_image_token(
+    monkeypatch: pytest.MonkeyPatch, inputs: dict[str, torch.Tensor]
+) -> None:
     model = tiny_model()
     with torch.no_grad():
         model.lm_head.weight[IMAGE_TOKEN_ID] = 1e3 * model.lm_head.weight.abs().max()

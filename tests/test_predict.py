@@ -51,9 +51,9 @@ def grow(**inputs: Any) -> int:
 
 @pytest.fixture
 def script(yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch) -> Iterator[Script]:
-    """Makes the model say given tokens, row by row; returns the list that collects each step's number of rows.
+    """Makes the model generate given tokens, row by row; returns the list that collects each step's number of rows.
 
-    A row of several tokens, or of the end token, leaves when they are said; another says its one token on and on.
+    A row of several tokens, or of the end token, is removed after the last of them; another repeats its one token.
     """
 
     def install(rows: Sequence[Sequence[int]]) -> list[int]:
@@ -75,7 +75,7 @@ def script(yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch) -> Iterator[Script]:
                 if not goes_on:
                     del row[:1]
             calls.append(num_rows)
-            assert len(calls) < 600, "nobody stops the work"
+            assert len(calls) < 600, "generation is not stopped"
             return SimpleNamespace(logits=logits)
 
         monkeypatch.setattr(yi_vl.model, "forward", forward)
@@ -96,15 +96,15 @@ def ids_of(yi_vl: YiVL, text: str) -> list[int]:
 @pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": 3, "top_p": 0.9}])
 def test_a_batch_equals_its_single_requests(yi_vl: YiVL, options: dict[str, Any], stop: tuple[str, ...]) -> None:
     options = {"max_new_tokens": 12, "stop": stop, **options}
-    alone = [cold(yi_vl).predict(*request, **options) for request in REQUESTS]
+    alone = [uncached(yi_vl).predict(*request, **options) for request in REQUESTS]
     assert len({len(answer) for answer in alone}) > 1
     assert yi_vl.predict_batch(REQUESTS, **options) == alone
     for batch_size in (2, 3):
-        assert cold(yi_vl).predict_batch(REQUESTS, batch_size=batch_size, **options) == alone
+        assert uncached(yi_vl).predict_batch(REQUESTS, batch_size=batch_size, **options) == alone
 
 
-def test_the_next_request_takes_the_place_of_the_one_that_ended(yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch) -> None:
-    fresh, sizes = cold(yi_vl), []
+def test_the_next_request_takes_the_slot_of_a_finished_request(yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch) -> None:
+    fresh, sizes = uncached(yi_vl), []
     sample = Sampler.__call__
 
     def watch(sampler: Sampler, logits: torch.Tensor, generators: Any) -> torch.Tensor:
@@ -156,20 +156,20 @@ class Watched:
         monkeypatch.setattr(yi_vl.model.model, "encode_images", watch_encode)
 
 
-def cold(yi_vl: YiVL) -> YiVL:
-    """The same model, with nothing remembered."""
+def uncached(yi_vl: YiVL) -> YiVL:
+    """The same model with empty caches."""
     return YiVL(yi_vl.model, yi_vl.processor)
 
 
 def test_an_image_seen_lately_is_not_encoded_again(yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch) -> None:
-    fresh, watched = cold(yi_vl), Watched(yi_vl, monkeypatch)
+    fresh, watched = uncached(yi_vl), Watched(yi_vl, monkeypatch)
     first = fresh.predict_batch([([WIDE, TALL, WIDE], "What?"), (WIDE, "Where?")], max_new_tokens=8)
     assert watched.encoded == [2]
     assert fresh.predict([WIDE, TALL, WIDE], "What?", max_new_tokens=8) == first[0] and watched.encoded == [2]
 
 
 def test_a_chat_reads_only_what_is_new(yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch) -> None:
-    fresh, watched = cold(yi_vl), Watched(yi_vl, monkeypatch)
+    fresh, watched = uncached(yi_vl), Watched(yi_vl, monkeypatch)
     chat = fresh.chat()
     chat.ask("What is in this picture?", [WIDE], max_new_tokens=6)
     first_turn, watched.read[:] = watched.read[0], []
@@ -183,7 +183,7 @@ def test_a_chat_reads_only_what_is_new(yi_vl: YiVL, monkeypatch: pytest.MonkeyPa
 
 def test_a_prompt_that_is_an_image_alone_is_answered_again(yi_vl: YiVL) -> None:
     """A captioning prompt: the longest cached prefix would end within the image."""
-    engine = cold(yi_vl).engine
+    engine = uncached(yi_vl).engine
     encoded = [yi_vl.processor.encode(render_caption("")[:1])]
     prompts = engine.stack_prompts(encoded, [yi_vl.processor.image_processor.to_uint8(WIDE)])
     first, again = (
@@ -197,13 +197,13 @@ def test_images_and_image_tokens_that_do_not_match_are_refused(yi_vl: YiVL) -> N
     key = prompts.prefix_keys[0]
     broken = replace(prompts, prefix_keys=[replace(key, images=key.images * 2)])
     with pytest.raises(ValueError, match=f"{NUM_PATCHES} image tokens .* {2 * NUM_PATCHES} image features"):
-        next(cold(yi_vl).engine.generate(broken, Sampling()))
+        next(uncached(yi_vl).engine.generate(broken, Sampling()))
 
 
 @pytest.mark.parametrize("change", ["go on", "regenerate", "edit", "stop early", "failed turn", "another image"])
-def test_what_is_remembered_changes_no_answer(yi_vl: YiVL, change: str) -> None:
+def test_prefix_caching_changes_no_answer(yi_vl: YiVL, change: str) -> None:
     """Logits of the next turn equal those of a cold run, whatever happened to the conversation before."""
-    warm = cold(yi_vl)
+    warm = uncached(yi_vl)
     chat = warm.chat()
     chat.ask("What is in this picture?", [WIDE], max_new_tokens=6)
     chat.ask("What else?", max_new_tokens=6)
@@ -237,11 +237,11 @@ def test_what_is_remembered_changes_no_answer(yi_vl: YiVL, change: str) -> None:
             rows.step(rows.logits.argmax(-1))
         return torch.cat(seen)
 
-    torch.testing.assert_close(logits(warm), logits(cold(yi_vl)), atol=1e-4, rtol=0)
+    torch.testing.assert_close(logits(warm), logits(uncached(yi_vl)), atol=1e-4, rtol=0)
 
 
-def test_what_is_remembered_is_bounded(yi_vl: YiVL) -> None:
-    fresh = cold(yi_vl)
+def test_the_prefix_cache_is_bounded(yi_vl: YiVL) -> None:
+    fresh = uncached(yi_vl)
     fresh.predict(WIDE, "What?", max_new_tokens=4)
     num_bytes_of_one = fresh.engine._prefixes.num_bytes
     fresh.engine._prefixes.max_bytes = int(2.5 * num_bytes_of_one)
@@ -269,11 +269,11 @@ def test_the_least_recently_used_goes_first_and_bytes_are_bounded() -> None:
 
 
 def test_seeds_repeat_an_answer(yi_vl: YiVL) -> None:
-    def say(seed: int | None) -> str:
+    def answer(seed: int | None) -> str:
         return yi_vl.predict(WIDE, "What?", temperature=1.0, seed=seed, max_new_tokens=12)
 
-    assert say(1) == say(1) != say(2)
-    assert say(None) != say(None)
+    assert answer(1) == answer(1) != answer(2)
+    assert answer(None) != answer(None)
 
 
 def test_rows_end_by_themselves(yi_vl: YiVL, script: Script) -> None:
@@ -319,7 +319,9 @@ def test_a_stream_that_is_never_read_does_no_work(yi_vl: YiVL, script: Script) -
     assert calls == []
 
 
-def test_the_image_token_and_rows_without_a_token_are_never_said(yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_image_token_and_rows_without_a_token_are_never_sampled(
+    yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch
+) -> None:
     steps = 0
 
     def forward(**inputs: Any) -> SimpleNamespace:
@@ -331,7 +333,8 @@ def test_the_image_token_and_rows_without_a_token_are_never_said(yi_vl: YiVL, mo
         return SimpleNamespace(logits=logits)
 
     monkeypatch.setattr(yi_vl.model, "forward", forward)
-    assert cold(yi_vl).predict(None, "Hi") == "" and steps == 1  # the likeliest token that may be said ends the answer
+    assert uncached(yi_vl).predict(None, "Hi") == ""
+    assert steps == 1  # the most likely token that is not suppressed ends the answer
 
 
 def test_too_long_prompts_are_refused_before_any_work(yi_vl: YiVL, script: Script) -> None:
@@ -386,7 +389,7 @@ def test_system_and_history_are_read(yi_vl: YiVL) -> None:
     assert response != yi_vl.predict(None, "So?", max_new_tokens=12)
 
 
-def test_answers_tell_why_they_ended_and_how_long_they_are(yi_vl: YiVL, script: Script) -> None:
+def test_outputs_have_finish_reasons_and_lengths(yi_vl: YiVL, script: Script) -> None:
     script([[*ids_of(yi_vl, " dog"), 2], ids_of(yi_vl, " dog")])
     prompts = yi_vl.engine.prepare([[{"role": "user", "content": "Hi"}]] * 2)
     outputs = [output for step in yi_vl.engine.generate(prompts, Sampling(max_new_tokens=3)) for output in step]
@@ -398,7 +401,7 @@ def test_answers_tell_why_they_ended_and_how_long_they_are(yi_vl: YiVL, script: 
     ]
 
 
-def test_a_conversation_remembers(yi_vl: YiVL) -> None:
+def test_a_conversation_keeps_its_history(yi_vl: YiVL) -> None:
     chat = yi_vl.chat()
     first = chat.ask("What is this?", WIDE, max_new_tokens=5)
     second = chat.ask("And what else?", max_new_tokens=5)
@@ -423,7 +426,7 @@ def test_a_conversation_keeps_its_images_when_their_files_are_gone(yi_vl: YiVL, 
     assert chat.messages[0] == {"role": "system", "content": "Be brief."}
 
 
-def test_a_stopped_answer_is_remembered_as_far_as_it_went(yi_vl: YiVL, script: Script) -> None:
+def test_a_stopped_answer_stays_in_the_history_as_far_as_it_went(yi_vl: YiVL, script: Script) -> None:
     script([ids_of(yi_vl, " dog")])
     chat = yi_vl.chat()
     pieces = chat.stream("Hi")
@@ -434,7 +437,7 @@ def test_a_stopped_answer_is_remembered_as_far_as_it_went(yi_vl: YiVL, script: S
     assert len(chat.messages) == 4
 
 
-def test_a_failed_turn_is_forgotten(yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_turn_is_dropped(yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch) -> None:
     chat = yi_vl.chat()
     for wrong in (("", None), ("What?", "missing.png")):
         with pytest.raises(ValueError):

@@ -236,7 +236,7 @@ def test_sizes_are_those_of_the_loaded_model(run: Run, folder: Path, tmp_path: P
     assert "lm_head.weight_scale" in run("info", str(saved), "--tensors")[1]
 
 
-def test_layouts_without_a_place_for_it(folder: Path, tmp_path: Path) -> None:
+def test_layouts_that_cannot_hold_quantized_weights_are_refused(folder: Path, tmp_path: Path) -> None:
     yi_vl.load(folder, device="cpu", quantize="int8").save(tmp_path / "saved")
     checkpoint = open_checkpoint(tmp_path / "saved")
     for layout in ("official", "llava-hf"):

@@ -77,7 +77,7 @@ def test_decoding_equals_transformers_generate(yi_vl: YiVL) -> None:
     assert torch.equal(tokens, expected[:, -8:])
 
 
-def test_rows_that_leave_and_join_change_nothing_for_those_that_stay(yi_vl: YiVL) -> None:
+def test_rows_that_are_removed_and_added_change_nothing_for_the_others(yi_vl: YiVL) -> None:
     prompts = two_prompts(yi_vl)
     alone = [yi_vl.engine.prepare([[{"role": "user", "content": text}]]) for text in ("Hi", "Tell me about a dog.")]
     expected, logits = decode_greedily(prefill(yi_vl, alone[0]), 12)

@@ -71,7 +71,7 @@ def test_answers_are_those_of_the_model(client: OpenAI, yi_vl: YiVL, chat: str) 
     assert num_read > NUM_PATCHES * sum(len(images) for _, images, _ in CHATS[chat])
 
 
-def test_every_chat_has_an_answer_of_its_own(yi_vl: YiVL) -> None:
+def test_every_chat_has_a_different_answer(yi_vl: YiVL) -> None:
     assert len({direct(yi_vl, turns, max_new_tokens=12)[0] for turns in CHATS.values()}) == len(CHATS)
 
 
@@ -185,7 +185,7 @@ def test_pages_that_do_not_exist_and_other_methods(address: str) -> None:
     assert response.status_code == 400 and "application/json" in response.json()["error"]["message"]
 
 
-def test_a_failure_is_told_and_the_server_goes_on(yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_is_reported_and_the_server_stays_up(yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch) -> None:
     with serving(create_app(yi_vl, "tiny")) as address, client_of(address) as client:
         make_model_generate(yi_vl, monkeypatch, " dog dog", RuntimeError("out of memory at 0x1234"))
         with pytest.raises(openai.InternalServerError, match="The server failed") as caught:

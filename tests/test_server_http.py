@@ -216,7 +216,7 @@ def test_several_keys_from_everywhere(yi_vl: YiVL, tmp_path: Path, monkeypatch: 
     assert read_keys([], None) == []
 
 
-def test_a_port_in_use_is_told_before_anything_is_loaded() -> None:
+def test_a_port_in_use_is_reported_before_anything_is_loaded() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ValueError, match=f"127.0.0.1, port {port}: Address already in use"):

@@ -219,9 +219,9 @@ def web(monkeypatch: pytest.MonkeyPatch) -> Iterator[ThreadingHTTPServer]:
         yield server
 
 
-def ask_about_remote_image(yi_vl: YiVL, web: ThreadingHTTPServer, place: str) -> str:
+def ask_about_remote_image(yi_vl: YiVL, web: ThreadingHTTPServer, location: str) -> str:
     """What a server that may fetch images answers about the one at `host/path`."""
-    host, _, path = place.partition("/")
+    host, _, path = location.partition("/")
     limits = Limits(image_bytes=100_000, fetch_seconds=0.5 if path == "slow" else PATIENCE_SECONDS)
     app = create_app(yi_vl, "tiny", allow_remote_images=True, limits=limits)
     with serving(app) as address, client_of(address) as client:
@@ -229,15 +229,17 @@ def ask_about_remote_image(yi_vl: YiVL, web: ThreadingHTTPServer, place: str) ->
         return client.chat.completions.create(**request).choices[0].message.content
 
 
-@pytest.mark.parametrize("place", ["public.test/wide.png", "public.test/moved", "rebinding.test/wide.png"])
-def test_remote_images_are_fetched(web: Any, yi_vl: YiVL, place: str) -> None:
-    assert ask_about_remote_image(yi_vl, web, place) == direct(yi_vl, [("user", [WIDE], "What?")], max_new_tokens=2)[0]
-    host = place.partition("/")[0]
+@pytest.mark.parametrize("location", ["public.test/wide.png", "public.test/moved", "rebinding.test/wide.png"])
+def test_remote_images_are_fetched(web: Any, yi_vl: YiVL, location: str) -> None:
+    assert (
+        ask_about_remote_image(yi_vl, web, location) == direct(yi_vl, [("user", [WIDE], "What?")], max_new_tokens=2)[0]
+    )
+    host = location.partition("/")[0]
     assert set(web.requests) <= {(f"{host}:{web.server_address[1]}", path) for path in ("/wide.png", "/moved")}
 
 
 @pytest.mark.parametrize(
-    ("place", "status", "problem", "num_requests"),
+    ("location", "status", "problem", "num_requests"),
     [
         ("private.test/wide.png", 422, "not public", 0),
         ("both.test/wide.png", 422, "not public", 0),
@@ -253,8 +255,8 @@ def test_remote_images_are_fetched(web: Any, yi_vl: YiVL, place: str) -> None:
     ],
 )
 def test_remote_images_have_limits(
-    web: Any, yi_vl: YiVL, place: str, status: int, problem: str, num_requests: int
+    web: Any, yi_vl: YiVL, location: str, status: int, problem: str, num_requests: int
 ) -> None:
     with pytest.raises(openai.APIStatusError, match=problem) as caught:
-        ask_about_remote_image(yi_vl, web, place)
+        ask_about_remote_image(yi_vl, web, location)
     assert (caught.value.status_code, caught.value.param, len(web.requests)) == (status, URL, num_requests)

@@ -60,7 +60,7 @@ def start(address: str, **fields: Any) -> threading.Thread:
     return thread
 
 
-def test_overload_is_told_and_the_others_are_answered(yi_vl: YiVL, gate: Gate) -> None:
+def test_overload_is_refused_with_429_and_the_others_are_answered(yi_vl: YiVL, gate: Gate) -> None:
     with serving(create_app(yi_vl, "tiny", limits=Limits(num_waiting=1))) as address:
         first = start(address, max_tokens=5)
         wait_until(lambda: gate.num_begun == 1)
@@ -97,7 +97,7 @@ def disconnect(address: str, when: Callable[[], bool], stream: bool) -> None:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_leaves_frees_the_worker_within_a_step(yi_vl: YiVL, gate: Gate, stream: bool) -> None:
+def test_a_client_that_disconnects_frees_the_worker_within_a_step(yi_vl: YiVL, gate: Gate, stream: bool) -> None:
     with serving(create_app(yi_vl, "tiny")) as address:
         gate.let(3)
         disconnect(address, lambda: gate.num_begun == 4, stream)  # it leaves during the fourth step
@@ -112,7 +112,7 @@ def test_a_client_that_leaves_frees_the_worker_within_a_step(yi_vl: YiVL, gate: 
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_leaves_the_line_costs_no_step(yi_vl: YiVL, gate: Gate, stream: bool) -> None:
+def test_a_waiting_client_that_disconnects_costs_no_step(yi_vl: YiVL, gate: Gate, stream: bool) -> None:
     with serving(create_app(yi_vl, "tiny")) as address:
         first = start(address, max_tokens=5)
         wait_until(lambda: gate.num_begun == 1)
@@ -124,7 +124,7 @@ def test_a_client_that_leaves_the_line_costs_no_step(yi_vl: YiVL, gate: Gate, st
         assert gate.num_begun == 5
 
 
-def test_a_slow_reader_holds_up_nobody() -> None:
+def test_a_slow_reader_delays_no_other() -> None:
     async def count(made: list[int]) -> AsyncGenerator[int, None]:
         for number in range(1, 10):
             made.append(number)
@@ -204,7 +204,7 @@ def test_many_clients_at_once(yi_vl: YiVL) -> None:
         assert malformed == 20 and metric(address, "requests_total", status="500") == 0
         assert metric(address, "requests_total", status="429") >= num_refused
         assert metric(address, "requests_total", status="499") > 0
-        assert metric(address, "completion_tokens_total") < 6 * 146 + 60 * 34  # had nobody left
+        assert metric(address, "completion_tokens_total") < 6 * 146 + 60 * 34  # had no client disconnected
         gc.collect()
         assert not any(type(thing) in (DynamicCache, Prompts) for thing in gc.get_objects())
     assert set(threading.enumerate()) == threads

@@ -177,7 +177,7 @@ def test_fields_of_messages_that_would_be_lost(field: str, value: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("part", "place"),
+    ("part", "param"),
     [
         ({"type": "image_url", "image_url": {"url": DATA}}, "image_url.url"),
         *(
@@ -203,9 +203,9 @@ def test_fields_of_messages_that_would_be_lost(field: str, value: Any) -> None:
         ({"type": "image", "source": {"type": "url", "url": DATA}}, "source.url"),
     ],
 )
-def test_forms_of_images(part: dict[str, Any], place: str) -> None:
+def test_layouts_of_image_parts(part: dict[str, Any], param: str) -> None:
     ((url, parsed_url),) = parse(messages=[chat_message("user", ["Look:", part])]).images
-    assert parsed_url == f"messages[0].content[1].{place}"
+    assert parsed_url == f"messages[0].content[1].{param}"
     assert _decode_data_url(url, "", 100) == b"\x89PNG\r\n\x1a\n"
     assert IMAGE in prompt(chat_message("user", [part, {"type": "input_text", "text": "What?"}]))
 
@@ -328,21 +328,21 @@ def test_lengths() -> None:
 )
 def test_endless_lists_are_refused_at_once(fields: dict[str, Any], param: str | None, problem: str) -> None:
     body = json.dumps({"model": "tiny", "messages": HI, **fields}).encode()
-    begin = time.process_time()
+    start_seconds = time.process_time()
     if param is None:
         parse_request(body)
     else:
         with pytest.raises(ApiError, match=problem) as caught:
             parse_request(body)
         assert caught.value.body["error"]["param"] == param
-    assert time.process_time() - begin < 10  # against minutes
+    assert time.process_time() - start_seconds < 10  # against minutes
 
 
 def test_many_messages_are_merged_in_linear_time() -> None:
     messages = [chat_message("user", [{"type": "text", "text": "a"}])] * 200_000
-    begin = time.process_time()
+    start_seconds = time.process_time()
     (merged,) = merge_messages(messages)
-    assert len(merged["content"]) == 399_999 and time.process_time() - begin < 10
+    assert len(merged["content"]) == 399_999 and time.process_time() - start_seconds < 10
 
 
 def test_a_body_may_begin_with_a_byte_order_mark() -> None:

@@ -1,4 +1,4 @@
-"""Somebody's web server with images, under names that lead to it and names that lead elsewhere."""
+"""A web server with images, under host names with public, private and changing addresses."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def serving_images(monkeypatch: pytest.MonkeyPatch) -> Iterator[ThreadingHTTPSer
             return look_up(host, port, *arguments, **options)
         addresses = names[host]
         if host == "rebinding.test":
-            names[host] = ["127.0.0.2"]  # what the next one hears who asks
+            names[host] = ["127.0.0.2"]  # for the next lookup
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port)) for address in addresses]
 
     monkeypatch.setattr(socket, "getaddrinfo", fake)
