@@ -147,3 +147,11 @@ def show(url: Any, **fields: Any) -> dict[str, Any]:
     """A request with an image."""
     parts = [{"type": "image_url", "image_url": {"url": url, **fields}}, {"type": "text", "text": "What?"}]
     return ask(messages=[{"role": "user", "content": parts}])
+
+
+def chat_message(role: str, content: Any, **fields: Any) -> dict[str, Any]:
+    return {"role": role, "content": content, **fields}
+
+
+def answer(client: OpenAI, **fields: Any) -> str:
+    return client.chat.completions.create(**ask(**fields)).choices[0].message.content or ""
