@@ -128,21 +128,48 @@ log_every: 1
     return lambda *overrides: load_config(path, overrides)
 
 
+@pytest.fixture
+def small_mmmu(tmp_path: Path) -> str:
+    """Seven questions of two subjects, one of them open, one with two images."""
+    from benchmark_rows import mmmu_row, write_mmmu
+
+    return write_mmmu(
+        tmp_path / "mmmu",
+        Art_Theory=[mmmu_row("Art_Theory", number) for number in range(1, 5)],
+        Math=[
+            mmmu_row("Math", 1, "<image 2> then <image 1>?"),
+            mmmu_row("Math", 2, question_type="open", options="[]", answer="['3.5', 'three and a half']"),
+            mmmu_row("Math", 3, "No marker here"),
+        ],
+    )
+
+
+@pytest.fixture(scope="module")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Yi-VL, saved."""
+    from tiny import tiny_model, tiny_processor
+
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny_model(max_position_embeddings=1024).save_pretrained(folder)
+    tiny_processor().save_pretrained(folder)
+    return folder
+
+
 def png(colour: str, size: tuple[int, int] = (32, 24)) -> bytes:
-    """A picture in one colour."""
+    """A PNG image in one colour."""
     file = io.BytesIO()
     Image.new("RGB", size, COLOURS[colour]).save(file, "PNG")
     return file.getvalue()
 
 
 def caption_sample(index: int) -> tuple[str, Members]:
-    """A picture in one colour, and its name."""
+    """An image in one colour and a caption that names it."""
     colour = list(COLOURS)[index % len(COLOURS)]
-    return f"c{index:05d}", {"png": png(colour), "txt": f"a {colour} picture".encode()}
+    return f"c{index:05d}", {"png": png(colour), "txt": f"a {colour} image".encode()}
 
 
 def chat_sample(index: int) -> tuple[str, Members]:
-    """A question about a picture; every fifth sample has two pictures, every seventh none."""
+    """A question about an image; every fifth sample has two images, every seventh none."""
     colours = [list(COLOURS)[index % len(COLOURS)], list(COLOURS)[index // 3 % len(COLOURS)]]
     count = 0 if index % 7 == 6 else 2 if index % 5 == 4 else 1
     question = "<image>" * count + ("\nWhat colour is it?" if count else "Hello!")

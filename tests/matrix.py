@@ -112,9 +112,9 @@ def run(row: Row) -> bool:
 
 def _find_python(version: str) -> str | None:
     """Where uv finds it, or among pyenv's, of which only the chosen ones are on the path."""
-    found = subprocess.run([*_uv(), "python", "find", version], capture_output=True, text=True, check=False)
-    if found.returncode == 0:
-        return found.stdout.strip()
+    search = subprocess.run([*_uv(), "python", "find", version], capture_output=True, text=True, check=False)
+    if search.returncode == 0:
+        return search.stdout.strip()
     pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
     return next(map(str, sorted(pyenv.glob(f"versions/{version}.*/bin/python"))), None)
 

@@ -41,20 +41,22 @@ def run_program(folder: Path, module: str, *arguments: str, num_ranks: int = 1, 
 
 
 def start(config: TrainConfig, num_ranks: int = 1, **environment: str) -> list[BaseProcess]:
-    """Start `python -m train` on so many ranks of gloo; what rank N says comes to run_dir/../said-N.txt."""
+    """Start `python -m train` on so many ranks of gloo; the output of rank N goes to run_dir/../output-N.txt."""
     run_dir = Path(config.run_dir)
     settings = run_dir.with_name(f"{run_dir.name}.yaml")
     settings.write_text(to_yaml(config))
     ranks = []
     for rank, variables in enumerate(_ranks(num_ranks)):
-        process = CONTEXT.Process(target=_train, args=(str(settings), said(config, rank), variables | environment))
+        process = CONTEXT.Process(
+            target=_train, args=(str(settings), output_path(config, rank), variables | environment)
+        )
         process.start()
         ranks.append(process)
     return ranks
 
 
-def said(config: TrainConfig, rank: int = 0) -> Path:
-    return Path(config.run_dir).with_name(f"said-{rank}.txt")
+def output_path(config: TrainConfig, rank: int = 0) -> Path:
+    return Path(config.run_dir).with_name(f"output-{rank}.txt")
 
 
 def finish(ranks: list[BaseProcess]) -> list[int | None]:
@@ -97,10 +99,10 @@ def _run(folder: Path, rank: int, module: str, arguments: tuple[str, ...], varia
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
-def _train(settings: str, said_path: Path, variables: dict[str, str]) -> None:
+def _train(settings: str, output: Path, variables: dict[str, str]) -> None:
     from accelerate import DistributedType, PartialState
 
-    with said_path.open("w") as file:
+    with output.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.environ.update(variables)

@@ -16,7 +16,7 @@ from yi_vl.checkpoint.assemble import from_parts
 from yi_vl.config import IMAGE_MEAN, OpenClipVisionConfig
 
 TEXT = {"context_length": 8, "vocab_size": 16, "width": 16, "heads": 2, "layers": 1}
-OWN = {"image_size": 56, "layers": 3, "width": 32, "head_width": 16, "patch_size": 14}
+OPENCLIP = {"image_size": 56, "layers": 3, "width": 32, "head_width": 16, "patch_size": 14}
 EVA = {
     "image_size": 224,
     "timm_model_name": "eva02_tiny_patch14_224",
@@ -51,7 +51,7 @@ def _add_tower(folder: Path, name: str, vision: dict[str, Any]) -> Path:
     return weights
 
 
-@pytest.mark.parametrize(("vision", "image_size"), [(OWN, 56), (OWN, 112), (EVA, 224), (EVA, 112)])
+@pytest.mark.parametrize(("vision", "image_size"), [(OPENCLIP, 56), (OPENCLIP, 112), (EVA, 224), (EVA, 112)])
 def test_any_tower_of_open_clip_by_its_name(
     tmp_path: Path, language: str, vision: dict[str, Any], image_size: int
 ) -> None:
@@ -107,7 +107,7 @@ def test_towers_that_do_not_fit_are_refused(language: str, tower: str, pretraine
 
 
 def test_a_language_model_that_is_none_is_refused(tmp_path: Path) -> None:
-    _add_tower(tmp_path, "test-small", OWN)
+    _add_tower(tmp_path, "test-small", OPENCLIP)
     with pytest.raises(ValueError, match="cannot be loaded"):
         from_parts("test-small", None, str(tmp_path), 56)
 

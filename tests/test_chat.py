@@ -113,7 +113,7 @@ def test_a_prompt_is_the_beginning_of_its_training_text(processor: YiVLProcessor
     assert not any(trained.loss_mask[: len(prompt.input_ids)]) and all(trained.loss_mask[len(prompt.input_ids) :])
 
 
-def test_caption_form(processor: YiVLProcessor) -> None:
+def test_caption_format(processor: YiVLProcessor) -> None:
     segments = render_caption("A red dog.", num_images=2)
     assert to_text(segments) == "<image_placeholder>" * 2 + "A red dog.\n"
     encoded = processor.encode(segments)
@@ -225,7 +225,7 @@ def test_from_llava() -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "expected"),
     [
         ([IMAGE], "<image_placeholder>"),
         ([IMAGE, text("")], "<image_placeholder>"),
@@ -233,12 +233,12 @@ def test_from_llava() -> None:
         ([text(""), text("a"), IMAGE, text("b")], "a<image_placeholder>b"),
     ],
 )
-def test_images_without_words_and_empty_texts(content: list[Any], said: str) -> None:
+def test_images_without_words_and_empty_texts(content: list[Any], expected: str) -> None:
     prompt = to_text(render([{"role": "system", "content": "S"}, user(*content)], add_generation_prompt=True))
-    assert prompt == f"S\n\n### Human: {said}\n### Assistant:"
+    assert prompt == f"S\n\n### Human: {expected}\n### Assistant:"
 
 
-def test_the_assistant_may_speak_first() -> None:
+def test_a_conversation_may_start_with_the_assistant() -> None:
     messages = [{"role": "system", "content": "S"}, assistant("How can I help?"), user("Hi")]
     assert to_text(render(messages, True)) == "S\n\n### Assistant: How can I help?\n### Human: Hi\n### Assistant:"
 

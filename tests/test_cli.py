@@ -172,7 +172,7 @@ def test_wrong_usage_exits_with_2(run: Run) -> None:
     assert run("ask")[0] == run("ask", "Hi", "--temprature", "1")[0] == run("nonsense")[0] == 2
 
 
-def test_chat_remembers_images_and_words(run: Run, folder: str, yi_vl: YiVL) -> None:
+def test_chat_keeps_its_images_and_texts(run: Run, folder: str, yi_vl: YiVL) -> None:
     typed = iter(
         ["What is this?", f"/image {TALL}", "", "And this?", "/clear", "What is this?", "/help", "/exit", "never"]
     )

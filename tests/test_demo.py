@@ -63,7 +63,7 @@ def test_a_history_becomes_messages() -> None:
     ]
 
 
-def test_a_failed_turn_is_forgotten_and_an_unanswered_question_joins_the_next() -> None:
+def test_a_failed_turn_is_dropped_and_an_unanswered_question_joins_the_next() -> None:
     error = {**chat.error_message("⚠️ no"), "metadata": {"id": "error"}}
     history = [user(TALL), user("Broken"), error, user(WIDE, "One"), user("Two"), bot("Three")]
     messages = chat.to_messages(history, str)
@@ -161,7 +161,7 @@ def test_the_preferred_language(header: str, language: str) -> None:
     assert i18n.preferred(header) == language
 
 
-def test_both_languages_say_the_same_things() -> None:
+def test_both_languages_have_the_same_texts() -> None:
     english, chinese = i18n.TEXTS["en"], i18n.TEXTS["zh"]
     assert english.keys() == chinese.keys()
     for key, words in english.items():
@@ -207,13 +207,13 @@ def handlers_of(yi_vl: YiVL, keep: Path | None = None) -> Handlers:
     return Handlers(yi_vl, "tiny", i18n.ANY_YI_VL, uploads, keep)
 
 
-NOBODY = SimpleNamespace(cookies={}, headers={})
+REQUEST = SimpleNamespace(cookies={}, headers={})
 SETTINGS = ("0123", "en", 0.0, 1.0, 512)
 
 
 def test_an_answer_streams_and_is_the_models_own(yi_vl: YiVL, pace: Pace) -> None:
     history = [user(WIDE, "What is this?")]
-    *_, before, last = handlers_of(yi_vl).answer(history, *SETTINGS, NOBODY)
+    *_, before, last = handlers_of(yi_vl).answer(history, *SETTINGS, REQUEST)
     answer_text = last[-1]["content"][0]["text"]
     assert last[:-1] == history and answer_text.startswith(before[-1]["content"][0]["text"])
     assert answer_text == yi_vl.predict(WIDE, "What is this?")
@@ -221,19 +221,19 @@ def test_an_answer_streams_and_is_the_models_own(yi_vl: YiVL, pace: Pace) -> Non
 
 def test_closing_an_answer_stops_the_model(yi_vl: YiVL, pace: Pace) -> None:
     handlers = handlers_of(yi_vl)
-    answer = handlers.answer([user("Hi")], *SETTINGS, NOBODY)
+    answer = handlers.answer([user("Hi")], *SETTINGS, REQUEST)
     next(answer)
     before = pace.num_steps
     answer.close()
     assert pace.num_steps == before
-    assert list(handlers.answer([user("Hi")], *SETTINGS, NOBODY))  # the next in the queue is not kept waiting
+    assert list(handlers.answer([user("Hi")], *SETTINGS, REQUEST))  # the next in the queue is not kept waiting
 
 
-def test_an_answer_that_is_left_alone_keeps_nobody_waiting(yi_vl: YiVL, pace: Pace) -> None:
+def test_an_abandoned_answer_keeps_no_other_request_waiting(yi_vl: YiVL, pace: Pace) -> None:
     handlers = handlers_of(yi_vl)
-    answer = handlers.answer([user("Hi")], *SETTINGS, NOBODY)
+    answer = handlers.answer([user("Hi")], *SETTINGS, REQUEST)
     next(answer)
-    another = threading.Thread(target=lambda: list(handlers.answer([user("Hello")], *SETTINGS, NOBODY)), daemon=True)
+    another = threading.Thread(target=lambda: list(handlers.answer([user("Hello")], *SETTINGS, REQUEST)), daemon=True)
     another.start()
     another.join(PATIENCE_MS / 1000)
     assert not another.is_alive() and pace.num_ended == 1
@@ -249,9 +249,9 @@ def test_an_answer_that_is_left_alone_keeps_nobody_waiting(yi_vl: YiVL, pace: Pa
         ([user(*[WIDE] * 500, "What?")], "zh", "^[^a-zA-Z]*含 500 张图片[^a-zA-Z]*$"),
     ],
 )
-def test_what_goes_wrong_is_said_in_the_chat(yi_vl: YiVL, history: list[Any], language: str, words: str) -> None:
+def test_errors_are_shown_in_the_chat(yi_vl: YiVL, history: list[Any], language: str, words: str) -> None:
     settings = (SETTINGS[0], language, *SETTINGS[2:])
-    (shown,) = handlers_of(yi_vl).answer(history, *settings, NOBODY)
+    (shown,) = handlers_of(yi_vl).answer(history, *settings, REQUEST)
     assert re.search(words, shown[-1]["content"][0]["text"], re.DOTALL)
     assert chat.to_messages(shown, str) == []
 
@@ -263,22 +263,22 @@ def test_a_hostile_image_is_refused_in_the_chat(yi_vl: YiVL, pace: Pace, name: s
     path.write_bytes(make())
     handlers = handlers_of(yi_vl)
     handlers.uploads.public.add(str(path))
-    (shown,) = handlers.answer([user(path, "What?")], *SETTINGS, NOBODY)
+    (shown,) = handlers.answer([user(path, "What?")], *SETTINGS, REQUEST)
     assert re.search(f"hostile.png.*({reason}|not an image of a format)", shown[-1]["content"][0]["text"], re.DOTALL)
-    assert handlers.show_images([user(path, "What?")], "en", NOBODY) == i18n.TEXTS["en"]["seen_nothing"]
+    assert handlers.show_images([user(path, "What?")], "en", REQUEST) == i18n.TEXTS["en"]["seen_nothing"]
 
 
 def test_too_many_images_are_refused_before_they_are_opened(yi_vl: YiVL, pace: Pace) -> None:
     handlers = handlers_of(yi_vl)
     handlers._prepare = lambda path: pytest.fail("an image was opened")
-    (shown,) = handlers.answer([user(*[WIDE] * 500, "What?")], *SETTINGS, NOBODY)
+    (shown,) = handlers.answer([user(*[WIDE] * 500, "What?")], *SETTINGS, REQUEST)
     assert "with 500 images" in shown[-1]["content"][0]["text"]
 
 
 def test_only_what_a_visitor_may_read_is_restored(yi_vl: YiVL) -> None:
     def restore(path: Path) -> list[str]:
         saved = json.dumps({"history": [user(path), user("Hi"), bot("Yes")], "typed": None, "isAnswering": False})
-        history, _ = handlers_of(yi_vl).restore(saved, "zh", NOBODY)
+        history, _ = handlers_of(yi_vl).restore(saved, "zh", REQUEST)
         return [part.get("text") or part["path"] for message in history["value"] for part in message["content"]]
 
     assert restore(WIDE) == [str(WIDE), "Hi", "Yes"]
@@ -289,15 +289,15 @@ def test_an_internal_error_is_logged_and_not_shown(
     yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(yi_vl.engine, "prepare", lambda _: {}["secret"])
-    (shown,) = handlers_of(yi_vl).answer([user("Hi")], *SETTINGS, NOBODY)
+    (shown,) = handlers_of(yi_vl).answer([user("Hi")], *SETTINGS, REQUEST)
     assert shown[-1]["content"][0]["text"] == i18n.TEXTS["en"]["failed"] and "secret" in caplog.text
 
 
 def test_conversations_are_kept_on_request_only(yi_vl: YiVL, pace: Pace, tmp_path: Path) -> None:
-    *_, history = handlers_of(yi_vl, tmp_path).answer([user(WIDE, "What?")], *SETTINGS, NOBODY)
+    *_, history = handlers_of(yi_vl, tmp_path).answer([user(WIDE, "What?")], *SETTINGS, REQUEST)
     handlers = handlers_of(yi_vl, tmp_path)
     history = [history[0], bot(history[1]["content"][0]["text"])]
-    handlers.like(history, "0123", SimpleNamespace(index=1, liked=True), NOBODY)
+    handlers.like(history, "0123", SimpleNamespace(index=1, liked=True), REQUEST)
     kept = json.loads((tmp_path / "0123.json").read_text(encoding="utf-8"))
     assert [message.get("feedback") for message in kept["messages"]] == [None, "Like"]
     assert i18n.TEXTS["en"]["kept"] in handlers.introduce("en")

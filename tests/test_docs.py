@@ -103,8 +103,8 @@ def check(words: list[str]) -> None:
 
 @each_page
 def test_commands_exist(page: Path) -> None:
-    found = [words for block in blocks(page, "sh") for words in commands(block)]
-    for words in [*found, *inline_commands(page)]:
+    listed = [words for block in blocks(page, "sh") for words in commands(block)]
+    for words in [*listed, *inline_commands(page)]:
         try:
             check(words)
         except (AssertionError, ValueError, ImportError) as error:

@@ -94,7 +94,7 @@ def test_a_reply_that_is_none_is_one_line(body: Any, message: str) -> None:
         (completion("B \ud800"), ("B ?", "stop", "", "")),
     ],
 )  # fmt: skip
-def test_every_form_of_content_is_read(sent: tuple[int, Any], expected: tuple[Any, ...]) -> None:
+def test_every_format_of_content_is_read(sent: tuple[int, Any], expected: tuple[Any, ...]) -> None:
     reply = reply_of(lambda _: sent)
     assert (reply.error, (reply.text, reply.finish, reply.reasoning, reply.refusal)) == (None, expected)
 

@@ -148,7 +148,7 @@ def test_weights_made_in_inference_mode_have_no_versions_and_are_noticed_too() -
         _is_as_new(yi_vl, before)
 
 
-def test_what_does_not_change_the_weights_keeps_what_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_does_not_change_the_weights_keeps_the_caches(monkeypatch: pytest.MonkeyPatch) -> None:
     yi_vl = tiny_yi_vl()
     _ask(yi_vl)
     mark = fingerprint(yi_vl.model)

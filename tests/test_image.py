@@ -1,4 +1,4 @@
-"""Every kind of picture a user may hand over: the right pixels, or one clear line."""
+"""Every image that a user may pass: the right pixels, or a one-line error."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def noise(width: int, height: int, seed: int = 0) -> Image.Image:
 def png_header(width: int, height: int) -> bytes:
     """A PNG of a few bytes that claims to be huge."""
 
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    def chunk(chunk_type: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + chunk_type + body + struct.pack(">I", zlib.crc32(chunk_type + body))
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
@@ -42,7 +42,7 @@ def png_header(width: int, height: int) -> bytes:
 
 BAD_FILES = {
     "missing.png": (None, "no such file"),
-    "text.png": (b"this is no picture", "not an image"),
+    "text.png": (b"this is no image", "not an image"),
     "empty.jpg": (b"", "0 bytes"),
     "truncated.jpg": (encoded(noise(200, 200), "JPEG")[:3000], "truncated"),
     "truncated.png": (encoded(noise(200, 200))[:3000], "truncated"),
@@ -64,7 +64,7 @@ def test_bad_file_is_one_line_that_names_file_and_reason(name: str, tmp_path: Pa
     assert str(path) in message and reason in message and "\n" not in message
 
 
-def test_a_picture_that_was_opened_but_not_read_may_be_damaged(tmp_path: Path) -> None:
+def test_an_image_that_was_opened_but_not_read_may_be_damaged(tmp_path: Path) -> None:
     path = tmp_path / "cut.jpg"
     path.write_bytes(encoded(noise(200, 200), "JPEG")[:3000])
     with Image.open(path) as image, pytest.raises(ValueError, match=r"cut\.jpg is damaged"):
@@ -128,7 +128,7 @@ def test_exif_rotation_is_applied() -> None:
 
 
 def test_content_counts_not_the_name(tmp_path: Path) -> None:
-    path = tmp_path / "picture.txt"
+    path = tmp_path / "image.txt"
     path.write_bytes(encoded(Image.new("RGB", (3, 2), "red"), "BMP"))
     assert load_image(str(path)).size == (3, 2)
 
@@ -188,10 +188,10 @@ SAME = {  # the same image, in other modes and types
 }
 
 
-@pytest.mark.parametrize("kind", SAME)
-def test_samples_of_every_kind_are_the_8_bit_image(kind: str) -> None:
-    tolerance = 20 if kind == "F that overshoots" else 2
-    grey = np.asarray(load_image(SAME[kind])).astype(int)
+@pytest.mark.parametrize("source", SAME)
+def test_samples_of_every_mode_are_the_8_bit_image(source: str) -> None:
+    tolerance = 20 if source == "F that overshoots" else 2
+    grey = np.asarray(load_image(SAME[source])).astype(int)
     assert np.abs(grey - GREY[..., None]).max() <= tolerance
 
 
@@ -223,16 +223,16 @@ def test_pixels_are_normalized_where_the_images_are() -> None:
 @pytest.mark.parametrize(
     "array", [np.zeros((2, 3, 5)), np.zeros(4), np.full((2, 2), 2.0), np.full((2, 2), np.nan), np.full((2, 2), -1)]
 )
-def test_arrays_that_are_no_picture(array: np.ndarray) -> None:
+def test_arrays_that_are_no_image(array: np.ndarray) -> None:
     with pytest.raises(ValueError, match=r"shape|outside"):
         load_image(array)
 
 
 def padded_then_resized(image: Image.Image, size_px: int) -> Image.Image:
     side = max(image.size)
-    square = Image.new("RGB", (side, side), (122, 116, 104))
-    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-    return square.resize((size_px, size_px), Image.Resampling.BICUBIC)
+    padded = Image.new("RGB", (side, side), (122, 116, 104))
+    padded.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return padded.resize((size_px, size_px), Image.Resampling.BICUBIC)
 
 
 @pytest.mark.parametrize("size", [(97, 61), (40, 300), (1, 1), (64, 64), (700, 5), (3, 517), (1, 900), (9, 8), (8, 9)])
@@ -241,8 +241,8 @@ def test_pad_and_resize_equals_padding_then_resizing(size: tuple[int, int]) -> N
     assert pad_and_resize(image, 56).tobytes() == padded_then_resized(image, 56).tobytes()
 
 
-@pytest.mark.parametrize("max_padded_pixels", [0, 1 << 25])  # the way of large long images, and that of all others
-def test_every_way_of_resizing_equals_padding_then_resizing(
+@pytest.mark.parametrize("max_padded_pixels", [0, 1 << 25])  # large long images, and all others
+def test_every_variant_of_resizing_equals_padding_then_resizing(
     max_padded_pixels: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(image_resize, "_MAX_PADDED_PIXELS", max_padded_pixels)

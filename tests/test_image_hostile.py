@@ -1,4 +1,4 @@
-"""Images that nobody photographs: answered or refused soon and in little memory, by every way an image comes in."""
+"""Hostile images: answered or refused quickly and in little memory, through every entry point for images."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ ROOM_BYTES = 1 << 30  # of address space, for the largest image besides what imp
 PATIENCE_SECONDS = 20  # of a processor's time, for what takes one or two; what is meant took minutes
 
 
-def chunk(kind: bytes, body: bytes = b"") -> bytes:
-    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+def chunk(chunk_type: bytes, body: bytes = b"") -> bytes:
+    return struct.pack(">I", len(body)) + chunk_type + body + struct.pack(">I", zlib.crc32(chunk_type + body))
 
 
 def png(width: int, height: int, depth: int, color_type: int, num_channels: int, more: bytes = b"") -> bytes:
@@ -84,8 +84,8 @@ def jpeg_of_scans(side_px: int, num_scans: int) -> bytes:
     """A progressive JPEG whose scans after the first say, in a few bytes each, that nothing changes in any block."""
     num_blocks = (side_px // 8) ** 2
     tables = b"\xff\xdb\0\x43\0" + bytes([1] * 64)
-    for kind, symbol in ((0x00, 0), (0x10, 0xE0)):
-        tables += b"\xff\xc4" + struct.pack(">HB", 20, kind) + bytes([1] + [0] * 15 + [symbol])
+    for table_id, symbol in ((0x00, 0), (0x10, 0xE0)):
+        tables += b"\xff\xc4" + struct.pack(">HB", 20, table_id) + bytes([1] + [0] * 15 + [symbol])
     frame = b"\xff\xc2" + struct.pack(">HBHHB", 11, 8, side_px, side_px, 1) + bytes([1, 0x11, 0])
     bits = ("0" + "1" * 14) * (num_blocks // 32_767 + 1)
     nothing = int(bits + "1" * (-len(bits) % 8), 2).to_bytes((len(bits) + 7) // 8, "big").replace(b"\xff", b"\xff\0")

@@ -1,6 +1,6 @@
 """Images at http and https URLs: fetched where asked for, from public addresses only, however they are written.
 
-The server's limits on them are tested in test_server.py.
+The server's limits on them are tested in test_server_limits.py.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ PUBLIC = [
 ]  # fmt: skip
 # Embedded IPv4 addresses of each kind, public ones too: what translates them is not ours to know.
 EMBEDDED = [
-    form.format(ipv4)
+    pattern.format(ipv4)
     for ipv4 in ("7f00:1", "a9fe:a9fe", "c0a8:101", "808:808")
-    for form in ("::{}", "::ffff:{}", "::ffff:0:{}", "64:ff9b:1::{}", "2002:{}::", "2002:{}::1", "2001::{}")
+    for pattern in ("::{}", "::ffff:{}", "::ffff:0:{}", "64:ff9b:1::{}", "2002:{}::", "2002:{}::1", "2001::{}")
 ]
 PRIVATE = [
     "0.0.0.0", "0.1.2.3", "10.0.0.1", "100.64.0.1", "100.100.100.200", "127.0.0.1", "127.255.255.254",
@@ -71,8 +71,8 @@ def test_public_addresses(address: str, public: bool) -> None:
 )  # fmt: skip
 def test_private_hosts_in_disguise_are_not_fetched_from(host: str) -> None:
     with pytest.raises((UnavailableError, httpx.InvalidURL, OSError, ValueError)):  # all are "cannot be fetched"
-        found = asyncio.run(_resolve(httpx.URL(f"http://{host}/a.png"), "url"))
-        pytest.fail(f"{host} leads to {found}")
+        addresses = asyncio.run(_resolve(httpx.URL(f"http://{host}/a.png"), "url"))
+        pytest.fail(f"{host} leads to {addresses}")
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +122,7 @@ ENTRY_POINTS: list[Callable[[YiVL, str], Any]] = [
 def test_urls_are_not_fetched_unasked(yi_vl: YiVL, web: Any, ask: Any, scheme: str) -> None:
     with pytest.raises(ValueError, match=r"wide.png is a URL, .* allow_remote_images=True .* --allow-remote-images"):
         ask(yi_vl, url_of(web, scheme=scheme))
-    assert not web.asked
+    assert not web.requests
 
 
 def test_urls_are_fetched_when_asked(yi_vl: YiVL, fetching: YiVL, web: Any) -> None:
@@ -135,9 +135,9 @@ def test_urls_are_fetched_when_asked(yi_vl: YiVL, fetching: YiVL, web: Any) -> N
     assert fetching.predict_batch([(url, "What?"), (WIDE, "What?")], **options) == [expected] * 2
     conversation = fetching.chat()
     assert conversation.ask("What?", url, **options) == expected
-    num_asked = len(web.asked)
+    num_requests = len(web.requests)
     conversation.ask("And?", **options)
-    assert len(web.asked) == num_asked  # fetched once, and remembered
+    assert len(web.requests) == num_requests  # fetched once, and remembered
 
 
 def test_urls_are_fetched_within_an_event_loop_and_from_threads(web: Any) -> None:
@@ -154,7 +154,7 @@ def test_urls_are_fetched_within_an_event_loop_and_from_threads(web: Any) -> Non
 
 
 @pytest.mark.parametrize(
-    ("host", "path", "problem", "num_asked"),
+    ("host", "path", "problem", "num_requests"),
     [
         ("private.test", "wide.png", "private.test:[0-9]+/wide.png leads to an address that is not public", 0),
         ("both.test", "wide.png", "not public", 0),
@@ -168,12 +168,14 @@ def test_urls_are_fetched_within_an_event_loop_and_from_threads(web: Any) -> Non
         ("public.test", "empty", "is empty", 1),
     ],
 )
-def test_limits(web: Any, monkeypatch: pytest.MonkeyPatch, host: str, path: str, problem: str, num_asked: int) -> None:
+def test_limits(
+    web: Any, monkeypatch: pytest.MonkeyPatch, host: str, path: str, problem: str, num_requests: int
+) -> None:
     monkeypatch.setattr(image_remote, "MAX_BYTES", 100_000)
     monkeypatch.setattr(image_remote, "MAX_SECONDS", 0.5 if path == "slow" else 120)
     with pytest.raises(ValueError, match=problem) as caught:
         load_image(url_of(web, path, host), allow_remote_images=True)
-    assert len(web.asked) == num_asked and "sesame" not in str(caught.value)
+    assert len(web.requests) == num_requests and "sesame" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -217,7 +219,7 @@ def test_the_command_fetches_when_asked(
     arguments = ["ask", url_of(web), "What?", "--max-new-tokens", "3"]
     assert run_ask(monkeypatch, *arguments) == 2
     error = capsys.readouterr().err
-    assert "--allow-remote-images" in error and error.count("\n") == 1 and not web.asked
+    assert "--allow-remote-images" in error and error.count("\n") == 1 and not web.requests
     assert run_ask(monkeypatch, *arguments, "--allow-remote-images") == 0
     assert capsys.readouterr().out.strip() == yi_vl.predict(WIDE, "What?", max_new_tokens=3)
     assert run_ask(monkeypatch, "ask", url_of(web), "--allow-remote-images") == 2
@@ -229,7 +231,7 @@ def test_the_command_fetches_when_asked(
     assert "answers 404" in shown.err and yi_vl.predict(WIDE, "What?", max_new_tokens=3) in shown.out
 
 
-def test_without_httpx_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_httpx_the_message_names_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "httpx", None)
     monkeypatch.delitem(sys.modules, "yi_vl.image.remote")
     with pytest.raises(ValueError, match=r'httpx is missing; .* pip install "yi_vl\[serve\]"'):

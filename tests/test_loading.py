@@ -121,7 +121,7 @@ def test_a_hub_id_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
     refuse("01-ai/Yi-VL-6B", "01-ai/Yi-VL-6B is no folder here", "couldn't connect")
 
 
-def test_a_missing_nano_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_missing_nano_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(loading, "_BUNDLED", tmp_path / "nano")
     refuse(None, "bundled nano model is not in this installation", str(tmp_path))
 

@@ -75,7 +75,7 @@ def test_pixels_need_input_ids(model: YiVLForConditionalGeneration) -> None:
         model()
 
 
-def test_every_part_that_runs_learns(model: YiVLForConditionalGeneration) -> None:
+def test_every_parameter_that_is_used_gets_a_gradient(model: YiVLForConditionalGeneration) -> None:
     model.train()(**batch([1, 0])).loss.backward()
     silent = {name for name, parameter in model.named_parameters() if parameter.grad is None}
     last_block = "model.vision_tower.visual.transformer.resblocks.2."
@@ -113,8 +113,8 @@ def test_the_loss_is_the_mean_over_supervised_tokens(model: YiVLForConditionalGe
     torch.testing.assert_close(outputs.loss, expected)
     num_items = torch.tensor(1000)
     num_supervised = (inputs["labels"][:, 1:] != -100).sum()
-    normalised = model(**inputs, num_items_in_batch=num_items).loss
-    torch.testing.assert_close(normalised, expected * num_supervised / num_items)
+    normalized = model(**inputs, num_items_in_batch=num_items).loss
+    torch.testing.assert_close(normalized, expected * num_supervised / num_items)
 
 
 def test_only_the_logits_asked_for_are_computed(model: YiVLForConditionalGeneration) -> None:
@@ -122,8 +122,8 @@ def test_only_the_logits_asked_for_are_computed(model: YiVLForConditionalGenerat
     del inputs["labels"]
     everything = model(**inputs).logits
     torch.testing.assert_close(model(**inputs, logits_to_keep=1).logits, everything[:, -1:])
-    places = torch.tensor([0, 40])
-    torch.testing.assert_close(model(**inputs, logits_to_keep=places).logits, everything[:, places])
+    positions = torch.tensor([0, 40])
+    torch.testing.assert_close(model(**inputs, logits_to_keep=positions).logits, everything[:, positions])
 
 
 def test_images_may_come_encoded(model: YiVLForConditionalGeneration) -> None:
@@ -148,19 +148,20 @@ def test_save_and_load_is_exact(tmp_path: Path, dtype: torch.dtype, stem_widths:
     )
     assert isinstance(config, YiVLConfig) and isinstance(loaded, YiVLForConditionalGeneration)
     assert config.vision_config.to_dict() == model.config.vision_config.to_dict()
-    mine, theirs = model.state_dict(), loaded.state_dict()
-    assert mine.keys() == theirs.keys()
-    assert all(torch.equal(mine[name], theirs[name]) and mine[name].dtype == theirs[name].dtype for name in mine)
+    saved_state, loaded_state = model.state_dict(), loaded.state_dict()
+    assert saved_state.keys() == loaded_state.keys()
+    assert all(
+        torch.equal(saved_state[name], loaded_state[name]) and saved_state[name].dtype == loaded_state[name].dtype
+        for name in saved_state
+    )
 
     again = AutoProcessor.from_pretrained(tmp_path)
     assert isinstance(again, YiVLProcessor)
     assert again.to_dict() == processor.to_dict() and again.chat_template == processor.chat_template
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What? <|im_end|>"}]}]
     assert again.encode_messages(messages) == processor.encode_messages(messages)
-    pictures = [OFFICIAL / "wide.png"]
-    assert torch.equal(
-        again.image_processor(pictures)["pixel_values"], processor.image_processor(pictures)["pixel_values"]
-    )
+    images = [OFFICIAL / "wide.png"]
+    assert torch.equal(again.image_processor(images)["pixel_values"], processor.image_processor(images)["pixel_values"])
 
 
 def test_a_loaded_model_has_every_tensor_on_disk(tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def _chat(processor: YiVLProcessor) -> Any:
     )
 
 
-def test_auto_classes_give_ours(folder: Path) -> None:
+def test_auto_classes_give_yi_vls(folder: Path) -> None:
     assert type(AutoConfig.from_pretrained(folder)) is yi_vl.YiVLConfig
     assert type(AutoProcessor.from_pretrained(folder)) is YiVLProcessor
     assert type(AutoModelForImageTextToText.from_pretrained(folder)) is YiVLForConditionalGeneration
@@ -82,12 +82,12 @@ def test_registration_is_one_import(folder: Path, tmp_path: Path) -> None:
 
 def test_the_pipeline_chats(folder: Path) -> None:
     pipe = pipeline("image-text-to-text", model=str(folder), device="cpu")
-    said = pipe(text=MESSAGES, max_new_tokens=6, return_full_text=False, generate_kwargs={"do_sample": False})
+    replies = pipe(text=MESSAGES, max_new_tokens=6, return_full_text=False, generate_kwargs={"do_sample": False})
     model = yi_vl.load(folder, device="cpu")
     expected = model.model.generate(**_chat(model.processor), max_new_tokens=6, do_sample=False)
     prompt_length = _chat(model.processor)["input_ids"].shape[1]
     text = model.processor.tokenizer.decode(expected[0, prompt_length:], skip_special_tokens=True)
-    assert said[0]["generated_text"] == text and text
+    assert replies[0]["generated_text"] == text and text
 
 
 def test_what_is_saved_is_loaded_to_the_bit(folder: Path, tmp_path: Path, inputs: dict[str, torch.Tensor]) -> None:
@@ -118,7 +118,7 @@ def test_modules_can_be_offloaded_one_by_one(inputs: dict[str, torch.Tensor]) ->
     torch.testing.assert_close(model(**inputs).logits, expected)
 
 
-def test_lora_attaches_learns_merges_saves_and_loads(tmp_path: Path, inputs: dict[str, torch.Tensor]) -> None:
+def test_lora_attaches_trains_merges_saves_and_loads(tmp_path: Path, inputs: dict[str, torch.Tensor]) -> None:
     from peft import LoraConfig, PeftModel, get_peft_model
 
     base = tiny_model()

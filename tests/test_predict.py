@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,14 +12,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import IMAGE_TOKEN_ID, NUM_PATCHES, OFFICIAL, tiny_model, tiny_processor, tiny_yi_vl
+from tiny import IMAGE_TOKEN_ID, NUM_PATCHES, OFFICIAL, tiny_model, tiny_processor, tiny_yi_vl, uncached
 from transformers.cache_utils import Cache
 
-from yi_vl.chat import render_caption
 from yi_vl.engine.kv_cache import CACHE_ARGUMENT
-from yi_vl.engine.prefix_cache import LRUCache
 from yi_vl.engine.sampling import Sampler, Sampling
-from yi_vl.messages import user_message
 from yi_vl.predict import YiVL
 
 WIDE, TALL = OFFICIAL / "wide.png", OFFICIAL / "tall.png"
@@ -51,9 +47,9 @@ def grow(**inputs: Any) -> int:
 
 @pytest.fixture
 def script(yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch) -> Iterator[Script]:
-    """Makes the model say given tokens, row by row; returns the list that collects each step's number of rows.
+    """Makes the model generate given tokens, row by row; returns the list that collects each step's number of rows.
 
-    A row of several tokens, or of the end token, leaves when they are said; another says its one token on and on.
+    A row of several tokens, or of the end token, is removed after the last of them; another repeats its one token.
     """
 
     def install(rows: Sequence[Sequence[int]]) -> list[int]:
@@ -75,7 +71,7 @@ def script(yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch) -> Iterator[Script]:
                 if not goes_on:
                     del row[:1]
             calls.append(num_rows)
-            assert len(calls) < 600, "nobody stops the work"
+            assert len(calls) < 600, "generation is not stopped"
             return SimpleNamespace(logits=logits)
 
         monkeypatch.setattr(yi_vl.model, "forward", forward)
@@ -96,15 +92,15 @@ def ids_of(yi_vl: YiVL, text: str) -> list[int]:
 @pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": 3, "top_p": 0.9}])
 def test_a_batch_equals_its_single_requests(yi_vl: YiVL, options: dict[str, Any], stop: tuple[str, ...]) -> None:
     options = {"max_new_tokens": 12, "stop": stop, **options}
-    alone = [cold(yi_vl).predict(*request, **options) for request in REQUESTS]
+    alone = [uncached(yi_vl).predict(*request, **options) for request in REQUESTS]
     assert len({len(answer) for answer in alone}) > 1
     assert yi_vl.predict_batch(REQUESTS, **options) == alone
     for batch_size in (2, 3):
-        assert cold(yi_vl).predict_batch(REQUESTS, batch_size=batch_size, **options) == alone
+        assert uncached(yi_vl).predict_batch(REQUESTS, batch_size=batch_size, **options) == alone
 
 
-def test_the_next_request_takes_the_place_of_the_one_that_ended(yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch) -> None:
-    fresh, sizes = cold(yi_vl), []
+def test_the_next_request_takes_the_slot_of_a_finished_request(yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch) -> None:
+    fresh, sizes = uncached(yi_vl), []
     sample = Sampler.__call__
 
     def watch(sampler: Sampler, logits: torch.Tensor, generators: Any) -> torch.Tensor:
@@ -117,7 +113,7 @@ def test_the_next_request_takes_the_place_of_the_one_that_ended(yi_vl: YiVL, mon
     assert sizes == sorted(sizes, reverse=True) and sizes.count(2) > sizes.count(1)  # one place is free at the end only
 
 
-def test_an_answer_depends_on_its_picture(yi_vl: YiVL) -> None:
+def test_an_answer_depends_on_its_image(yi_vl: YiVL) -> None:
     assert len({yi_vl.predict(image, "What?", max_new_tokens=12) for image in (WIDE, TALL, None, [WIDE, TALL])}) == 4
 
 
@@ -130,148 +126,18 @@ def test_streamed_pieces_are_the_answer(yi_vl: YiVL, request_index: int) -> None
     assert len(pieces) > 3 and all(pieces)
 
 
-def test_pictures_may_be_paths_bytes_images_or_arrays(yi_vl: YiVL) -> None:
-    picture = Image.open(WIDE).convert("RGB")
-    forms = [WIDE, str(WIDE), WIDE.read_bytes(), picture, np.asarray(picture), [picture]]
-    assert len({yi_vl.predict(form, "What?", max_new_tokens=8) for form in forms}) == 1
-
-
-class Watched:
-    """How many tokens each call of the model reads, and how many pictures it encodes."""
-
-    def __init__(self, yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.read: list[int] = []
-        self.encoded: list[int] = []
-        forward, encode = yi_vl.model.forward, yi_vl.model.model.encode_images
-
-        def watch_forward(**inputs: Any) -> Any:
-            self.read.append((inputs["input_ids"] if "input_ids" in inputs else inputs["inputs_embeds"]).shape[1])
-            return forward(**inputs)
-
-        def watch_encode(pixel_values: torch.Tensor) -> torch.Tensor:
-            self.encoded.append(len(pixel_values))
-            return encode(pixel_values)
-
-        monkeypatch.setattr(yi_vl.model, "forward", watch_forward)
-        monkeypatch.setattr(yi_vl.model.model, "encode_images", watch_encode)
-
-
-def cold(yi_vl: YiVL) -> YiVL:
-    """The same model, with nothing remembered."""
-    return YiVL(yi_vl.model, yi_vl.processor)
-
-
-def test_a_picture_seen_lately_is_not_encoded_again(yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch) -> None:
-    fresh, watched = cold(yi_vl), Watched(yi_vl, monkeypatch)
-    first = fresh.predict_batch([([WIDE, TALL, WIDE], "What?"), (WIDE, "Where?")], max_new_tokens=8)
-    assert watched.encoded == [2]
-    assert fresh.predict([WIDE, TALL, WIDE], "What?", max_new_tokens=8) == first[0] and watched.encoded == [2]
-
-
-def test_a_chat_reads_only_what_is_new(yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch) -> None:
-    fresh, watched = cold(yi_vl), Watched(yi_vl, monkeypatch)
-    chat = fresh.chat()
-    chat.ask("What is in this picture?", [WIDE], max_new_tokens=6)
-    first_turn, watched.read[:] = watched.read[0], []
-    chat.ask("And now?", max_new_tokens=6)
-    assert watched.encoded == [1] and watched.read[0] < first_turn / 4
-    fresh.chat().ask("Another question", [WIDE], max_new_tokens=6)  # begins alike: prompt and picture are known
-    assert watched.encoded == [1] and max(watched.read) < first_turn / 4
-
-
-def test_a_prompt_that_is_an_image_alone_is_answered_again(yi_vl: YiVL) -> None:
-    """A captioning prompt: the longest cached prefix would end within the image."""
-    engine = cold(yi_vl).engine
-    encoded = [yi_vl.processor.encode(render_caption("")[:1])]
-    prompts = engine.stack_prompts(encoded, [yi_vl.processor.image_processor.to_uint8(WIDE)])
-    first, again = (
-        [output.text for (output,) in engine.generate(prompts, Sampling(max_new_tokens=6))] for _ in range(2)
-    )
-    assert again == first
-
-
-def test_images_and_image_tokens_that_do_not_match_are_refused(yi_vl: YiVL) -> None:
-    prompts = yi_vl.engine.prepare([[user_message([WIDE], "What?")]])
-    key = prompts.prefix_keys[0]
-    broken = replace(prompts, prefix_keys=[replace(key, images=key.images * 2)])
-    with pytest.raises(ValueError, match=f"{NUM_PATCHES} image tokens .* {2 * NUM_PATCHES} image features"):
-        next(cold(yi_vl).engine.generate(broken, Sampling()))
-
-
-@pytest.mark.parametrize("change", ["go on", "regenerate", "edit", "stop early", "failed turn", "another picture"])
-def test_what_is_remembered_changes_no_answer(yi_vl: YiVL, change: str) -> None:
-    """Logits of the next turn equal those of a cold run, whatever happened to the conversation before."""
-    warm = cold(yi_vl)
-    chat = warm.chat()
-    chat.ask("What is in this picture?", [WIDE], max_new_tokens=6)
-    chat.ask("What else?", max_new_tokens=6)
-    if change == "regenerate":
-        chat.messages = chat.messages[:-2]
-    elif change == "edit":
-        chat.messages = [*chat.messages[:2], {"role": "user", "content": "Something else?"}, chat.messages[3]]
-    elif change == "stop early":
-        pieces = chat.stream("Go on", max_new_tokens=20)
-        next(pieces)
-        pieces.close()
-    elif change == "failed turn":
-        with pytest.raises(ValueError, match="no-such-file"):
-            chat.ask("And this?", ["no-such-file.png"])
-    elif change == "another picture":
-        chat.messages = [
-            {
-                "role": "user",
-                "content": [{"type": "image", "image": TALL}, {"type": "text", "text": "What is in this picture?"}],
-            },
-            *chat.messages[1:],
-        ]
-    conversation = [*chat.messages, {"role": "user", "content": "What else?"}]
-
-    def logits(model: YiVL) -> torch.Tensor:
-        prompts = model.engine.prepare([conversation])
-        assert (model.engine._prefixes.find(prompts.prefix_keys[0]).get_seq_length() > 0) == (model is warm)
-        rows, seen = model.engine.prefill(prompts, model.engine.new_requests(prompts, Sampling())), []
-        for _ in range(5):
-            seen.append(rows.logits)
-            rows.step(rows.logits.argmax(-1))
-        return torch.cat(seen)
-
-    torch.testing.assert_close(logits(warm), logits(cold(yi_vl)), atol=1e-4, rtol=0)
-
-
-def test_what_is_remembered_is_bounded(yi_vl: YiVL) -> None:
-    fresh = cold(yi_vl)
-    fresh.predict(WIDE, "What?", max_new_tokens=4)
-    one = fresh.engine._prefixes.num_bytes
-    fresh.engine._prefixes.max_bytes = int(2.5 * one)
-    for question in ("What?", "Where?", "Why?", "How?", "Who?"):
-        fresh.chat(system=question * 9).ask(question, [TALL], max_new_tokens=4)
-        assert 0 < fresh.engine._prefixes.num_bytes <= 2.5 * one
-        parts = [part for entry in fresh.engine._prefixes._entries for layer in entry.layers for part in layer]
-        held = {part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in parts}
-        assert sum(held.values()) == fresh.engine._prefixes.num_bytes  # no reserve, nothing larger kept alive
-    fresh.clear_cache()
-    assert fresh.engine._prefixes.num_bytes == 0
-
-
-def test_the_least_recently_used_goes_first_and_bytes_are_bounded() -> None:
-    store: LRUCache[str] = LRUCache(max_bytes=10)
-    store.put("a", "A", 4)
-    store.put("b", "B", 4)
-    assert store.get("a") == "A"
-    store.put("c", "C", 4)
-    assert (store.get("a"), store.get("b"), store.get("c"), store.num_bytes) == ("A", None, "C", 8)
-    store.put("large", "L", 11)
-    assert store.get("large") is None and store.num_bytes == 8
-    store.put("a", "A2", 6)
-    assert store.get("a") == "A2" and store.num_bytes == 10 and len(store) == 2
+def test_images_may_be_paths_bytes_pil_images_or_arrays(yi_vl: YiVL) -> None:
+    image = Image.open(WIDE).convert("RGB")
+    sources = [WIDE, str(WIDE), WIDE.read_bytes(), image, np.asarray(image), [image]]
+    assert len({yi_vl.predict(source, "What?", max_new_tokens=8) for source in sources}) == 1
 
 
 def test_seeds_repeat_an_answer(yi_vl: YiVL) -> None:
-    def say(seed: int | None) -> str:
+    def answer(seed: int | None) -> str:
         return yi_vl.predict(WIDE, "What?", temperature=1.0, seed=seed, max_new_tokens=12)
 
-    assert say(1) == say(1) != say(2)
-    assert say(None) != say(None)
+    assert answer(1) == answer(1) != answer(2)
+    assert answer(None) != answer(None)
 
 
 def test_rows_end_by_themselves(yi_vl: YiVL, script: Script) -> None:
@@ -317,7 +183,9 @@ def test_a_stream_that_is_never_read_does_no_work(yi_vl: YiVL, script: Script) -
     assert calls == []
 
 
-def test_the_image_token_and_rows_without_a_token_are_never_said(yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_image_token_and_rows_without_a_token_are_never_sampled(
+    yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch
+) -> None:
     steps = 0
 
     def forward(**inputs: Any) -> SimpleNamespace:
@@ -329,7 +197,8 @@ def test_the_image_token_and_rows_without_a_token_are_never_said(yi_vl: YiVL, mo
         return SimpleNamespace(logits=logits)
 
     monkeypatch.setattr(yi_vl.model, "forward", forward)
-    assert cold(yi_vl).predict(None, "Hi") == "" and steps == 1  # the likeliest token that may be said ends the answer
+    assert uncached(yi_vl).predict(None, "Hi") == ""
+    assert steps == 1  # the most likely token that is not suppressed ends the answer
 
 
 def test_too_long_prompts_are_refused_before_any_work(yi_vl: YiVL, script: Script) -> None:
@@ -348,7 +217,7 @@ def test_too_long_prompts_are_refused_before_any_work(yi_vl: YiVL, script: Scrip
         ((None, ""), {}, "question is empty"),
         ((None, " "), {}, "question is empty"),
         ((None, 3), {}, "question is 3; expected a text"),
-        ((b"no picture", "What?"), {}, "not an image"),
+        ((b"no image", "What?"), {}, "not an image"),
         ((["missing.png"], "What?"), {}, "missing.png"),
         ((None, "Hi"), {"temperature": -1}, "temperature is -1"),
         ((None, "Hi"), {"top_p": 0}, "top_p is 0"),
@@ -371,7 +240,7 @@ def test_unknown_options_and_sizes_are_refused(yi_vl: YiVL) -> None:
     assert yi_vl.predict_batch([]) == []
 
 
-def test_image_parts_must_carry_their_picture(yi_vl: YiVL) -> None:
+def test_image_parts_must_carry_their_image(yi_vl: YiVL) -> None:
     with pytest.raises(ValueError, match="must carry its image"):
         yi_vl.answer([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}])
 
@@ -379,38 +248,40 @@ def test_image_parts_must_carry_their_picture(yi_vl: YiVL) -> None:
 def test_system_and_history_are_read(yi_vl: YiVL) -> None:
     history = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
     messages = [{"role": "system", "content": "Be brief."}, *history, {"role": "user", "content": "So?"}]
-    said = yi_vl.predict(None, "So?", system="Be brief.", history=history, max_new_tokens=12)
-    assert said == yi_vl.answer(messages, max_new_tokens=12)
-    assert said != yi_vl.predict(None, "So?", max_new_tokens=12)
+    response = yi_vl.predict(None, "So?", system="Be brief.", history=history, max_new_tokens=12)
+    assert response == yi_vl.answer(messages, max_new_tokens=12)
+    assert response != yi_vl.predict(None, "So?", max_new_tokens=12)
 
 
-def test_answers_tell_why_they_ended_and_how_long_they_are(yi_vl: YiVL, script: Script) -> None:
+def test_outputs_have_finish_reasons_and_lengths(yi_vl: YiVL, script: Script) -> None:
     script([[*ids_of(yi_vl, " dog"), 2], ids_of(yi_vl, " dog")])
     prompts = yi_vl.engine.prepare([[{"role": "user", "content": "Hi"}]] * 2)
     outputs = [output for step in yi_vl.engine.generate(prompts, Sampling(max_new_tokens=3)) for output in step]
-    assert [(one.request_index, one.finish_reason, one.num_tokens) for one in outputs if one.finish_reason] == [
+    assert [
+        (output.request_index, output.finish_reason, output.num_tokens) for output in outputs if output.finish_reason
+    ] == [
         (0, "stop", 2),
         (1, "length", 3),
     ]
 
 
-def test_a_conversation_remembers(yi_vl: YiVL) -> None:
+def test_a_conversation_keeps_its_history(yi_vl: YiVL) -> None:
     chat = yi_vl.chat()
     first = chat.ask("What is this?", WIDE, max_new_tokens=5)
     second = chat.ask("And what else?", max_new_tokens=5)
     assert [message["role"] for message in chat.messages] == ["user", "assistant"] * 2
     assert [chat.messages[index]["content"] for index in (1, 3)] == [first, second]
-    picture = {"type": "image", "image": WIDE}
-    told = [
-        {"role": "user", "content": [picture, {"type": "text", "text": "What is this?"}]},
+    image_part = {"type": "image", "image": WIDE}
+    messages = [
+        {"role": "user", "content": [image_part, {"type": "text", "text": "What is this?"}]},
         {"role": "assistant", "content": first},
         {"role": "user", "content": "And what else?"},
     ]
-    assert second == yi_vl.answer(told, max_new_tokens=5)
+    assert second == yi_vl.answer(messages, max_new_tokens=5)
 
 
-def test_a_conversation_keeps_its_pictures_when_their_files_are_gone(yi_vl: YiVL, tmp_path: Path) -> None:
-    path = tmp_path / "picture.png"
+def test_a_conversation_keeps_its_images_when_their_files_are_gone(yi_vl: YiVL, tmp_path: Path) -> None:
+    path = tmp_path / "image.png"
     path.write_bytes(WIDE.read_bytes())
     chat = yi_vl.chat(system="Be brief.")
     chat.ask("What?", path, max_new_tokens=3)
@@ -419,7 +290,7 @@ def test_a_conversation_keeps_its_pictures_when_their_files_are_gone(yi_vl: YiVL
     assert chat.messages[0] == {"role": "system", "content": "Be brief."}
 
 
-def test_a_stopped_answer_is_remembered_as_far_as_it_went(yi_vl: YiVL, script: Script) -> None:
+def test_a_stopped_answer_stays_in_the_history_as_far_as_it_went(yi_vl: YiVL, script: Script) -> None:
     script([ids_of(yi_vl, " dog")])
     chat = yi_vl.chat()
     pieces = chat.stream("Hi")
@@ -430,7 +301,7 @@ def test_a_stopped_answer_is_remembered_as_far_as_it_went(yi_vl: YiVL, script: S
     assert len(chat.messages) == 4
 
 
-def test_a_failed_turn_is_forgotten(yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_turn_is_dropped(yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch) -> None:
     chat = yi_vl.chat()
     for wrong in (("", None), ("What?", "missing.png")):
         with pytest.raises(ValueError):

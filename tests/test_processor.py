@@ -36,15 +36,15 @@ def test_yis_special_tokens_keep_their_ids(processor: YiVLProcessor) -> None:
     assert processor.tokenizer("a")["input_ids"] == processor.tokenizer("a", add_special_tokens=False)["input_ids"]
 
 
-def test_transformers_own_call_expands_images_as_we_do(processor: YiVLProcessor) -> None:
+def test_transformers_call_expands_images_as_encode_messages_does(processor: YiVLProcessor) -> None:
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}]
     prompt = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    theirs = processor(images=[Image.open(WIDE)], text=prompt, return_tensors="pt")
-    ours = processor.encode_messages(messages)
-    assert theirs["input_ids"][0].tolist() == ours.input_ids
-    assert torch.equal(theirs["pixel_values"], processor.image_processor(WIDE)["pixel_values"])
+    inputs = processor(images=[Image.open(WIDE)], text=prompt, return_tensors="pt")
+    encoded = processor.encode_messages(messages)
+    assert inputs["input_ids"][0].tolist() == encoded.input_ids
+    assert torch.equal(inputs["pixel_values"], processor.image_processor(WIDE)["pixel_values"])
 
 
-def test_servers_learn_how_many_tokens_an_image_takes(processor: YiVLProcessor) -> None:
-    told = processor._get_num_multimodal_tokens(image_sizes=[[10, 20], [3000, 1]])
-    assert told["num_image_tokens"] == [NUM_PATCHES] * 2 and told["num_image_patches"] == [1, 1]
+def test_servers_get_the_number_of_tokens_of_an_image(processor: YiVLProcessor) -> None:
+    counts = processor._get_num_multimodal_tokens(image_sizes=[[10, 20], [3000, 1]])
+    assert counts["num_image_tokens"] == [NUM_PATCHES] * 2 and counts["num_image_patches"] == [1, 1]

@@ -190,8 +190,8 @@ def test_a_gpu_would_get_torchao(monkeypatch: pytest.MonkeyPatch, folder: Path, 
     torchao_config = quantize.make_config("int8", None, "cuda")
     monkeypatch.setattr(loading, "make_config", lambda *_: torchao_config)
     model = yi_vl.load(folder, device="cpu", dtype=torch.bfloat16, quantize="int8")
-    quantised = {name for name, p in model.model.named_parameters() if type(p).__name__ == "Int8Tensor"}
-    assert quantised == {
+    quantized = {name for name, p in model.model.named_parameters() if type(p).__name__ == "Int8Tensor"}
+    assert quantized == {
         f"{name}.weight"
         for name, module in model.model.named_modules()
         if isinstance(module, nn.Linear) and name.startswith(("model.language_model.", "lm_head"))
@@ -236,7 +236,7 @@ def test_sizes_are_those_of_the_loaded_model(run: Run, folder: Path, tmp_path: P
     assert "lm_head.weight_scale" in run("info", str(saved), "--tensors")[1]
 
 
-def test_layouts_without_a_place_for_it(folder: Path, tmp_path: Path) -> None:
+def test_layouts_that_cannot_hold_quantized_weights_are_refused(folder: Path, tmp_path: Path) -> None:
     yi_vl.load(folder, device="cpu", quantize="int8").save(tmp_path / "saved")
     checkpoint = open_checkpoint(tmp_path / "saved")
     for layout in ("official", "llava-hf"):
@@ -258,7 +258,7 @@ def test_adapters_are_not_merged_into_it(folder: Path, tmp_path: Path) -> None:
             read(tmp_path / "adapters")
 
 
-def test_a_quantised_language_model_is_not_trained(toy_language_model: Path, toy_tower: str, tmp_path: Path) -> None:
+def test_a_quantized_language_model_is_not_trained(toy_language_model: Path, toy_tower: str, tmp_path: Path) -> None:
     for file in toy_language_model.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     config = json.loads((tmp_path / "config.json").read_text()) | {

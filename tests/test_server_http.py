@@ -19,7 +19,7 @@ from typing import Any
 import httpx
 import pytest
 import uvicorn
-from test_server import PATIENCE_SECONDS, Gate, ask, metric, serving, until
+from serving import PATIENCE_SECONDS, Gate, ask, metric, serving, wait_until
 from tiny import tiny_yi_vl
 
 from yi_vl.predict import YiVL
@@ -125,8 +125,8 @@ def test_a_bomb_takes_no_memory() -> None:
 def test_web_pages_of_other_origins_ask_only_where_allowed(yi_vl: YiVL, address: str) -> None:
     def preflight(address: str, origin: str) -> httpx.Response:
         headers = {"Origin": origin, "Access-Control-Request-Method": "POST"}
-        asked = {"Access-Control-Request-Headers": "authorization,content-type,x-stainless-lang"}
-        return httpx.options(address + COMPLETIONS, headers={**headers, **asked})
+        more_headers = {"Access-Control-Request-Headers": "authorization,content-type,x-stainless-lang"}
+        return httpx.options(address + COMPLETIONS, headers={**headers, **more_headers})
 
     closed = preflight(address, "https://chat.example")
     assert closed.status_code == 405 and "Access-Control-Allow-Origin" not in closed.headers
@@ -216,14 +216,14 @@ def test_several_keys_from_everywhere(yi_vl: YiVL, tmp_path: Path, monkeypatch: 
     assert read_keys([], None) == []
 
 
-def test_a_port_in_use_is_told_before_anything_is_loaded() -> None:
+def test_a_port_in_use_is_reported_before_anything_is_loaded() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ValueError, match=f"127.0.0.1, port {port}: Address already in use"):
             bind("127.0.0.1", port)
         command = [sys.executable, "-m", "yi_vl", "serve", "/no/model", "--port", str(port)]
-        told = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
-    assert told.returncode == 2 and told.stderr.count("\n") == 1 and f"port {port}" in told.stderr
+        finished = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
+    assert finished.returncode == 2 and finished.stderr.count("\n") == 1 and f"port {port}" in finished.stderr
     (free,) = bind("127.0.0.1", port)
     free.close()
     sockets = bind("localhost", 0)  # on all its addresses, at one port
@@ -250,7 +250,7 @@ def test_tls(yi_vl: YiVL, tmp_path: Path) -> None:
     thread = threading.Thread(target=server.run, args=([bound],))
     thread.start()
     try:
-        until(lambda: server.started or not thread.is_alive())
+        wait_until(lambda: server.started or not thread.is_alive())
         trusted = ssl.create_default_context(cafile=str(certificate))
         trusted.verify_flags |= ssl.VERIFY_X509_STRICT  # the default from Python 3.13 on
         assert httpx.get(f"https://localhost:{port}/healthz", verify=trusted).status_code == 200
@@ -292,7 +292,7 @@ def test_answers_that_the_shutdown_cuts_end_with_an_error(
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, timeout_graceful_shutdown=1))
     thread = threading.Thread(target=server.run)
     thread.start()
-    until(lambda: server.started)
+    wait_until(lambda: server.started)
     address = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     events: list[str] = []
     statuses: list[tuple[int, Any]] = []
@@ -304,10 +304,10 @@ def test_answers_that_the_shutdown_cuts_end_with_an_error(
     gate.let(3)
     streaming = threading.Thread(target=read_events, args=(address, events))
     streaming.start()
-    until(lambda: gate.num_begun == 4)
+    wait_until(lambda: gate.num_begun == 4)
     waiting = threading.Thread(target=read_whole)
     waiting.start()
-    until(lambda: metric(address, "requests_waiting") == 1)
+    wait_until(lambda: metric(address, "requests_waiting") == 1)
     server.should_exit = True
     streaming.join(PATIENCE_SECONDS), waiting.join(PATIENCE_SECONDS)
     gate.open()

@@ -16,7 +16,7 @@ import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
 from conftest import chat_sample
-from processes import finish, said, start, wait_for
+from processes import finish, output_path, start, wait_for
 from rich.console import Console
 
 from train import checkpoint
@@ -71,7 +71,7 @@ def test_killed_at_any_moment_it_goes_on_exactly(configure_saved: Configure, tmp
         assert finish([process]) == [-signal.SIGKILL]
         _, left = psutil.wait_procs(workers, timeout=20)
         assert workers and not left, "the data workers end with the trainer"
-    assert finish(start(config)) == [0], said(config).read_text()
+    assert finish(start(config)) == [0], output_path(config).read_text()
     assert_same(config, whole)
     assert not list(run_dir.glob(".*"))
 
@@ -119,7 +119,7 @@ def logged(config: TrainConfig) -> list[float]:
 
 def test_two_ranks_learn_as_one_and_survive(two_ranks: Configure, tmp_path: Path) -> None:
     whole = two_ranks("uneven", f"run_dir={tmp_path}/whole")
-    assert finish(start(whole, 2)) == [0, 0], said(whole, 1).read_text()
+    assert finish(start(whole, 2)) == [0, 0], output_path(whole, 1).read_text()
     expected = one_process(two_ranks("uneven", f"run_dir={tmp_path}/one"))
     assert logged(whole) == pytest.approx(expected, rel=1e-4)
 
@@ -136,7 +136,7 @@ def test_two_ranks_learn_as_one_and_survive(two_ranks: Configure, tmp_path: Path
 def test_a_rank_without_a_picture_learns_with_the_other(two_ranks: Configure, tmp_path: Path) -> None:
     settings = ("data.workers=1", "steps=4")
     config = two_ranks("halves", *settings)
-    assert finish(start(config, 2)) == [0, 0], said(config, 1).read_text()
+    assert finish(start(config, 2)) == [0, 0], output_path(config, 1).read_text()
     shards = [
         {name.split()[0] for row in rows(config, f"samples-{rank}.jsonl") for name in row["samples"]} for rank in (0, 1)
     ]
@@ -149,7 +149,7 @@ def test_two_ranks_adapt_an_int4_base_as_one(two_ranks: Configure, tmp_path: Pat
     settings = ("trainable={vision: false, language: lora}", "lora={rank: 4, alpha: 8, dropout: 0, base: int4}")
     settings += ("data.workers=1", "steps=4", "lr.language=1e-2")
     config = two_ranks("halves", *settings)
-    assert finish(start(config, 2)) == [0, 0], said(config, 1).read_text()
+    assert finish(start(config, 2)) == [0, 0], output_path(config, 1).read_text()
     expected = one_process(two_ranks("halves", f"run_dir={tmp_path}/one", *settings))
     assert logged(config) == pytest.approx(expected, rel=1e-4)
 
@@ -165,7 +165,7 @@ def test_a_signal_to_one_rank_stops_all_and_one_process_goes_on(two_ranks: Confi
     step = int(saved.name[5:])
     again = load_config(saved / "config.yaml", [f"steps={step + 2}"])
     assert finish(start(again)) == [0]
-    assert "2 ranks x 2 workers, this run has 1 x 2" in said(again).read_text()
+    assert "2 ranks x 2 workers, this run has 1 x 2" in output_path(again).read_text()
     assert [row["step"] for row in rows(again)] == list(range(1, step + 3))
     assert [row["step"] for row in rows(again, "samples-1.jsonl")] == list(range(1, step + 1))
 
@@ -174,7 +174,7 @@ def test_a_rank_without_samples_stops_all_with_one_line(two_ranks: Configure, tm
     write_shard(tmp_path / "few/0.tar", [chat_sample(0)])
     config = two_ranks("few", "data.workers=1")
     assert finish(start(config, 2)) == [2, 2]
-    lines = [said(config, rank).read_text().splitlines()[-1] for rank in range(2)]
+    lines = [output_path(config, rank).read_text().splitlines()[-1] for rank in range(2)]
     assert lines[0] == lines[1] and lines[0].startswith("error: ") and "hold no sample for this worker" in lines[0]
 
 
@@ -201,8 +201,8 @@ def test_spread_weights_learn_the_same(
     settings += [f"precision={precision}"]
     settings += ["trainable={vision: false, projector: false}"] if trainable == "language" else []
     config = two_ranks("halves", *settings)
-    assert finish(start(config, 2, **launched("fsdp"))) == [0, 0], said(config, 1).read_text()
-    (line,) = (line for line in said(config).read_text().splitlines() if line.startswith("2 ranks"))
+    assert finish(start(config, 2, **launched("fsdp"))) == [0, 0], output_path(config, 1).read_text()
+    (line,) = (line for line in output_path(config).read_text().splitlines() if line.startswith("2 ranks"))
     here, whole = (int(word.replace(",", "")) for word in re.findall(r"[\d,]{4,}", line))
     assert whole / 2 <= here < 0.6 * whole
     one = two_ranks("halves", f"run_dir={tmp_path}/one", *settings, "precision=fp32")
@@ -218,7 +218,7 @@ def test_spread_weights_learn_the_same(
                     assert torch.equal(run.optimizer.state[parameter][key], state["optimizer"]["state"][name][key])
         before = logged(config)
         shutil.rmtree(Path(config.run_dir) / "final")
-        assert finish(start(config, 2, **launched("fsdp"))) == [0, 0], said(config, 1).read_text()
+        assert finish(start(config, 2, **launched("fsdp"))) == [0, 0], output_path(config, 1).read_text()
         assert logged(config) == before, "going on, each rank has its part of the optimizer's state"
         assert {group["name"]: group["peak_lr"] for group in run.optimizer.param_groups}["projector"] == 3e-3
 

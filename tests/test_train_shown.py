@@ -66,11 +66,11 @@ def test_held_out_answers_are_shown_and_change_nothing(
     assert [row["step"] for row in rows] == [2, 4, 6] and all(len(row["generations"]) == 3 for row in rows)
     page = (tmp_path / "shown/generations.html").read_text()
     assert page.count("<article>") == 3 and page.count("<img") >= 3
-    assert ("a red picture" if form == "caption" else "What colour is it?") in page
+    assert ("a red image" if form == "caption" else "What colour is it?") in page
 
     held_out = HeldOut(GenerationsConfig(str(shards), form), shown.data, trainer(shown).processor, tmp_path)
     question = held_out.samples[0]
-    assert question.reference == ("a red picture" if form == "caption" else "red")
+    assert question.reference == ("a red image" if form == "caption" else "red")
     assert not any(segment.is_supervised for segment in question.prompt) and len(question.images) == 1
 
 

@@ -25,14 +25,14 @@ def pixels(num_images: int = 2, size_px: int = 56) -> torch.Tensor:
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_patch_convolution_equals_torchs(bias: bool) -> None:
-    theirs = nn.Conv2d(3, 8, 14, 14, bias=bias)
-    ours = PatchConv2d(3, 8, 14, 14, bias=bias)
-    ours.load_state_dict(theirs.state_dict())
+    reference = nn.Conv2d(3, 8, 14, 14, bias=bias)
+    layer = PatchConv2d(3, 8, 14, 14, bias=bias)
+    layer.load_state_dict(reference.state_dict())
     x = pixels().requires_grad_()
-    torch.testing.assert_close(ours(x), theirs(x), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(layer(x), reference(x), atol=1e-5, rtol=1e-5)
     for a, b in zip(
-        torch.autograd.grad(ours(x).square().sum(), [x, *ours.parameters()]),
-        torch.autograd.grad(theirs(x).square().sum(), [x, *theirs.parameters()]),
+        torch.autograd.grad(layer(x).pow(2).sum(), [x, *layer.parameters()]),
+        torch.autograd.grad(reference(x).pow(2).sum(), [x, *reference.parameters()]),
     ):
         torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
 

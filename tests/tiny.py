@@ -67,6 +67,11 @@ def tiny_yi_vl(seed: int = 0, **config: object) -> YiVL:
     return YiVL(tiny_model(seed, **config), tiny_processor())
 
 
+def uncached(yi_vl: YiVL) -> YiVL:
+    """The same model with empty caches."""
+    return YiVL(yi_vl.model, yi_vl.processor)
+
+
 def official_messages(turns: list[list[str | None]]) -> list[dict[str, Any]]:
     """The turns of a golden case as messages."""
     messages = []

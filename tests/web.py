@@ -1,4 +1,4 @@
-"""Somebody's web server with images, under names that lead to it and names that lead elsewhere."""
+"""A web server with images, under host names with public, private and changing addresses."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ WIDE = OFFICIAL / "wide.png"
 
 class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
-        self.server.asked.append((self.headers["Host"], self.path))  # type: ignore[attr-defined]
+        self.server.requests.append((self.headers["Host"], self.path))  # type: ignore[attr-defined]
         port = self.server.server_address[1]
-        places = {
+        redirects = {
             "/moved": "wide.png",
             "/elsewhere": f"http://private.test:{port}/wide.png",
             "/loop": "/loop",
@@ -29,9 +29,9 @@ class _Handler(BaseHTTPRequestHandler):
         }
         path = self.path.partition("?")[0]
         with suppress(OSError):  # the reader may leave
-            if path in places:
+            if path in redirects:
                 self.send_response(302)
-                self.send_header("Location", places[path])
+                self.send_header("Location", redirects[path])
                 self.end_headers()
             elif path == "/missing":
                 self.send_error(404)
@@ -67,13 +67,13 @@ def serving_images(monkeypatch: pytest.MonkeyPatch) -> Iterator[ThreadingHTTPSer
             return look_up(host, port, *arguments, **options)
         addresses = names[host]
         if host == "rebinding.test":
-            names[host] = ["127.0.0.2"]  # what the next one hears who asks
+            names[host] = ["127.0.0.2"]  # for the next lookup
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port)) for address in addresses]
 
     monkeypatch.setattr(socket, "getaddrinfo", fake)
     monkeypatch.setattr(image_remote, "is_public", lambda address: address == "127.0.0.1")
     with ThreadingHTTPServer(("127.0.0.1", 0), _Handler) as server:
-        server.asked, server.is_over = [], threading.Event()  # type: ignore[attr-defined]
+        server.requests, server.is_over = [], threading.Event()  # type: ignore[attr-defined]
         thread = threading.Thread(target=server.serve_forever, args=(0.02,))
         thread.start()
         yield server

@@ -1,19 +1,13 @@
-"""The cache that grows in place, rows that leave and join, products with one vector, and large pages."""
+"""The KV cache that grows in place, and rows that leave and join."""
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
-from tiny import tiny_model
-from torch import nn
 from transformers import DynamicCache
 
 from yi_vl.engine import kv_cache as cache_module
-from yi_vl.engine.gemv import GemvLinear, use_gemm_, use_gemv_
 from yi_vl.engine.kv_cache import GrowableLayer, gather, layers_of, new_cache
-from yi_vl.runtime import use_huge_pages
 
 
 def states(num_rows: int, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -23,16 +17,16 @@ def states(num_rows: int, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_it_holds_what_transformers_cache_holds_however_far_it_grows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache_module, "_RESERVE_TOKENS", 3)
-    ours, theirs = GrowableLayer(), DynamicCache()
+    layer, reference = GrowableLayer(), DynamicCache()
     for num_tokens in (5, 1, 1, 1, 1, 4, 1, 2):
         given = states(2, num_tokens)
-        expected = theirs.update(*given, 0)
-        for part, expected_part in zip(ours.update(*given), expected, strict=True):
+        expected = reference.update(*given, 0)
+        for part, expected_part in zip(layer.update(*given), expected, strict=True):
             assert torch.equal(part, expected_part)
-    assert ours.get_seq_length() == 16
+    assert layer.get_seq_length() == 16
 
 
-def test_a_step_copies_nothing_that_is_known() -> None:
+def test_a_step_copies_no_cached_keys() -> None:
     layer = GrowableLayer()
     first, _ = layer.update(*states(1, 10))
     for _ in range(100):
@@ -52,9 +46,9 @@ def test_keys_given_out_stay_as_they_are(change: str) -> None:
         "reorder": lambda: layer.reorder_cache(rows),  # type: ignore[arg-type]
     }[change]()
     new = states(2, 1)
-    found, _ = layer.update(*new)
+    updated_keys, _ = layer.update(*new)
     before = given[0][:, :, :4] if change == "crop" else given[0][rows]
-    assert torch.equal(found, torch.cat([before, new[0]], dim=2))
+    assert torch.equal(updated_keys, torch.cat([before, new[0]], dim=2))
     assert torch.equal(keys, given[0]) and torch.equal(values, given[1])
 
 
@@ -74,46 +68,3 @@ def test_gathered_rows_are_padded_in_front_and_only_as_far_as_the_longest_is_lon
     assert is_token.tolist() == [[True] * 5, [False] * 2 + [True] * 3]
     padding = layers_of(gathered)[1][0][1, :, :2]
     assert torch.equal(padding, torch.zeros_like(padding))
-
-
-def test_one_vector_gives_the_same_product() -> None:
-    torch.manual_seed(0)
-    layers = nn.ModuleList([nn.Linear(64, 48, bias=False), nn.Linear(64, 48)]).to(torch.bfloat16)
-    vector, matrix = torch.randn(1, 1, 64, dtype=torch.bfloat16), torch.randn(2, 3, 64, dtype=torch.bfloat16)
-    expected = [layer(given) for layer in layers for given in (vector, matrix)]
-    use_gemv_(layers)
-    assert all(type(layer) is GemvLinear and isinstance(layer, nn.Linear) for layer in layers)
-    for found, wanted in zip([layer(given) for layer in layers for given in (vector, matrix)], expected, strict=True):
-        torch.testing.assert_close(found, wanted, atol=0.01, rtol=0.01)
-    use_gemm_(layers)
-    assert all(type(layer) is nn.Linear for layer in layers)
-
-
-def test_the_product_with_a_vector_is_used_for_a_step_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_model().to(torch.bfloat16)
-    use_gemv_(model)
-    num_products, plain = 0, torch.mv
-
-    def count(weight: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
-        nonlocal num_products
-        num_products += 1
-        return plain(weight, vector)
-
-    monkeypatch.setattr(torch, "mv", count)
-    with torch.inference_mode():
-        model(input_ids=torch.tensor([[5, 6]]))
-        assert num_products == 0
-        model(input_ids=torch.tensor([[5]]))
-    assert num_products == 2 * 7 + 1
-
-
-@pytest.mark.parametrize("chosen", [None, "0"])
-def test_large_pages_are_asked_for_unless_the_user_has_chosen(
-    chosen: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "")
-    monkeypatch.delenv("THP_MEM_ALLOC_ENABLE")
-    if chosen is not None:
-        monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", chosen)
-    use_huge_pages()
-    assert os.environ["THP_MEM_ALLOC_ENABLE"] == (chosen or "1")

@@ -1,4 +1,4 @@
-"""Every name of another library that may move without notice: what it is for, and that it is here.
+"""The private API of other libraries that we use: each name, what it is used for, and that it exists.
 
 transformers' public names are those that `transformers` itself exports. All others that yi_vl, train, eval and demo
 import, every name with an underscore, and every private hook that they override must stand in a table below: when a
@@ -66,7 +66,7 @@ OVERRIDDEN = {
 
 
 @pytest.mark.parametrize("name", [*USED, *OVERRIDDEN])
-def test_it_is_here(name: str) -> None:
+def test_the_name_exists(name: str) -> None:
     try:
         _resolve(name)
     except (AttributeError, ModuleNotFoundError) as error:
@@ -74,26 +74,26 @@ def test_it_is_here(name: str) -> None:
 
 
 def test_the_table_is_complete_and_has_nothing_else() -> None:
-    used = {name: str(path) for path in _sources() for name in _young_names(ast.parse(path.read_text("utf-8")))}
+    used = {name: str(path) for path in _sources() for name in _private_names(ast.parse(path.read_text("utf-8")))}
     assert {name: path for name, path in used.items() if name not in USED} == {}
     assert sorted(USED.keys() - used.keys()) == [], "no longer used"
 
 
 def test_the_walk_finds_both_kinds() -> None:
     source = "from transformers.utils.generic import x_y\nimport torch\ntorch._a.b(torch.nn.Linear)\nself._own()\n"
-    assert set(_young_names(ast.parse(source))) == {"transformers.utils.generic.x_y", "torch._a.b"}
+    assert set(_private_names(ast.parse(source))) == {"transformers.utils.generic.x_y", "torch._a.b"}
 
 
 def _sources() -> list[Path]:
     return [path for package in ("yi_vl", "train", "eval", "demo") for path in sorted((ROOT / package).rglob("*.py"))]
 
 
-def _young_names(tree: ast.AST) -> Iterator[str]:
+def _private_names(tree: ast.AST) -> Iterator[str]:
     inner: set[ast.AST] = set()  # of a longer chain, which has been seen whole
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and not node.level and node.module:
             names = [f"{node.module}.{alias.name}" for alias in node.names]
-            yield from (name for name in names if name.split(".")[0] in LIBRARIES and _is_young(name))
+            yield from (name for name in names if name.split(".")[0] in LIBRARIES and _is_private(name))
         elif isinstance(node, ast.Attribute) and node not in inner:
             inner |= {part for part in ast.walk(node.value) if isinstance(part, ast.Attribute)}
             name = ast.unparse(node)
@@ -101,7 +101,7 @@ def _young_names(tree: ast.AST) -> Iterator[str]:
                 yield name
 
 
-def _is_young(name: str) -> bool:
+def _is_private(name: str) -> bool:
     library, short = name.split(".")[0], name.rpartition(".")[2]
     is_exported = library != "transformers" or hasattr(_transformers(), short)
     return _has_underscore(name) or not is_exported
@@ -121,10 +121,10 @@ def _resolve(name: str) -> Any:
     parts = name.split(".")
     for length in range(len(parts), 0, -1):
         try:
-            found: Any = import_module(".".join(parts[:length]))
+            resolved: Any = import_module(".".join(parts[:length]))
         except ModuleNotFoundError:
             continue
         for part in parts[length:]:
-            found = getattr(found, part)
-        return found
+            resolved = getattr(resolved, part)
+        return resolved
     raise ModuleNotFoundError(name)

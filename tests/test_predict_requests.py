@@ -217,7 +217,7 @@ def test_file_objects_are_read_within_bounds(chunk: Any, problem: str) -> None:
 
 
 @pytest.mark.parametrize("shape", [(3, 4, 3), (3, 9, 3), (4, 9, 4), (1, 9, 3), (3, 9, 1), (3, 3, 3), (1, 1, 1)])
-def test_a_tensor_that_may_be_either_way_is_refused(shape: tuple[int, ...]) -> None:
+def test_a_tensor_of_ambiguous_layout_is_refused(shape: tuple[int, ...]) -> None:
     tensor = torch.zeros(shape, dtype=torch.uint8)
     refuse("(channels, height, width) or (height, width, channels)", load_image, tensor)
     if shape[-1] != 1:
@@ -341,7 +341,7 @@ def test_an_image_that_is_closed_or_a_pillow_mode_apart_is_one_line() -> None:
     refuse("cannot be decoded", load_image, image)
 
 
-def test_batches_say_why_answers_ended(yi_vl: YiVL) -> None:
+def test_batches_have_finish_reasons(yi_vl: YiVL) -> None:
     conversations = [[{"role": "user", "content": question}] for question in ("Hi", "", "Who are you?")]
     texts = yi_vl.answer_batch(conversations, errors="return", max_new_tokens=4)
     cut = yi_vl.generate_batch(conversations, errors="return", max_new_tokens=4)
