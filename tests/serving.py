@@ -87,10 +87,10 @@ def direct(yi_vl: YiVL, turns: Turns, **options: Any) -> tuple[str, str | None, 
     for role, images, words in turns:
         parts: list[Any] = [{"type": "image", "image": path} for path in images]
         messages.append({"role": role, "content": [*parts, {"type": "text", "text": words}]})
-    prompts = yi_vl.engine.prepare([messages])
-    outputs = [output for (output,) in yi_vl.engine.generate(prompts, Sampling(**options))]
+    prompt = yi_vl.engine.prepare(messages)
+    outputs = [output for (output,) in yi_vl.engine.generate([prompt], Sampling(**options))]
     text = "".join(output.text for output in outputs)
-    return text, outputs[-1].finish_reason, prompts.num_tokens[0], outputs[-1].num_tokens
+    return text, outputs[-1].finish_reason, len(prompt), outputs[-1].num_tokens
 
 
 def metric(address: str, name: str, **labels: str) -> float:

@@ -136,7 +136,7 @@ def test_batches_streams_and_chats_say_what_they_say_on_a_cpu(cuda: FakeCuda, op
     before = cuda.num_operations
     model = on_cuda()
     assert answers(model) == expected and cuda.num_operations - before > 1000
-    assert model.engine._prefixes.num_bytes > 0
+    assert model.engine.prefixes.num_bytes > 0
 
 
 @pytest.mark.parametrize(("is_official", "device"), [(False, None), (True, "cuda:0"), (True, torch.device("cuda"))])

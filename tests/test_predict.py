@@ -103,9 +103,9 @@ def test_the_next_request_takes_the_slot_of_a_finished_request(yi_vl: YiVL, monk
     fresh, sizes = uncached(yi_vl), []
     sample = Sampler.__call__
 
-    def watch(sampler: Sampler, logits: torch.Tensor, generators: Any) -> torch.Tensor:
+    def watch(sampler: Sampler, logits: torch.Tensor, *options: Any) -> torch.Tensor:
         sizes.append(len(logits))
-        return sample(sampler, logits, generators)
+        return sample(sampler, logits, *options)
 
     monkeypatch.setattr(Sampler, "__call__", watch)
     answers = fresh.predict_batch(REQUESTS, batch_size=2, max_new_tokens=12, stop=("cat", "li", "three", "B"))
@@ -154,7 +154,7 @@ def test_rows_end_by_themselves(yi_vl: YiVL, script: Script) -> None:
 
 def test_the_longest_answer_is_cut_to_what_the_context_holds(yi_vl: YiVL, script: Script) -> None:
     calls = script([ids_of(yi_vl, " dog")])
-    num_prompt_tokens = yi_vl.engine.prepare([[{"role": "user", "content": "Hi"}]]).num_tokens[0]
+    num_prompt_tokens = len(yi_vl.engine.prepare([{"role": "user", "content": "Hi"}]))
     yi_vl.predict(None, "Hi", max_new_tokens=10**6)
     assert num_prompt_tokens + len(calls) == 512
 
@@ -255,7 +255,7 @@ def test_system_and_history_are_read(yi_vl: YiVL) -> None:
 
 def test_outputs_have_finish_reasons_and_lengths(yi_vl: YiVL, script: Script) -> None:
     script([[*ids_of(yi_vl, " dog"), 2], ids_of(yi_vl, " dog")])
-    prompts = yi_vl.engine.prepare([[{"role": "user", "content": "Hi"}]] * 2)
+    prompts = [yi_vl.engine.prepare([{"role": "user", "content": "Hi"}])] * 2
     outputs = [output for step in yi_vl.engine.generate(prompts, Sampling(max_new_tokens=3)) for output in step]
     assert [
         (output.request_index, output.finish_reason, output.num_tokens) for output in outputs if output.finish_reason

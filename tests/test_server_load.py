@@ -28,9 +28,9 @@ from serving import (
     wait_until,
 )
 from tiny import tiny_yi_vl
-from transformers import DynamicCache
+from transformers import Cache
 
-from yi_vl.engine.running_batch import Prompts
+from yi_vl.engine.prompt import Prompt
 from yi_vl.predict import YiVL
 from yi_vl.server import Limits, create_app
 from yi_vl.server.worker import BufferedStream
@@ -206,5 +206,5 @@ def test_many_clients_at_once(yi_vl: YiVL) -> None:
         assert metric(address, "requests_total", status="499") > 0
         assert metric(address, "completion_tokens_total") < 6 * 146 + 60 * 34  # had no client disconnected
         gc.collect()
-        assert not any(type(thing) in (DynamicCache, Prompts) for thing in gc.get_objects())
+        assert not any(type(thing) in (Cache, Prompt) for thing in gc.get_objects())
     assert set(threading.enumerate()) == threads

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,9 @@ from transformers import LlamaConfig
 
 from yi_vl.chat import from_llava
 from yi_vl.config import OpenClipVisionConfig, YiVLConfig
+from yi_vl.engine.prompt import Prompt
+from yi_vl.engine.running_batch import RunningBatch
+from yi_vl.engine.sampling import Sampling
 from yi_vl.image import YiVLImageProcessor
 from yi_vl.model import YiVLForConditionalGeneration
 from yi_vl.predict import YiVL
@@ -70,6 +74,18 @@ def tiny_yi_vl(seed: int = 0, **config: object) -> YiVL:
 def uncached(yi_vl: YiVL) -> YiVL:
     """The same model with empty caches."""
     return YiVL(yi_vl.model, yi_vl.processor)
+
+
+def prefill(yi_vl: YiVL, prompts: Sequence[Prompt], max_tokens: int = 4096) -> RunningBatch:
+    """Prompts in their slots, apart from whatever else the engine does; in chunks of so many tokens."""
+    engine, batch = yi_vl.engine, None
+    with torch.inference_mode():
+        group = engine._new_prefill([engine._new_request(prompt, Sampling()) for prompt in prompts])
+        while batch is None:
+            if group.missing_images:
+                group.encode_images(group.missing_images)
+            batch = group.step(max_tokens)
+    return batch
 
 
 def official_messages(turns: list[list[str | None]]) -> list[dict[str, Any]]:

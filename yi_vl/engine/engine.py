@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..chat import STOP_STRING
 from ..generation import as_list as as_id_list
@@ -80,8 +81,8 @@ class Engine:
         self._ids = itertools.count()
         self._batch: RunningBatch | None = None
         self._is_prefill_turn = True
-        self._prefill_pace = Pace(_PREFILL_SECONDS, least=64, most=4096)
-        self._image_pace = Pace(_PREFILL_SECONDS, least=1, most=64)
+        self._prefill_pace = Pace(_PREFILL_SECONDS, least=64, most=4096, first=256)
+        self._image_pace = Pace(_PREFILL_SECONDS, least=1, most=64, first=1)
         self.clear_cache()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -123,6 +124,15 @@ class Engine:
         """A conversation that awaits an answer as a prompt; see `InputProcessor.prepare`."""
         return self.inputs.prepare(messages)
 
+    def model_inputs(self, prompt: Prompt) -> dict[str, Tensor]:
+        """A prompt as the model's own `forward` and `generate` take it: `input_ids`, and `pixel_values` if it has
+        images."""
+        inputs = {"input_ids": prompt.input_ids.to(self.device)}
+        if prompt.images_uint8:
+            pixels = self.processor.image_processor.to_pixel_values(torch.stack(prompt.images_uint8))
+            inputs["pixel_values"] = pixels.to(self.device, self.model.dtype)
+        return inputs
+
     # Requests
 
     def admit(
@@ -140,12 +150,8 @@ class Engine:
             client: requests of one client share the slots fairly with those of others.
             ignore_eos: no end token ends the answer; for benchmarks.
         """
-        max_tokens = min(sampling.max_new_tokens, self.max_prompt_tokens + 1 - len(prompt))
-        stop_ids = set() if ignore_eos else self.stop_ids
-        detokenizer = IncrementalDetokenizer(self.processor.tokenizer, max_tokens, stop_ids, sampling.stop_strings)
-        generator = sampling.new_generator()
         with self._lock:
-            request = Request(next(self._ids), prompt, sampling, detokenizer, generator, on_output, client)
+            request = self._new_request(prompt, sampling, on_output, client, ignore_eos)
             self._requests[request.id] = request
             self._arrivals.append(request)
             self._has_arrivals.notify_all()
@@ -207,6 +213,19 @@ class Engine:
             with self._step_lock:
                 if not received:
                     self._step()
+
+    def _new_request(
+        self,
+        prompt: Prompt,
+        sampling: Sampling,
+        on_output: Callable[[StepOutput], None] = lambda output: None,
+        client: Hashable = None,
+        ignore_eos: bool = False,
+    ) -> Request:
+        max_tokens = min(sampling.max_new_tokens, self.max_prompt_tokens + 1 - len(prompt))
+        stop_ids = set() if ignore_eos else self.stop_ids
+        detokenizer = IncrementalDetokenizer(self.processor.tokenizer, max_tokens, stop_ids, sampling.stop_strings)
+        return Request(next(self._ids), prompt, sampling, detokenizer, sampling.new_generator(), on_output, client)
 
     # Steps
 
@@ -319,8 +338,9 @@ class Engine:
 
     def _fail_all(self, error: Exception) -> list[StepOutput]:
         """End all requests that have begun."""
-        running = self._batch.requests if self._batch else []
-        begun = [*running, *(request for prefill in self.scheduler.prefills for request in prefill.requests)]
+        with self._lock:
+            not_begun = {request.id for request in (*self.scheduler.waiting, *self._arrivals)}
+            begun = [request for request in self._requests.values() if request.id not in not_begun]
         self._batch, self.scheduler.prefills = None, []
         return self._fail(begun, error)
 

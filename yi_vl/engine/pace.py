@@ -11,8 +11,9 @@ class Pace:
     A power of two, so that noise in the measurements rarely changes how a prompt is divided.
     """
 
-    def __init__(self, seconds: float, least: int, most: int) -> None:
+    def __init__(self, seconds: float, least: int, most: int, first: int) -> None:
         self.seconds = seconds
+        self._first = first
         self._least = least
         self._most = most
         self._rate: float | None = None  # units per second
@@ -26,6 +27,8 @@ class Pace:
 
     @property
     def num_units(self) -> int:
-        """For the next step; before anything was measured the least."""
-        fitting = 0 if self._rate is None else int(self._rate * self.seconds)
+        """For the next step; `first` before anything was measured."""
+        if self._rate is None:
+            return self._first
+        fitting = int(self._rate * self.seconds)
         return min(max(self._least, 1 << max(fitting.bit_length() - 1, 0)), self._most)

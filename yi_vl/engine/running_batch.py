@@ -32,7 +32,7 @@ class RunningBatch:
         self.attention_mask = attention_mask  # (B, T) bool, of the tokens in the cache
         self.logits = logits
         self._model = model
-        self._tokens = logits.new_empty(0, dtype=torch.long)  # (B,) sampled, not in the cache yet
+        self._tokens = logits.new_zeros(len(logits), dtype=torch.long)  # (B,) sampled, not in the cache yet
 
     def __len__(self) -> int:
         return len(self.requests)
