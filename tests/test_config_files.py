@@ -1,4 +1,4 @@
-"""Folders whose files lie: refused in one line, before memory is taken."""
+"""Checkpoint folders with false or damaged files: refused in one line, before memory is allocated."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from eval.types import Answered, Question
 
 
 class Scripted:
-    """Says the first letter of what a question's id hashes to; may die after some questions."""
+    """A model that answers with a letter by the length of the prompt; may be killed after some questions."""
 
     def __init__(self, dies_after: int | None = None) -> None:
         self.prompts: list[str] = []

@@ -1,4 +1,4 @@
-"""Models under evaluation: ours, quantized, any of transformers, endpoints; batches, processes and speed."""
+"""Models under evaluation: yi_vl's, quantized, any of transformers, endpoints; batches, processes and speed."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_a_question_that_cannot_be_asked_is_recorded_and_the_others_are_asked(ti
 
 @pytest.fixture
 def endpoint() -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """An OpenAI-style server that says what it was sent; 400 for "refuse"."""
+    """An OpenAI-style server that answers with its prompt in capitals; 400 for "refuse"."""
     requests: list[dict[str, Any]] = []
 
     class Handler(BaseHTTPRequestHandler):

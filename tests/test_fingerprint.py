@@ -1,4 +1,4 @@
-"""Weights that change between two answers: what was kept of the earlier ones answers nothing any more."""
+"""Weights that change between two answers: what was cached with the earlier weights is not used."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ def _chat(processor: YiVLProcessor) -> Any:
     )
 
 
-def test_auto_classes_give_yi_vls(folder: Path) -> None:
+def test_auto_classes_give_yi_vl_classes(folder: Path) -> None:
     assert type(AutoConfig.from_pretrained(folder)) is yi_vl.YiVLConfig
     assert type(AutoProcessor.from_pretrained(folder)) is YiVLProcessor
     assert type(AutoModelForImageTextToText.from_pretrained(folder)) is YiVLForConditionalGeneration

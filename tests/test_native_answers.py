@@ -1,4 +1,4 @@
-"""transformers' own tools answer as ours do: every attention, batches, where an answer ends, drafting, devices."""
+"""transformers' tools answer as yi_vl does: every attention, batches, where an answer ends, drafting, devices."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What transformers reads from our files: end tokens, padding, the tokenizer, the chat template and its masks."""
+"""What transformers reads from saved files: end tokens, padding, the tokenizer, the chat template and its masks."""
 
 from __future__ import annotations
 

@@ -110,7 +110,7 @@ def test_the_next_request_takes_the_slot_of_a_finished_request(yi_vl: YiVL, monk
     monkeypatch.setattr(Sampler, "__call__", watch)
     answers = fresh.predict_batch(REQUESTS, batch_size=2, max_new_tokens=12, stop=("cat", "li", "three", "B"))
     assert len({len(answer) for answer in answers}) > 2
-    assert sizes == sorted(sizes, reverse=True) and sizes.count(2) > sizes.count(1)  # one place is free at the end only
+    assert sizes == sorted(sizes, reverse=True) and sizes.count(2) > sizes.count(1)  # a slot is free at the end only
 
 
 def test_an_answer_depends_on_its_image(yi_vl: YiVL) -> None:

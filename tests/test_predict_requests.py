@@ -1,4 +1,4 @@
-"""What people really send to the Python API: taken as its value, or refused as a ValueError of one line."""
+"""Requests to the Python API in every type: taken as their value, or refused with a ValueError of one line."""
 
 from __future__ import annotations
 

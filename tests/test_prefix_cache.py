@@ -24,7 +24,7 @@ def yi_vl() -> YiVL:
 
 
 class Watched:
-    """How many tokens each call of the model reads, and how many images it encodes."""
+    """Counts the tokens of each forward pass and the images that are encoded."""
 
     def __init__(self, yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch) -> None:
         self.read: list[int] = []

@@ -1,4 +1,4 @@
-"""The processor: what transformers' own tools see of ours."""
+"""The processor as transformers' tools use it."""
 
 from __future__ import annotations
 
