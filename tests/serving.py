@@ -18,7 +18,7 @@ import uvicorn
 from fastapi import FastAPI
 from openai import OpenAI
 from prometheus_client.parser import text_string_to_metric_families
-from tiny import OFFICIAL
+from tiny import OFFICIAL, grow_cache
 
 from yi_vl.engine.sampling import Sampling
 from yi_vl.predict import YiVL
@@ -130,7 +130,8 @@ def make_model_generate(yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch, text: str,
     tokens = yi_vl.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
     steps = iter([*tokens, then])
 
-    def forward(**_: Any) -> SimpleNamespace:
+    def forward(**inputs: Any) -> SimpleNamespace:
+        grow_cache(**inputs)
         token = next(steps)
         if isinstance(token, Exception):
             raise token

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import OFFICIAL, tiny_yi_vl
+from tiny import OFFICIAL, grow_cache, tiny_yi_vl
 from transformers.utils import logging
 
 from yi_vl import cli
@@ -198,7 +198,8 @@ def test_ctrl_c_stops_an_answer_and_ctrl_d_the_chat(run: Run, yi_vl: YiVL, monke
     (dog,) = yi_vl.processor.tokenizer(" dog", add_special_tokens=False)["input_ids"]
     steps = 0
 
-    def forward(**_: Any) -> SimpleNamespace:
+    def forward(**inputs: Any) -> SimpleNamespace:
+        grow_cache(**inputs)
         nonlocal steps
         steps += 1
         if steps == 3:

@@ -33,7 +33,7 @@ from transformers import Cache
 from yi_vl.engine.prompt import Prompt
 from yi_vl.predict import YiVL
 from yi_vl.server import Limits, create_app
-from yi_vl.server.worker import BufferedStream
+from yi_vl.server.engine_loop import BufferedStream
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def start(address: str, **fields: Any) -> threading.Thread:
 
 
 def test_overload_is_refused_with_429_and_the_others_are_answered(yi_vl: YiVL, gate: Gate) -> None:
-    with serving(create_app(yi_vl, "tiny", limits=Limits(num_waiting=1))) as address:
+    with serving(create_app(yi_vl, "tiny", limits=Limits(max_batch_size=1, num_waiting=1))) as address:
         first = start(address, max_tokens=5)
         wait_until(lambda: gate.num_begun == 1)
         second = start(address, max_tokens=7)
@@ -97,7 +97,7 @@ def disconnect(address: str, when: Callable[[], bool], stream: bool) -> None:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_disconnects_frees_the_worker_within_a_step(yi_vl: YiVL, gate: Gate, stream: bool) -> None:
+def test_a_client_that_disconnects_frees_its_slot_within_a_step(yi_vl: YiVL, gate: Gate, stream: bool) -> None:
     with serving(create_app(yi_vl, "tiny")) as address:
         gate.let(3)
         disconnect(address, lambda: gate.num_begun == 4, stream)  # it leaves during the fourth step
@@ -105,7 +105,7 @@ def test_a_client_that_disconnects_frees_the_worker_within_a_step(yi_vl: YiVL, g
         assert metric(address, "requests_running") == 1  # the step goes on
         gate.open()
         wait_until(lambda: metric(address, "requests_running") == 0)
-        assert gate.num_begun == 4 and metric(address, "completion_tokens_total") == 4
+        assert gate.num_begun == 4 and metric(address, "completion_tokens_total") == 3
         with client_of(address) as client:
             text = client.chat.completions.create(**ask(max_tokens=5)).choices[0].message.content
         assert gate.num_begun == 9 and text == direct(yi_vl, [("user", [], "Hi")], max_new_tokens=5)[0]
@@ -113,7 +113,7 @@ def test_a_client_that_disconnects_frees_the_worker_within_a_step(yi_vl: YiVL, g
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_waiting_client_that_disconnects_costs_no_step(yi_vl: YiVL, gate: Gate, stream: bool) -> None:
-    with serving(create_app(yi_vl, "tiny")) as address:
+    with serving(create_app(yi_vl, "tiny", limits=Limits(max_batch_size=1))) as address:
         first = start(address, max_tokens=5)
         wait_until(lambda: gate.num_begun == 1)
         disconnect(address, lambda: metric(address, "requests_waiting") == 1, stream)
@@ -195,7 +195,7 @@ def test_many_clients_at_once(yi_vl: YiVL) -> None:
         async with client_of(address, AsyncOpenAI) as client:
             await asyncio.gather(*(retry_until_served(client, index, semaphore) for index in range(200)))
 
-    with serving(create_app(yi_vl, "tiny", limits=Limits(num_waiting=12))) as address:
+    with serving(create_app(yi_vl, "tiny", limits=Limits(max_batch_size=4, num_waiting=9))) as address:
         asyncio.run(run(address))
         num_refused = seen.pop("refused", 0)
         assert seen == {"malformed": 20, "interrupted": 34, "impatient": 26, "answered": 120}

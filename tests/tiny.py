@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 from transformers import LlamaConfig
+from transformers.cache_utils import Cache
 
 from yi_vl.chat import from_llava
 from yi_vl.config import OpenClipVisionConfig, YiVLConfig
+from yi_vl.engine.kv_cache import CACHE_ARGUMENT
 from yi_vl.engine.prompt import Prompt
 from yi_vl.engine.running_batch import RunningBatch
 from yi_vl.engine.sampling import Sampling
@@ -74,6 +76,16 @@ def tiny_yi_vl(seed: int = 0, **config: object) -> YiVL:
 def uncached(yi_vl: YiVL) -> YiVL:
     """The same model with empty caches."""
     return YiVL(yi_vl.model, yi_vl.processor)
+
+
+def grow_cache(**inputs: Any) -> int:
+    """The number of rows of a forward pass, whose cache grows as if the layers had been computed."""
+    new = inputs["input_ids"] if "input_ids" in inputs else inputs["inputs_embeds"]
+    nothing = torch.zeros(new.shape[0], 1, new.shape[1], 1)
+    cache: Cache = inputs[CACHE_ARGUMENT]
+    for layer in range(2):
+        cache.update(nothing, nothing, layer)
+    return len(new)
 
 
 def prefill(yi_vl: YiVL, prompts: Sequence[Prompt], max_tokens: int = 4096) -> RunningBatch:

@@ -124,7 +124,7 @@ class EngineLoop:
                 raise ApiError(503, SHUTDOWN, code="shutting_down")
         finally:
             self._queues.discard(queue)
-            self._note_end()
+            self._note_interval(time.monotonic() - self._last_end)
             for request_id in request_ids:
                 self.engine.cancel(request_id)
 
@@ -145,8 +145,7 @@ class EngineLoop:
             if self.engine.wait_for_work(_IDLE_SECONDS) and not self._is_closed:
                 self.engine.step()
 
-    def _note_end(self) -> None:
-        interval = time.monotonic() - self._last_end
+    def _note_interval(self, interval: float) -> None:
         mean = interval if self._mean_interval is None else self._mean_interval
         self._mean_interval = mean + _NEWEST_SHARE * (interval - mean)
         self._last_end = time.monotonic()
