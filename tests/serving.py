@@ -88,7 +88,7 @@ def direct(yi_vl: YiVL, turns: Turns, **options: Any) -> tuple[str, str | None, 
         parts: list[Any] = [{"type": "image", "image": path} for path in images]
         messages.append({"role": role, "content": [*parts, {"type": "text", "text": words}]})
     prompt = yi_vl.engine.prepare(messages)
-    outputs = [output for (output,) in yi_vl.engine.generate([prompt], Sampling(**options))]
+    outputs = [output for step in yi_vl.engine.generate([prompt], Sampling(**options)) for output in step]
     text = "".join(output.text for output in outputs)
     return text, outputs[-1].finish_reason, len(prompt), outputs[-1].num_tokens
 

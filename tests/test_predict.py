@@ -92,7 +92,7 @@ def test_the_next_request_takes_the_slot_of_a_finished_request(yi_vl: YiVL, monk
     forward = yi_vl.model.forward
 
     def watch(**inputs: Any) -> Any:
-        sizes.append(fresh.engine.num_running)
+        sizes.append(fresh.engine.num_running + fresh.engine.num_waiting)
         return forward(**inputs)
 
     monkeypatch.setattr(yi_vl.model, "forward", watch)
@@ -310,6 +310,7 @@ def test_a_failed_turn_is_dropped(yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(RuntimeError, match="out of memory"):
         list(pieces)
     assert chat.messages == []
+    yi_vl.clear_cache()  # of what was not computed
 
 
 @pytest.mark.parametrize("configured", [None, 2, 7, [2, 7], 11])

@@ -112,7 +112,7 @@ class Engine:
     @property
     def num_waiting(self) -> int:
         """Requests that wait for a slot."""
-        return len(self._arrivals) + len(self.scheduler.waiting)
+        return sum(not request.is_cancelled for request in (*self._arrivals, *self.scheduler.waiting))
 
     def clear_cache(self) -> None:
         """Drop the cached prefixes and image features."""
