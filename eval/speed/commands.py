@@ -123,6 +123,36 @@ def load(
         show(compare_load(folder) | {"model": preset}, as_json)
 
 
+@app.command()
+def server(
+    preset: PresetOption = "nano",
+    requests: Annotated[int, typer.Option(min=2, help="At once.")] = 16,
+    new_tokens: Annotated[int, typer.Option(min=2)] = 32,
+    rounds: Annotated[int, typer.Option(min=1)] = 3,
+    as_json: AsJson = False,
+) -> None:
+    """Tokens per second of concurrent requests over HTTP, beside one by one."""
+    from .random_models import make
+    from .server import compare_server
+
+    show(compare_server(make(preset), requests, new_tokens, rounds) | {"model": preset}, as_json)
+
+
+@app.command()
+def ttft(
+    preset: PresetOption = "nano",
+    long_requests: Annotated[int, typer.Option(min=1)] = 15,
+    long_tokens: Annotated[int, typer.Option(min=1, help="Of a long prompt.")] = 1000,
+    rounds: Annotated[int, typer.Option(min=1)] = 5,
+    as_json: AsJson = False,
+) -> None:
+    """Time to first token of a short request over HTTP: idle, and beside long ones."""
+    from .random_models import make
+    from .server import compare_first_token
+
+    show(compare_first_token(make(preset), long_requests, long_tokens, rounds) | {"model": preset}, as_json)
+
+
 def show(measured: dict[str, Any], as_json: bool) -> None:
     """Print a measurement as a table of its variants, or as JSON, and the machine that it was taken on."""
     measured = {"machine": machine(), **measured}

@@ -1,0 +1,134 @@
+"""The server under load: throughput of concurrent requests, and time to first token of a short one beside long ones.
+
+Requests go over HTTP to a server on a loopback address, in this process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import statistics
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import uvicorn
+
+from yi_vl.image.data_url import data_url
+from yi_vl.server import Limits, create_app
+
+if TYPE_CHECKING:
+    from yi_vl import YiVL
+
+_NAME = "model"
+_IMAGES = ("penguin.png", "scene.png")
+_LONG_TEXT = "a word and another word "
+
+
+def compare_server(yi_vl: YiVL, num_requests: int, new_tokens: int, rounds: int) -> dict[str, Any]:
+    """The same requests one by one and all at once, in turns."""
+    images = [data_url(Path("docs/images", name).read_bytes(), "image/png") for name in _IMAGES]
+    bodies = [
+        _body(
+            [{"type": "image_url", "image_url": {"url": images[index % len(images)]}}], f"Question {index}?", new_tokens
+        )
+        for index in range(num_requests)
+    ]
+    rates: dict[str, list[float]] = {"one by one": [], f"{num_requests} at once": []}
+    with serving(yi_vl, num_requests) as address:
+        asyncio.run(_run(address, bodies[:2], 2))  # warm-up
+        for _ in range(rounds):
+            for name, concurrency in zip(rates, (1, num_requests), strict=True):
+                yi_vl.clear_cache()
+                rates[name].append(asyncio.run(_run(address, bodies, concurrency)))
+    alone, together = (statistics.median(values) for values in rates.values())
+    return {
+        "what": f"{num_requests} requests with an image, {new_tokens} new tokens each, over HTTP",
+        "variants": {name: _spread(values, "tokens_per_second") for name, values in rates.items()},
+        "ratio": together / alone,
+    }
+
+
+def compare_first_token(yi_vl: YiVL, num_long: int, long_tokens: int, rounds: int) -> dict[str, Any]:
+    """The time to first token of a short request on an idle server, and beside long ones of three kinds."""
+    short = _body([], "Hi", 4)
+    context = yi_vl.model.config.text_config.max_position_embeddings
+    text = _LONG_TEXT * (min(long_tokens, context - 300) // len(_LONG_TEXT.split()))
+    long_prompts = [_body([], f"{index} {text}", 16) for index in range(num_long)]
+    long_answers = [_body([], f"Tell me about {index}", min(512, context - 300)) for index in range(num_long)]
+    seconds: dict[str, list[float]] = {"idle": [], "beside long answers": [], "beside long prompts": []}
+    with serving(yi_vl, num_long + 1) as address:
+        asyncio.run(_first_token_seconds(address, short, []))
+        for _ in range(rounds):
+            for name, others in zip(seconds, ([], long_answers, long_prompts), strict=True):
+                yi_vl.clear_cache()
+                seconds[name].append(asyncio.run(_first_token_seconds(address, short, others)))
+    idle = statistics.median(seconds["idle"])
+    return {
+        "what": f"a short request beside {num_long} long ones: answers of 512 tokens, or prompts of {long_tokens}",
+        "variants": {
+            name: _spread(values, "seconds") | {"times_idle": statistics.median(values) / idle}
+            for name, values in seconds.items()
+        },
+    }
+
+
+@contextmanager
+def serving(yi_vl: YiVL, max_batch_size: int) -> Iterator[str]:
+    """A server of its own on a free port."""
+    app = create_app(yi_vl, _NAME, limits=Limits(max_batch_size=max_batch_size, num_waiting=max_batch_size))
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, timeout_graceful_shutdown=1))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/v1/chat/completions"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+async def _run(address: str, bodies: list[dict[str, Any]], concurrency: int) -> float:
+    """Tokens per second of all requests together."""
+    semaphore = asyncio.Semaphore(concurrency)
+
+    async def ask(client: httpx.AsyncClient, body: dict[str, Any]) -> int:
+        async with semaphore:
+            answer = await client.post(address, json=body)
+            return int(answer.raise_for_status().json()["usage"]["completion_tokens"])
+
+    async with httpx.AsyncClient(timeout=None) as client:
+        started = time.perf_counter()
+        num_tokens = sum(await asyncio.gather(*(ask(client, body) for body in bodies)))
+        return num_tokens / (time.perf_counter() - started)
+
+
+async def _first_token_seconds(address: str, body: dict[str, Any], others: list[dict[str, Any]]) -> float:
+    async with httpx.AsyncClient(timeout=None) as client:
+        tasks = [asyncio.create_task(client.post(address, json=other)) for other in others]
+        if tasks:
+            await asyncio.sleep(1)  # all are let in, and some are under way
+        started = time.perf_counter()
+        async with client.stream("POST", address, json=body | {"stream": True}) as answer:
+            async for line in answer.aiter_lines():
+                if line.startswith("data: {") and "role" in json.loads(line[6:])["choices"][0]["delta"]:
+                    seconds = time.perf_counter() - started
+                    break
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    return seconds
+
+
+def _body(parts: list[dict[str, Any]], text: str, max_tokens: int) -> dict[str, Any]:
+    content = [*parts, {"type": "text", "text": text}]
+    return {"model": _NAME, "messages": [{"role": "user", "content": content}], "max_tokens": max_tokens}
+
+
+def _spread(values: list[float], unit: str) -> dict[str, float]:
+    return {unit: statistics.median(values), "lowest": min(values), "highest": max(values)}
