@@ -11,9 +11,11 @@ import pytest
 import torch
 from tiny import OFFICIAL, tiny_yi_vl, uncached
 
+from yi_vl.engine import prompt_lookup
 from yi_vl.engine.engine import Engine
 from yi_vl.engine.pace import Pace
 from yi_vl.engine.prompt import Prompt
+from yi_vl.engine.prompt_lookup import PromptLookup
 from yi_vl.engine.request import StepOutput
 from yi_vl.engine.sampling import Sampling
 from yi_vl.predict import YiVL
@@ -274,3 +276,63 @@ def test_an_engine_is_copied_without_what_is_under_way(engine: Engine) -> None:
     copied = copy.copy(engine)
     assert copied.num_running == 0 and not copied.wait_for_work(0) and copied.prefixes.num_bytes == 0
     assert torch.equal(copied.model.lm_head.weight, engine.model.lm_head.weight)
+
+
+@pytest.mark.parametrize("max_draft_tokens", [1, 3, 8])
+def test_drafts_change_no_answer(yi_vl: YiVL, max_draft_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is accepted or rejected, beside requests that are sampled and ones that leave."""
+    plain, drafting = uncached(yi_vl).engine, uncached(yi_vl).engine
+    plain.max_draft_tokens, drafting.max_draft_tokens = 0, max_draft_tokens
+    drafted, accepted, record = [], [], PromptLookup.record
+
+    def watch(lookup: PromptLookup, num_drafted: int, num_accepted: int) -> None:
+        drafted.append(num_drafted), accepted.append(num_accepted)
+        record(lookup, num_drafted, num_accepted)
+
+    monkeypatch.setattr(PromptLookup, "record", watch)
+    monkeypatch.setattr(prompt_lookup, "_NGRAM_TOKENS", 1)  # many drafts, most of them wrong
+    monkeypatch.setattr(prompt_lookup, "_PAUSE_TOKENS", 0)
+    prompts = [prompt_of(plain, text, image) for text in TEXTS for image in (WIDE, TALL)]
+    samplings = [
+        Sampling(max_new_tokens=5 + 7 * (index % 5), temperature=float(index % 3 == 2), seed=index, stop=("li",))
+        for index in range(len(prompts))
+    ]
+    answers = []
+    for engine in (plain, drafting):
+        texts: dict[int, str] = defaultdict(str)
+        for prompt, sampling in zip(prompts, samplings, strict=True):
+            engine.admit(prompt, sampling)
+            for output in (output for _ in range(3) for output in engine.step()):
+                texts[output.request_id] += output.text
+        for request_id, text in run(engine).items():
+            texts[request_id] += text
+        answers.append(texts)
+    assert answers[1] == answers[0]
+    assert sum(drafted) > sum(accepted) > 0
+    for prompt in prompts:  # what was cached on the way is right, too
+        assert alone_on(drafting, prompt) == alone_on(plain, prompt)
+
+
+def alone_on(engine: Engine, prompt: Prompt) -> str:
+    outputs = [output for step in engine.generate([prompt], Sampling(max_new_tokens=20)) for output in step]
+    return "".join(output.text for output in outputs)
+
+
+def test_an_answer_that_repeats_takes_fewer_steps(yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward, steps = yi_vl.model.forward, []
+
+    def watch(**inputs: Any) -> Any:
+        steps.append(inputs)
+        return forward(**inputs)
+
+    monkeypatch.setattr(yi_vl.model, "forward", watch)
+    counts = []
+    for max_draft_tokens in (0, 8):
+        engine = uncached(yi_vl).engine
+        engine.max_draft_tokens = max_draft_tokens
+        steps.clear()
+        engine.admit(prompt_of(engine, "Hi"), Sampling(max_new_tokens=200), ignore_eos=True)
+        texts = run(engine)
+        counts.append((len(steps), texts))
+    assert counts[0][1] == counts[1][1]
+    assert counts[1][0] < 0.7 * counts[0][0]  # a tiny random model soon repeats itself

@@ -29,6 +29,7 @@ from .pace import Pace
 from .prefill import Prefill
 from .prefix_cache import PrefixCache
 from .prompt import InputProcessor, Prompt
+from .prompt_lookup import PromptLookup
 from .request import Request, StepOutput
 from .running_batch import RunningBatch
 from .sampling import Sampler, Sampling
@@ -37,6 +38,7 @@ from .scheduler import Scheduler
 _MAX_PREFIX_BYTES = 1 << 30  # of recent conversations: 16,000 tokens of the 6B's, 4,000 of the 34B's, in bf16
 _PREFILL_SECONDS = 0.25  # of one step while other requests are under way; four times as long for a single one
 _IDLE_FACTOR = 4
+_MAX_DECODE_TOKENS = 16  # of all requests in a step with drafts: so many cost little more than one
 
 
 class Engine:
@@ -48,6 +50,7 @@ class Engine:
     Args:
         allow_remote_images: fetch images that are given as http or https URLs, from the public internet only.
         max_batch_size: requests that have a slot at once; None for no limit.
+        max_draft_tokens: of a greedy request and step, by prompt lookup; 0 for none.
     """
 
     def __init__(
@@ -56,10 +59,12 @@ class Engine:
         processor: YiVLProcessor,
         allow_remote_images: bool = False,
         max_batch_size: int | None = None,
+        max_draft_tokens: int = 8,
     ) -> None:
         self.model = model
         self.processor = processor
         self.max_batch_size = max_batch_size
+        self.max_draft_tokens = max_draft_tokens
         use_gemv_(model.model.language_model)
         use_gemv_(model.lm_head)
         self.max_prompt_tokens = model.config.text_config.max_position_embeddings - 1  # an answer takes one at least
@@ -86,7 +91,16 @@ class Engine:
         self.clear_cache()
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("model", "processor", "max_batch_size", "max_prompt_tokens", "inputs", "stop_ids", "_sampler")
+        kept = (
+            "model",
+            "processor",
+            "max_batch_size",
+            "max_draft_tokens",
+            "max_prompt_tokens",
+            "inputs",
+            "stop_ids",
+            "_sampler",
+        )
         return {name: vars(self)[name] for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -225,7 +239,11 @@ class Engine:
         max_tokens = min(sampling.max_new_tokens, self.max_prompt_tokens + 1 - len(prompt))
         stop_ids = set() if ignore_eos else self.stop_ids
         detokenizer = IncrementalDetokenizer(self.processor.tokenizer, max_tokens, stop_ids, sampling.stop_strings)
-        return Request(next(self._ids), prompt, sampling, detokenizer, sampling.new_generator(), on_output, client)
+        lookup = None
+        if sampling.is_greedy and self.max_draft_tokens:
+            lookup = PromptLookup(prompt.key.token_ids.tolist(), self.model.config.image_token_id)
+        generator = sampling.new_generator()
+        return Request(next(self._ids), prompt, sampling, detokenizer, generator, on_output, client, lookup)
 
     # Steps
 
@@ -284,7 +302,7 @@ class Engine:
         if batch is None:
             return []
         self.scheduler.prefills.remove(prefill)
-        outputs = self._sample(batch)
+        outputs = self._finish(batch.sample(self._sampler))
         if self._batch is None:
             self._batch = batch
         else:
@@ -304,13 +322,17 @@ class Engine:
         return batch
 
     def _decode(self) -> list[StepOutput]:
-        if self._batch is None:
+        batch = self._batch
+        if batch is None:
             return []
-        self._batch.decode()
-        return self._sample(self._batch)
+        max_drafted = min(self.max_draft_tokens, _MAX_DECODE_TOKENS // len(batch) - 1)
+        drafts = [request.draft(max_drafted) if max_drafted > 0 else [] for request in batch.requests]
+        if any(drafts):
+            return self._finish(batch.verify(drafts, self._sampler))
+        batch.decode()
+        return self._finish(batch.sample(self._sampler))
 
-    def _sample(self, batch: RunningBatch) -> list[StepOutput]:
-        outputs = batch.sample(self._sampler)
+    def _finish(self, outputs: list[StepOutput]) -> list[StepOutput]:
         self._forget(output.request_id for output in outputs if output.is_last)
         return outputs
 

@@ -54,6 +54,13 @@ class GrowableLayer(DynamicLayer):
         self._buffer = like.new_empty(2, num_rows, num_heads, num_tokens + _RESERVE_TOKENS, width)
         self._set_length(num_tokens)
 
+    def crop(self, max_length: int) -> None:
+        """Forget the tokens after the first `max_length`, without a copy."""
+        if self._buffer is None or self._returned is not self.keys:
+            super().crop(max_length)
+        else:
+            self._set_length(max_length)
+
     def _set_length(self, num_tokens: int) -> None:
         assert self._buffer is not None
         self.keys, self.values = self._buffer[:, :, :, :num_tokens]

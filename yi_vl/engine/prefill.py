@@ -144,7 +144,7 @@ class _Rows:
         stop = self._num_done + num_columns
         embeddings, mask, position_ids = (columns[:, self._num_done : stop] for columns in self._inputs)
         self.attention_mask = torch.cat([self.attention_mask, mask], dim=1)
-        logits = forward(model, self.cache, self.attention_mask, position_ids, inputs_embeds=embeddings)
+        logits = forward(model, self.cache, self.attention_mask, position_ids, inputs_embeds=embeddings)[:, -1]
         self._num_done += embeddings.shape[1]
         return logits
 

@@ -10,6 +10,7 @@ import torch
 from .detokenizer import FinishReason, IncrementalDetokenizer
 from .prefix_cache import PrefixKey
 from .prompt import Prompt
+from .prompt_lookup import PromptLookup
 from .sampling import Sampling
 
 
@@ -50,6 +51,7 @@ class Request:
     generator: torch.Generator | None
     on_output: Callable[[StepOutput], None]
     client: Hashable
+    lookup: PromptLookup | None = None  # drafts its next tokens
     is_cancelled: bool = False
 
     @property
@@ -62,9 +64,16 @@ class Request:
         """Of the prompt, and all tokens generated so far."""
         return self.prompt.key.extended(self.detokenizer.tokens)
 
-    def add(self, token: int) -> StepOutput:
-        """Append a sampled token."""
-        text = self.detokenizer.add(token)
+    def draft(self, max_tokens: int) -> list[int]:
+        """Tokens that may come next; no more than the answer may still have."""
+        num_left = self.detokenizer.num_left - 1  # a step generates one more than is drafted
+        return self.lookup.draft(min(max_tokens, num_left)) if self.lookup else []
+
+    def add(self, *tokens: int) -> StepOutput:
+        """Append generated tokens, up to the one that ends the answer."""
+        text = "".join([self.detokenizer.add(token) for token in tokens])
+        if self.lookup:
+            self.lookup.extend(tokens)
         return self._put(StepOutput(self.id, text, self.detokenizer.finish_reason, self.detokenizer.num_tokens))
 
     def fail(self, error: Exception) -> StepOutput:

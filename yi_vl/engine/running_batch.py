@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicLayer
 
 from .kv_cache import CACHE_ARGUMENT, gather
 from .request import Request, StepOutput
-from .sampling import Sampler
+from .sampling import Sampler, Sampling
+
+_MAX_PADDING = 1.25  # columns of the cache, to the tokens of its longest row
 
 
 class RunningBatch:
@@ -39,8 +41,7 @@ class RunningBatch:
 
     def sample(self, sampler: Sampler) -> list[StepOutput]:
         """The next token of every request; one that is done by then gets no more."""
-        samplings = [request.sampling for request in self.requests]
-        self._tokens = sampler(self.logits, samplings, [request.generator for request in self.requests])
+        self._tokens = sampler(self.logits, *self._sampling_options)
         tokens = self._tokens.tolist()
         return [request.add(token) for request, token in zip(self.requests, tokens, strict=True) if not request.is_done]
 
@@ -54,7 +55,56 @@ class RunningBatch:
         position_ids = self.attention_mask.sum(1, keepdim=True)  # (B, 1)
         self.attention_mask = F.pad(self.attention_mask, (0, 1), value=True)
         input_ids = tokens.unsqueeze(1).to(position_ids.device)
-        self.logits = forward(self._model, self.cache, self.attention_mask, position_ids, input_ids=input_ids)
+        self.logits = forward(self._model, self.cache, self.attention_mask, position_ids, input_ids=input_ids)[:, -1]
+
+    @torch.inference_mode()
+    def verify(self, drafts: Sequence[Sequence[int]], sampler: Sampler) -> list[StepOutput]:
+        """A forward pass over every request's newest token and its draft: the tokens of the draft that it would have
+        generated anyway, and the next one. Requests that are not greedy have empty drafts."""
+        num_cached = self.attention_mask.shape[1]
+        logits = self._forward_drafts(drafts)  # (B, 1 + K, V)
+        sampled, greedy = sampler(logits[:, 0], *self._sampling_options).tolist(), sampler.greedy(logits).tolist()
+        outputs, tokens, num_kept = [], [], []
+        for slot, (request, draft) in enumerate(zip(self.requests, drafts, strict=True)):
+            num_accepted = next((i for i, token in enumerate(draft) if token != greedy[slot][i]), len(draft))
+            tokens.append(greedy[slot][num_accepted] if draft else sampled[slot])
+            before = request.detokenizer.num_tokens
+            if request.lookup and draft:
+                request.lookup.record(len(draft), num_accepted)
+            if not request.is_done:
+                outputs.append(request.add(*draft[:num_accepted], tokens[-1]))
+            num_kept.append(1 + min(num_accepted, request.detokenizer.num_tokens - before))
+        self._tokens = torch.tensor(tokens, device=self._tokens.device)
+        self.logits = logits[torch.arange(len(tokens)), torch.tensor(num_kept) - 1]
+        self._keep_columns(num_cached, num_kept)
+        return outputs
+
+    def _forward_drafts(self, drafts: Sequence[Sequence[int]]) -> Tensor:
+        """Logits (B, 1 + K, V) after the newest tokens and the drafts, which are padded on the right."""
+        device, num_drafted = self.attention_mask.device, max(map(len, drafts))  # K
+        padded = torch.tensor([[*draft, *[0] * (num_drafted - len(draft))] for draft in drafts])
+        input_ids = torch.cat([self._tokens.cpu().unsqueeze(1), padded], dim=1).to(device)  # (B, 1 + K)
+        columns = torch.arange(1 + num_drafted, device=device)
+        is_token = columns <= torch.tensor([len(draft) for draft in drafts], device=device).unsqueeze(1)
+        position_ids = self.attention_mask.sum(1, keepdim=True) + columns
+        mask = torch.cat([self.attention_mask, is_token], dim=1)
+        return forward(self._model, self.cache, mask, position_ids, 1 + num_drafted, input_ids=input_ids)
+
+    def _keep_columns(self, num_cached: int, num_kept: Sequence[int]) -> None:
+        """Drop the keys and values of rejected tokens: all after the first `num_cached`, and so many of each row."""
+        longest = max(num_kept)
+        kept = torch.tensor(num_kept, device=self.attention_mask.device).unsqueeze(1)
+        is_kept = torch.arange(longest, device=kept.device) < kept
+        self.attention_mask = torch.cat([self.attention_mask, is_kept], dim=1)
+        for layer in self.cache.layers:
+            assert isinstance(layer, DynamicLayer)
+            layer.crop(num_cached + longest)
+        if self.attention_mask.shape[1] > _MAX_PADDING * self.attention_mask.sum(1).max():
+            self.select(range(len(self)))  # which leaves out what was rejected between the tokens of others
+
+    @property
+    def _sampling_options(self) -> tuple[list[Sampling], list[torch.Generator | None]]:
+        return [request.sampling for request in self.requests], [request.generator for request in self.requests]
 
     @torch.inference_mode()
     def select(self, slots: Sequence[int]) -> None:
@@ -77,9 +127,14 @@ class RunningBatch:
 
 
 def forward(
-    model: PreTrainedModel, cache: Cache, attention_mask: Tensor, position_ids: Tensor, **inputs: Tensor
+    model: PreTrainedModel,
+    cache: Cache,
+    attention_mask: Tensor,
+    position_ids: Tensor,
+    num_logits: int = 1,
+    **inputs: Tensor,
 ) -> Tensor:
-    """Logits (B, V) after the last of new tokens, whose keys and values are added to the cache.
+    """Logits (B, num_logits, V) after the last of new tokens, whose keys and values are added to the cache.
 
     `attention_mask`: (B, T) bool, of all tokens; `position_ids` and `inputs` are of the new ones.
     """
@@ -87,7 +142,7 @@ def forward(
         **inputs,
         attention_mask=None if attention_mask.all() else attention_mask,  # attention is faster without a mask
         position_ids=position_ids,
-        logits_to_keep=1,
+        logits_to_keep=num_logits,
         **{CACHE_ARGUMENT: cache},
     )
-    return outputs.logits[:, -1]  # (B, V)
+    return outputs.logits[:, -num_logits:]

@@ -92,11 +92,18 @@ class Sampler:
     def __init__(self, suppress_tokens: Tensor) -> None:
         self._suppress_tokens = suppress_tokens
 
+    def greedy(self, logits: Tensor) -> Tensor:
+        """(..., V) -> (...)"""
+        return self._suppressed(logits).argmax(-1)
+
+    def _suppressed(self, logits: Tensor) -> Tensor:
+        return logits.float().masked_fill(self._suppress_tokens.to(logits.device), -math.inf)
+
     def __call__(
         self, logits: Tensor, samplings: Sequence[Sampling], generators: Sequence[torch.Generator | None]
     ) -> Tensor:
         """(B, V) -> (B,), each with its own options, and sampled with its own generator."""
-        logits = logits.float().masked_fill(self._suppress_tokens.to(logits.device), -math.inf)
+        logits = self._suppressed(logits)
         tokens = logits.argmax(-1)
         rows_of: dict[tuple[float, float], list[int]] = {}
         for row, sampling in enumerate(samplings):

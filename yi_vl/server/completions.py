@@ -103,7 +103,7 @@ class Completions:
             images = [await self._load_image(url, param) for url, param in chat.images]
             prompt = await self._call(self._prepare, merge_messages(chat.as_messages(images)))
             yield Piece(0, "", None, {})
-            usage = {"prompt_tokens": len(prompt), "completion_tokens": 0, "total_tokens": len(prompt)}
+            num_generated = [0] * chat.n
             self.metrics.prompt_tokens.inc(len(prompt))
             async with aclosing(self.loop.generate(prompt, self._samplings(chat), client)) as outputs:
                 async for choice, output in outputs:
@@ -111,11 +111,11 @@ class Completions:
                         _logger.error("An answer failed.", exc_info=output.error)
                         self.metrics.failures.inc()
                         raise ApiError(500, FAILURE) from output.error
-                    if not usage["completion_tokens"]:
+                    if not any(num_generated):
                         self.metrics.first_token_seconds.observe(time.perf_counter() - arrival)
-                    self.metrics.completion_tokens.inc()
-                    usage = {**usage, **{key: usage[key] + 1 for key in ("completion_tokens", "total_tokens")}}
-                    yield Piece(choice, output.text, output.finish_reason, usage)
+                    self.metrics.completion_tokens.inc(output.num_tokens - num_generated[choice])
+                    num_generated[choice] = output.num_tokens
+                    yield Piece(choice, output.text, output.finish_reason, _usage(len(prompt), sum(num_generated)))
 
     async def _load_image(self, url: str, param: str) -> Image.Image:
         data = await read_url(url, param, self._limits, self._allow_remote_images)
@@ -232,6 +232,14 @@ def _bad_messages() -> Iterator[None]:
         raise ApiError(400, str(error), "messages", "context_length_exceeded") from error
     except ValueError as error:
         raise ApiError(400, str(error), "messages") from error
+
+
+def _usage(num_prompt_tokens: int, num_generated: int) -> dict[str, int]:
+    return {
+        "prompt_tokens": num_prompt_tokens,
+        "completion_tokens": num_generated,
+        "total_tokens": num_prompt_tokens + num_generated,
+    }
 
 
 def _client_of(request: Request) -> Hashable:

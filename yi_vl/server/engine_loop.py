@@ -114,11 +114,13 @@ class EngineLoop:
             self.engine.admit(prompt, sampling, receiver(choice), client) for choice, sampling in enumerate(samplings)
         ]
         self._start()
-        num_left = len(request_ids)
+        num_left, num_generated = len(request_ids), [0] * len(request_ids)
         try:
             while num_left and (item := await queue.get()) is not None:
-                self._tokens.append((time.monotonic(), 1))
-                num_left -= item[1].is_last
+                choice, output = item
+                self._tokens.append((time.monotonic(), output.num_tokens - num_generated[choice]))
+                num_generated[choice] = output.num_tokens
+                num_left -= output.is_last
                 yield item
             if num_left:
                 raise ApiError(503, SHUTDOWN, code="shutting_down")
