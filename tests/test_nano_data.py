@@ -9,17 +9,18 @@ import pytest
 import webdataset
 from matplotlib import get_data_path
 
-from train.nano import dialogue, shards
-from train.nano.art import Art, Drawing
-from train.nano.choices import choice_prompt, with_image
-from train.nano.compose import Composer
-from train.nano.heldout import write_cmmmu, write_mmmu
-from train.nano.layout import direction
-from train.nano.measure import is_right
-from train.nano.mosaic import SIGNS, imagine, tell
-from train.nano.names import FLAGS, LABEL_IDS, LANGS, THINGS
-from train.nano.picture import KINDS, dense_labels
-from train.nano.wording import noun
+from train.nano.data import shards
+from train.nano.data.art import Art, Drawing
+from train.nano.data.compose import Composer
+from train.nano.data.labels import FLAGS, LABEL_IDS, LANGS, THINGS
+from train.nano.data.layout import direction
+from train.nano.data.sample import KINDS, dense_labels
+from train.nano.measure.evaluate import is_right
+from train.nano.measure.heldout import write_cmmmu, write_mmmu
+from train.nano.text import dialogue
+from train.nano.text.choices import choice_prompt, with_image
+from train.nano.text.mosaic import SIGNS, imagine, tell
+from train.nano.text.wording import noun
 
 
 def _drawings(colour: tuple[int, int, int, int]) -> dict[str, list[Drawing]]:

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 pytest.importorskip("sklearn")
-from train.nano.match import _IGNORED, _SIGN_IDS, place_codes, sign_loss
-from train.nano.names import BACKGROUND
+from train.nano.data.labels import BACKGROUND
+from train.nano.pretrain.match import _IGNORED, _SIGN_IDS, place_codes, sign_loss
 
 SIGNS = torch.randn(len(_SIGN_IDS), 256, generator=torch.Generator().manual_seed(0))
 EMPTY = _SIGN_IDS[BACKGROUND]

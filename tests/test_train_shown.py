@@ -15,7 +15,7 @@ import yi_vl
 from train.config import GenerationsConfig, TrainConfig
 from train.generations import HeldOut, read_generations
 from train.metrics import read_metrics
-from train.nano.measure import read_questions
+from train.nano.measure.evaluate import read_questions
 from train.trainer import train
 
 

@@ -25,8 +25,8 @@ DOCUMENTS = (Path("README.md"), Path("README_zh.md"), PACKAGED / "README.md")
 @app.command()
 def data(processes: Annotated[int, typer.Option(help="pictures are composed in so many processes")] = 2) -> None:
     """Fetch the artwork and write all shards and held-out questions to data/nano; what is complete is kept."""
-    from train.nano.heldout import build_heldout
-    from train.nano.shards import build_shards
+    from train.nano.data.shards import build_shards
+    from train.nano.measure.heldout import build_heldout
 
     build_shards(DATA, processes)
     build_heldout(DATA)
@@ -35,10 +35,10 @@ def data(processes: Annotated[int, typer.Option(help="pictures are composed in s
 @app.command()
 def train() -> None:
     """Tokenizer, language model, tower, then the three stages; what is finished is kept, what was begun is resumed."""
-    from train.nano.match import match
-    from train.nano.shards import read_texts
-    from train.nano.start import begin, train_tokenizer
-    from train.nano.tower import TowerRecipe, pretrain_tower
+    from train.nano.data.shards import read_texts
+    from train.nano.pretrain.init import begin, train_tokenizer
+    from train.nano.pretrain.match import match
+    from train.nano.pretrain.tower import TowerRecipe, pretrain_tower
     from yi_vl.config import preset
 
     if not (RUNS / "start" / "config.json").exists():
@@ -69,7 +69,7 @@ def measure(
     quantize: QuantizeOption = None,
 ) -> None:
     """Answer the held-out questions with every stage's model and print the table."""
-    from train.nano.measure import measure_all, write_table
+    from train.nano.measure.evaluate import measure_all, write_table
 
     if wrong := [entry for entry in models or () if "=" not in entry]:
         raise ValueError(f"{wrong[0]!r} is not of the form name=folder.")

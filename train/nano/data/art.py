@@ -16,8 +16,8 @@ import numpy.typing as npt
 import resvg_py
 from PIL import Image
 
-from train.nano.names import FLAGS, LABELS, THINGS
-from train.nano.packages import FLAG_ART, FONTS, THING_ART, Package, Split, fetch, read_members
+from train.nano.data.labels import FLAGS, LABELS, THINGS
+from train.nano.data.packages import FLAG_ART, FONTS, THING_ART, Package, Split, fetch, read_members
 from yi_vl.files import atomic_path, write_text
 
 # circle-flags gives some country codes to languages: the country's disc has another name, or (Argentina) there is none

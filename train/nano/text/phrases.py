@@ -4,7 +4,7 @@
 of each question are those that it is measured with. Data only; used by dialogue.py.
 """
 
-from train.nano.names import Lang
+from train.nano.data.labels import Lang
 
 NUM_MEASURED = 3
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from rich.progress import track
 
-from train.nano.sheet import write_sheet
+from train.nano.measure.page import write_sheet
 from yi_vl import YiVL, load
 from yi_vl.files import read_json_lines
 from yi_vl.quantize import Scheme

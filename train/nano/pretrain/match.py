@@ -25,12 +25,12 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
 
-from train.nano.art import Art, load_art
-from train.nano.compose import Composer
-from train.nano.mosaic import SIGNS, ideal_cells
-from train.nano.names import BACKGROUND
-from train.nano.picture import KINDS, Kind, Picture
-from train.nano.tower import PictureStream, TowerRecipe, make_optimizer
+from train.nano.data.art import Art, load_art
+from train.nano.data.compose import Composer
+from train.nano.data.labels import BACKGROUND
+from train.nano.data.sample import KINDS, Kind, Picture
+from train.nano.pretrain.tower import PictureStream, TowerRecipe, make_optimizer
+from train.nano.text.mosaic import SIGNS, ideal_cells
 from yi_vl import YiVLForConditionalGeneration, YiVLProcessor
 from yi_vl.connector import Projector
 from yi_vl.image import YiVLImageProcessor

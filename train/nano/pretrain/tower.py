@@ -31,10 +31,10 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from train.nano.art import DATA_DIR, Art, load_art
-from train.nano.compose import Composer
-from train.nano.names import LABELS
-from train.nano.picture import Kind, Picture, dense_labels
+from train.nano.data.art import DATA_DIR, Art, load_art
+from train.nano.data.compose import Composer
+from train.nano.data.labels import LABELS
+from train.nano.data.sample import Kind, Picture, dense_labels
 from yi_vl.config import preset
 from yi_vl.image import YiVLImageProcessor
 from yi_vl.vision import OpenClipTower, resize_position_grid

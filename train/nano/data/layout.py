@@ -4,8 +4,8 @@ from typing import Literal
 
 import numpy as np
 
-from train.nano.names import COLOURS, SHAPES, THINGS
-from train.nano.picture import Item
+from train.nano.data.labels import COLOURS, SHAPES, THINGS
+from train.nano.data.sample import Item
 
 Direction = Literal["left", "right", "above", "below"]
 DIRECTIONS: tuple[Direction, ...] = ("left", "right", "above", "below")

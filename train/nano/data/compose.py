@@ -12,13 +12,13 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from train.nano import paint
-from train.nano.art import Art, Drawing
-from train.nano.layout import place_items, scene_items, word_width
-from train.nano.names import COLOURS, DIGITS, FLAGS, THINGS
-from train.nano.packages import Split
-from train.nano.picture import Item, Kind, Picture, Truth
-from train.nano.words import VOCABULARY
+from train.nano.data import paint
+from train.nano.data.art import Art, Drawing
+from train.nano.data.labels import COLOURS, DIGITS, FLAGS, THINGS
+from train.nano.data.layout import place_items, scene_items, word_width
+from train.nano.data.packages import Split
+from train.nano.data.sample import Item, Kind, Picture, Truth
+from train.nano.data.vocabulary import VOCABULARY
 
 NUM_TEST_DIGITS = 360
 _FONT_PX = 64

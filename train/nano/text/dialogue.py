@@ -13,11 +13,11 @@ from typing import Literal
 
 import numpy as np
 
-from train.nano.layout import DIRECTIONS, direction, neighbour
-from train.nano.names import COLOURS, FLAGS, LANGS, SHAPES, THINGS, Lang
-from train.nano.phrases import NUM_MEASURED, QUESTIONS, TALK
-from train.nano.picture import Item, Truth
-from train.nano.wording import (
+from train.nano.data.labels import COLOURS, FLAGS, LANGS, SHAPES, THINGS, Lang
+from train.nano.data.layout import DIRECTIONS, direction, neighbour
+from train.nano.data.sample import Item, Truth
+from train.nano.text.phrases import NUM_MEASURED, QUESTIONS, TALK
+from train.nano.text.wording import (
     a_or_an,
     count_phrase,
     joined,
@@ -253,7 +253,7 @@ def _alternatives(asked: Asked, truth: Truth, lang: Lang) -> list[str]:
     if asked.topic == "digit":
         return list("0123456789")
     if asked.topic == "word":
-        from train.nano.words import VOCABULARY
+        from train.nano.data.vocabulary import VOCABULARY
 
         return [word.upper() for word in VOCABULARY]
     if asked.topic in ("count", "count_of"):

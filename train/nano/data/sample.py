@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from train.nano.names import LABEL_IDS
+from train.nano.data.labels import LABEL_IDS
 
 Kind = Literal["thing", "flag", "digit", "word", "scene"]
 KINDS: tuple[Kind, ...] = ("thing", "flag", "digit", "word", "scene")

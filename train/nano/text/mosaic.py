@@ -13,10 +13,10 @@ from typing import Literal
 
 import numpy as np
 
-from train.nano.layout import place_items, scene_items, word_width
-from train.nano.names import BACKGROUND, DIGITS, FLAGS, LABELS, THINGS
-from train.nano.picture import Box, Item, Truth
-from train.nano.words import VOCABULARY
+from train.nano.data.labels import BACKGROUND, DIGITS, FLAGS, LABELS, THINGS
+from train.nano.data.layout import place_items, scene_items, word_width
+from train.nano.data.sample import Box, Item, Truth
+from train.nano.data.vocabulary import VOCABULARY
 
 _FIRST_SIGN = 0xE000
 _LETTER_PAIRS = sorted({f"letter {a}{b}" for word in VOCABULARY for a, b in pairwise(word)})

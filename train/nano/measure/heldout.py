@@ -16,13 +16,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from train.nano.art import load_art
-from train.nano.choices import judgement
-from train.nano.compose import Composer
-from train.nano.dialogue import SKILLS, Asked, all_questions, multiple_choice
-from train.nano.names import LANGS
-from train.nano.picture import Picture
-from train.nano.words import VOCABULARY
+from train.nano.data.art import load_art
+from train.nano.data.compose import Composer
+from train.nano.data.labels import LANGS
+from train.nano.data.sample import Picture
+from train.nano.data.vocabulary import VOCABULARY
+from train.nano.text.choices import judgement
+from train.nano.text.dialogue import SKILLS, Asked, all_questions, multiple_choice
 
 SIZE_PX = 448
 NUM_WORDS, NUM_SCENES, NUM_PAIRS = 200, 300, 100

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from train.nano.names import COLOURS, FLAGS, SHAPES, THINGS, Lang
-from train.nano.picture import Item
+from train.nano.data.labels import COLOURS, FLAGS, SHAPES, THINGS, Lang
+from train.nano.data.sample import Item
 
 _NUMBERS_EN = ("no", "one", "two", "three", "four", "five")
 _NUMBERS_ZH = ("零", "一", "两", "三", "四", "五")

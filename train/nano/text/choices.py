@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from train.nano.dialogue import Asked, Turn, all_questions, multiple_choice
-from train.nano.names import Lang
-from train.nano.picture import Truth
+from train.nano.data.labels import Lang
+from train.nano.data.sample import Truth
+from train.nano.text.dialogue import Asked, Turn, all_questions, multiple_choice
 
 CHOICE_EN = "Answer with the option's letter from the given choices directly."
 CHOICE_ZH = (

@@ -20,13 +20,13 @@ import numpy as np
 from PIL import Image
 from rich.progress import track
 
-from train.nano import dialogue
-from train.nano.art import load_art
-from train.nano.choices import choice_conversation, with_image
-from train.nano.compose import Composer
-from train.nano.mosaic import SIGNS, Shares, imagine, tell
-from train.nano.names import FLAGS, LANGS, THINGS
-from train.nano.picture import Kind, Picture, Truth
+from train.nano.data.art import load_art
+from train.nano.data.compose import Composer
+from train.nano.data.labels import FLAGS, LANGS, THINGS
+from train.nano.data.sample import Kind, Picture, Truth
+from train.nano.text import dialogue
+from train.nano.text.choices import choice_conversation, with_image
+from train.nano.text.mosaic import SIGNS, Shares, imagine, tell
 from train.shards.files import write_tar
 
 SAMPLES_PER_SHARD = 1000
