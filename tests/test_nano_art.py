@@ -72,6 +72,7 @@ def test_a_drawing_that_does_not_render_is_left_out_and_counted(data_dir: Path) 
 
 
 def test_every_package_is_pinned_and_has_a_licence() -> None:
-    told = (Path(art.__file__).parents[1] / "LICENCES.md").read_text(encoding="utf-8")
+    licences = (Path(art.__file__).parents[1] / "LICENCES.md").read_text(encoding="utf-8")
     for package in packages.PACKAGES:
-        assert f"| `{package.name}` | {package.version} | {package.licence} | {package.use} | {package.split} |" in told
+        row = f"| `{package.name}` | {package.version} | {package.licence} | {package.use} | {package.split} |"
+        assert row in licences

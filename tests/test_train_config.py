@@ -87,9 +87,9 @@ def test_the_command_exits_with_one_line(monkeypatch: pytest.MonkeyPatch, capsys
     monkeypatch.setattr(sys, "argv", ["train", str(NANO), "data.workrs=3"])
     with pytest.raises(SystemExit) as ended:
         program.run(main, "error")
-    said = capsys.readouterr().err
+    output = capsys.readouterr().err
     assert ended.value.code == 2
-    assert said.startswith("error: ") and said.count("\n") == 1 and "workrs" in said
+    assert output.startswith("error: ") and output.count("\n") == 1 and "workrs" in output
 
 
 def test_adapters_need_a_checkpoint_and_a_rank() -> None:

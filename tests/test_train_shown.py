@@ -74,7 +74,7 @@ def test_held_out_answers_are_shown_and_change_nothing(
     assert not any(segment.is_supervised for segment in question.prompt) and len(question.images) == 1
 
 
-def test_held_out_answers_and_pictures_reach_tensorboard(configure: Callable[..., TrainConfig], tmp_path: Path) -> None:
+def test_held_out_answers_and_images_reach_tensorboard(configure: Callable[..., TrainConfig], tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     answers = f"generations={{shards: {tmp_path}/chats/0.tar, every_steps: 2, count: 2, max_new_tokens: 4}}"

@@ -94,13 +94,13 @@ def is_empty(value: Any) -> bool:
 
 
 def _entries(record: Mapping[str, Any]) -> list[Any]:
-    found = [key for key in _LISTS if not is_empty(record.get(key))]
-    if len(found) > 1:
-        raise ValueError(f"it has both `{found[0]}` and `{found[1]}`; expected one of them")
-    entries = record[found[0]] if found else None
+    keys = [key for key in _LISTS if not is_empty(record.get(key))]
+    if len(keys) > 1:
+        raise ValueError(f"it has both `{keys[0]}` and `{keys[1]}`; expected one of them")
+    entries = record[keys[0]] if keys else None
     if not isinstance(entries, list):
-        keys = ", ".join(list(map(str, record))[:20]) or "nothing"
-        raise ValueError(f"it has no list of `conversations` or `messages`, only {keys}"[:400])
+        others = ", ".join(list(map(str, record))[:20]) or "nothing"
+        raise ValueError(f"it has no list of `conversations` or `messages`, only {others}"[:400])
     return entries
 
 
@@ -134,10 +134,10 @@ def _message(entry: Any, where: str, images: list[Any], ignore: Collection[str])
 def _content(
     entry: Mapping[str, Any], where: str, role: str, images: list[Any], ignore: Collection[str]
 ) -> list[dict[str, Any]]:
-    found = [key for key in ("value", "content") if not is_empty(entry.get(key))]
-    if len(found) > 1:
+    keys = [key for key in ("value", "content") if not is_empty(entry.get(key))]
+    if len(keys) > 1:
         raise ValueError(f"{where} has both `value` and `content`; expected one of them")
-    content = entry[found[0]] if found else entry.get("value", entry.get("content"))
+    content = entry[keys[0]] if keys else entry.get("value", entry.get("content"))
     if isinstance(content, str):
         (message,) = from_llava([{"from": _SPEAKERS[role], "value": content}])
         images += [None] * sum(map(_is_image, message["content"]))
@@ -154,15 +154,15 @@ def _part(part: Any, where: str, images: list[Any], ignore: Collection[str]) -> 
     if not isinstance(part, dict):
         raise ValueError(f"{where} has a part of {type(part).__name__}; expected {{type, text}} or {{type, image}}")
     named = [key for key in _PART_IMAGE_KEYS if not is_empty(part.get(key))]
-    found = part.get("type", "image" if named else "text" if "text" in part else None)
-    kind = _PART_TYPES.get(found) if isinstance(found, str) else None
-    if kind is None:
-        known = found if found is not None else ", ".join(map(str, part))
+    declared = part.get("type", "image" if named else "text" if "text" in part else None)
+    part_type = _PART_TYPES.get(declared) if isinstance(declared, str) else None
+    if part_type is None:
+        known = declared if declared is not None else ", ".join(map(str, part))
         raise ValueError(f"{where} has a part of type {str(known)[:80]}, which is not read; text and image are")
-    read = ("type", "text") if kind == "text" else ("type", "index", *_PART_IMAGE_KEYS)
+    read = ("type", "text") if part_type == "text" else ("type", "index", *_PART_IMAGE_KEYS)
     harmless = _HARMLESS_IN_PART.union(ignore, ["index"])
     _refuse_unread(part, read, harmless, f"{where}: a part's")
-    if kind == "text":
+    if part_type == "text":
         if not isinstance(part.get("text"), str):
             raise ValueError(f"{where} has a part of type text without a `text`")
         return {"type": "text", "text": part["text"]}
@@ -191,18 +191,18 @@ def _with_system(messages: list[dict[str, Any]], system: Any) -> list[dict[str, 
 
 def _images(record: Mapping[str, Any], part_images: Sequence[Any]) -> list[Any] | None:
     """What the record says its images are: in keys beside its messages, or in their parts."""
-    found = [key for key in _IMAGE_KEYS if not is_empty(record.get(key))]
+    keys = [key for key in _IMAGE_KEYS if not is_empty(record.get(key))]
     in_parts = [image for image in part_images if image is not None]
-    if len(found) + bool(in_parts) > 1:
-        names = [f"`{key}`" for key in found] + ["the parts of its messages"] * bool(in_parts)
+    if len(keys) + bool(in_parts) > 1:
+        names = [f"`{key}`" for key in keys] + ["the parts of its messages"] * bool(in_parts)
         raise ValueError(f"it names images twice, in {names[0]} and in {names[1]}")
-    images = record[found[0]] if found else in_parts
+    images = record[keys[0]] if keys else in_parts
     images = images if isinstance(images, list) else [images]
     if not all(isinstance(image, (str, dict)) and image for image in images):
-        raise ValueError(f"its `{found[0] if found else 'image'}` is neither a path nor a list of paths")
+        raise ValueError(f"its `{keys[0] if keys else 'image'}` is neither a path nor a list of paths")
     if not images:
         return None
-    if not found and len(images) != len(part_images):
+    if not keys and len(images) != len(part_images):
         raise ValueError(f"it names {len(images)} of its {len(part_images)} images, and not the others")
     return images
 

@@ -101,7 +101,7 @@ def plan(
     gpus: Annotated[int, typer.Option(min=1, help="How many GPUs.")] = 128,
     gpu_memory: Annotated[float, typer.Option(min=1, help="GB of one.")] = 80,
     tflops: Annotated[float, typer.Option(min=1, help="Its peak in bf16; 312 is an A100's.")] = 312,
-    utilisation: Annotated[float, typer.Option(min=0.01, max=1, help="The part of the peak that is reached.")] = 0.4,
+    utilisation: Annotated[float, typer.Option(min=0.01, max=1, help="The MFU to assume.")] = 0.4,
     caption_tokens: Annotated[int, typer.Option(min=1, help="Text of an average sample in the form caption.")] = 32,
     chat_tokens: Annotated[int, typer.Option(min=1, help="Likewise in the form chat.")] = 256,
     model: Annotated[
@@ -223,9 +223,7 @@ def assumptions(plans: Sequence[Plan], hardware: Hardware, caption_tokens: int, 
     if (name := _released(plans)) is not None:
         hours = sum(hardware.gpu_hours(made.flops(is_checkpointed=False)) for made in plans)
         reached = hardware.utilisation * hours / _PUBLISHED_GPU_HOURS[name]
-        lines.append(
-            f"In the published {_PUBLISHED_GPU_HOURS[name]:,} GPU-hours this work is {reached:.0%} of the peak."
-        )
+        lines.append(f"In the published {_PUBLISHED_GPU_HOURS[name]:,} GPU-hours this work is {reached:.0%} MFU.")
     return lines
 
 

@@ -189,13 +189,13 @@ class _SavedCounter(TorchDispatchMode):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self._own = {_storage(tensor) for tensor in (*model.parameters(), *model.buffers())}
+        self._weights = {_storage(tensor) for tensor in (*model.parameters(), *model.buffers())}
         self._copies: dict[int, tuple[Tensor, bool]] = {}
         self._saved: WeakSet[_Saved] = WeakSet()  # checkpointing drops what a frozen block has saved
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func is torch.ops.aten._to_copy.default and _storage(args[0]) in self._own:
+        if func is torch.ops.aten._to_copy.default and _storage(args[0]) in self._weights:
             is_cached = isinstance(args[0], nn.Parameter) and args[0].requires_grad  # autocast caches no views
             self._copies[_storage(result)] = result, is_cached
         return result
@@ -208,7 +208,7 @@ class _SavedCounter(TorchDispatchMode):
     def counts(self) -> tuple[int, ...]:
         """Bytes of activations, of copies that are saved, and of cached copies that are not."""
         saved = {_storage(saved.tensor): saved.tensor for saved in self._saved}
-        activations = [tensor for key, tensor in saved.items() if key not in self._own and key not in self._copies]
+        activations = [tensor for key, tensor in saved.items() if key not in self._weights and key not in self._copies]
         copies = [copy for key, (copy, _) in self._copies.items() if key in saved]
         others = [copy for key, (copy, is_cached) in self._copies.items() if is_cached and key not in saved]
         return _nbytes(activations), _nbytes(copies), _nbytes(others)

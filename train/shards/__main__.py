@@ -99,16 +99,16 @@ def check(
     contents = Contents()
     with _pool(processes) as pool:
         jobs = [pool.submit(inspect, path, ignore or ()) for path in paths]
-        with _progress("shards", len(paths)) as advance:
+        with _progress("shards", len(paths)) as add_progress:
             for job in as_completed(jobs):
                 contents += job.result()
-                advance()
-    found = problems(contents, manifest)
-    Console().print(contents_table(folder, contents, manifest, found))
+                add_progress()
+    mismatches = problems(contents, manifest)
+    Console().print(contents_table(folder, contents, manifest, mismatches))
     _list("skipped", sorted(contents.notes))
     _list("cannot be used", sorted(contents.broken))
-    _list("mismatch", found)
-    if found:
+    _list("mismatch", mismatches)
+    if mismatches:
         raise typer.Exit(2)
 
 
@@ -137,13 +137,13 @@ def build(source: Source, out: Path, samples_per_shard: int, processes: int | No
     _stop_if_broken(broken, seen, total, max_broken)
     with _pool(processes) as pool:
         jobs = [pool.submit(_write_shard, out / name, chunk, source.form) for name, chunk in remaining.items()]
-        with _progress("samples", total, seen) as advance:
+        with _progress("samples", total, seen) as add_progress:
             for job in as_completed(jobs):
                 shard = job.result()
                 manifest.add(shard)
                 broken += shard.broken
                 seen += len(chunks[shard.name])
-                advance(len(chunks[shard.name]))
+                add_progress(len(chunks[shard.name]))
                 _stop_if_broken(broken, seen, total, max_broken)
     seconds = time.perf_counter() - started
     _list("skipped", broken)

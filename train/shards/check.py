@@ -73,27 +73,27 @@ def inspect(path: Path, ignore: Collection[str] = ()) -> Contents:
 
 def problems(contents: Contents, manifest: Manifest | None) -> list[str]:
     """What is not as it should be: unreadable shards, and, where there is a manifest, all that differs from it."""
-    found = list(contents.unreadable)
+    mismatches = list(contents.unreadable)
     if manifest is None:
-        return found
+        return mismatches
     if len(manifest.shards) < manifest.made_from["num_shards"]:
-        found.append(f"{len(manifest.shards)} of {manifest.made_from['num_shards']} shards are made so far")
+        mismatches.append(f"{len(manifest.shards)} of {manifest.made_from['num_shards']} shards are made so far")
     for name in sorted(manifest.shards.keys() | contents.shards.keys()):
         if name not in contents.shards:
-            found.append(f"{name} is in the manifest but not here")
+            mismatches.append(f"{name} is in the manifest but not here")
             continue
         if name not in manifest.shards:
-            found.append(f"{name} is here but not in the manifest")
+            mismatches.append(f"{name} is here but not in the manifest")
             continue
         shard = manifest.shards[name]
-        wanted = {"samples": shard.samples, "bytes": shard.bytes, "SHA-256": shard.sha256}
-        for (what, expected), actual in zip(wanted.items(), contents.shards[name]):
+        recorded = {"samples": shard.samples, "bytes": shard.bytes, "SHA-256": shard.sha256}
+        for (what, expected), actual in zip(recorded.items(), contents.shards[name]):
             if actual != expected:
-                found.append(f"{name}: {what} {actual}, the manifest has {expected}")
-    return found
+                mismatches.append(f"{name}: {what} {actual}, the manifest has {expected}")
+    return mismatches
 
 
-def contents_table(folder: Path, contents: Contents, manifest: Manifest | None, found: list[str]) -> Table:
+def contents_table(folder: Path, contents: Contents, manifest: Manifest | None, mismatches: list[str]) -> Table:
     """The counts, for people."""
     counts, sides = contents.counts, contents.sides_px
     num_bytes = sum(num_bytes for _, num_bytes, _ in contents.shards.values())
@@ -109,7 +109,7 @@ def contents_table(folder: Path, contents: Contents, manifest: Manifest | None, 
     if sides:
         table.add_row("longer side", f"{min(sides)} to {max(sides)} px, half of them at most {_median(sides)} px")
     table.add_row("cannot be used", f"{len(contents.broken):,}")
-    table.add_row("manifest", f"{len(found):,} mismatches" if found else "agrees" if manifest else "none")
+    table.add_row("manifest", f"{len(mismatches):,} mismatches" if mismatches else "agrees" if manifest else "none")
     return table
 
 

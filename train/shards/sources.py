@@ -191,8 +191,8 @@ class ParquetChunk:
         for batch in file.iter_batches(_ROWS_AT_ONCE, row_groups=[group], columns=self.columns.names):
             if row >= self.stop:
                 return
-            wanted = batch.slice(max(0, self.start - row), max(0, self.stop - max(row, self.start)))
-            for index, values in enumerate(wanted.to_pylist(), max(row, self.start)):
+            selected = batch.slice(max(0, self.start - row), max(0, self.stop - max(row, self.start)))
+            for index, values in enumerate(selected.to_pylist(), max(row, self.start)):
                 read = partial(_from_row, values, self.columns, self.path.parent, self.ignore)
                 yield f"{self.path.name} row {index}", read
             row += batch.num_rows
@@ -249,26 +249,26 @@ def _from_entry(entry: Any, images: Path, ignore: frozenset[str]) -> Members:
 
 
 def _from_row(values: dict[str, Any], columns: Columns, folder: Path, ignore: frozenset[str]) -> Members:
-    found = values[columns.image]
-    found = found if isinstance(found, list) else [] if is_empty(found) else [found]
+    images = values[columns.image]
+    images = images if isinstance(images, list) else [] if is_empty(images) else [images]
     if columns.caption is not None:
         caption = values[columns.caption]
         if not isinstance(caption, str):
             raise ValueError(f"its {columns.caption!r} is {type(caption).__name__}, not text")
         if not has_text(caption):
             raise ValueError(f"its {columns.caption!r} is empty")
-        if not found:
+        if not images:
             raise ValueError("it has no image")
-        return _image_members([_image_bytes(image, folder) for image in found]) | {"txt": caption.encode()}
+        return _image_members([_image_bytes(image, folder) for image in images]) | {"txt": caption.encode()}
     assert columns.conversations is not None
     record = values[columns.conversations]
     if isinstance(record, str):
         record = parse_json(record, f"its {columns.conversations!r}")
     conversation = read_conversation(record, ignore)
-    if conversation.images is not None and found and len(conversation.images) != len(found):
+    if conversation.images is not None and images and len(conversation.images) != len(images):
         num_named = len(conversation.images)
-        raise ValueError(f"its {columns.image!r} holds {len(found)} images, but its text names {num_named}")
-    members = _image_members([_image_bytes(image, folder) for image in found or conversation.images or ()])
+        raise ValueError(f"its {columns.image!r} holds {len(images)} images, but its text names {num_named}")
+    members = _image_members([_image_bytes(image, folder) for image in images or conversation.images or ()])
     return members | {"json": _json({}, conversation)}
 
 

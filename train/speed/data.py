@@ -131,7 +131,7 @@ def drift(shard: Path, size_px: int, num_images: int = 20) -> tuple[float, float
         if len(differences) >= num_images:
             break
     all_differences = torch.cat(differences)
-    return all_differences.abs().mean().item(), all_differences.square().mean().sqrt().item()
+    return all_differences.abs().mean().item(), all_differences.pow(2).mean().sqrt().item()
 
 
 def resident_memory(folder: Path, num_samples: int, num_rows: int = 10) -> Iterator[tuple[int, float]]:
@@ -204,13 +204,13 @@ def _tiny_shard(folder: Path, number: int) -> Path:
     if path.is_file():
         return path
     folder.mkdir(parents=True, exist_ok=True)
-    picture = _encoded(Image.new("RGB", (16, 12), (20 * number, 100, 200)), "png")
+    content = _encoded(Image.new("RGB", (16, 12), (20 * number, 100, 200)), "png")
     conversation = [{"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", "value": f"It is {number}."}]
     text = json.dumps({"conversations": conversation}).encode()
     unfinished = path.with_suffix(".unfinished")
     with webdataset.TarWriter(str(unfinished)) as tar:
         for index in range(_TINY_SAMPLES):
             is_broken = index % 500 == 499
-            tar.write({"__key__": f"{index:06d}", "png": picture[:30] if is_broken else picture, "json": text})
+            tar.write({"__key__": f"{index:06d}", "png": content[:30] if is_broken else content, "json": text})
     unfinished.rename(path)
     return path

@@ -78,7 +78,7 @@ def train_tokenizer(texts: Iterable[str], out_dir: Path, vocab_size: int) -> Non
     (out_dir / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
 
 
-def begin(tokenizer_dir: Path, out_dir: Path, image_size: int = 224, seed: int = 0) -> None:
+def init_checkpoint(tokenizer_dir: Path, out_dir: Path, image_size: int = 224, seed: int = 0) -> None:
     """A whole model with fresh weights, as a checkpoint whose language model can be trained."""
     torch.manual_seed(seed)
     tokenizer = prepare_tokenizer(str(tokenizer_dir))

@@ -1,11 +1,10 @@
-"""Tower and projector learn to say what each patch shows in the signs that the language model reads.
+"""Alignment of tower and projector with the language model: a patch's feature is pulled to its sign's embedding.
 
-The language model knows pictures as mosaics of signs (mosaic.py). Here the projector's output for a patch is pulled
-towards the embedding of that patch's sign, with a small code of where the patch lies added to it, so that the first
-stage starts from image features which mean something: from captions alone it would need hours on a CPU to find that
-out. The language model itself does not run.
+The language model was trained on images as mosaics of signs (text/mosaic.py). The target of a patch is the embedding of
+its sign plus a small position code, so that the first stage starts from aligned image features: from captions alone
+that alignment would take hours on a CPU. The language model itself does not run.
 
-B pictures, P patches each (G x G), D language width, L signs, W waves.
+B images, P patches each (G x G), D language width, L signs, W waves.
 """
 
 from __future__ import annotations
@@ -28,8 +27,8 @@ from torch.utils.data import DataLoader
 from train.nano.data.art import Art, load_art
 from train.nano.data.compose import Composer
 from train.nano.data.labels import BACKGROUND
-from train.nano.data.sample import KINDS, Kind, Picture
-from train.nano.pretrain.tower import PictureStream, TowerRecipe, make_optimizer
+from train.nano.data.sample import CATEGORIES, Category, Sample
+from train.nano.pretrain.tower import SampleStream, TowerRecipe, make_optimizer
 from train.nano.text.mosaic import SIGNS, ideal_cells
 from yi_vl import YiVLForConditionalGeneration, YiVLProcessor
 from yi_vl.connector import Projector
@@ -49,14 +48,14 @@ _SHARPNESS = 16.0  # logits per squared distance between two signs
 
 @dataclass(frozen=True)
 class SignBatch:
-    """`pixels` (B, H, W, 3) uint8; `signs` (B, P) indices into `SIGNS`, -100 for pictures that signs cannot tell."""
+    """`pixels` (B, H, W, 3) uint8; `signs` (B, P) indices into `SIGNS`, -100 for images that signs cannot tell."""
 
     pixels: Tensor
     signs: Tensor
 
 
-class Eyes(nn.Module):
-    """Tower and projector as they are in the model."""
+class TowerAndProjector(nn.Module):
+    """The model's vision tower and projector."""
 
     def __init__(self, tower: OpenClipTower, projector: Projector) -> None:
         super().__init__()
@@ -68,7 +67,7 @@ class Eyes(nn.Module):
         return features.float()
 
     def at_size(self, pixel_values: Tensor) -> Tensor:
-        """`forward` for pictures of any size: the position grid is resized, as it will be between the stages."""
+        """`forward` for images of any size: the position grid is resized, as it will be between the stages."""
         grid = pixel_values.shape[-1] // self.tower.config.patch_size
         name = "tower.visual.positional_embedding"
         positions = resize_position_grid(self.get_parameter(name), grid)
@@ -76,13 +75,13 @@ class Eyes(nn.Module):
         return features
 
 
-def sign_batch(rng: np.random.Generator, pictures: list[Picture], patch_size_px: int) -> SignBatch:
-    """What a mosaic would say of each picture, without its errors."""
-    pixels = np.stack([np.asarray(picture.image) for picture in pictures])
+def sign_batch(rng: np.random.Generator, samples: list[Sample], patch_size_px: int) -> SignBatch:
+    """The ideal mosaic of each image, without the errors that the language model is trained on."""
+    pixels = np.stack([np.asarray(sample.image) for sample in samples])
     grid = pixels.shape[1] // patch_size_px
-    signs = np.full((len(pictures), grid * grid), _IGNORED)
-    for row, picture in zip(signs, pictures, strict=True):
-        cells = ideal_cells(picture.truth, grid)
+    signs = np.full((len(samples), grid * grid), _IGNORED)
+    for row, sample in zip(signs, samples, strict=True):
+        cells = ideal_cells(sample.truth, grid)
         if cells is not None:
             row[:] = [_SIGN_IDS[name] for name in cells.flat]
     return SignBatch(torch.from_numpy(pixels), torch.from_numpy(signs))
@@ -91,56 +90,56 @@ def sign_batch(rng: np.random.Generator, pictures: list[Picture], patch_size_px:
 def match(
     language_dir: Path, tower_dir: Path, out_dir: Path, data_dir: Path, recipes: Sequence[TowerRecipe] = RECIPES
 ) -> None:
-    """Join the language model and the tower with a projector that says signs; stage 1 starts from `out_dir`."""
+    """Join the language model and the tower with a projector trained on signs; stage 1 starts from `out_dir`."""
     torch.manual_seed(recipes[0].seed)
     art = load_art(data_dir)
     model = YiVLForConditionalGeneration.from_pretrained(language_dir, dtype=torch.float32)
     processor = YiVLProcessor.from_pretrained(language_dir)
     tower, projector = model.model.vision_tower, model.model.multi_modal_projector
     tower.load_state_dict(OpenClipTower.from_pretrained(tower_dir).state_dict())
-    told = processor.tokenizer.convert_tokens_to_ids(list(SIGNS.values()))
-    embeddings = model.model.language_model.embed_tokens.weight.detach()[told].clone()  # (L, D)
-    with torch.no_grad():  # at the scale of what it is to say
+    sign_token_ids = processor.tokenizer.convert_tokens_to_ids(list(SIGNS.values()))
+    embeddings = model.model.language_model.embed_tokens.weight.detach()[sign_token_ids].clone()  # (L, D)
+    with torch.no_grad():  # the projector's output starts at the scale of the embeddings
         projector.norm_2.weight.fill_(embeddings.std().item())
-    eyes = Eyes(tower, projector).train()
+    encoder = TowerAndProjector(tower, projector).train()
     out_dir.mkdir(parents=True, exist_ok=True)
     with (out_dir / "match.jsonl").open("w") as log:
         for recipe in recipes:
-            for row in _train(eyes, embeddings, art, recipe):
+            for row in _train(encoder, embeddings, art, recipe):
                 log.write(json.dumps(row) + "\n")
                 log.flush()
     model.eval().save_pretrained(out_dir)
     processor.save_pretrained(out_dir)
 
 
-def _train(eyes: Eyes, embeddings: Tensor, art: Art, recipe: TowerRecipe) -> Iterator[dict[str, float]]:
-    patch_size_px = eyes.tower.config.patch_size
-    optimizer, schedule = make_optimizer(eyes.parameters(), recipe)
-    codes = {grid**2: place_codes(grid, embeddings) for grid in (4, 8)}
+def _train(encoder: TowerAndProjector, embeddings: Tensor, art: Art, recipe: TowerRecipe) -> Iterator[dict[str, float]]:
+    patch_size_px = encoder.tower.config.patch_size
+    optimizer, schedule = make_optimizer(encoder.parameters(), recipe)
+    codes = {grid**2: position_codes(grid, embeddings) for grid in (4, 8)}
     processor = YiVLImageProcessor()
-    stream = PictureStream(art, recipe, lambda rng, pictures: sign_batch(rng, pictures, patch_size_px))
+    stream = SampleStream(art, recipe, lambda rng, samples: sign_batch(rng, samples, patch_size_px))
     loader = DataLoader(stream, batch_size=None, num_workers=recipe.num_workers, prefetch_factor=4)
     running, started = 0.0, time.time()
     for step, batch in enumerate(track(loader, "match", total=recipe.num_steps), start=1):
         with sdpa_kernel(SDPBackend.MATH), torch.autocast("cpu", torch.bfloat16):
-            features = eyes.at_size(processor.to_pixel_values(batch.pixels))
+            features = encoder.at_size(processor.to_pixel_values(batch.pixels))
         loss = sign_loss(features - codes[features.shape[1]], batch.signs, embeddings, recipe.label_smoothing)
         with sdpa_kernel(SDPBackend.MATH):
             loss.backward()
-        nn.utils.clip_grad_norm_(eyes.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(encoder.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
         running += (loss.item() - running) / min(step, 100)
         if step % 400 == 0 or step == recipe.num_steps:
-            shares: dict[str, float] = {kind: score_signs(eyes, embeddings, art, kind) for kind in KINDS}
-            yield {"step": step, "loss": round(running, 4), "seconds": round(time.time() - started), **shares}
+            accuracy: dict[str, float] = {each: score_signs(encoder, embeddings, art, each) for each in CATEGORIES}
+            yield {"step": step, "loss": round(running, 4), "seconds": round(time.time() - started), **accuracy}
 
 
-def place_codes(grid: int, embeddings: Tensor) -> Tensor:
-    """(P, D): where each of grid x grid patches lies, as waves across and down the picture in fixed random directions.
+def position_codes(grid: int, embeddings: Tensor) -> Tensor:
+    """(P, D): where each of grid x grid patches lies, as waves across and down the image in fixed random directions.
 
-    Signs say what there is; from order alone the language model does not learn to tell left from right.
+    Signs name what there is; from order alone the language model does not learn left from right.
     """
     centres = (torch.arange(grid) + 0.5) / grid
     waves = [wave(torch.pi * cycles * centres) for cycles in (0.5, 1, 2) for wave in (torch.cos, torch.sin)]
@@ -151,40 +150,42 @@ def place_codes(grid: int, embeddings: Tensor) -> Tensor:
 
 
 def sign_loss(features: Tensor, signs: Tensor, embeddings: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """How far (B, P, D) features are from the (L, D) embeddings of their signs (B, P), and which they are nearest to.
+    """Distance of (B, P, D) features to the (L, D) embeddings of their signs (B, P), plus cross-entropy of the nearest.
 
-    Every picture weighs the same, and in it the patches that show something as much as those that show nothing: a word
-    is told by few patches, a flag by many.
+    Every image has the same weight, and in it the patches that show an item as much as the background: a word covers
+    few patches, a flag many.
     """
-    told = signs != _IGNORED
-    is_shown = told & (signs != _SIGN_IDS[BACKGROUND])
-    is_empty = told & ~is_shown
+    has_sign = signs != _IGNORED
+    is_shown = has_sign & (signs != _SIGN_IDS[BACKGROUND])
+    is_empty = has_sign & ~is_shown
     parts = [which / which.sum(1, keepdim=True).clamp(min=1) for which in (is_shown, is_empty)]
     weight = parts[0] + parts[1]  # (B, P)
-    distances = _distances(features[told], embeddings)  # (M, L)
-    wanted = signs[told]  # (M,)
-    nearest = F.cross_entropy(-_SHARPNESS * distances, wanted, reduction="none", label_smoothing=label_smoothing)
-    distance = distances.gather(1, wanted[:, None]).squeeze(1)
-    return (weight[told] * (nearest + distance)).sum() / weight.sum()
+    distances = _distances(features[has_sign], embeddings)  # (M, L)
+    sign_ids = signs[has_sign]  # (M,)
+    nearest = F.cross_entropy(-_SHARPNESS * distances, sign_ids, reduction="none", label_smoothing=label_smoothing)
+    distance = distances.gather(1, sign_ids[:, None]).squeeze(1)
+    return (weight[has_sign] * (nearest + distance)).sum() / weight.sum()
 
 
 def _distances(features: Tensor, embeddings: Tensor) -> Tensor:
     """(M, D), (L, D) -> squared distances (M, L), in units of the mean one between two signs"""
     unit = 2 * embeddings.var(dim=0).sum()
-    return torch.cdist(features, embeddings).square() / unit
+    return torch.cdist(features, embeddings).pow(2) / unit
 
 
 @torch.inference_mode()
-def score_signs(eyes: Eyes, embeddings: Tensor, art: Art, kind: Kind, num_pictures: int = 64) -> float:
-    """The share of patches of held-out 448 px pictures that show something and whose nearest sign is theirs."""
+def score_signs(
+    encoder: TowerAndProjector, embeddings: Tensor, art: Art, category: Category, num_samples: int = 64
+) -> float:
+    """Accuracy of the nearest sign over the patches of held-out 448 px images that show an item."""
     composer, rng = Composer(art), np.random.default_rng(0)
-    pictures = [composer.compose(rng, kind, 448, "test") for _ in range(num_pictures)]
-    batch = sign_batch(rng, pictures, eyes.tower.config.patch_size)
-    eyes.eval()
+    samples = [composer.compose(rng, category, 448, "test") for _ in range(num_samples)]
+    batch = sign_batch(rng, samples, encoder.tower.config.patch_size)
+    encoder.eval()
     with torch.autocast("cpu", torch.bfloat16):
-        features = eyes.at_size(YiVLImageProcessor().to_pixel_values(batch.pixels))
-    eyes.train()
-    features = features - place_codes(8, embeddings)
+        features = encoder.at_size(YiVLImageProcessor().to_pixel_values(batch.pixels))
+    encoder.train()
+    features = features - position_codes(8, embeddings)
     shown = (batch.signs != _IGNORED) & (batch.signs != _SIGN_IDS[BACKGROUND])
     nearest = _distances(features[shown], embeddings).argmin(-1)
     return round((nearest == batch.signs[shown]).float().mean().item(), 4)
