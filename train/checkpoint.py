@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from yi_vl.arguments import one_line
 from yi_vl.files import atomic_path, sha256
 from yi_vl.generation import set_end_tokens_
 from yi_vl.model import YiVLForConditionalGeneration
@@ -59,7 +60,7 @@ def save_checkpoint(
         if "DataLoader worker" in str(error):  # torch's signal handler raises wherever the process is when one dies
             raise
         raise ValueError(
-            f"The checkpoint {directory} cannot be written: {error}; earlier ones are untouched."
+            f"The checkpoint {directory} cannot be written: {one_line(error)}; earlier ones are untouched."
         ) from error
 
 

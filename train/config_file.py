@@ -12,7 +12,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
-from yi_vl.arguments import as_path
+from yi_vl.arguments import as_path, one_line
 
 from .config import (
     FORMS,
@@ -55,7 +55,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
         OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
         config = cast(TrainConfig, OmegaConf.to_object(merged))
     except (MissingMandatoryValue, OmegaConfBaseException) as error:
-        raise ValueError(f"{path}: {getattr(error, 'full_key', '')} is missing; {_first_line(error)}") from error
+        raise ValueError(f"{path}: {getattr(error, 'full_key', '')} is missing; {one_line(error)}.") from error
     config.run_dir = str(as_path(config.run_dir, f"{path}: run_dir"))
     _check(config, str(path))
     return config
@@ -88,13 +88,9 @@ def _named_errors(where: str) -> Iterator[None]:
         ) from error
     except OmegaConfBaseException as error:
         key = f"{error.full_key}: " if error.full_key else ""
-        raise ValueError(f"{where}: {key}{_first_line(error)}") from error
+        raise ValueError(f"{where}: {key}{one_line(error)}.") from error
     except (TypeError, ValueError, IndexError) as error:  # a list where keys belong, or the other way round
-        raise ValueError(f"{where}: {_first_line(error)}.") from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]
+        raise ValueError(f"{where}: {one_line(error)}.") from error
 
 
 def _check(config: TrainConfig, where: str) -> None:

@@ -14,6 +14,8 @@ from accelerate.utils import gather_object, set_seed
 from rich.console import Console
 from torch import Tensor
 
+from yi_vl.arguments import one_line
+
 from . import checkpoint
 from .config import TrainConfig, num_steps
 from .config_file import to_yaml
@@ -134,7 +136,7 @@ class Trainer:
             if "DataLoader worker" not in str(error):
                 raise
             raise ValueError(
-                f"A data worker died: {str(error).splitlines()[0]} If memory ran out, lower data.workers or "
+                f"A data worker died: {one_line(error)}. If memory ran out, lower data.workers or "
                 f"data.shuffle_buffer. {self._last_checkpoint_line()}"
             ) from error
         if self.stop_signal:

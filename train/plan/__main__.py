@@ -19,6 +19,7 @@ from rich.table import Table
 from transformers import AutoConfig
 
 from yi_vl import program
+from yi_vl.arguments import one_line
 from yi_vl.checkpoint.load import find, read_config
 from yi_vl.config import OpenClipVisionConfig, YiVLConfig, preset
 
@@ -273,7 +274,7 @@ def _text_config(language_model: str) -> Any:
     try:
         config = AutoConfig.from_pretrained(language_model)
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        reason = one_line(error)
         raise ValueError(f"The language model {language_model!r} cannot be found ({reason}); say --model.") from error
     if config.model_type != "llama":
         raise ValueError(f"{language_model!r} is a {config.model_type} model; the language model must be a llama.")

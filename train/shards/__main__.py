@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from yi_vl import program
+from yi_vl.arguments import one_line
 from yi_vl.files import sha256
 
 from ..data.samples import read_sample
@@ -174,7 +175,7 @@ def _write_shard(path: Path, chunk: Chunk, form: str) -> Shard:
         write_tar(path, samples())
         return Shard(path.name, num_samples, path.stat().st_size, sha256(path), broken)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be made: {error}. Given again, the command goes on.") from error
+        raise ValueError(f"{path} cannot be made: {one_line(error)}. Repeat the command to continue.") from error
 
 
 def _open_manifest(out: Path, made_from: dict[str, object]) -> Manifest:

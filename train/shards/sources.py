@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import binascii
 import gzip
-import io
 import json
 import re
 from collections import Counter
@@ -21,6 +20,7 @@ from typing import Any, Protocol
 
 from yi_vl.files import sha256
 from yi_vl.image import load_image, open_image
+from yi_vl.image.data_url import png_bytes
 
 from ..data.conversations import Conversation, has_text, is_empty, read_conversation
 from ..data.samples import parse_json
@@ -314,9 +314,7 @@ def _image_members(contents: list[bytes]) -> Members:
             suffix = _SUFFIX_OF_FORMAT.get(image.format or "")
             decoded = load_image(image)
         if suffix is None:  # a format that the trainer does not look for
-            buffer = io.BytesIO()
-            decoded.save(buffer, "PNG")
-            suffix, content = "png", buffer.getvalue()
+            suffix, content = "png", png_bytes(decoded)
         members[suffix if len(contents) == 1 else f"{index}.{suffix}"] = content
     return members
 
