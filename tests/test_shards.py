@@ -91,10 +91,12 @@ def write_json(path: Path, content: Any) -> Path:
     return path
 
 
-def stream(folder: Path, processor: YiVLProcessor, form: str) -> list[Sample]:
+def stream(folder: Path, processor: YiVLProcessor, sample_format: str) -> list[Sample]:
     """All samples of a folder, as the trainer takes them."""
     source = SourceConfig(name="made", shards=f"{folder}/*.tar")
-    encoder = SampleEncoder(processor, DataConfig(form=form, sources=[source], fast_pixels=False), max_tokens=2000)
+    encoder = SampleEncoder(
+        processor, DataConfig(format=sample_format, sources=[source], fast_pixels=False), max_tokens=2000
+    )
     return [encoder.encode(raw, 0) for shard in expand_shards(source) for raw in read_shard(shard)]
 
 
@@ -197,7 +199,7 @@ class ToySource:
     """Four shards; the process that makes the third one is killed before its last sample."""
 
     deadly: bool
-    form: str = "chat"
+    format: str = "chat"
     name: str = "toys"
 
     @property

@@ -25,12 +25,14 @@ def processor(toy_language_model: Path) -> YiVLProcessor:
     return YiVLProcessor(YiVLImageProcessor(28), prepare_tokenizer(str(toy_language_model)), patch_size=14)
 
 
-def data_config(shards: str, form: str = "chat", **settings: Any) -> DataConfig:
-    return DataConfig(form=form, sources=[SourceConfig(name="toys", shards=shards)], **{"workers": 0} | settings)
+def data_config(shards: str, sample_format: str = "chat", **settings: Any) -> DataConfig:
+    return DataConfig(
+        format=sample_format, sources=[SourceConfig(name="toys", shards=shards)], **{"workers": 0} | settings
+    )
 
 
-def encoder(processor: YiVLProcessor, form: str = "chat", max_tokens: int = 400) -> SampleEncoder:
-    return SampleEncoder(processor, data_config("", form), max_tokens)
+def encoder(processor: YiVLProcessor, sample_format: str = "chat", max_tokens: int = 400) -> SampleEncoder:
+    return SampleEncoder(processor, data_config("", sample_format), max_tokens)
 
 
 def raw(**members: bytes) -> dict[str, Any]:
@@ -82,7 +84,7 @@ def test_images_keep_their_order(processor: YiVLProcessor) -> None:
 
 
 @pytest.mark.parametrize(
-    ("form", "members", "reason"),
+    ("sample_format", "members", "reason"),
     [
         ("chat", {"png": b"no image", "json": chat_json("<image>\nWhat?", "Red.")}, "not an image"),
         ("chat", {"png": png("red")[:60], "json": chat_json("<image>\nWhat?", "Red.")}, "damaged|cannot be read"),
@@ -103,9 +105,11 @@ def test_images_keep_their_order(processor: YiVLProcessor) -> None:
         ("chat", {"png": png("red"), "json": chat_json("<image><image>\nWhat?", "Red.")}, "2 <image> .* 1 images"),
     ],
 )
-def test_what_is_broken_says_why(processor: YiVLProcessor, form: str, members: dict[str, bytes], reason: str) -> None:
+def test_what_is_broken_says_why(
+    processor: YiVLProcessor, sample_format: str, members: dict[str, bytes], reason: str
+) -> None:
     with pytest.raises(ValueError, match=reason):
-        encoder(processor, form).encode(raw(**members), 0)
+        encoder(processor, sample_format).encode(raw(**members), 0)
 
 
 @pytest.mark.parametrize("text", ["a\0b", "".join(map(chr, range(1, 32))) + "x", "\u202e\ufeff\U0001f600"])

@@ -56,7 +56,7 @@ def test_added_and_missing_sources_are_refused(stopped: Configure, tmp_path: Pat
     for sources in (
         f"[{{name: chats, shards: '{tmp_path}/chats/*.tar', weight: 2.0}}]",
         f"[{{name: chats, shards: '{tmp_path}/chats/*.tar', weight: 2.0}}, "
-        f"{{name: captions, shards: '{tmp_path}/captions/*.tar', form: caption}}]",
+        f"{{name: captions, shards: '{tmp_path}/captions/*.tar', format: caption}}]",
     ):
         with pytest.raises(ValueError, match=r"data.sources \['captions', 'chats'\], this run has \['chats'"):
             train(stopped(EVERY, f"data.sources={sources}"))

@@ -15,7 +15,7 @@ from train.config import DataConfig, SourceConfig
 from train.data.fast_image import to_uint8
 from train.data.loader import SampleEncoder
 from train.speed.data import baseline, drift, make_shards, processor_for, resident_memory, yi_vl_loader
-from train.speed.step import Form, compare, make_work
+from train.speed.step import SampleFormat, compare, make_work
 from yi_vl.image import YiVLImageProcessor
 
 pytestmark = pytest.mark.slow
@@ -114,13 +114,13 @@ def test_resident_memory_is_told_at_each_tenth(tmp_path: Path) -> None:
     assert all(megabytes > 50 for _, megabytes in rows)
 
 
-@pytest.mark.parametrize("form", ["caption", "chat"])
-def test_both_loops_train_alike(form: Form, tmp_path: Path) -> None:
+@pytest.mark.parametrize("sample_format", ["caption", "chat"])
+def test_both_loops_train_alike(sample_format: SampleFormat, tmp_path: Path) -> None:
     """On a model without batch norm, its micro-batches sorted: the same losses, step by step."""
     checkpoint = tmp_path / "tiny"
     tiny_model(max_position_embeddings=4096).save_pretrained(checkpoint)
     tiny_processor().save_pretrained(checkpoint)
-    work = make_work(tmp_path, checkpoint, form, (8, 4), 3, "fp32", compiles=False)
+    work = make_work(tmp_path, checkpoint, sample_format, (8, 4), 3, "fp32", compiles=False)
     assert len({row.tokens for row in work.rows}) > 3 and len(work.rows) == 16
     measured = compare(work)
     first, second = measured["losses"].values()

@@ -61,13 +61,13 @@ class HeldOut:
         max_prompt_tokens: int | None = None,
     ) -> None:  # fmt: skip
         self.every_steps = config.every_steps
-        form = config.form if config.form is not None else data.form
+        sample_format = config.format if config.format is not None else data.format
         source = SourceConfig(name="generations", shards=config.shards)
         raw_samples = itertools.chain.from_iterable(read_shard(shard) for shard in expand_shards(source))
         self.samples: list[HeldOutSample] = []
         for raw in itertools.islice(raw_samples, config.count):
             try:
-                segments, images = read_sample(raw, form, data.ignore)
+                segments, images = read_sample(raw, sample_format, data.ignore)
                 sample = _held_out_sample(sample_name(raw), segments, images, processor)
                 processor.encode(sample.prompt, max_prompt_tokens)
             except TooLongError as error:
@@ -82,7 +82,7 @@ class HeldOut:
             raise ValueError(
                 f"generations: {config.shards} holds {len(self.samples)} samples, count is {config.count}."
             )
-        stop = "\n" if form == "caption" else STOP_STRING
+        stop = "\n" if sample_format == "caption" else STOP_STRING
         self._sampling = Sampling(max_new_tokens=config.max_new_tokens, stop=stop)
         self._run_dir = run_dir
 

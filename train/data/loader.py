@@ -85,7 +85,7 @@ class SampleEncoder:
 
     def __init__(self, processor: YiVLProcessor, data: DataConfig, max_tokens: int) -> None:
         self._processor = processor
-        self._forms = [source.form if source.form is not None else data.form for source in data.sources]
+        self._sample_formats = [source.format if source.format is not None else data.format for source in data.sources]
         self._ignore = frozenset(data.ignore)
         self._max_tokens = max_tokens
         self._is_fast = data.fast_pixels
@@ -96,7 +96,7 @@ class SampleEncoder:
             TooLong: it has more than max_tokens tokens.
             ValueError: it cannot be used, and why.
         """
-        segments, encoded_images = read_sample(raw, self._forms[source], self._ignore)
+        segments, encoded_images = read_sample(raw, self._sample_formats[source], self._ignore)
         try:
             encoded = self._processor.encode(segments, self._max_tokens)
         except TooLongError as error:

@@ -23,10 +23,11 @@ IMAGE_SUFFIXES = {
 _HARMLESS_SUFFIXES = {"url", "id", "key", "uid", "md5", "sha256"}
 
 
-def read_sample(raw: RawSample, form: str, ignore: Collection[str] = ()) -> tuple[list[Segment], list[bytes]]:
-    """The text of a sample in a form of `DataConfig`, and its encoded images, as many as the text has places for.
+def read_sample(raw: RawSample, sample_format: str, ignore: Collection[str] = ()) -> tuple[list[Segment], list[bytes]]:
+    """The text of a sample, and its encoded images, as many as there are <image> in the text.
 
     Args:
+        sample_format: as in `DataConfig`.
         ignore: suffixes of members and keys of .json that may be there without being read.
 
     Raises:
@@ -35,10 +36,10 @@ def read_sample(raw: RawSample, form: str, ignore: Collection[str] = ()) -> tupl
     if "__error__" in raw:
         raise ValueError(raw["__error__"])
     images = _images(raw, ignore)
-    _refuse_unread(raw, form, ignore)
-    if form == "chat":
+    _refuse_unread(raw, sample_format, ignore)
+    if sample_format == "chat":
         segments = render(_conversation(raw, images, ignore).messages)
-    elif form == "caption":
+    elif sample_format == "caption":
         segments = _caption(raw, images, ignore)
     else:
         segments = render_caption(_text(raw), 0)
@@ -88,12 +89,12 @@ def _images(raw: RawSample, ignore: Collection[str]) -> list[bytes]:
     return [numbered[index] for index in sorted(numbered)]
 
 
-def _refuse_unread(raw: RawSample, form: str, ignore: Collection[str]) -> None:
-    """The form says which text is learned: .txt and .json may lie beside each other, as img2dataset writes them."""
+def _refuse_unread(raw: RawSample, sample_format: str, ignore: Collection[str]) -> None:
+    """The format decides which text is read: .txt and .json may lie beside each other, as img2dataset writes them."""
     for suffix in raw:
         is_image = suffix.rpartition(".")[2] in IMAGE_SUFFIXES
-        if is_image and form == "text" and suffix not in ignore:
-            raise ValueError(f"its member .{suffix} is an image, and samples of the form text have none")
+        if is_image and sample_format == "text" and suffix not in ignore:
+            raise ValueError(f"its member .{suffix} is an image, and samples of the format text have none")
         if is_image or suffix in ("txt", "json") or suffix.startswith("__"):
             continue
         if suffix not in _HARMLESS_SUFFIXES and suffix not in ignore:
@@ -128,7 +129,7 @@ def _conversation(raw: RawSample, images: list[bytes], ignore: Collection[str]) 
 
 
 def _caption(raw: RawSample, images: list[bytes], ignore: Collection[str]) -> list[Segment]:
-    """A caption in the plain form: KEY.txt (beside which KEY.json is metadata), else the one answer of KEY.json.
+    """A caption for the plain prompt: KEY.txt (beside which KEY.json is metadata), else the one answer of KEY.json.
 
     A conversation's question is left out, as LLaVA does, but for samples without an image, where it tells what the
     caption is of.
@@ -136,11 +137,11 @@ def _caption(raw: RawSample, images: list[bytes], ignore: Collection[str]) -> li
     if "txt" in raw or "json" not in raw:
         text = _text(raw)
         if not images:
-            raise ValueError("its .txt is a caption without an image; a source of nothing but text has the form text")
+            raise ValueError("its .txt is a caption without an image; a source of nothing but text has the format text")
         return render_caption(text, len(images))
     conversation = _conversation(raw, images, ignore)
     if [message["role"] for message in conversation.messages] != ["user", "assistant"]:
-        raise ValueError("its .json is not one question and one answer, which the caption form wants")
+        raise ValueError("its .json is not one question and one answer, which the format caption needs")
     if conversation.num_slots and conversation.num_slots != len(images):
         raise ValueError(f"{conversation.num_slots} <image> in the text but {len(images)} images beside it")
     question, answer = (

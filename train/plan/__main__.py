@@ -102,9 +102,9 @@ def plan(
     gpus: Annotated[int, typer.Option(min=1, help="How many GPUs.")] = 128,
     gpu_memory: Annotated[float, typer.Option(min=1, help="GB of one.")] = 80,
     tflops: Annotated[float, typer.Option(min=1, help="Its peak in bf16; 312 is an A100's.")] = 312,
-    utilisation: Annotated[float, typer.Option(min=0.01, max=1, help="The MFU to assume.")] = 0.4,
-    caption_tokens: Annotated[int, typer.Option(min=1, help="Text of an average sample in the form caption.")] = 32,
-    chat_tokens: Annotated[int, typer.Option(min=1, help="Likewise in the form chat.")] = 256,
+    utilisation: Annotated[float, typer.Option(min=0.01, max=1, help="The hardware FLOPs utilisation (HFU) to assume.")] = 0.4,
+    caption_tokens: Annotated[int, typer.Option(min=1, help="Text of an average sample in the format caption.")] = 32,
+    chat_tokens: Annotated[int, typer.Option(min=1, help="Likewise in the format chat.")] = 256,
     model: Annotated[
         str | None, typer.Option(help="6b, 34b, nano or a model folder, where the config does not tell.")
     ] = None,
@@ -141,8 +141,8 @@ def make_plan(
     shape.vision_config.image_size = config.image_size
     text_tokens = {"caption": caption_tokens, "chat": chat_tokens}
     sources = config.data.sources
-    forms = [source.form if source.form is not None else config.data.form for source in sources]
-    weighted = sum(source.weight * text_tokens[form] for source, form in zip(sources, forms))
+    formats = [source.format if source.format is not None else config.data.format for source in sources]
+    weighted = sum(source.weight * text_tokens[each] for source, each in zip(sources, formats))
     num_text = round(weighted / sum(source.weight for source in sources))
     row = Row(shape.vision_config.num_patches + num_text, num_text)
     if row.tokens > config.max_tokens:
@@ -224,7 +224,7 @@ def assumptions(plans: Sequence[Plan], hardware: Hardware, caption_tokens: int, 
     if (name := _released(plans)) is not None:
         hours = sum(hardware.gpu_hours(made.flops(is_checkpointed=False)) for made in plans)
         reached = hardware.utilisation * hours / _PUBLISHED_GPU_HOURS[name]
-        lines.append(f"In the published {_PUBLISHED_GPU_HOURS[name]:,} GPU-hours this work is {reached:.0%} MFU.")
+        lines.append(f"For this work the published {_PUBLISHED_GPU_HOURS[name]:,} GPU-hours are {reached:.0%} MFU.")
     return lines
 
 

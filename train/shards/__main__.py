@@ -137,7 +137,7 @@ def build(source: Source, out: Path, samples_per_shard: int, processes: int | No
     num_new, started = total - seen, time.perf_counter()
     _stop_if_broken(broken, seen, total, max_broken)
     with _pool(processes) as pool:
-        jobs = [pool.submit(_write_shard, out / name, chunk, source.form) for name, chunk in remaining.items()]
+        jobs = [pool.submit(_write_shard, out / name, chunk, source.format) for name, chunk in remaining.items()]
         with _progress("samples", total, seen) as add_progress:
             for job in as_completed(jobs):
                 shard = job.result()
@@ -155,7 +155,7 @@ def build(source: Source, out: Path, samples_per_shard: int, processes: int | No
     )
 
 
-def _write_shard(path: Path, chunk: Chunk, form: str) -> Shard:
+def _write_shard(path: Path, chunk: Chunk, sample_format: str) -> Shard:
     """In a process of its own: the samples that the trainer would take, and why it would not take the others."""
     num_samples, broken = 0, []
 
@@ -164,7 +164,7 @@ def _write_shard(path: Path, chunk: Chunk, form: str) -> Shard:
         for index, (name, read) in enumerate(chunk, chunk.first):
             try:
                 members = read()
-                read_sample(members, form)
+                read_sample(members, sample_format)
             except ValueError as error:
                 broken.append(f"{name}: {' '.join(str(error).split())}")
                 continue

@@ -17,7 +17,7 @@ from yi_vl.chat import Segment
 from yi_vl.files import sha256
 from yi_vl.image import load_image, open_image
 
-from ..config import FORMS
+from ..config import SAMPLE_FORMATS
 from ..data.samples import read_sample, sample_name
 from ..data.shard_reader import RawSample, read_shard
 from .files import Manifest
@@ -47,7 +47,7 @@ class Contents:
 
 
 def inspect(path: Path, ignore: Collection[str] = ()) -> Contents:
-    """One shard: every sample is read in all forms, every image decoded."""
+    """One shard: every sample is read in all formats, every image decoded."""
     contents = Contents()
     for raw in read_shard(str(path)):
         if "__lost__" in raw:
@@ -56,7 +56,7 @@ def inspect(path: Path, ignore: Collection[str] = ()) -> Contents:
         contents.notes += [raw["__note__"]] if "__note__" in raw else []
         contents.counts["samples"] += "__error__" not in raw
         try:
-            forms, encoded_images = _usable_forms(raw, ignore)
+            sample_formats, encoded_images = _usable_formats(raw, ignore)
             for encoded in encoded_images:
                 with open_image(encoded) as image:
                     load_image(image)
@@ -65,7 +65,7 @@ def inspect(path: Path, ignore: Collection[str] = ()) -> Contents:
         except ValueError as error:
             contents.broken.append(f"{sample_name(raw)}: {' '.join(str(error).split())}")
             continue
-        contents.counts.update(forms)
+        contents.counts.update(sample_formats)
         contents.counts["without an image"] += not encoded_images
     contents.shards[path.name] = (contents.counts["samples"], path.stat().st_size, sha256(path))
     return contents
@@ -101,9 +101,9 @@ def contents_table(folder: Path, contents: Contents, manifest: Manifest | None, 
     table = Table(title=Text(str(folder)), title_justify="left", show_header=False)
     table.add_row("shards", f"{len(contents.shards):,}, {num_bytes / 1e6:,.1f} MB")
     table.add_row("samples", f"{counts['samples']:,}")
-    table.add_row("captions", f"{counts['caption']:,} can be learned from in the form caption")
-    table.add_row("conversations", f"{counts['chat']:,} in the form chat")
-    table.add_row("texts", f"{counts['text']:,} in the form text")
+    table.add_row("captions", f"{counts['caption']:,} can be trained on in the format caption")
+    table.add_row("conversations", f"{counts['chat']:,} in the format chat")
+    table.add_row("texts", f"{counts['text']:,} in the format text")
     table.add_row("without an image", f"{counts['without an image']:,}")
     table.add_row("images", f"{sides.total():,}: {formats}" if sides else "0")
     if sides:
@@ -113,19 +113,19 @@ def contents_table(folder: Path, contents: Contents, manifest: Manifest | None, 
     return table
 
 
-def _usable_forms(raw: RawSample, ignore: Collection[str]) -> tuple[list[str], list[bytes]]:
-    """The forms a sample can be learned from in, and its images.
+def _usable_formats(raw: RawSample, ignore: Collection[str]) -> tuple[list[str], list[bytes]]:
+    """The formats that a sample can be read in, and its images.
 
     Raises:
-        ValueError: in none; the reason is that of the form its members suggest.
+        ValueError: in none; the reason is that of the format its members suggest.
     """
     read: dict[str, tuple[list[Segment], list[bytes]]] = {}
     errors: dict[str, ValueError] = {}
-    for form in FORMS:
+    for sample_format in SAMPLE_FORMATS:
         try:
-            read[form] = read_sample(raw, form, ignore)
+            read[sample_format] = read_sample(raw, sample_format, ignore)
         except ValueError as error:
-            errors[form] = error
+            errors[sample_format] = error
     if not read:
         raise errors["chat" if "json" in raw and "txt" not in raw else "caption"]
     return list(read), next(iter(read.values()))[1]

@@ -45,11 +45,11 @@ class Chunk(Protocol):
 class Source(Protocol):
     """Something to make shards from.
 
-    form: what its samples are to the trainer, see `config.DataConfig`.
+    format: the trainer's for its samples, see `config.DataConfig`.
     identity: by which an interrupted run is known again; JSON.
     """
 
-    form: str
+    format: str
     identity: dict[str, Any]
 
     def chunks(self, size: int) -> list[Chunk]:
@@ -95,7 +95,7 @@ class LlavaSource:
         ValueError: there is no such file or folder, or the file is neither a JSON list nor JSON lines.
     """
 
-    form = "chat"
+    format = "chat"
 
     def __init__(self, path: Path, images: Path, ignore: Collection[str] = ()) -> None:
         if not path.is_file():
@@ -209,7 +209,7 @@ class ParquetSource:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        self.form = "caption" if columns.conversations is None else "chat"
+        self.format = "caption" if columns.conversations is None else "chat"
         self._columns, self._ignore = columns, frozenset(ignore)
         self._num_rows: dict[Path, int] = {}
         self.unread_columns: list[str] = []
@@ -224,7 +224,7 @@ class ParquetSource:
             unread = [name for name in schema.names if name not in (*columns.names, *self.unread_columns)]
             self.unread_columns += unread
         files = [[path.name, path.stat().st_size, num_rows] for path, num_rows in self._num_rows.items()]
-        self.identity = {"parquet": files, "columns": columns.names, "form": self.form}
+        self.identity = {"parquet": files, "columns": columns.names, "form": self.format}
         if ignore:
             self.identity["ignore"] = ",".join(sorted(ignore))
 

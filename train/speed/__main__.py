@@ -64,8 +64,9 @@ def step(
     size: Annotated[
         Literal["nano", "300m"], typer.Option(help="The bundled model, or one of random weights.")
     ] = "nano",
-    form: Annotated[
-        Literal["caption", "chat"], typer.Option(help="caption: trains tower and projector; chat: trains everything.")
+    sample_format: Annotated[
+        Literal["caption", "chat"],
+        typer.Option("--format", help="caption: trains tower and projector; chat: trains everything."),
     ] = "chat",
     num_steps: Annotated[
         int | None, typer.Option("--steps", min=2, help="Of each loop; the first is not timed.")
@@ -85,14 +86,17 @@ def step(
     with _folder(None) as folder:
         steps = num_steps if num_steps is not None else _STEPS[size]
         checkpoint = make_checkpoint(folder, size)
-        work = make_work(folder, checkpoint, form, BATCHES[size], steps, precision, compiles)
+        work = make_work(folder, checkpoint, sample_format, BATCHES[size], steps, precision, compiles)
         measured = compare(work)
     if as_json:
         typer.echo(
-            json.dumps({"machine": machine(), "size": size, "form": form, "precision": precision} | measured, indent=1)
+            json.dumps(
+                {"machine": machine(), "size": size, "format": sample_format, "precision": precision} | measured,
+                indent=1,
+            )
         )
         return
-    table = _table(f"{size}, {form}, {precision}", "samples/s", "tokens/s", "TFLOP/s", "of matrix products")
+    table = _table(f"{size}, {sample_format}, {precision}", "samples/s", "tokens/s", "TFLOP/s", "of matrix products")
     table.add_row("matrix products", "", "", f"{measured['matrix_tflops']:.2f}", "100%")
     for name, rates in measured["loops"].items():
         numbers = [

@@ -150,7 +150,7 @@ def resident_memory(folder: Path, num_samples: int, num_rows: int = 10) -> Itera
 
 def _loader(shards: list[str], processor: YiVLProcessor) -> StepLoader:
     sources = [SourceConfig(name="photographs", shards="::".join(shards))]
-    data = DataConfig(form="chat", sources=sources, workers=0, shuffle_buffer=BATCH)
+    data = DataConfig(format="chat", sources=sources, workers=0, shuffle_buffer=BATCH)
     return StepLoader(processor, data, _MAX_TOKENS, 0, 0, 1, BATCH, BATCH)
 
 

@@ -174,7 +174,7 @@ def _make_text(composer: Composer, rng: np.random.Generator) -> dict[str, bytes]
 
 
 def _make_text_caption(composer: Composer, rng: np.random.Generator) -> dict[str, bytes]:
-    """A mosaic and its caption, for the plain form of the first stages; nothing is drawn."""
+    """A mosaic and its caption, for the plain prompt of the first stages; nothing is drawn."""
     truth, mosaics = _random_mosaics(rng, _SHARES_OF_CAPTIONS, 0.75)
     caption = dialogue.caption(rng, truth, LANGS[rng.integers(2)])
     return _json([{"from": "human", "value": mosaics[0]}, {"from": "gpt", "value": caption}])

@@ -30,15 +30,15 @@ _QUESTION_ZH = "问题："
 
 def choice_conversation(rng: np.random.Generator, truth: Truth) -> list[Turn]:
     """One question in one of the benchmarks' forms, its image left out."""
-    form = rng.choice(["en", "zh", "judge", "fill"], p=[0.4, 0.35, 0.15, 0.1])
-    if form == "judge":
+    variant = rng.choice(["en", "zh", "judge", "fill"], p=[0.4, 0.35, 0.15, 0.1])
+    if variant == "judge":
         statement, is_true = judgement(rng, truth)
         question, answer = judge_prompt(statement), "对" if is_true else "错"
-    elif form == "fill":
+    elif variant == "fill":
         qa = all_questions(rng, truth, "zh")[0]
         question, answer = fill_prompt(qa.question), qa.core
     else:
-        lang: Lang = "en" if form == "en" else "zh"
+        lang: Lang = "en" if variant == "en" else "zh"
         chosen, options = multiple_choice(rng, truth, lang)
         question, answer = choice_prompt(chosen.question, options, lang), chosen.answer
     return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
