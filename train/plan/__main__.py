@@ -102,7 +102,9 @@ def plan(
     gpus: Annotated[int, typer.Option(min=1, help="How many GPUs.")] = 128,
     gpu_memory: Annotated[float, typer.Option(min=1, help="GB of one.")] = 80,
     tflops: Annotated[float, typer.Option(min=1, help="Its peak in bf16; 312 is an A100's.")] = 312,
-    utilisation: Annotated[float, typer.Option(min=0.01, max=1, help="The hardware FLOPs utilisation (HFU) to assume.")] = 0.4,
+    utilisation: Annotated[
+        float, typer.Option(min=0.01, max=1, help="The hardware FLOPs utilisation (HFU) to assume.")
+    ] = 0.4,
     caption_tokens: Annotated[int, typer.Option(min=1, help="Text of an average sample in the format caption.")] = 32,
     chat_tokens: Annotated[int, typer.Option(min=1, help="Likewise in the format chat.")] = 256,
     model: Annotated[
