@@ -1,4 +1,4 @@
-"""Shards: what is written is what the trainer reads, what cannot be used is named, an interrupted run goes on."""
+"""Shards: what is written is what the trainer reads, what cannot be used is named, an interrupted run resumes."""
 
 from __future__ import annotations
 

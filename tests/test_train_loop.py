@@ -1,4 +1,4 @@
-"""The loop at toy size: three real stages, frozen parts, accumulation, and a killed run that goes on exactly."""
+"""The loop at toy size: three real stages, frozen parts, accumulation, and a killed run that resumes exactly."""
 
 from __future__ import annotations
 

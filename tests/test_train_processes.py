@@ -196,7 +196,7 @@ def test_the_configs_for_many_gpus_are_accelerates() -> None:
 def test_spread_weights_learn_the_same(
     two_ranks: Configure, tmp_path: Path, trainable: str, precision: str, rel: float
 ) -> None:
-    """FSDP over two ranks, one of which has no image, and one process that goes on with what they saved."""
+    """FSDP over two ranks, one of which has no image, and one process that resumes from what they saved."""
     settings = ["data.workers=1", "steps=4", "checkpoint={every_steps: 2, keep_last: 2}", "lr.projector=3e-3"]
     settings += [f"precision={precision}"]
     settings += ["trainable={vision: false, projector: false}"] if trainable == "language" else []

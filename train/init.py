@@ -1,4 +1,4 @@
-"""What a run starts from: the model and processor that its `init_from` and `image_size` describe."""
+"""The model and processor that a run's `init_from` and `image_size` describe."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def initial_model(config: TrainConfig, device: torch.device) -> tuple[YiVLForCon
         else:
             model, processor = load_float32(init.checkpoint)
     else:
-        assert init.tower is not None and init.language_model is not None  # config.load_config sees to it
+        assert init.tower is not None and init.language_model is not None  # load_config checks it
         model, tokenizer = from_parts(init.tower.name, init.tower.pretrained, init.language_model, config.image_size)
         image_processor = YiVLImageProcessor(config.image_size)
         processor = YiVLProcessor(image_processor, tokenizer, patch_size=model.config.vision_config.patch_size)

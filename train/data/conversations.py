@@ -1,8 +1,8 @@
-"""Conversations in the spellings of public data sets, as messages that `yi_vl.chat` renders.
+"""Conversations in the formats of public data sets, as messages that `yi_vl.chat` renders.
 
-Read are LLaVA and ShareGPT (`conversations` of `from` and `value`) and OpenAI, transformers and LLaMA-Factory
+Supported are LLaVA and ShareGPT (`conversations` of `from` and `value`) and OpenAI, transformers and LLaMA-Factory
 (`messages` of `role` and `content`, a text with `<image>` or a list of parts), with `system` and `image` or `images`
-beside them. A key that is neither read nor known to be harmless is an error that names it, unless it is to be ignored.
+beside them. A key that is neither read, nor known to be harmless, nor in `data.ignore`, is an error that names it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _PART_TYPES = {
 }  # fmt: skip
 _PART_IMAGE_KEYS = ("image", "image_url", "path", "url")
 
-# Keys that say where a record is from or how it was made, and hold nothing to learn from.
+# Keys of metadata: where a record is from or how it was made.
 HARMLESS_KEYS = {
     "__key__", "__url__", "id", "uid", "uuid", "idx", "index", "key", "hash", "md5", "sha256", "_id", "item_id",
     "sample_id", "question_id", "conversation_id", "conv_id", "image_id", "url", "source", "data_source", "dataset",
@@ -39,19 +39,19 @@ HARMLESS_KEYS = {
 }  # fmt: skip
 _HARMLESS_IN_MESSAGE = {"id", "index", "timestamp", "date", "markdown", "model", "name"}
 _HARMLESS_IN_PART = {"detail"}
-_SWITCHES = ("loss", "train", "weight")  # of a message; what they say is only known when they say nothing
+_SWITCHES = ("loss", "train", "weight")  # of a message; only values that exclude nothing are supported
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """messages: as `yi_vl.chat.render` takes them. images: what the record says its images are; None: it does not."""
+    """messages: as `yi_vl.chat.render` takes them. images: paths or URLs that the record names; None: it names none."""
 
     messages: list[dict[str, Any]]
     images: list[Any] | None
 
     @property
     def num_slots(self) -> int:
-        """How many images the text has places for."""
+        """Number of image placeholders in the text."""
         return sum(_is_image(part) for message in self.messages for part in message["content"])
 
 
@@ -62,8 +62,8 @@ def read_conversation(record: Any, ignore: Collection[str] = ()) -> Conversation
         ignore: keys, besides the harmless ones, that may be there without being read.
 
     Raises:
-        ValueError: it is no conversation, a key or part is not read, an answer is empty, or it names images in a number
-            that its text has no places for.
+        ValueError: it is not a conversation, a key or part is not read, an answer is empty, or the number of images
+            that it names is not that of the placeholders in its text.
     """
     if isinstance(record, list):
         record = {"conversations": record}
@@ -84,7 +84,7 @@ def read_conversation(record: Any, ignore: Collection[str] = ()) -> Conversation
 
 
 def has_text(text: str) -> bool:
-    """Whether there is anything to see in a text: not only spaces, line breaks and invisible characters."""
+    """Whether a text has visible characters: not only spaces, line breaks and control characters."""
     return any(unicodedata.category(character) not in ("Cc", "Cf", "Zs", "Zl", "Zp") for character in text)
 
 
@@ -111,7 +111,7 @@ def _refuse_unread(entry: Mapping[str, Any], read: Collection[str], harmless: Co
 
 
 def _message(entry: Any, where: str, images: list[Any], ignore: Collection[str]) -> dict[str, Any]:
-    """A message; what is said of each image in it is added to `images`, None where nothing is."""
+    """A message; the path or URL of each image in it, or None, is appended to `images`."""
     if not isinstance(entry, dict):
         raise ValueError(f"{where} is a {type(entry).__name__}; it needs `from` and `value`, or `role` and `content`")
     speaker = entry.get("from", entry.get("role"))
@@ -148,7 +148,7 @@ def _content(
 
 
 def _part(part: Any, where: str, images: list[Any], ignore: Collection[str]) -> dict[str, Any]:
-    """A part of a message; what it says of its image is added to `images`."""
+    """A part of a message; the path or URL of its image, or None, is appended to `images`."""
     if isinstance(part, str):
         part = {"type": "text", "text": part}
     if not isinstance(part, dict):
@@ -190,7 +190,7 @@ def _with_system(messages: list[dict[str, Any]], system: Any) -> list[dict[str, 
 
 
 def _images(record: Mapping[str, Any], part_images: Sequence[Any]) -> list[Any] | None:
-    """What the record says its images are: in keys beside its messages, or in their parts."""
+    """The images that the record names: in keys beside its messages, or in their parts."""
     keys = [key for key in _IMAGE_KEYS if not is_empty(record.get(key))]
     in_parts = [image for image in part_images if image is not None]
     if len(keys) + bool(in_parts) > 1:

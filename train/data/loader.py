@@ -94,7 +94,7 @@ class SampleEncoder:
         """
         Raises:
             TooLong: it has more than max_tokens tokens.
-            ValueError: it cannot be used, and why.
+            ValueError: it cannot be used, with the reason.
         """
         segments, encoded_images = read_sample(raw, self._sample_formats[source], self._ignore)
         try:
@@ -332,7 +332,7 @@ def _shared_prefix_length(samples: Sequence[Sample], input_ids: Tensor, labels: 
 
 
 def _layout(sources: Sequence[SourceConfig]) -> list[tuple[str, str, float, int | None, str]]:
-    """What the meaning of a cursor depends on."""
+    """The settings that a cursor is only valid for."""
     return [
         (source.name, source.shards, source.weight, source.max_samples, _fingerprint(expand_shards(source)))
         for source in sources

@@ -1,6 +1,6 @@
-"""A raw sample of a shard, the members `KEY.suffix` of a tar, as the text and the encoded images that are learned.
+"""From a raw sample of a shard, the members `KEY.suffix` of a tar, to the text and the encoded images to train on.
 
-Every member is read, or known to hold nothing to learn from, or an error that names it.
+Every member is read or known to be irrelevant to training; any other is an error that names it.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ from yi_vl.chat import Segment, render, render_caption
 from .conversations import Conversation, has_text, read_conversation
 from .shard_reader import RawSample
 
-# Whether an image can be read its content says, when it is opened: HEIC and others are named here so that they are not
-# taken for no image.
+# Formats that cannot be decoded, such as HEIC, are listed too: such an image must not count as missing.
 IMAGE_SUFFIXES = {
     "jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "dib", "tif", "tiff", "avif", "jp2", "j2k", "jpx",
     "ppm", "pgm", "pbm", "pnm", "ico", "tga", "qoi", "heic", "heif", "jxl", "svg",
@@ -31,7 +30,7 @@ def read_sample(raw: RawSample, sample_format: str, ignore: Collection[str] = ()
         ignore: suffixes of members and keys of .json that may be there without being read.
 
     Raises:
-        ValueError: it cannot be learned from, and why.
+        ValueError: it cannot be trained on, with the reason.
     """
     if "__error__" in raw:
         raise ValueError(raw["__error__"])
@@ -54,7 +53,7 @@ def read_sample(raw: RawSample, sample_format: str, ignore: Collection[str] = ()
 
 
 def sample_name(raw: RawSample) -> str:
-    """Shard and key, for people to find the sample again."""
+    """Shard and key."""
     return f"{raw['__url__']} {raw['__key__'] or '(tar)'}"
 
 
@@ -62,7 +61,7 @@ def parse_json(content: bytes | str, what: str) -> Any:
     """JSON in UTF-8, -16 or -32, with a byte order mark or without.
 
     Raises:
-        ValueError: it is none; the line begins with `what`.
+        ValueError: it is not JSON; the line begins with `what`.
     """
     try:
         return json.loads(content)
@@ -131,8 +130,7 @@ def _conversation(raw: RawSample, images: list[bytes], ignore: Collection[str]) 
 def _caption(raw: RawSample, images: list[bytes], ignore: Collection[str]) -> list[Segment]:
     """A caption for the plain prompt: KEY.txt (beside which KEY.json is metadata), else the one answer of KEY.json.
 
-    A conversation's question is left out, as LLaVA does, but for samples without an image, where it tells what the
-    caption is of.
+    The question of a conversation is left out, as in LLaVA, except without an image, where the caption is of its text.
     """
     if "txt" in raw or "json" not in raw:
         text = _text(raw)

@@ -1,4 +1,4 @@
-"""What runs will take: `python -m train.plan CONFIG... [key.sub=value ...] --gpus 128 --gpu-memory 80`.
+"""Memory and time of runs: `python -m train.plan CONFIG... [key.sub=value ...] --gpus 128 --gpu-memory 80`.
 
 For each config what it trains, its steps and tokens, the memory of a GPU by what holds it under DDP, FSDP and ZeRO-3,
 and GPU-hours; then their sum. No weights are read.
@@ -187,7 +187,7 @@ def memory_table(made: Plan, hardware: Hardware) -> Table:
 
 
 def verdict(made: Plan, hardware: Hardware, strategy: Strategy, is_checkpointed: bool) -> str:
-    """`yes`; `no`; or how long rows may be. Memory grows with their tokens at a constant rate, or an increasing one."""
+    """`yes`, `no`, or the longest row that fits. Memory grows with a row's tokens at a constant or increasing rate."""
     limit, patches = made.config.max_tokens, made.model.vision_config.num_patches
     usable = USABLE * hardware.memory_bytes
     average = made.memory(hardware, strategy, made.row, is_checkpointed).total
@@ -216,7 +216,7 @@ def sum_table(plans: Sequence[Plan], hardware: Hardware) -> Table:
 
 
 def assumptions(plans: Sequence[Plan], hardware: Hardware, caption_tokens: int, chat_tokens: int) -> list[str]:
-    """What the numbers rest on."""
+    """The assumptions behind the numbers."""
     lines = [
         f"Assumed: one image and {caption_tokens} tokens of text in a caption, {chat_tokens} in a chat; "
         f"{hardware.utilisation:.0%} of {hardware.tflops:g} TFLOP/s; {1 - USABLE:.0%} of the memory kept free; "

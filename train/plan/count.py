@@ -185,7 +185,7 @@ def _unpack(saved: _Saved) -> Tensor:
 
 
 class _SavedCounter(TorchDispatchMode):
-    """The bytes that autograd keeps besides the model's own, each storage once; and copies of its weights."""
+    """The bytes that autograd saves besides the weights, each storage once; and copies of the weights."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -201,7 +201,7 @@ class _SavedCounter(TorchDispatchMode):
         return result
 
     def pack(self, tensor: Tensor) -> _Saved:
-        """To be called with what autograd saves."""
+        """The pack hook of `saved_tensors_hooks`."""
         self._saved.add(saved := _Saved(tensor))
         return saved
 
@@ -215,13 +215,13 @@ class _SavedCounter(TorchDispatchMode):
 
 
 def _attend_unmasked(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Any:
-    """transformers' attention of rows without padding; its own would look at the values of masks."""
+    """Attention of rows without padding for transformers, whose own reads the values of masks."""
     attended = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
     return attended.transpose(1, 2), None
 
 
 class _FusedAttention(TorchFunctionMode):
-    """Attention as flash kernels do it, which keep no scores; torch chooses none where the device is missing."""
+    """Attention that saves no scores, as flash kernels do; torch selects none of them without the device."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not F.scaled_dot_product_attention:
@@ -235,7 +235,7 @@ class _FusedAttention(TorchFunctionMode):
 
 @contextmanager
 def _autocast(device: str, precision: str) -> Iterator[None]:
-    """torch.autocast, which switches itself off where the device is missing."""
+    """torch.autocast, which disables itself without the device."""
     before = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
     torch.set_autocast_enabled(device, precision in LOW_DTYPES)
     torch.set_autocast_dtype(device, LOW_DTYPES.get(precision, torch.bfloat16))

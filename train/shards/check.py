@@ -1,6 +1,6 @@
-"""What a shard holds, as the trainer will see it, and whether that is what the manifest says.
+"""What a shard holds, as the trainer will see it, and whether that agrees with the manifest.
 
-Samples are read with the trainer's own functions, so that what is counted here is what can be learned from.
+Samples are read with the trainer's functions, so what is counted here is what can be trained on.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Contents:
     sides_px: Counter[int] = field(default_factory=Counter)  # the images' longer sides
     broken: list[str] = field(default_factory=list)  # samples, each with its reason
     unreadable: list[str] = field(default_factory=list)  # shards, likewise
-    notes: list[str] = field(default_factory=list)  # what the reader says of them
+    notes: list[str] = field(default_factory=list)  # of the reader
 
     def __iadd__(self, other: Contents) -> Contents:
         self.shards |= other.shards
@@ -72,7 +72,7 @@ def inspect(path: Path, ignore: Collection[str] = ()) -> Contents:
 
 
 def problems(contents: Contents, manifest: Manifest | None) -> list[str]:
-    """What is not as it should be: unreadable shards, and, where there is a manifest, all that differs from it."""
+    """Unreadable shards and, with a manifest, all differences from it."""
     mismatches = list(contents.unreadable)
     if manifest is None:
         return mismatches
@@ -94,7 +94,7 @@ def problems(contents: Contents, manifest: Manifest | None) -> list[str]:
 
 
 def contents_table(folder: Path, contents: Contents, manifest: Manifest | None, mismatches: list[str]) -> Table:
-    """The counts, for people."""
+    """The counts, to print."""
     counts, sides = contents.counts, contents.sides_px
     num_bytes = sum(num_bytes for _, num_bytes, _ in contents.shards.values())
     formats = ", ".join(f"{count:,} {name}" for name, count in contents.formats.most_common())

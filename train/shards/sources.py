@@ -1,7 +1,7 @@
-"""What shards are made from: conversations in JSON or JSON lines with their image folder, or parquet files.
+"""Sources of shards: conversations in JSON or JSON lines with their image folder, or parquet files.
 
-A source is cut into chunks, one for each shard. A chunk is small, is sent to another process, and there yields its
-samples: a name for people, and a function that reads the sample or says why it cannot be used.
+A source is split into chunks, one per shard. A chunk is small, is sent to a worker process, and there yields its
+samples: a name for messages, and a function that reads the sample or raises the reason why it cannot be used.
 """
 
 from __future__ import annotations
@@ -27,7 +27,12 @@ from ..data.samples import parse_json
 from .files import Members
 
 Reader = Callable[[], Members]  # raises ValueError
-_SUFFIX_OF_FORMAT = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # MPO: a JPEG with more behind it
+_SUFFIX_OF_FORMAT = {
+    "JPEG": "jpg",
+    "MPO": "jpg",
+    "PNG": "png",
+    "WEBP": "webp",
+}  # MPO: a JPEG that is followed by more images
 _ROWS_AT_ONCE = 64
 
 
@@ -46,7 +51,7 @@ class Source(Protocol):
     """Something to make shards from.
 
     format: the trainer's for its samples, see `config.DataConfig`.
-    identity: by which an interrupted run is known again; JSON.
+    identity: JSON that an interrupted command is resumed by.
     """
 
     format: str
@@ -77,7 +82,7 @@ class LlavaChunk:
 
 @dataclass(frozen=True)
 class BadLine:
-    """A line of JSON lines that is no JSON, and why."""
+    """A line of JSON lines that is not JSON, with the reason."""
 
     reason: str
 
@@ -85,11 +90,11 @@ class BadLine:
 class LlavaSource:
     """Conversations as `read_conversation` reads them, in a JSON list or in JSON lines, compressed by gzip or not.
 
-    Their images are paths inside the folder, or `data:` URLs. Samples are numbered in order, so an id may come twice
-    without two samples becoming one.
+    Their images are paths inside the folder, or `data:` URLs. Samples are numbered in order, so ids need not be
+    unique.
 
     Args:
-        ignore: keys that may be there without being read.
+        ignore: keys to ignore.
 
     Raises:
         ValueError: there is no such file or folder, or the file is neither a JSON list nor JSON lines.
@@ -187,7 +192,7 @@ class ParquetChunk:
                 row += num_rows
 
     def _rows(self, file: Any, group: int, row: int) -> Iterator[tuple[str, Reader]]:
-        """Those of one row group, which begins at `row`; no more of it is held than a few rows."""
+        """Rows of one row group, which begins at `row`; only a few of them are in memory."""
         for batch in file.iter_batches(_ROWS_AT_ONCE, row_groups=[group], columns=self.columns.names):
             if row >= self.stop:
                 return
@@ -273,7 +278,7 @@ def _from_row(values: dict[str, Any], columns: Columns, folder: Path, ignore: fr
 
 
 def _image_bytes(value: Any, folder: Path) -> bytes:
-    """Those of a cell or a key: bytes, a path, a data: URL, or {"bytes", "path"}, whose path counts without bytes."""
+    """The file that a cell or key holds or names: bytes, a path, a data: URL, or {"bytes", "path"} (bytes first)."""
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, str):
@@ -294,7 +299,7 @@ def _decode_data_url(url: str) -> bytes:
 
 
 def _read_inside(folder: Path, name: str) -> bytes:
-    """A file of the folder. Links in it are followed: they were put there by its owner, unlike the name."""
+    """A file of the folder. Symbolic links are followed, as the owner of the folder made them, unlike the name."""
     if re.match(r"[a-z][a-z0-9+.-]+://", name, re.IGNORECASE):
         raise ValueError(f"the image {name[:200]!r} is a URL, and nothing is downloaded; put it into the image folder")
     path = PureWindowsPath(name)  # knows the separators and roots of all systems
@@ -307,13 +312,13 @@ def _read_inside(folder: Path, name: str) -> bytes:
 
 
 def _image_members(contents: list[bytes]) -> Members:
-    """The members of some encoded images, each decoded once to see that it can be."""
+    """The members of some encoded images, each of which is decoded once as a check."""
     members: Members = {}
     for index, content in enumerate(contents):
         with open_image(content) as image:
             suffix = _SUFFIX_OF_FORMAT.get(image.format or "")
             decoded = load_image(image)
-        if suffix is None:  # a format that the trainer does not look for
+        if suffix is None:  # a format that the trainer does not read
             suffix, content = "png", png_bytes(decoded)
         members[suffix if len(contents) == 1 else f"{index}.{suffix}"] = content
     return members

@@ -20,7 +20,9 @@ from yi_vl.hardware import machine
 app = typer.Typer(add_completion=False, help="Measure speed, side by side in one run.", no_args_is_help=True)
 _STEPS = {"nano": 20, "300m": 4}
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-Out = Annotated[Path | None, typer.Option(help="Where the shards are kept for the next time; else they are deleted.")]
+Out = Annotated[
+    Path | None, typer.Option(help="A folder to keep the shards in for the next run; by default they are deleted.")
+]
 
 
 @app.command()
@@ -72,7 +74,7 @@ def step(
         int | None, typer.Option("--steps", min=2, help="Of each loop; the first is not timed.")
     ] = None,
     precision: Annotated[
-        Literal["bf16", "fp32"], typer.Option(help="In fp32 the losses agree but for rounding.")
+        Literal["bf16", "fp32"], typer.Option(help="In fp32 the losses agree up to rounding.")
     ] = "bf16",
     compiles: Annotated[bool, typer.Option("--compile", help="As `compile: true` in a config.")] = False,
     as_json: AsJson = False,

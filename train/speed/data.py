@@ -39,7 +39,7 @@ _MAX_TOKENS = 4096
 
 
 def processor_for(size_px: int) -> YiVLProcessor:
-    """nano's, with the real recipe's patches and another image size."""
+    """nano's processor with 14 px patches and another image size."""
     processor: YiVLProcessor = YiVLProcessor.from_pretrained(Path(yi_vl.__file__).parent / "nano")
     processor.image_processor.size_px, processor.patch_size = size_px, 14
     return processor

@@ -67,7 +67,7 @@ class Work:
 
 
 def make_checkpoint(folder: Path, size: Size) -> Path:
-    """Where a model of this size is: the bundled nano, or one of random weights that is written to the folder."""
+    """The checkpoint of a size: the bundled nano, or a model of random weights that is written to the folder."""
     if size == "nano":
         return NANO
     config = _three_hundred_million()
@@ -96,7 +96,7 @@ def make_work(
     The format `caption` trains tower and projector, as the recipe's first two stages do, `chat` trains everything.
 
     Args:
-        batches: samples of a step, and at once.
+        batches: samples of a step and of a micro-batch.
     """
     global_batch, micro_batch = batches
     (folder / "none.tar").touch()  # the trainer wants a shard, which is not read: the steps are given to it

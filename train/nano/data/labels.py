@@ -1,4 +1,4 @@
-"""The words of nano's world in English and Chinese: things, flags, digits, letters, shapes and colours, and `LABELS`.
+"""The classes of nano's images with English and Chinese names: things, flags, digits, letters, shapes, colours.
 
 `LABELS` is the one label space of the tower's pretraining: background first, then things, flags, digits, letters and
 every colour of every shape. Things are keyed by their English name, flags by country code.

@@ -1,4 +1,4 @@
-"""What a scene's items are, where they go, and what can be said about where they are."""
+"""The items of a scene, their positions, and how they lie to each other."""
 
 from typing import Literal
 

@@ -1,4 +1,4 @@
-"""Fast brushes for `compose`: backgrounds, warps, colour jitter, outlines of shapes. Pillow and numpy, no state.
+"""Drawing functions for compose.py: backgrounds, warps, colour jitter, outlines of shapes. Pillow and numpy, no state.
 
 A sprite is an RGBA image cropped to its ink. Colours are (red, green, blue) in 0..255.
 """

@@ -66,9 +66,9 @@ def shard_path(data_dir: Path, source: Source, number: int) -> Path:
 
 
 def read_texts(data_dir: Path) -> Iterator[str]:
-    """What the tokenizer is made from: signs, all captions, of the conversations one shard in ten.
+    """The texts that the tokenizer is trained on: signs, all captions, one shard in ten of the conversations.
 
-    The prompt and all names come many times over, so that they take few tokens.
+    The prompt and all names are repeated, so that they take few tokens.
     """
     from yi_vl.chat import render, to_text
 
@@ -153,7 +153,7 @@ def _make_talk(composer: Composer, rng: np.random.Generator) -> dict[str, bytes]
 
 
 def _random_mosaics(rng: np.random.Generator, shares: Shares, small_fraction: float) -> tuple[Truth, list[str]]:
-    """What some image might show, and its mosaics: of 4 x 4 patches so often, else of 8 x 8."""
+    """A random ground truth and its mosaics: of 4 x 4 patches with probability `small_fraction`, else of 8 x 8."""
     grid = 4 if rng.random() < small_fraction else 8
     while True:
         truth = random_truth(rng, shares)

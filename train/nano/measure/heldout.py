@@ -1,4 +1,4 @@
-"""Nano's test: questions about images that it was never trained on, as plain rows and in MMMU's and CMMMU's schemas.
+"""Nano's held-out questions, as JSON lines and in MMMU's and CMMMU's schemas.
 
 Drawings of twemoji and circle-flags, a third of the fonts, the digits' test split, scenes of shapes and such drawings.
 """

@@ -56,7 +56,7 @@ class QAPair:
     question: str
     answer: str
     core: str  # the answer's word or two, as an option of a multiple-choice question
-    accepted: tuple[str, ...] = ()  # further right answers
+    accepted: tuple[str, ...] = ()  # further correct answers
 
 
 def all_questions(rng: np.random.Generator, truth: Truth, lang: Lang, measured: bool = False) -> list[QAPair]:
@@ -137,7 +137,7 @@ def talk(rng: np.random.Generator) -> list[Turn]:
 def multiple_choice(
     rng: np.random.Generator, truth: Truth, lang: Lang, measured: bool = False
 ) -> tuple[QAPair, list[str]]:
-    """A question and four options in random order; `Asked.answer` is the letter of the right one."""
+    """A question and four options in random order; `QAPair.answer` is the letter of the correct one."""
     qa = all_questions(rng, truth, lang, measured)[0]
     wrong = [core for core in _alternatives(qa, truth, lang) if core != qa.core]
     options = [qa.core, *(wrong[i] for i in rng.choice(len(wrong), size=min(3, len(wrong)), replace=False))]

@@ -1,4 +1,4 @@
-"""How nano's world is put into words: nouns, articles, plurals, numbers, lists, in English and Chinese."""
+"""Phrases for items: nouns, articles, plurals, numbers, lists, in English and Chinese."""
 
 from __future__ import annotations
 
