@@ -51,7 +51,7 @@ def test_a_damaged_checkpoint_is_left_for_the_one_before(
     output = capsys.readouterr().err
     for step, name in ((5, "model.safetensors is not as it was written"), (4, "training_state.pt")):
         assert f"step-0000000{step} is damaged" in output and name in output
-    assert f"going on from {run_dir}/step-00000003 instead" in output
+    assert f"resuming from {run_dir}/step-00000003 instead" in output
     assert losses(config) == losses(whole)
     assert (run_dir / "damaged-step-00000005").is_dir()
 

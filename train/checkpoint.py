@@ -76,7 +76,7 @@ def newest_good(run_dir: Path) -> tuple[Path | None, list[str]]:
     for path in reversed(checkpoints(run_dir)):
         reason = _damage(path)
         if reason is None:
-            return path, [_rename_damaged(*entry) + f"; going on from {path} instead." for entry in damaged]
+            return path, [_rename_damaged(*entry) + f"; resuming from {path} instead." for entry in damaged]
         damaged.append((path, reason))
     if damaged:
         reasons = "; ".join(f"{path.name}: {reason}" for path, reason in damaged)

@@ -22,7 +22,7 @@ from .qlora import read_int4
 def initial_model(config: TrainConfig, device: torch.device) -> tuple[YiVLForConditionalGeneration, YiVLProcessor]:
     """The model, its position grid resized to `image_size` where that differs, and its processor.
 
-    It is in float32 on the CPU; with an int4 base as `read_int4` says, on `device`.
+    It is in float32 on the CPU; with an int4 base as of `read_int4`, on `device`.
 
     Raises:
         ValueError: the weights are not there or do not fit, or cannot be quantized.

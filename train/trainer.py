@@ -148,7 +148,7 @@ class Trainer:
         """This rank's batches, each with the number of supervised tokens of the step on all ranks.
 
         Ends at the last step, or on all ranks when one received a signal, after saving a checkpoint. One exchange per
-        step tells all ranks of the signals, the errors and the token counts of each.
+        step shares the signals, the errors and the token counts of all ranks.
 
         Raises:
             ValueError: on every rank, when the data of one cannot continue.

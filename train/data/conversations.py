@@ -122,7 +122,9 @@ def _message(entry: Any, where: str, images: list[Any], ignore: Collection[str])
         )
     for key in _SWITCHES:
         if key in entry and entry[key] not in (None, True, 1):
-            raise ValueError(f"{where} has `{key}` {str(entry[key])[:80]}, which is not read: all answers are learned")
+            raise ValueError(
+                f"{where} has `{key}` {str(entry[key])[:80]}, which is not read: all answers are trained on"
+            )
     read = ("from", "role", "value", "content", *_SWITCHES)
     _refuse_unread(entry, read, _HARMLESS_IN_MESSAGE.union(ignore), f"{where}:")
     message: dict[str, Any] = {"role": role, "content": _content(entry, where, role, images, ignore)}

@@ -48,7 +48,7 @@ def read_sample(raw: RawSample, sample_format: str, ignore: Collection[str] = ()
     if num_slots != len(images):
         raise ValueError(f"{num_slots} <image> in the text but {len(images)} images beside it")
     if not any(segment.is_supervised for segment in segments):
-        raise ValueError("no answer to learn from")
+        raise ValueError("no answer to train on")
     return segments, images
 
 

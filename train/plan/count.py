@@ -160,7 +160,7 @@ def _loss(model: YiVLForConditionalGeneration, row: Row, num_rows: int, device: 
 def _shallow_model(
     model_config: YiVLConfig, config: TrainConfig, num_layers: int, num_run: int, is_low: bool = False
 ) -> YiVLForConditionalGeneration:
-    """`meta_model` with so many layers; and tower blocks that run, at most as many as there are."""
+    """`meta_model` with `num_layers` layers and at most as many tower blocks that run."""
     shallow = copy.deepcopy(model_config)
     shallow.text_config.num_hidden_layers = num_layers
     shallow.vision_config.feature_layer = num_blocks(model_config) - 1 - model_config.vision_config.num_hidden_layers
