@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 import webdataset
 from matplotlib import get_data_path
+from PIL import Image
 
 from train.nano.data import shards
 from train.nano.data.art import Art, Drawing
@@ -17,6 +18,7 @@ from train.nano.data.layout import direction
 from train.nano.data.sample import CATEGORIES, dense_labels
 from train.nano.measure.evaluate import is_correct
 from train.nano.measure.heldout import write_cmmmu, write_mmmu
+from train.nano.measure.page import write_page
 from train.nano.text import dialogue
 from train.nano.text.choices import choice_prompt, with_image
 from train.nano.text.mosaic import SIGNS, random_truth, to_mosaics
@@ -174,3 +176,13 @@ def test_scoring_ignores_case_and_end_marks_only() -> None:
     assert not is_correct("things", "It is a hot dog.", ["It is a dog."])
     assert is_correct("same", "No, one shows a cat and the other a dog.", ["No, one shows a pig and the other a fox."])
     assert not is_correct("same", "Yes, both show a pig.", ["No, one shows a pig and the other a fox."])
+
+
+def test_the_page_of_answers_holds_its_images_and_escapes_all_text(tmp_path: Path) -> None:
+    Image.new("RGB", (4, 4), "red").save(tmp_path / "a.png")
+    row = {"images": ["a.png"], "question": "<b>?", "answer": "<i>", "accepted": ['"x" & y'], "right": False}
+    write_page(tmp_path / "page.html", [row, row | {"answer": "x", "right": True}], tmp_path)
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert page.count("<article>") == 1 and page.count('src="data:image/png;base64,') == 1
+    assert "<b>" not in page and "<i>" not in page and page.count("&lt;b&gt;?") == 2
+    assert 'class=wrong title="&quot;x&quot; &amp; y">&lt;i&gt;</p>' in page and "class=right" in page
