@@ -149,7 +149,7 @@ class Allowed:
 ALLOWED = (
     Allowed(".*", "tests/names.py", "the words themselves"),
     Allowed(".*", "tests/test_names.py", "the words themselves"),
-    Allowed("pictures?", "*", "what nano was trained on", "(?i)(this|these|both|two|that) picture"),
+    Allowed("pictures?", "*", "questions that nano is trained on", "in this picture|Do both pictures"),
     Allowed("pictures?", "train/nano/text/phrases.py", "phrases that nano is trained on"),
     Allowed("advance", "*", "rich's method", r"(progress|bar)\w*\.advance"),
     Allowed("kind", "*", "numpy's and inspect's attribute", r"(dtype|parameter|param)\.kind"),
