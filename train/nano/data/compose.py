@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from train.nano.data import paint
 from train.nano.data.art import Art, Drawing
 from train.nano.data.labels import COLOURS, DIGITS, FLAGS, THINGS
-from train.nano.data.layout import place_items, scene_items, word_width
+from train.nano.data.layout import choice, place_items, scene_items, word_width
 from train.nano.data.packages import Split
 from train.nano.data.sample import Category, Item, Sample, Truth
 from train.nano.data.vocabulary import VOCABULARY
@@ -43,16 +43,16 @@ class Composer:
         if category == "digit":
             return self._single(rng, "digit", key or DIGITS[rng.integers(10)], size_px, split)
         classes = THINGS if category == "thing" else FLAGS
-        return self._single(rng, category, key or _choice(rng, tuple(classes)), size_px, split)
+        return self._single(rng, category, key or choice(rng, tuple(classes)), size_px, split)
 
     def pair(self, rng: np.random.Generator, size_px: int, split: Split = "train") -> Sample:
         """Two images, half of the time of the same thing or flag."""
         category: Literal["thing", "flag"] = "thing" if rng.random() < 0.75 else "flag"
         keys = tuple(THINGS if category == "thing" else FLAGS)
-        first = second = _choice(rng, keys)
+        first = second = choice(rng, keys)
         if rng.random() < 0.5:
             similar = (first, *FLAGS[first].alike) if category == "flag" else (first,)
-            second = _choice(rng, tuple(key for key in keys if key not in similar))
+            second = choice(rng, tuple(key for key in keys if key not in similar))
         samples = [self.compose(rng, category, size_px, split, key) for key in (first, second)]
         items = tuple(sample.truth.items[0] for sample in samples)
         outlines = tuple(sample.outlines[0] for sample in samples)
@@ -125,7 +125,7 @@ class Composer:
     def _word(self, rng: np.random.Generator, size_px: int, split: Split, key: str | None) -> Sample:
         """One printed word in lower, Title or UPPER case, every letter with its box."""
         is_train = split == "train"
-        word = key or _choice(rng, tuple(VOCABULARY))
+        word = key or choice(rng, tuple(VOCABULARY))
         shown = (word, word.title(), word.upper())[rng.choice(3, p=[0.5, 0.25, 0.25])]
         fonts = self.art.fonts[split]
         tracking = rng.uniform(0.0, 0.2) if is_train else 0.03
@@ -260,7 +260,3 @@ def _moved_box(
     points = (points + np.array(corner)[:, None]) / size_px
     low, high = points.min(axis=1), points.max(axis=1)
     return float(low[0]), float(low[1]), float(high[0]), float(high[1])
-
-
-def _choice(rng: np.random.Generator, options: tuple[str, ...]) -> str:
-    return options[rng.integers(len(options))]

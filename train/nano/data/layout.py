@@ -21,9 +21,9 @@ def scene_items(rng: np.random.Generator, num_items: int) -> list[Item]:
     num_classes = num_items if rng.random() < 0.6 else int(rng.integers(1, 3))
     for _ in range(num_classes):
         if rng.random() < shape_fraction:
-            pool.append(Item("shape", _choice(rng, tuple(SHAPES)), (0, 0, 1, 1), _choice(rng, tuple(COLOURS))))
+            pool.append(Item("shape", choice(rng, tuple(SHAPES)), (0, 0, 1, 1), choice(rng, tuple(COLOURS))))
         else:
-            pool.append(Item("thing", _choice(rng, tuple(THINGS)), (0, 0, 1, 1)))
+            pool.append(Item("thing", choice(rng, tuple(THINGS)), (0, 0, 1, 1)))
     if num_classes == num_items:
         return pool
     return [pool[rng.integers(num_classes)] for _ in range(num_items)]
@@ -92,5 +92,5 @@ def word_width(num_letters: int) -> float:
     return min(0.95, 0.3 + 0.11 * num_letters)
 
 
-def _choice(rng: np.random.Generator, options: tuple[str, ...]) -> str:
+def choice(rng: np.random.Generator, options: tuple[str, ...]) -> str:
     return options[rng.integers(len(options))]

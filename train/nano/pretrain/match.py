@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from rich.progress import track
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
@@ -28,12 +27,12 @@ from train.nano.data.art import Art, load_art
 from train.nano.data.compose import Composer
 from train.nano.data.labels import BACKGROUND
 from train.nano.data.sample import CATEGORIES, Category, Sample
-from train.nano.pretrain.tower import SampleStream, TowerRecipe, make_optimizer
+from train.nano.pretrain.tower import SampleStream, TowerModule, TowerRecipe, make_optimizer
 from train.nano.text.mosaic import SIGNS, ideal_cells
 from yi_vl import YiVLForConditionalGeneration, YiVLProcessor
 from yi_vl.connector import Projector
 from yi_vl.image import YiVLImageProcessor
-from yi_vl.vision import OpenClipTower, resize_position_grid
+from yi_vl.vision import OpenClipTower
 
 # Two cycles of the learning rate.
 RECIPES = (
@@ -54,7 +53,7 @@ class SignBatch:
     signs: Tensor
 
 
-class TowerAndProjector(nn.Module):
+class TowerAndProjector(TowerModule):
     """The model's vision tower and projector."""
 
     def __init__(self, tower: OpenClipTower, projector: Projector) -> None:
@@ -65,14 +64,6 @@ class TowerAndProjector(nn.Module):
         """(B, 3, H, W) -> (B, P, D)"""
         features: Tensor = self.projector(self.tower.visual(pixel_values, self.tower.config.feature_layer))
         return features.float()
-
-    def at_size(self, pixel_values: Tensor) -> Tensor:
-        """`forward` for images of any size: the position grid is resized, as it will be between the stages."""
-        grid = pixel_values.shape[-1] // self.tower.config.patch_size
-        name = "tower.visual.positional_embedding"
-        positions = resize_position_grid(self.get_parameter(name), grid)
-        features: Tensor = functional_call(self, {name: positions}, (pixel_values,))
-        return features
 
 
 def sign_batch(rng: np.random.Generator, samples: list[Sample], patch_size_px: int) -> SignBatch:

@@ -78,7 +78,21 @@ class PointBatch:
     labels: Tensor
 
 
-class PointHead(nn.Module):
+class TowerModule(nn.Module):
+    """A module with a vision `tower`, whose first input is pixel values."""
+
+    tower: OpenClipTower
+
+    def at_size(self, pixel_values: Tensor, *inputs: Tensor) -> Tensor:
+        """`forward` for images of any size: the position grid is resized, as it will be between the stages."""
+        grid = pixel_values.shape[-1] // self.tower.config.patch_size
+        name = "tower.visual.positional_embedding"
+        positions = resize_position_grid(self.get_parameter(name), grid)
+        output: Tensor = functional_call(self, {name: positions}, (pixel_values, *inputs))
+        return output
+
+
+class PointHead(TowerModule):
     """A tower and the head that classifies points. Only the tower is kept."""
 
     def __init__(self, tower: OpenClipTower) -> None:
@@ -102,14 +116,6 @@ class PointHead(nn.Module):
         hidden = self.widen(self.norm(features.gather(1, index))) + self.within(waves.to(features.dtype))
         logits: Tensor = self.classify(F.gelu(hidden))
         return logits.float()
-
-    def at_size(self, pixel_values: Tensor, points: Tensor) -> Tensor:
-        """`forward` for images of any size: the position grid is resized, as it will be between the stages."""
-        grid = pixel_values.shape[-1] // self.tower.config.patch_size
-        name = "tower.visual.positional_embedding"
-        positions = resize_position_grid(self.get_parameter(name), grid)
-        logits: Tensor = functional_call(self, {name: positions}, (pixel_values, points))
-        return logits
 
 
 class SampleStream(IterableDataset[Batch]):
