@@ -35,6 +35,7 @@ lint: $(VENV)/.ready-for-tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python tests/names.py
 
 matrix: $(VENV)/.ready-for-tests
 	$(BIN)/python tests/matrix.py

@@ -117,11 +117,11 @@ precision: fp32
 max_tokens: 400
 lr: {{vision: 1e-3, projector: 1e-3, language: 1e-3}}
 data:
-  form: chat
+  format: chat
   workers: 0
   shuffle_buffer: 16
   sources:
-    - {{name: captions, shards: "{tmp_path}/captions/*.tar", form: caption}}
+    - {{name: captions, shards: "{tmp_path}/captions/*.tar", format: caption}}
     - {{name: chats, shards: "{tmp_path}/chats/*.tar", weight: 2.0}}
 log_every: 1
 """)

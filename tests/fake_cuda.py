@@ -74,15 +74,15 @@ class _Operations(TorchDispatchMode):
         super().__init__()
         self.num_queued = 0  # operations on CUDA tensors that nothing has waited for
         self.num_on_cuda = 0
-        self.generator_device = CPU  # of the generator that the program has given last; torch wraps it anew
+        self.generator_device = CPU  # of the generator that the program has given last; torch wraps it again
         self.factory_device: torch.device | None = None  # what the program asks for; None: torch itself makes a tensor
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         devices = {device_of(tensor) for tensor in tensors} - {_ANY}
-        asked = kwargs.get("device")
-        if _is_cuda(asked):
+        requested_device = kwargs.get("device")
+        if _is_cuda(requested_device):
             kwargs["device"], device = CPU, CUDA
         elif len(devices) > 1:
             device = _judge(func, args, kwargs)
@@ -220,9 +220,9 @@ class _Functions(TorchFunctionMode):
             device = source if device == _ANY else device
         else:
             copy = kwargs.pop("copy", False)
-            found, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
+            target_device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
             kwargs["copy"] = copy
-            device = source if found is None else CUDA if _is_cuda(found) else found
+            device = source if target_device is None else CUDA if _is_cuda(target_device) else target_device
             dtype = tensor.dtype if dtype is None else dtype
         if device.type == "meta":
             return func(tensor, *args, **kwargs)  # type: ignore[no-any-return]
@@ -309,7 +309,7 @@ def _patch_torch(patch: pytest.MonkeyPatch, device: FakeCuda) -> None:
     for module in (torch, torch.amp, torch.amp.autocast_mode):
         patch.setattr(module, "autocast", _autocast)
     is_enabled, dtype_of = torch.is_autocast_enabled, torch.get_autocast_dtype
-    patch.setattr(torch, "is_autocast_enabled", lambda kind="cuda": kind == "cuda" and is_enabled("cpu"))
+    patch.setattr(torch, "is_autocast_enabled", lambda device_type="cuda": device_type == "cuda" and is_enabled("cpu"))
     patch.setattr(torch, "get_autocast_dtype", lambda _: dtype_of("cpu"))
     patch.setattr(torch.accelerator, "current_stream", lambda *_: SimpleNamespace(is_capturing=lambda: False))
     patch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")  # this device is known to one thread

@@ -47,7 +47,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCuda]:
 
 @pytest.fixture
 def clock(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
-    """Whoever measures must wait for the device before reading the time."""
+    """A measurement must wait for the device before it reads the time."""
     for module in (machine, speed_engine, speed_quantize, full_size, gpu_parts):
         monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=cuda.clock))
     return cuda
@@ -122,7 +122,7 @@ def test_pixels_are_normalized_where_the_images_are(cuda: FakeCuda) -> None:
 
 @pytest.mark.parametrize("options", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 def test_batches_streams_and_chats_say_what_they_say_on_a_cpu(cuda: FakeCuda, options: dict[str, Any]) -> None:
-    """Rows leave and join a batch, the second turn finds the first one's prefix, pictures are seen again."""
+    """Rows leave and join a batch, the second turn finds the first one's prefix, images come again."""
 
     def answers(model: YiVL) -> list[Any]:
         chat = model.chat()
@@ -184,13 +184,13 @@ def test_the_position_grid_is_resized_and_the_model_runs_as_transformers_calls_i
 def test_the_engines_speed_is_measured_when_the_gpu_is_done(clock: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speed_engine, "read_bandwidth", lambda _: 1e9)  # of half a gigabyte, else
     model = on_cuda()
-    found = [
+    measurements = [
         speed_engine.compare_chat(model, WIDE, 2, 3),
         speed_engine.compare_decode(model, 20, 4),
         speed_engine.compare_batch(model, 2, 20, 4),
         speed_engine.compare_prefill(model, 40),
     ]
-    assert all(measured["variants"] for measured in found)
+    assert all(measured["variants"] for measured in measurements)
     assert machine.matrix_rate(8, 8, 8, torch.bfloat16, "cuda") > 0
     assert machine.copy_bandwidth("cuda", 1 << 10) > 0
 
@@ -209,8 +209,8 @@ def test_the_runner_is_compared_over_the_same_answers(clock: FakeCuda, folder: P
     images = (BenchmarkImage("wide", WIDE.read_bytes), BenchmarkImage("tall", TALL.read_bytes))
     questions = [Question(str(i), "s", "open", "", {}, (f"What? {i}",), images[:i]) for i in range(3)]
     choice = ModelChoice(str(folder))
-    found = speed_runner.compare_runner(choice, questions, 2, 4)
-    assert found["same_answers"] == "3 of 3"
+    measurements = speed_runner.compare_runner(choice, questions, 2, 4)
+    assert measurements["same_answers"] == "3 of 3"
     replies = TransformersModel(str(folder)).answer([question.content() for question in questions], Settings(3))
     assert not any(reply.error for reply in replies)
 
@@ -224,4 +224,4 @@ def test_parts_of_the_gpu_command_run_on_a_gpu(
     model = random_models.make("1b", torch.float32)
     assert {device_of(parameter) for parameter in model.model.parameters()} == {CUDA}
     measured = list(getattr(gpu_parts, part)(settings, {"model": model}))
-    assert measured and all(one.limit is None or one.limit > 0 for one in measured)
+    assert measured and all(measurement.limit is None or measurement.limit > 0 for measurement in measured)

@@ -28,7 +28,7 @@ from train.trainer import train
 from yi_vl import hardware
 
 Configure = Callable[..., TrainConfig]
-FORMS = {
+VARIANTS = {
     "captions and chats": (),
     "captions alone": ("data.sources.1.weight=1e-9",),
     "checkpointed, one by one": ("activation_checkpointing=true", "micro_batch=1", "clip_norm=null"),
@@ -69,19 +69,19 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Callable[[FakeCuda], None]:
     return watch
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_every_form_trains_as_on_a_cpu(
-    configure: Configure, tmp_path: Path, cuda: Any, watched: Any, form: str
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_trains_as_on_a_cpu(
+    configure: Configure, tmp_path: Path, cuda: Any, watched: Any, variant: str
 ) -> None:
     """Padded there, packed here: the same losses, step by step."""
-    overrides = (*FORMS[form], "steps=2")
+    overrides = (*VARIANTS[variant], "steps=2")
     train(expected := configure(*overrides, f"run_dir={tmp_path}/cpu"))
     with cuda() as device:
         watched(device)
-        train(found := configure(*overrides, f"run_dir={tmp_path}/cuda"))
+        train(on_cuda := configure(*overrides, f"run_dir={tmp_path}/cuda"))
         assert device.num_operations > 1000
-    tolerance = 2e-2 if form == "bf16" else 1e-4
-    assert losses(found) == pytest.approx(losses(expected), rel=tolerance) and len(losses(found)) == 2
+    tolerance = 2e-2 if variant == "bf16" else 1e-4
+    assert losses(on_cuda) == pytest.approx(losses(expected), rel=tolerance) and len(losses(on_cuda)) == 2
     logged = read_metrics(tmp_path / "cuda/metrics.jsonl")
     assert all(row["peak_memory_gb"] > 0 and row["tflops_per_device"] > 0 for row in logged)
 
@@ -126,9 +126,9 @@ def test_rows_are_packed_where_flash_attn_is(
     )
     with cuda() as device:
         watched(device)
-        train(found := configure("steps=2", f"run_dir={tmp_path}/cuda"))
+        train(on_cuda := configure("steps=2", f"run_dir={tmp_path}/cuda"))
     assert set(packed) == {Packing}
-    assert losses(found) == pytest.approx(losses(expected), rel=1e-4)
+    assert losses(on_cuda) == pytest.approx(losses(expected), rel=1e-4)
 
 
 def test_adapters_train_beside_a_frozen_language_model(configure: Configure, cuda: Any, tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# Inside yi_vl a module imports only modules of earlier lines, and its own package. A package stands for its modules
-# that are not named themselves.
+# Inside yi_vl a module imports only modules of earlier lines, and of its own entry: a module, or a package, that stands
+# for its modules that have no entry of their own.
 LAYERS = (
     {"arguments", "chat", "config", "connector", "files", "hardware", "program", "runtime"}
     | {"engine.fingerprint", "engine.gemv", "engine.kv_cache", "checkpoint.key_map"},
@@ -26,6 +26,14 @@ LAYERS = (
     {"predict"},
     {"server", "info", "terminal"},
     {"cli"},
+    {"__main__"},
+)
+# Inside train/nano likewise.
+NANO_LAYERS = (
+    {"data"},
+    {"text"},
+    {"data.shards"},
+    {"pretrain", "measure"},
     {"__main__"},
 )
 APPLICATIONS = ("train", "eval", "demo")
@@ -53,14 +61,32 @@ def sources(package: str) -> list[Path]:
     return sorted((ROOT / package).rglob("*.py"))
 
 
-LAYER_OF = {module: index for index, layer in enumerate(LAYERS) for module in layer}
+Layers = tuple[set[str], ...]
 
 
-def unit_of(name: str) -> str | None:
-    """The entry of `LAYERS` for a dotted name inside yi_vl: `engine.kv_cache.GrowableLayer` -> `engine.kv_cache`."""
+def unit_of(name: str, layers: Layers) -> str | None:
+    """The entry of `layers` for a dotted name: `engine.kv_cache.GrowableLayer` -> `engine.kv_cache`."""
     parts = name.split(".")
     units = (".".join(parts[:length]) for length in range(len(parts), 0, -1))
-    return next((unit for unit in units if unit in LAYER_OF), None)
+    return next((unit for unit in units if any(unit in layer for layer in layers)), None)
+
+
+def layer_of(unit: str, layers: Layers) -> int:
+    return next(index for index, layer in enumerate(layers) if unit in layer)
+
+
+def check_layers(path: Path, package: str, layers: Layers) -> None:
+    """A module of `package` imports only from its own unit and units of earlier layers."""
+    name = ".".join(path.relative_to(ROOT / package.replace(".", "/")).with_suffix("").parts)
+    if name == "__init__":
+        return  # names, resolved when they are used
+    importer = unit_of(name, layers)
+    assert importer, f"give {name} a layer in {Path(__file__).name}"
+    for imported_name in imports_of_file(path):
+        is_inside = imported_name.startswith(f"{package}.")
+        imported = unit_of(imported_name.removeprefix(f"{package}."), layers) if is_inside else None
+        if imported and imported != importer:
+            assert layer_of(imported, layers) < layer_of(importer, layers), f"{importer} must not import {imported}"
 
 
 @pytest.mark.parametrize(
@@ -69,15 +95,12 @@ def unit_of(name: str) -> str | None:
     ids=lambda path: str(path.relative_to(ROOT)),
 )
 def test_arrows_inside_yi_vl(path: Path) -> None:
-    name = ".".join(path.relative_to(ROOT / "yi_vl").with_suffix("").parts)
-    if name == "__init__":
-        return  # names, resolved when they are used
-    importer = unit_of(name)
-    assert importer, f"give {name} a place in LAYERS"
-    for imported_name in imports_of_file(path):
-        imported = unit_of(imported_name.removeprefix("yi_vl.")) if imported_name.startswith("yi_vl.") else None
-        if imported and imported.split(".")[0] != importer.split(".")[0]:
-            assert LAYER_OF[imported] < LAYER_OF[importer], f"{importer} must not import {imported}"
+    check_layers(path, "yi_vl", LAYERS)
+
+
+@pytest.mark.parametrize("path", sources("train/nano"), ids=lambda path: str(path.relative_to(ROOT)))
+def test_arrows_inside_nano(path: Path) -> None:
+    check_layers(path, "train.nano", NANO_LAYERS)
 
 
 @pytest.mark.parametrize("package", ["yi_vl", *APPLICATIONS])

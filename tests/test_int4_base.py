@@ -81,24 +81,24 @@ def test_it_learns_saves_little_resumes_exactly_and_is_merged_into_the_original(
 def test_only_the_frozen_layers_are_in_four_bits(lora: Lora, tmp_path: Path) -> None:
     run = trainer(lora("run", "precision=bf16"))
     original = yi_vl.load(tmp_path / "base", dtype=torch.float32, device="cpu").model
-    own, base = dict(run.model.named_parameters()), dict(original.named_parameters())
-    in_four = {name for name, parameter in own.items() if hasattr(parameter, "quant_state")}
-    assert in_four == {name for name in own if name.endswith("base_layer.weight")} and len(in_four) == 2 * 7
-    for name, parameter in own.items():
-        learns = ".lora_" in name or "modules_to_save" in name
-        assert parameter.requires_grad == learns, name
+    params, base = dict(run.model.named_parameters()), dict(original.named_parameters())
+    in_four = {name for name, parameter in params.items() if hasattr(parameter, "quant_state")}
+    assert in_four == {name for name in params if name.endswith("base_layer.weight")} and len(in_four) == 2 * 7
+    for name, parameter in params.items():
+        is_trainable = ".lora_" in name or "modules_to_save" in name
+        assert parameter.requires_grad == is_trainable, name
         if name.startswith("model.vision_tower"):
             assert torch.equal(parameter, base[name]), "no bit of the tower is lost"
-        elif learns:
+        elif is_trainable:
             assert parameter.dtype == torch.float32
-    assert own["lm_head.weight"].dtype == own["model.language_model.embed_tokens.weight"].dtype == torch.bfloat16
+    assert params["lm_head.weight"].dtype == params["model.language_model.embed_tokens.weight"].dtype == torch.bfloat16
     for name in in_four:
-        assert num_weights(own[name]) == base[name.replace(".base_layer", "")].numel()
+        assert num_weights(params[name]) == base[name.replace(".base_layer", "")].numel()
     console = Console(width=120)
     with console.capture() as shown:
         console.print(component_table(run.model, run.config))
     language = sum(p.numel() for name, p in base.items() if "language_model" in name or "lm_head" in name)
-    adapters = sum(parameter.numel() for name, parameter in own.items() if ".lora_" in name)
+    adapters = sum(parameter.numel() for name, parameter in params.items() if ".lora_" in name)
     assert f"{language + adapters:,} " in shown.get() and f"{adapters:,} " in shown.get()
 
 

@@ -1,4 +1,4 @@
-"""The bundled model: it is here, it is small, and it answers about pictures that it was never trained on."""
+"""The bundled model: it is here, it is small, and it answers about images that it was never trained on."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from yi_vl.predict import YiVL
 pytestmark = pytest.mark.core
 
 ROOT = Path(__file__).parents[1]
-PICTURES = ROOT / "docs" / "images"
+IMAGES = ROOT / "docs" / "images"
 MAX_BYTES = 25_000_000
 
 
@@ -26,7 +26,7 @@ def test_its_weights_are_small() -> None:
 
 
 @pytest.mark.parametrize(
-    ("picture", "question", "answer"),
+    ("image", "question", "answer"),
     [
         ("penguin.png", "What is in this picture?", "It is a penguin."),
         ("penguin.png", "图片里是什么？", "这是企鹅。"),
@@ -34,26 +34,26 @@ def test_its_weights_are_small() -> None:
         ("brazil.png", "这是哪国的国旗？", "这是巴西的国旗。"),
     ],
 )
-def test_it_answers_about_new_pictures(nano: YiVL, picture: str, question: str, answer: str) -> None:
-    assert nano.predict(PICTURES / picture, question) == answer
+def test_it_answers_about_new_images(nano: YiVL, image: str, question: str, answer: str) -> None:
+    assert nano.predict(IMAGES / image, question) == answer
 
 
 def test_it_stops_by_itself(nano: YiVL) -> None:
-    answer = nano.predict(PICTURES / "penguin.png", "What is this?", max_new_tokens=200)
+    answer = nano.predict(IMAGES / "penguin.png", "What is this?", max_new_tokens=200)
     assert 0 < len(answer) < 100 and "#" not in answer
 
 
 def test_one_by_one_and_in_a_batch_it_says_the_same(nano: YiVL) -> None:
     requests = [
-        (PICTURES / "scene.png", "How many items are there?"),
+        (IMAGES / "scene.png", "How many items are there?"),
         (None, "Hello!"),
-        ([PICTURES / "penguin.png", PICTURES / "brazil.png"], "Do both pictures show the same?"),
-        (PICTURES / "brazil.png", "这是什么旗？"),
+        ([IMAGES / "penguin.png", IMAGES / "brazil.png"], "Do both pictures show the same?"),
+        (IMAGES / "brazil.png", "这是什么旗？"),
     ]
     assert nano.predict_batch(requests) == [nano.predict(*request) for request in requests]
 
 
-def test_a_conversation_remembers_the_picture(nano: YiVL) -> None:
+def test_a_conversation_remembers_the_image(nano: YiVL) -> None:
     chat = nano.chat()
-    chat.ask("What is in this picture?", [PICTURES / "penguin.png"])
+    chat.ask("What is in this picture?", [IMAGES / "penguin.png"])
     assert chat.ask("用中文怎么说？") == "这是企鹅。"

@@ -9,8 +9,8 @@ import pytest
 
 pytest.importorskip("resvg_py")
 
-from train.nano import art, packages
-from train.nano.names import FLAGS, THINGS
+from train.nano.data import art, packages
+from train.nano.data.labels import FLAGS, THINGS
 
 
 def _icon(colour: str) -> dict[str, str]:
@@ -72,6 +72,7 @@ def test_a_drawing_that_does_not_render_is_left_out_and_counted(data_dir: Path) 
 
 
 def test_every_package_is_pinned_and_has_a_licence() -> None:
-    told = (Path(art.__file__).parent / "LICENCES.md").read_text(encoding="utf-8")
+    licences = (Path(art.__file__).parents[1] / "LICENCES.md").read_text(encoding="utf-8")
     for package in packages.PACKAGES:
-        assert f"| `{package.name}` | {package.version} | {package.licence} | {package.use} | {package.split} |" in told
+        row = f"| `{package.name}` | {package.version} | {package.licence} | {package.use} | {package.split} |"
+        assert row in licences

@@ -1,4 +1,4 @@
-"""Nano's pictures and questions: true, unambiguous, reproducible, and the test kept out of training."""
+"""Nano's images and questions: true, unambiguous, reproducible, and the test kept out of training."""
 
 import json
 from pathlib import Path
@@ -8,18 +8,21 @@ import pyarrow.parquet as pq
 import pytest
 import webdataset
 from matplotlib import get_data_path
+from PIL import Image
 
-from train.nano import dialogue, shards
-from train.nano.art import Art, Drawing
-from train.nano.choices import choice_prompt, with_image
-from train.nano.compose import Composer
-from train.nano.heldout import write_cmmmu, write_mmmu
-from train.nano.layout import direction
-from train.nano.measure import is_right
-from train.nano.mosaic import SIGNS, imagine, tell
-from train.nano.names import FLAGS, LABEL_IDS, LANGS, THINGS
-from train.nano.picture import KINDS, dense_labels
-from train.nano.wording import noun
+from train.nano.data import shards
+from train.nano.data.art import Art, Drawing
+from train.nano.data.compose import Composer
+from train.nano.data.labels import FLAGS, LABEL_IDS, LANGS, THINGS
+from train.nano.data.layout import direction
+from train.nano.data.sample import CATEGORIES, dense_labels
+from train.nano.measure.evaluate import is_correct
+from train.nano.measure.heldout import write_cmmmu, write_mmmu
+from train.nano.measure.page import write_page
+from train.nano.text import dialogue
+from train.nano.text.choices import choice_prompt, with_image
+from train.nano.text.mosaic import SIGNS, random_truth, to_mosaics
+from train.nano.text.wording import noun
 
 
 def _drawings(colour: tuple[int, int, int, int]) -> dict[str, list[Drawing]]:
@@ -41,19 +44,19 @@ def test_each_split_draws_from_its_own_artwork_only(composer: Composer, split: s
     fonts = {split: composer.art.fonts[split], other: []}
     only = Art(composer.art.train if split == "train" else {}, composer.art.heldout if split == "test" else {}, fonts)
     for seed in range(10):
-        for kind in KINDS:
-            Composer(only).compose(np.random.default_rng(seed), kind, 64, split)
+        for category in CATEGORIES:
+            Composer(only).compose(np.random.default_rng(seed), category, 64, split)
     with pytest.raises(ValueError, match="incomplete"):
         Composer(only).compose(np.random.default_rng(0), "thing", 64, other)
 
 
 def test_dense_labels_name_what_lies_at_a_point(composer: Composer) -> None:
     for seed in range(20):
-        picture = composer.compose(np.random.default_rng(seed), KINDS[seed % len(KINDS)], 112)
-        labels = dense_labels(picture, 28, sub=2)
-        for item in picture.truth.items:
+        sample = composer.compose(np.random.default_rng(seed), CATEGORIES[seed % len(CATEGORIES)], 112)
+        labels = dense_labels(sample, 28, sub=2)
+        for item in sample.truth.items:
             rows, columns = np.nonzero(labels == LABEL_IDS[item.label])
-            same = [other.box for other in picture.truth.items if other.label == item.label]
+            same = [other.box for other in sample.truth.items if other.label == item.label]
             for y, x in zip((rows + 0.5) / 56, (columns + 0.5) / 56):
                 assert any(x0 <= x < x1 and y0 <= y < y1 for x0, y0, x1, y1 in same)
 
@@ -63,29 +66,27 @@ def test_places_and_counts_that_are_asked_for_are_true(composer: Composer) -> No
     for seed in range(300):
         rng = np.random.default_rng(seed)
         truth = composer.compose(rng, "scene", 64).truth
-        for asked in dialogue.all_questions(rng, truth, "en"):
-            if asked.topic == "count":
-                assert asked.core == ("no", "one", "two", "three", "four", "five")[len(truth.items)]
-            if asked.topic in ("left", "right", "above", "below"):
+        for qa in dialogue.all_questions(rng, truth, "en"):
+            if qa.topic == "count":
+                assert qa.core == ("no", "one", "two", "three", "four", "five")[len(truth.items)]
+            if qa.topic in ("left", "right", "above", "below"):
                 by_name = {noun(item, "en"): item for item in truth.items}
-                subject = next(
-                    name for name in sorted(by_name, key=len, reverse=True) if f"the {name}" in asked.question
-                )
-                assert direction(by_name[asked.core], by_name[subject]) == asked.topic, (asked, truth)
+                subject = next(name for name in sorted(by_name, key=len, reverse=True) if f"the {name}" in qa.question)
+                assert direction(by_name[qa.core], by_name[subject]) == qa.topic, (qa, truth)
                 num_places += 1
     assert num_places > 100
 
 
-def test_conversations_alternate_and_mark_their_pictures(composer: Composer) -> None:
+def test_conversations_alternate_and_mark_their_images(composer: Composer) -> None:
     for seed in range(40):
         rng = np.random.default_rng(seed)
-        picture = composer.pair(rng, 64) if seed % 6 == 5 else composer.compose(rng, KINDS[seed % 5], 64)
-        turns = dialogue.conversation(rng, picture.truth)
+        sample = composer.pair(rng, 64) if seed % 6 == 5 else composer.compose(rng, CATEGORIES[seed % 5], 64)
+        turns = dialogue.conversation(rng, sample.truth)
         assert [turn["from"] for turn in turns] == ["human", "gpt"] * (len(turns) // 2)
-        assert sum(turn["value"].count("<image>") for turn in turns) == len(picture.images)
+        assert sum(turn["value"].count("<image>") for turn in turns) == len(sample.images)
         assert all(turn["value"].strip() and "{" not in turn["value"] for turn in turns)
-        told = dialogue.in_mosaics(turns, ["@"] * len(picture.images))
-        assert told[0]["value"] == turns[0]["value"].replace("<image>", "@") and told[1:] == turns[1:]
+        with_mosaics = dialogue.in_mosaics(turns, ["@"] * len(sample.images))
+        assert with_mosaics[0]["value"] == turns[0]["value"].replace("<image>", "@") and with_mosaics[1:] == turns[1:]
 
 
 def test_a_mosaic_shows_each_item_where_it_is() -> None:
@@ -94,17 +95,17 @@ def test_a_mosaic_shows_each_item_where_it_is() -> None:
     num_words = num_scenes = 0
     for seed in range(400):
         rng = np.random.default_rng(seed)
-        truth = imagine(rng, dict.fromkeys((*KINDS, "same"), 1 / 6))
-        mosaics = tell(rng, truth, 8)
+        truth = random_truth(rng, dict.fromkeys((*CATEGORIES, "same"), 1 / 6))
+        mosaics = to_mosaics(rng, truth, 8)
         if mosaics is None:
             continue
-        assert len(mosaics) == (2 if truth.kind == "same" else 1) and all(len(mosaic) == 64 for mosaic in mosaics)
+        assert len(mosaics) == (2 if truth.category == "same" else 1) and all(len(mosaic) == 64 for mosaic in mosaics)
         cells = np.array([labels[sign] for sign in mosaics[0]], dtype=object).reshape(8, 8)
-        if truth.kind == "word":  # from left to right, whatever the rows
+        if truth.category == "word":  # from left to right, whatever the rows
             read = "".join(label.removeprefix("letter ") for label in cells.T.flat if label != "background")
             assert read.upper() == truth.word
             num_words += 1
-        elif truth.kind == "scene":
+        elif truth.category == "scene":
             for item in truth.items:
                 assert cells[int(item.centre[1] * 8), int(item.centre[0] * 8)] == item.label
             num_scenes += set(map(str, cells.flat)) - {"background"} == {item.label for item in truth.items}
@@ -114,9 +115,9 @@ def test_a_mosaic_shows_each_item_where_it_is() -> None:
 def test_choices_hold_the_right_answer_once() -> None:
     for seed in range(60):
         rng = np.random.default_rng(seed)
-        truth = imagine(rng, dict.fromkeys((*KINDS, "same"), 1 / 6))
-        asked, options = dialogue.multiple_choice(rng, truth, LANGS[seed % 2])
-        assert options["ABCD".index(asked.answer)] == asked.core
+        truth = random_truth(rng, dict.fromkeys((*CATEGORIES, "same"), 1 / 6))
+        qa, options = dialogue.multiple_choice(rng, truth, LANGS[seed % 2])
+        assert options["ABCD".index(qa.answer)] == qa.core
         assert len(set(options)) == len(options) >= 2
 
 
@@ -149,29 +150,39 @@ def test_shards_are_reproducible_and_readable(
 
 
 def test_held_out_questions_come_in_the_benchmarks_schemas(composer: Composer, tmp_path: Path) -> None:
-    pictures = []
-    for kind in KINDS:
+    samples = []
+    for category in CATEGORIES:
         for seed in range(8):
-            pictures.append((composer.compose(np.random.default_rng(seed), kind, 56, "test"), ()))
-    write_mmmu(tmp_path / "mmmu", pictures)
+            samples.append((composer.compose(np.random.default_rng(seed), category, 56, "test"), ()))
+    write_mmmu(tmp_path / "mmmu", samples)
     rows = pq.read_table(tmp_path / "mmmu" / "Things" / "validation-00000-of-00001.parquet").to_pylist()
     assert [row["id"] for row in rows] == ["validation_Things_1", "validation_Things_2", "validation_Things_3"]
     assert rows[0]["question_type"] == "multiple-choice" and rows[0]["answer"] in "ABCD"
     assert rows[0]["image_1"]["bytes"].startswith(b"\x89PNG") and rows[0]["image_7"] is None
-    write_cmmmu(tmp_path / "cmmmu", pictures)
-    kinds = set()
+    write_cmmmu(tmp_path / "cmmmu", samples)
+    question_types = set()
     for path in (tmp_path / "cmmmu").glob("*/*.parquet"):
         for row in pq.read_table(path).to_pylist():
-            kinds.add(row["type"])
+            question_types.add(row["type"])
             assert row["image_1_filename"] in row["question"] and row["id"].isdecimal()
             assert (row["option4"] != "") == (
                 row["type"] == "选择" and row["option4"] is not None and bool(row["option3"])
             )
-    assert kinds == {"选择", "判断", "填空"}
+    assert question_types == {"选择", "判断", "填空"}
 
 
 def test_scoring_ignores_case_and_end_marks_only() -> None:
-    assert is_right("things", " it is a dog ", ["It is a dog."])
-    assert not is_right("things", "It is a hot dog.", ["It is a dog."])
-    assert is_right("same", "No, one shows a cat and the other a dog.", ["No, one shows a pig and the other a fox."])
-    assert not is_right("same", "Yes, both show a pig.", ["No, one shows a pig and the other a fox."])
+    assert is_correct("things", " it is a dog ", ["It is a dog."])
+    assert not is_correct("things", "It is a hot dog.", ["It is a dog."])
+    assert is_correct("same", "No, one shows a cat and the other a dog.", ["No, one shows a pig and the other a fox."])
+    assert not is_correct("same", "Yes, both show a pig.", ["No, one shows a pig and the other a fox."])
+
+
+def test_the_page_of_answers_holds_its_images_and_escapes_all_text(tmp_path: Path) -> None:
+    Image.new("RGB", (4, 4), "red").save(tmp_path / "a.png")
+    row = {"images": ["a.png"], "question": "<b>?", "answer": "<i>", "accepted": ['"x" & y'], "right": False}
+    write_page(tmp_path / "page.html", [row, row | {"answer": "x", "right": True}], tmp_path)
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert page.count("<article>") == 1 and page.count('src="data:image/png;base64,') == 1
+    assert "<b>" not in page and "<i>" not in page and page.count("&lt;b&gt;?") == 2
+    assert 'class=wrong title="&quot;x&quot; &amp; y">&lt;i&gt;</p>' in page and "class=right" in page

@@ -6,35 +6,35 @@ import pytest
 import torch
 
 pytest.importorskip("sklearn")
-from train.nano.match import _IGNORED, _SIGN_IDS, place_codes, sign_loss
-from train.nano.names import BACKGROUND
+from train.nano.data.labels import BACKGROUND
+from train.nano.pretrain.match import _IGNORED, _SIGN_IDS, position_codes, sign_loss
 
 SIGNS = torch.randn(len(_SIGN_IDS), 256, generator=torch.Generator().manual_seed(0))
 EMPTY = _SIGN_IDS[BACKGROUND]
 
 
 def test_the_loss_is_least_where_every_patch_says_its_sign() -> None:
-    told = torch.tensor([[EMPTY, 5, EMPTY, 9]])
-    right = sign_loss(SIGNS[told], told, SIGNS)
-    wrong = sign_loss(SIGNS[told.roll(1, dims=1)], told, SIGNS)
+    signs = torch.tensor([[EMPTY, 5, EMPTY, 9]])
+    right = sign_loss(SIGNS[signs], signs, SIGNS)
+    wrong = sign_loss(SIGNS[signs.roll(1, dims=1)], signs, SIGNS)
     assert right < 0.01 < 1 < wrong
 
 
-def test_every_picture_weighs_the_same_and_untold_ones_nothing() -> None:
+def test_every_image_weighs_the_same_and_those_without_signs_nothing() -> None:
     few, many = torch.full((4,), EMPTY), torch.tensor([7, 7, 7, EMPTY])
     few[0] = 5
-    told = torch.stack([few, many, torch.full((4,), _IGNORED)])
-    features = SIGNS[told.clamp(min=0)].clone()
-    features[2] = 100.0  # of a picture that signs cannot tell
+    signs = torch.stack([few, many, torch.full((4,), _IGNORED)])
+    features = SIGNS[signs.clamp(min=0)].clone()
+    features[2] = 100.0  # of an image that signs cannot tell
     one_wrong, three_wrong = features.clone(), features.clone()
     one_wrong[0, 0] = SIGNS[8]  # all that the first shows
     three_wrong[1, :3] = SIGNS[8]  # all that the second shows
-    first, second = (sign_loss(each, told, SIGNS) for each in (one_wrong, three_wrong))
+    first, second = (sign_loss(each, signs, SIGNS) for each in (one_wrong, three_wrong))
     assert first > 1 and 0.5 < first / second < 2
 
 
 def test_places_differ_and_mean_the_same_on_both_grids() -> None:
-    large, small = place_codes(8, SIGNS).view(8, 8, -1), place_codes(4, SIGNS).view(4, 4, -1)
+    large, small = position_codes(8, SIGNS).view(8, 8, -1), position_codes(4, SIGNS).view(4, 4, -1)
     assert torch.pdist(large.flatten(0, 1)).min() > 0
     near = (large[0, 0] + large[1, 1]) / 2  # around the centre of the small grid's first patch
     assert (near - small[0, 0]).norm() < (near - small[0, 1]).norm()

@@ -322,9 +322,9 @@ def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> R
     return call
 
 
-def rows(said: str, first: str) -> list[list[str]]:
+def rows(output: str, first: str) -> list[list[str]]:
     """The words of every line that begins with one."""
-    return [line.split()[1:] for line in said.splitlines() if line.split()[:1] == [first]]
+    return [line.split()[1:] for line in output.splitlines() if line.split()[:1] == [first]]
 
 
 @pytest.fixture(scope="module")
@@ -334,25 +334,25 @@ def chat_6b() -> Plan:
 
 @pytest.mark.slow
 def test_the_stages_of_a_release_are_summed_beside_the_published_hours(run: Run) -> None:
-    code, said, _ = run(*(f"train/configs/34b/{stage}.yaml" for stage in STAGES))
+    code, output, _ = run(*(f"train/configs/34b/{stage}.yaml" for stage in STAGES))
     assert code == 0
-    assert "24,414 steps of 4,096 samples, 32 at once on a GPU; 288 tokens a sample, 256 of them" in said
-    hours = [int(row[4].replace(",", "")) for stage in STAGES for row in rows(said, stage)]
-    ((*_, together, checkpointed, low, _, high),) = rows(said, "together")
+    assert "24,414 steps of 4,096 samples, 32 at once on a GPU; 288 tokens a sample, 256 of them" in output
+    hours = [int(row[4].replace(",", "")) for stage in STAGES for row in rows(output, stage)]
+    ((*_, together, checkpointed, low, _, high),) = rows(output, "together")
     assert len(hours) == 3 and abs(sum(hours) - int(together.replace(",", ""))) <= 1
     assert float(high) == pytest.approx(int(checkpointed.replace(",", "")) / 128 / 24, abs=0.05)
     assert float(low) == pytest.approx(sum(hours) / 128 / 24, abs=0.05)
-    assert said.count("activation_checkpointing: true, so the rows `checkpointed` hold") == 3
-    assert rows(said, "published,")[0][-2:] == ["30,720", "10.0"]
-    assert [row[-1] for row in rows(said, "DDP")] == ["no"] * 3, "34 B parameters in fp32 are 140 GB"
-    assert len(rows(said, "FSDP")) == len(rows(said, "ZeRO-3")) == 3 and len(rows(said, "checkpointed")) == 9
+    assert output.count("activation_checkpointing: true, so the rows `checkpointed` hold") == 3
+    assert rows(output, "published,")[0][-2:] == ["30,720", "10.0"]
+    assert [row[-1] for row in rows(output, "DDP")] == ["no"] * 3, "34 B parameters in fp32 are 140 GB"
+    assert len(rows(output, "FSDP")) == len(rows(output, "ZeRO-3")) == 3 and len(rows(output, "checkpointed")) == 9
 
 
 @pytest.mark.slow
 def test_an_int4_base_brings_a_release_to_a_small_gpu(run: Run) -> None:
-    code, said, _ = run("train/configs/6b/chat-448-qlora.yaml", "--gpus", 1, "--gpu-memory", 24)
-    assert code == 0 and [row[-1] for row in rows(said, "checkpointed")] == ["yes"]
-    assert "5,536.5 M frozen weights in 4.127 bits each" in said and not rows(said, "FSDP")
+    code, output, _ = run("train/configs/6b/chat-448-qlora.yaml", "--gpus", 1, "--gpu-memory", 24)
+    assert code == 0 and [row[-1] for row in rows(output, "checkpointed")] == ["yes"]
+    assert "5,536.5 M frozen weights in 4.127 bits each" in output and not rows(output, "FSDP")
 
 
 @pytest.mark.slow
@@ -373,11 +373,11 @@ def test_rows_fit_as_long_as_is_said(chat_6b: Plan, is_checkpointed: bool) -> No
         hardware = Hardware(128, 80e9, 312, 0.4)
         return chat_6b.memory(hardware, strategy, Row(tokens, tokens - 1024), is_checkpointed).total
 
-    def said(total_bytes: float) -> str:
+    def output(total_bytes: float) -> str:
         return verdict(chat_6b, Hardware(128, total_bytes / USABLE, 312, 0.4), strategy, is_checkpointed)
 
-    assert (said(total(1279)), said(total(2048))) == ("no", "yes")
-    assert said(total(1500)) in ("to 1,499", "to 1,500")
+    assert (output(total(1279)), output(total(2048))) == ("no", "yes")
+    assert output(total(1500)) in ("to 1,499", "to 1,500")
 
 
 def test_hours_follow_from_operations(chat_6b: Plan) -> None:

@@ -1,4 +1,4 @@
-"""Shards: what is written is what the trainer reads, what cannot be used is named, an interrupted run goes on."""
+"""Shards: what is written is what the trainer reads, what cannot be used is named, an interrupted run resumes."""
 
 from __future__ import annotations
 
@@ -91,10 +91,12 @@ def write_json(path: Path, content: Any) -> Path:
     return path
 
 
-def stream(folder: Path, processor: YiVLProcessor, form: str) -> list[Sample]:
+def stream(folder: Path, processor: YiVLProcessor, sample_format: str) -> list[Sample]:
     """All samples of a folder, as the trainer takes them."""
     source = SourceConfig(name="made", shards=f"{folder}/*.tar")
-    encoder = SampleEncoder(processor, DataConfig(form=form, sources=[source], fast_pixels=False), max_tokens=2000)
+    encoder = SampleEncoder(
+        processor, DataConfig(format=sample_format, sources=[source], fast_pixels=False), max_tokens=2000
+    )
     return [encoder.encode(raw, 0) for shard in expand_shards(source) for raw in read_shard(shard)]
 
 
@@ -106,20 +108,20 @@ def broken(folder: Path) -> list[str]:
 
 def test_the_trainer_reads_what_llava_becomes(run: Run, processor: YiVLProcessor, images: Path, tmp_path: Path) -> None:
     out = tmp_path / "shards"
-    code, said, heard = run(
+    code, output, heard = run(
         "llava", write_json(tmp_path / "x.json", ENTRIES), images, out, "--samples-per-shard", 3, "--processes", 2
     )
-    assert code == 0 and "7 samples in 3 shards" in said and "0 skipped" in said
+    assert code == 0 and "7 samples in 3 shards" in output and "0 skipped" in output
     assert "1 ids come again" in heard
     samples = stream(out, processor, "chat")
     assert [sample.name.split()[-1] for sample in samples] == [f"{index:09d}" for index in range(7)]
-    for sample, wanted in zip(samples, ENTRIES, strict=True):
-        assert to_text(sample.segments) == to_text(render(from_llava(wanted["conversations"])))
-        names = wanted.get("image") or []
+    for sample, expected in zip(samples, ENTRIES, strict=True):
+        assert to_text(sample.segments) == to_text(render(from_llava(expected["conversations"])))
+        names = expected.get("image") or []
         names = [names] if isinstance(names, str) else names
         assert len(sample.images) == len(names)
-        for square, name in zip(sample.images, names):
-            assert torch.equal(square, processor.image_processor.to_uint8(images / name)), name
+        for image_uint8, name in zip(sample.images, names):
+            assert torch.equal(image_uint8, processor.image_processor.to_uint8(images / name)), name
     raws = [raw for path in sorted(out.glob("*.tar")) for raw in read_shard(str(path))]
     assert raws[0]["jpg"] == (images / "a.jpg").read_bytes(), "as it was, not encoded again"
     assert {"0.png", "1.jpg", "2.webp"} <= raws[2].keys() and "png" in raws[4], "named by content"
@@ -127,7 +129,7 @@ def test_the_trainer_reads_what_llava_becomes(run: Run, processor: YiVLProcessor
 
 
 @pytest.mark.parametrize(
-    ("wanted", "reason"),
+    ("expected", "reason"),
     [
         (entry("<image>\nWhat?", "none.jpg"), "'none.jpg' cannot be read: No such file"),
         (entry("<image>\nWhat?", "sub"), "'sub' cannot be read: Is a directory"),
@@ -150,10 +152,10 @@ def test_the_trainer_reads_what_llava_becomes(run: Run, processor: YiVLProcessor
         ("text", "it is a str"),
     ],
 )
-def test_what_cannot_be_used_is_named(run: Run, images: Path, tmp_path: Path, wanted: Any, reason: str) -> None:
-    if isinstance(wanted, dict) and wanted.get("image") == "{outside}":
-        wanted = wanted | {"image": str(tmp_path / "outside.png")}
-    source = LlavaSource(write_json(tmp_path / "x.json", [ENTRIES[0], wanted]), images)
+def test_what_cannot_be_used_is_named(run: Run, images: Path, tmp_path: Path, expected: Any, reason: str) -> None:
+    if isinstance(expected, dict) and expected.get("image") == "{outside}":
+        expected = expected | {"image": str(tmp_path / "outside.png")}
+    source = LlavaSource(write_json(tmp_path / "x.json", [ENTRIES[0], expected]), images)
     build(source, tmp_path / "out", 10, processes=1, max_broken=0.5)
     (line,) = broken(tmp_path / "out")
     assert line.startswith("entry 1") and "\n" not in line
@@ -168,8 +170,8 @@ def test_too_many_broken_samples_stop_it(run: Run, images: Path, tmp_path: Path)
     error = heard.splitlines()[-1]
     assert code == 2 and "6 of 120 samples cannot be used, more than --max-broken 0.01" in error
     assert "none.jpg" in error and "Traceback" not in heard
-    code, said, heard = run(*command, "--max-broken", 0.05)
-    assert code == 0 and "133 samples in 4 shards" in said and "7 skipped" in said
+    code, output, heard = run(*command, "--max-broken", 0.05)
+    assert code == 0 and "133 samples in 4 shards" in output and "7 skipped" in output
     assert "3 of 4 shards are complete and kept" in heard and "skipped: entry 0, id '0'" in heard
 
 
@@ -197,7 +199,7 @@ class ToySource:
     """Four shards; the process that makes the third one is killed before its last sample."""
 
     deadly: bool
-    form: str = "chat"
+    format: str = "chat"
     name: str = "toys"
 
     @property
@@ -256,13 +258,13 @@ def test_the_trainer_reads_what_parquet_becomes(run: Run, processor: YiVLProcess
     cells[2] = {"bytes": None, "path": "beside.png"}
     cells[5] = None
     cells[6] = {"bytes": None, "path": "../beside.png"}
-    rows = [{"picture": cell, "words": f"a {colour} picture"} for cell, colour in zip(cells, colours)]
+    rows = [{"photo": cell, "words": f"a {colour} image"} for cell, colour in zip(cells, colours)]
     for number, part in enumerate((rows[:9], rows[9:])):
         pq.write_table(pa.Table.from_pylist(part), tmp_path / f"{number}.parquet", row_group_size=4)
     files = sorted(tmp_path.glob("*.parquet"))
-    options = ("--image", "picture", "--caption", "words", "--samples-per-shard", 3, "--max-broken", 0.5)
-    code, said, _ = run("parquet", *files, tmp_path / "out", *options, "--processes", 1)
-    assert code == 0 and "9 samples in 4 shards" in said
+    options = ("--image", "photo", "--caption", "words", "--samples-per-shard", 3, "--max-broken", 0.5)
+    code, output, _ = run("parquet", *files, tmp_path / "out", *options, "--processes", 1)
+    assert code == 0 and "9 samples in 4 shards" in output
     assert broken(tmp_path / "out") == [
         "0.parquet row 5: it has no image",
         "0.parquet row 6: the image path '../beside.png' leads out of the image folder",
@@ -270,16 +272,16 @@ def test_the_trainer_reads_what_parquet_becomes(run: Run, processor: YiVLProcess
     good = [index for index in range(11) if index not in (5, 6)]
     samples = stream(tmp_path / "out", processor, "caption")
     for sample, index in zip(samples, good, strict=True):
-        assert to_text(sample.segments).endswith(f"a {colours[index]} picture\n")
+        assert to_text(sample.segments).endswith(f"a {colours[index]} image\n")
         assert torch.equal(sample.images[0], processor.image_processor.to_uint8(png(colours[index])))
 
 
 @pytest.mark.parametrize("as_text", [False, True])
 def test_conversations_in_parquet(run: Run, processor: YiVLProcessor, tmp_path: Path, as_text: bool) -> None:
-    turns = [wanted["conversations"] for wanted in (ENTRIES[3], ENTRIES[0], ENTRIES[2])]
-    pictures = [[], [png("red")], [png("red"), png("green"), png("blue")]]
+    turns = [expected["conversations"] for expected in (ENTRIES[3], ENTRIES[0], ENTRIES[2])]
+    images = [[], [png("red")], [png("red"), png("green"), png("blue")]]
     column = [json.dumps(conversation) if as_text else conversation for conversation in turns]
-    pq.write_table(pa.table({"image": pictures, "talk": column}), tmp_path / "x.parquet")
+    pq.write_table(pa.table({"image": images, "talk": column}), tmp_path / "x.parquet")
     code, _, _ = run("parquet", tmp_path / "x.parquet", tmp_path / "out", "--conversations", "talk", "--processes", 1)
     samples = stream(tmp_path / "out", processor, "chat")
     assert code == 0 and [len(sample.images) for sample in samples] == [0, 1, 3]
@@ -302,8 +304,8 @@ def test_img2dataset_output_is_taken_as_it_is(
     write_shard(tmp_path / "00000.tar", samples)
     write_json(tmp_path / "00000_stats.json", {"count": 4})
     (tmp_path / "00000.parquet").write_bytes(b"")
-    code, said, heard = run("check", tmp_path, "--processes", 1)
-    rows = table(said)
+    code, output, heard = run("check", tmp_path, "--processes", 1)
+    rows = table(output)
     assert code == 0 and rows["samples"] == "4" and rows["manifest"] == "none" and rows["cannot be used"] == "1"
     assert rows["captions"].startswith("3 ") and rows["conversations"].startswith("0 ")
     assert "000000003: its .txt is empty" in heard
@@ -312,22 +314,22 @@ def test_img2dataset_output_is_taken_as_it_is(
     assert [to_text(sample.segments) for sample in streamed] == [f"<image_placeholder>caption {i}\n" for i in range(3)]
 
 
-def table(said: str) -> dict[str, str]:
+def table(output: str) -> dict[str, str]:
     """The rows of the check's table."""
     cells = [
-        [cell.strip() for cell in line.strip("│").split("│")] for line in said.splitlines() if line.startswith("│")
+        [cell.strip() for cell in line.strip("│").split("│")] for line in output.splitlines() if line.startswith("│")
     ]
     return {name: value for name, value in cells}
 
 
 def test_check_tells_what_a_folder_holds(run: Run, tmp_path: Path, write_shard: Callable[..., Path]) -> None:
     write_shard(tmp_path / "a.tar", [caption_sample(i) for i in range(4)])
-    samples = [chat_sample(i) for i in range(7)]  # one with two pictures, one with none
-    samples += [("broken", {"png": png("red")[:60], "txt": b"a red picture"})]
-    samples += [("wide", {"png": png("red", (200, 10)), "txt": b"a red picture"})]
+    samples = [chat_sample(i) for i in range(7)]  # one with two images, one with none
+    samples += [("broken", {"png": png("red")[:60], "txt": b"a red image"})]
+    samples += [("wide", {"png": png("red", (200, 10)), "txt": b"a red image"})]
     write_shard(tmp_path / "b.tar", samples)
-    code, said, heard = run("check", tmp_path, "--processes", 1)
-    rows = table(said)
+    code, output, heard = run("check", tmp_path, "--processes", 1)
+    rows = table(output)
     assert code == 0 and rows["shards"].startswith("2, ") and rows["samples"] == "13"
     assert rows["captions"].startswith("12 "), "a conversation's one answer is a caption, too"
     assert rows["conversations"].startswith("7 ") and rows["without an image"] == "1"
@@ -336,7 +338,7 @@ def test_check_tells_what_a_folder_holds(run: Run, tmp_path: Path, write_shard: 
 
 
 @pytest.mark.parametrize(
-    ("damage", "said_so"),
+    ("damage", "reason"),
     [
         ("change", "00001.tar: SHA-256 "),
         ("cut", "00001.tar cannot be read to its end: "),
@@ -345,10 +347,10 @@ def test_check_tells_what_a_folder_holds(run: Run, tmp_path: Path, write_shard: 
         ("not a tar", "00001.tar cannot be read to its end: "),
     ],
 )
-def test_check_finds_what_differs_from_the_manifest(run: Run, tmp_path: Path, damage: str, said_so: str) -> None:
+def test_check_finds_what_differs_from_the_manifest(run: Run, tmp_path: Path, damage: str, reason: str) -> None:
     build(ToySource(deadly=False), tmp_path, 5, processes=1, max_broken=0)
-    code, said, _ = run("check", tmp_path, "--processes", 1)
-    assert code == 0 and table(said)["manifest"] == "agrees"
+    code, output, _ = run("check", tmp_path, "--processes", 1)
+    assert code == 0 and table(output)["manifest"] == "agrees"
     shard = tmp_path / "00001.tar"
     content = bytearray(shard.read_bytes())
     if damage == "change":
@@ -362,9 +364,9 @@ def test_check_finds_what_differs_from_the_manifest(run: Run, tmp_path: Path, da
         (tmp_path / "more.tar").write_bytes(content)
     else:
         shard.write_bytes(b"x" * len(content))
-    code, said, heard = run("check", tmp_path, "--processes", 1)
-    assert code == 2 and "mismatch" in table(said)["manifest"]
-    assert f"mismatch: {said_so}" in heard and "Traceback" not in heard
+    code, output, heard = run("check", tmp_path, "--processes", 1)
+    assert code == 2 and "mismatch" in table(output)["manifest"]
+    assert f"mismatch: {reason}" in heard and "Traceback" not in heard
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ NANO = ROOT / "train/configs/nano/align-224.yaml"
         ("data.sources=[{name: a}]", "data.sources.0..shards is missing"),
         ("optimizer.betas=[0.9]", "optimizer.betas"),
         ("precision=bf32", "precision is 'bf32'; expected one of"),
-        ("data.form=poem", "form of source .* is 'poem'"),
+        ("data.format=poem", "format of source .* is 'poem'"),
         ("epochs=2", "exactly one of steps and epochs"),
         ("init_from.language_model=x", "init_from needs either"),
         ("trainable.language=some", "trainable.language is .some.; expected true, false or lora"),
@@ -53,11 +53,16 @@ NANO = ROOT / "train/configs/nano/align-224.yaml"
         ("data.sources.0.weight=.inf", "data.sources.captions.weight is inf"),
         ("data.max_broken_fraction=1.5", "data.max_broken_fraction is 1.5; expected 0 to 1"),
         ("seed=-1", "seed is -1"),
-        ("generations={shards: x.tar, form: text}", "form text have no prompt"),
+        ("generations={shards: x.tar, format: text}", "format text have no prompt"),
         ("optimiser.betas=[0.9, 0.99]", r"\(optimiser.betas.*\): the key 'optimiser' is now called 'optimizer'"),
         ("bad_steps={stop_after: 3}", "the key 'bad_steps' is now called 'spike_guard'"),
         ("answers={shards: x.tar}", "the key 'answers' is now called 'generations'"),
         ("answers.count=3", "the key 'answers' is now called 'generations'"),
+        ("data.form=chat", "the key 'form' is now called 'format'"),
+        ("data={form: chat}", "the key 'form' is now called 'format'"),
+        ("data.sources=[{name: a, shards: x.tar, form: chat}]", "the key 'form' is now called 'format'"),
+        ("data.sources.0.form=chat", "the key 'form' is now called 'format'"),
+        ("generations={shards: x.tar, form: text}", "the key 'form' is now called 'format'"),
         ("nothing", "not of the form key.sub=value"),
         ("x=[", "cannot be read as YAML"),
     ],
@@ -87,9 +92,9 @@ def test_the_command_exits_with_one_line(monkeypatch: pytest.MonkeyPatch, capsys
     monkeypatch.setattr(sys, "argv", ["train", str(NANO), "data.workrs=3"])
     with pytest.raises(SystemExit) as ended:
         program.run(main, "error")
-    said = capsys.readouterr().err
+    output = capsys.readouterr().err
     assert ended.value.code == 2
-    assert said.startswith("error: ") and said.count("\n") == 1 and "workrs" in said
+    assert output.startswith("error: ") and output.count("\n") == 1 and "workrs" in output
 
 
 def test_adapters_need_a_checkpoint_and_a_rank() -> None:

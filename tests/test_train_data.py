@@ -25,12 +25,14 @@ def processor(toy_language_model: Path) -> YiVLProcessor:
     return YiVLProcessor(YiVLImageProcessor(28), prepare_tokenizer(str(toy_language_model)), patch_size=14)
 
 
-def data_config(shards: str, form: str = "chat", **settings: Any) -> DataConfig:
-    return DataConfig(form=form, sources=[SourceConfig(name="toys", shards=shards)], **{"workers": 0} | settings)
+def data_config(shards: str, sample_format: str = "chat", **settings: Any) -> DataConfig:
+    return DataConfig(
+        format=sample_format, sources=[SourceConfig(name="toys", shards=shards)], **{"workers": 0} | settings
+    )
 
 
-def encoder(processor: YiVLProcessor, form: str = "chat", max_tokens: int = 400) -> SampleEncoder:
-    return SampleEncoder(processor, data_config("", form), max_tokens)
+def encoder(processor: YiVLProcessor, sample_format: str = "chat", max_tokens: int = 400) -> SampleEncoder:
+    return SampleEncoder(processor, data_config("", sample_format), max_tokens)
 
 
 def raw(**members: bytes) -> dict[str, Any]:
@@ -46,29 +48,29 @@ def chat_json(*values: str) -> bytes:
 
 
 def loader(processor: YiVLProcessor, data: DataConfig, *states: dict[str, Any], **layout: int) -> StepLoader:
-    places = {"rank": 0, "world_size": 1, "samples_per_step": 6, "micro_batch": 4} | layout
-    return StepLoader(processor, data, 400, 0, **places, states=states if states else None)
+    defaults = {"rank": 0, "world_size": 1, "samples_per_step": 6, "micro_batch": 4} | layout
+    return StepLoader(processor, data, 400, 0, **defaults, states=states if states else None)
 
 
 def test_a_caption_is_supervised_after_its_image(processor: YiVLProcessor) -> None:
-    sample = encoder(processor, "caption").encode(raw(png=png("red"), txt=b"a red picture\n"), 0)
+    sample = encoder(processor, "caption").encode(raw(png=png("red"), txt=b"a red image\n"), 0)
     ids, mask = sample.encoded.input_ids, sample.encoded.loss_mask
     assert ids[:4] == [processor.image_token_id] * 4 and mask == [False] * 4 + [True] * (len(ids) - 4)
-    assert processor.tokenizer.decode(ids[4:]) == "a red picture\n"
+    assert processor.tokenizer.decode(ids[4:]) == "a red image\n"
     assert sample.images[0].shape == (28, 28, 3) and sample.images[0].dtype == torch.uint8
 
 
 def test_a_caption_may_be_a_conversations_answer(processor: YiVLProcessor) -> None:
     captions = encoder(processor, "caption")
-    plain = captions.encode(raw(png=png("red"), txt=b"a red picture"), 0)
-    asked = captions.encode(raw(png=png("red"), json=chat_json("<image>\nDescribe it.", "a red picture")), 0)
-    assert asked.encoded == plain.encoded, "the question is left out"
-    beside = captions.encode(raw(png=png("red"), txt=b"a red picture", json=b'{"width": 5, "url": "x"}'), 0)
+    plain = captions.encode(raw(png=png("red"), txt=b"a red image"), 0)
+    from_conversation = captions.encode(raw(png=png("red"), json=chat_json("<image>\nDescribe it.", "a red image")), 0)
+    assert from_conversation.encoded == plain.encoded, "the question is left out"
+    beside = captions.encode(raw(png=png("red"), txt=b"a red image", json=b'{"width": 5, "url": "x"}'), 0)
     assert beside.encoded == plain.encoded, "img2dataset's metadata is no conversation"
-    told = captions.encode(raw(json=chat_json("abc", "a red picture")), 0).encoded
-    learned = [token for token, learns in zip(told.input_ids, told.loss_mask) if learns]
-    assert processor.tokenizer.decode(learned) == "a red picture\n"
-    assert processor.tokenizer.decode(told.input_ids) == "abca red picture\n"
+    without_image = captions.encode(raw(json=chat_json("abc", "a red image")), 0).encoded
+    learned = [token for token, is_supervised in zip(without_image.input_ids, without_image.loss_mask) if is_supervised]
+    assert processor.tokenizer.decode(learned) == "a red image\n"
+    assert processor.tokenizer.decode(without_image.input_ids) == "abca red image\n"
     for values in (("only a question",), ("a", "b", "c", "d"), ("a", "")):
         with pytest.raises(ValueError, match="answer"):
             captions.encode(raw(json=chat_json(*values)), 0)
@@ -82,9 +84,9 @@ def test_images_keep_their_order(processor: YiVLProcessor) -> None:
 
 
 @pytest.mark.parametrize(
-    ("form", "members", "reason"),
+    ("sample_format", "members", "reason"),
     [
-        ("chat", {"png": b"no picture", "json": chat_json("<image>\nWhat?", "Red.")}, "not an image"),
+        ("chat", {"png": b"no image", "json": chat_json("<image>\nWhat?", "Red.")}, "not an image"),
         ("chat", {"png": png("red")[:60], "json": chat_json("<image>\nWhat?", "Red.")}, "damaged|cannot be read"),
         ("chat", {"png": png("red"), "json": b"{"}, "Expecting"),
         ("chat", {"png": png("red"), "json": b'{"caption": "x"}'}, "no list of `conversations`"),
@@ -103,9 +105,11 @@ def test_images_keep_their_order(processor: YiVLProcessor) -> None:
         ("chat", {"png": png("red"), "json": chat_json("<image><image>\nWhat?", "Red.")}, "2 <image> .* 1 images"),
     ],
 )
-def test_what_is_broken_says_why(processor: YiVLProcessor, form: str, members: dict[str, bytes], reason: str) -> None:
+def test_what_is_broken_says_why(
+    processor: YiVLProcessor, sample_format: str, members: dict[str, bytes], reason: str
+) -> None:
     with pytest.raises(ValueError, match=reason):
-        encoder(processor, form).encode(raw(**members), 0)
+        encoder(processor, sample_format).encode(raw(**members), 0)
 
 
 @pytest.mark.parametrize("text", ["a\0b", "".join(map(chr, range(1, 32))) + "x", "\u202e\ufeff\U0001f600"])
@@ -116,7 +120,7 @@ def test_odd_characters_are_text(processor: YiVLProcessor, text: str) -> None:
 
 def test_an_over_long_sample_is_never_cut(processor: YiVLProcessor) -> None:
     with pytest.raises(TooLong, match="max_tokens is 5"):
-        encoder(processor, "caption", max_tokens=5).encode(raw(png=png("red"), txt=b"a red picture"), 0)
+        encoder(processor, "caption", max_tokens=5).encode(raw(png=png("red"), txt=b"a red image"), 0)
 
 
 def test_collate_pads_on_the_right_and_finds_the_common_prefix(processor: YiVLProcessor) -> None:
@@ -168,7 +172,7 @@ def test_shards_that_cannot_be_read_are_counted_and_named(
 
 
 def test_too_many_broken_samples_stop_the_run(processor: YiVLProcessor, tmp_path: Path, write_shard: Writer) -> None:
-    samples = [caption_sample(i) if i % 10 else (f"c{i:05d}", {"txt": b"no picture", "png": b""}) for i in range(50)]
+    samples = [caption_sample(i) if i % 10 else (f"c{i:05d}", {"txt": b"no image", "png": b""}) for i in range(50)]
     write_shard(tmp_path / "a.tar", samples)
     data = data_config(f"{tmp_path}/a.tar", "caption", max_broken_fraction=0.05)
     steps = 0
@@ -219,15 +223,15 @@ def test_other_ranks_and_workers_go_on(processor: YiVLProcessor, tmp_path: Path,
     first = [loader(processor, data, rank=rank, world_size=2) for rank in range(2)]
     seen = [name for stream in first for _, batch in zip(range(2), stream) for name in batch.names]
     states = torch_save_and_load([stream.state_dict() for stream in first])
-    one = loader(processor, data_config(f"{tmp_path}/*.tar", "caption", shuffle_buffer=5), *states)
+    resumed = loader(processor, data_config(f"{tmp_path}/*.tar", "caption", shuffle_buffer=5), *states)
     assert (
-        one.note is not None
-        and "2 ranks x 2 workers, this run has 1 x 1" in one.note
-        and "at most 4 samples" in one.note
+        resumed.note is not None
+        and "2 ranks x 2 workers, this run has 1 x 1" in resumed.note
+        and "at most 4 samples" in resumed.note
     )
-    seen += [name for _, batch in zip(range(5), one) for name in batch.names]  # 24 + 30, and 4 of 48 come again
+    seen += [name for _, batch in zip(range(5), resumed) for name in batch.names]  # 24 + 30, and 4 of 48 come again
     assert len(seen) == 54 and len(set(seen[:52])) == 48
-    assert one.counts()["seen"] == 54
+    assert resumed.counts()["seen"] == 54
 
 
 def torch_save_and_load(state: Any) -> Any:

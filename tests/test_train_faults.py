@@ -48,15 +48,15 @@ def test_a_damaged_checkpoint_is_left_for_the_one_before(
     (run_dir / "step-00000004/training_state.pt").unlink()
     capsys.readouterr()
     train(config)
-    said = capsys.readouterr().err
+    output = capsys.readouterr().err
     for step, name in ((5, "model.safetensors is not as it was written"), (4, "training_state.pt")):
-        assert f"step-0000000{step} is damaged" in said and name in said
-    assert f"going on from {run_dir}/step-00000003 instead" in said
+        assert f"step-0000000{step} is damaged" in output and name in output
+    assert f"resuming from {run_dir}/step-00000003 instead" in output
     assert losses(config) == losses(whole)
     assert (run_dir / "damaged-step-00000005").is_dir()
 
 
-def test_when_all_checkpoints_are_damaged_nothing_is_begun_anew(configure: Configure) -> None:
+def test_when_all_checkpoints_are_damaged_nothing_is_started_again(configure: Configure) -> None:
     config = configure(EVERY_STEP)
     stop_after(trainer(config), 2)
     for path in checkpoint.checkpoints(Path(config.run_dir)):
@@ -111,8 +111,8 @@ def test_a_signal_saves_and_leaves(
         train(config)
     assert left.value.code == 128 + number and signal.getsignal(number) is usual
     assert [path.name for path in checkpoint.checkpoints(Path(config.run_dir))] == ["step-00000004"]
-    said = capsys.readouterr().err
-    assert f"{number.name} at step 4: The last good checkpoint is" in said and "step-00000004" in said
+    output = capsys.readouterr().err
+    assert f"{number.name} at step 4: The last good checkpoint is" in output and "step-00000004" in output
     train(config)
     assert losses(config) == losses(whole), "the first of two log lines reaches over the stop"
     for name in ("samples-0.jsonl", "metrics.jsonl"):

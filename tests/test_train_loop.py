@@ -1,4 +1,4 @@
-"""The loop at toy size: three real stages, frozen parts, accumulation, and a killed run that goes on exactly."""
+"""The loop at toy size: three real stages, frozen parts, accumulation, and a killed run that resumes exactly."""
 
 from __future__ import annotations
 
@@ -127,27 +127,29 @@ def test_the_objective_is_the_models_own_loss(
     usual = YiVLForConditionalGeneration(run.model.config)
     usual.load_state_dict(run.model.state_dict())
     usual.model.language_model.set_attn_implementation("eager")
-    own = usual(
+    reference = usual(
         input_ids=micro.input_ids,
         attention_mask=micro.attention_mask,
         pixel_values=inputs["pixel_values"],
         labels=micro.labels,
         num_items_in_batch=torch.tensor(1),
     ).loss
-    expected = gradients_of(usual, own)
+    expected = gradients_of(usual, reference)
     on_cpu, padded = Objective(run.model, 2), Objective(usual, 2)
     monkeypatch.setitem(objective._PACKINGS, "eager", Packing)
-    ways = [
+    variants = [
         (on_cpu, micro.shared_prefix_length),
         (on_cpu, 0),
         (padded, 0),
         (Objective(usual, 2), micro.shared_prefix_length),
     ]
-    for way, prefix in ways:
-        loss, per_source = way(**inputs | {"shared_prefix_length": prefix})
-        torch.testing.assert_close(loss, own)
-        torch.testing.assert_close(per_source.sum(0), torch.stack([own, torch.tensor(num_supervised(micro.labels))]))
-        gradients = gradients_of(way.model, loss)
+    for variant, prefix in variants:
+        loss, per_source = variant(**inputs | {"shared_prefix_length": prefix})
+        torch.testing.assert_close(loss, reference)
+        torch.testing.assert_close(
+            per_source.sum(0), torch.stack([reference, torch.tensor(num_supervised(micro.labels))])
+        )
+        gradients = gradients_of(variant.model, loss)
         assert gradients.keys() <= expected.keys()  # the trainer asks for none where none comes
         for name, gradient in gradients.items():
             torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-5, msg=name)
@@ -254,11 +256,11 @@ def test_a_stopped_run_goes_on_exactly(configure: Callable[..., TrainConfig], tm
     (Path(stopped.run_dir) / ".step-00000006.tmp").mkdir()  # a save that was cut short
     train(stopped)
     assert losses(stopped) == losses(whole) and len(losses(whole)) == 6
-    one, other = (
+    whole_weights, resumed_weights = (
         YiVLForConditionalGeneration.from_pretrained(Path(config.run_dir) / "final").state_dict()
         for config in (whole, stopped)
     )
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert all(torch.equal(whole_weights[name], resumed_weights[name]) for name in whole_weights)
 
 
 def test_a_missing_start_is_one_line(configure: Callable[..., TrainConfig], tmp_path: Path) -> None:

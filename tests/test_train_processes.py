@@ -79,7 +79,7 @@ def test_killed_at_any_moment_it_goes_on_exactly(configure_saved: Configure, tmp
 @pytest.fixture
 def two_ranks(configure_saved: Configure, tmp_path: Path, write_shard: Callable[..., Path]) -> Configure:
     """A function (source, overrides) -> settings. `uneven` has three shards, of several sizes, for four streams; of
-    the two shards of `halves` one has no picture at all."""
+    the two shards of `halves` one has no image at all."""
     for number, size in enumerate((5, 21, 13)):
         write_shard(tmp_path / f"uneven/{number}.tar", [chat_sample(30 * number + i) for i in range(size)])
     write_shard(tmp_path / "halves/0.tar", [chat_sample(7 * i + 6) for i in range(40)])
@@ -104,8 +104,8 @@ def one_process(config: TrainConfig) -> list[float]:
     numbers = []
     for step in range(config.steps or 0):
         set_learning_rates_(run.optimizer, step, run.num_steps, config.warmup_ratio)
-        one, other = (next(loader) for loader in loaders)
-        batch = StepBatch([*one.micro_batches, *other.micro_batches], [], 0, {}, [])
+        first, second = (next(loader) for loader in loaders)
+        batch = StepBatch([*first.micro_batches, *second.micro_batches], [], 0, {}, [])
         per_source, norm = run.step(batch, batch.num_supervised)
         loss, count = per_source.sum(0).tolist()
         numbers += [loss / count, norm]
@@ -133,7 +133,7 @@ def test_two_ranks_learn_as_one_and_survive(two_ranks: Configure, tmp_path: Path
     assert_same(config, whole, num_ranks=2)
 
 
-def test_a_rank_without_a_picture_learns_with_the_other(two_ranks: Configure, tmp_path: Path) -> None:
+def test_a_rank_without_an_image_learns_with_the_other(two_ranks: Configure, tmp_path: Path) -> None:
     settings = ("data.workers=1", "steps=4")
     config = two_ranks("halves", *settings)
     assert finish(start(config, 2)) == [0, 0], output_path(config, 1).read_text()
@@ -196,7 +196,7 @@ def test_the_configs_for_many_gpus_are_accelerates() -> None:
 def test_spread_weights_learn_the_same(
     two_ranks: Configure, tmp_path: Path, trainable: str, precision: str, rel: float
 ) -> None:
-    """FSDP over two ranks, one of which has no picture, and one process that goes on with what they saved."""
+    """FSDP over two ranks, one of which has no image, and one process that resumes from what they saved."""
     settings = ["data.workers=1", "steps=4", "checkpoint={every_steps: 2, keep_last: 2}", "lr.projector=3e-3"]
     settings += [f"precision={precision}"]
     settings += ["trainable={vision: false, projector: false}"] if trainable == "language" else []
@@ -205,8 +205,7 @@ def test_spread_weights_learn_the_same(
     (line,) = (line for line in output_path(config).read_text().splitlines() if line.startswith("2 ranks"))
     here, whole = (int(word.replace(",", "")) for word in re.findall(r"[\d,]{4,}", line))
     assert whole / 2 <= here < 0.6 * whole
-    one = two_ranks("halves", f"run_dir={tmp_path}/one", *settings, "precision=fp32")
-    expected = one_process(one)
+    expected = one_process(two_ranks("halves", f"run_dir={tmp_path}/one", *settings, "precision=fp32"))
     assert logged(config) == pytest.approx(expected, rel=rel)
     if trainable == "all":
         (state,) = (checkpoint.load_state(path) for path in checkpoint.checkpoints(Path(config.run_dir)))

@@ -34,7 +34,7 @@ def stopped(configure: Configure) -> Configure:
         (["data.shuffle_buffer=7"], "data.shuffle_buffer 16, this run has 7, which changes the order of the data"),
         (["data.sources.1.weight=3"], "data.sources.chats.weight 2.0, this run has 3.0, which changes the order"),
         (["data.sources.0.max_samples=9"], "data.sources.captions.max_samples null, this run has 9, which changes"),
-        (["data.sources.0.name=pictures"], r"data.sources \['captions', 'chats'\], .* \['pictures', 'chats'\]"),
+        (["data.sources.0.name=photos"], r"data.sources \['captions', 'chats'\], .* \['photos', 'chats'\]"),
         (["image_size=56"], "image_size 28, this run has 56, but"),
         (["trainable.vision=false"], "trainable.vision true, this run has false, but"),
         (["trainable.language=lora", "init_from={checkpoint: x, tower: null, language_model: null}"],
@@ -56,7 +56,7 @@ def test_added_and_missing_sources_are_refused(stopped: Configure, tmp_path: Pat
     for sources in (
         f"[{{name: chats, shards: '{tmp_path}/chats/*.tar', weight: 2.0}}]",
         f"[{{name: chats, shards: '{tmp_path}/chats/*.tar', weight: 2.0}}, "
-        f"{{name: captions, shards: '{tmp_path}/captions/*.tar', form: caption}}]",
+        f"{{name: captions, shards: '{tmp_path}/captions/*.tar', format: caption}}]",
     ):
         with pytest.raises(ValueError, match=r"data.sources \['captions', 'chats'\], this run has \['chats'"):
             train(stopped(EVERY, f"data.sources={sources}"))
@@ -65,8 +65,9 @@ def test_added_and_missing_sources_are_refused(stopped: Configure, tmp_path: Pat
 def test_what_applies_does_and_is_reported(stopped: Configure, capsys: pytest.CaptureFixture[str]) -> None:
     config = stopped(EVERY, "lr.vision=7e-4", "optimizer.weight_decay=0.25", "optimizer.betas=[0.8, 0.9]", "steps=8")
     run = Trainer(config, Console(stderr=True, width=400))
-    said = capsys.readouterr().err
-    assert "From step 5 on:" in said and "lr.vision 0.0007 instead of 0.001" in said and "steps 8 instead of 6" in said
+    output = capsys.readouterr().err
+    assert "From step 5 on:" in output and "lr.vision 0.0007 instead of 0.001" in output
+    assert "steps 8 instead of 6" in output
     groups = {group["name"]: group for group in run.optimizer.param_groups}
     assert groups["vision"]["peak_lr"] == 7e-4 and groups["language"]["peak_lr"] == 1e-3
     assert groups["vision"]["weight_decay"] == 0.25 and groups["vision, no decay"]["weight_decay"] == 0

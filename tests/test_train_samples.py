@@ -29,7 +29,7 @@ from yi_vl.image import YiVLImageProcessor
 from yi_vl.processor import YiVLProcessor, prepare_tokenizer
 
 Writer = Callable[..., Path]
-QUESTION, ANSWER = "What is it?", "A red picture."
+QUESTION, ANSWER = "What is it?", "A red image."
 SHOWN = f"{SYSTEM_PROMPT}\n\n### Human: <image_placeholder>\n{QUESTION}\n### Assistant: {ANSWER}\n###"
 
 
@@ -52,8 +52,8 @@ def encoded_image(suffix: str, colour: str = "red") -> bytes:
 def test_an_image_of_any_format_is_trained_on(
     processor: YiVLProcessor, tmp_path: Path, write_shard: Writer, suffix: str
 ) -> None:
-    shard = write_shard(tmp_path / "a.tar", [("k", {suffix: encoded_image(suffix.lower()), "txt": b"a red picture"})])
-    data = DataConfig(form="caption", sources=[SourceConfig(name="toys", shards=str(shard))])
+    shard = write_shard(tmp_path / "a.tar", [("k", {suffix: encoded_image(suffix.lower()), "txt": b"a red image"})])
+    data = DataConfig(format="caption", sources=[SourceConfig(name="toys", shards=str(shard))])
     (sample,) = (SampleEncoder(processor, data, 400).encode(raw, 0) for raw in read_shard(str(shard)))
     red, _, blue = sample.images[0][14, 14].tolist()
     assert sample.encoded.image_starts == [0] and red > 200 > blue
@@ -61,20 +61,20 @@ def test_an_image_of_any_format_is_trained_on(
 
 @pytest.mark.parametrize("suffix", ["heic", "svg", "jxl"])
 def test_an_image_that_cannot_be_read_is_no_missing_one(processor: YiVLProcessor, suffix: str) -> None:
-    data = DataConfig(form="caption", sources=[SourceConfig(name="toys", shards="")])
+    data = DataConfig(format="caption", sources=[SourceConfig(name="toys", shards="")])
     with pytest.raises(ValueError, match="is not an image of a format"):
         SampleEncoder(processor, data, 400).encode(raw(**{suffix: b"\0\0\0\x18ftypheic", "txt": b"a caption"}), 0)
 
 
 @pytest.mark.parametrize(
-    ("form", "members", "reason"),
+    ("sample_format", "members", "reason"),
     [
-        ("caption", {"txt": b"a red picture"}, "caption without an image; .* form text"),
-        ("caption", {"mp4": b"x", "txt": b"a red picture"}, "member .mp4 is not read"),
+        ("caption", {"txt": b"a red image"}, "caption without an image; .* format text"),
+        ("caption", {"mp4": b"x", "txt": b"a red image"}, "member .mp4 is not read"),
         ("chat", {"jpg": b"x", "npy": b"x", "json": b"{}"}, "member .npy is not read"),
         ("caption", {"jpg": b"x", "txt": b"one", "1.txt": b"two"}, "member .1.txt is not read"),
         ("caption", {"jpg": b"x", "txt": "\u200b\ufeff".encode()}, ".txt is empty"),
-        ("text", {"jpg": b"x", "txt": b"a red picture"}, "member .jpg is an image"),
+        ("text", {"jpg": b"x", "txt": b"a red image"}, "member .jpg is an image"),
         (
             "caption",
             {"json": b'[{"from":"human","value":"<image>"},{"from":"gpt","value":"x"}]'},
@@ -82,9 +82,9 @@ def test_an_image_that_cannot_be_read_is_no_missing_one(processor: YiVLProcessor
         ),
     ],
 )
-def test_no_member_is_ignored_without_a_word(form: str, members: dict[str, bytes], reason: str) -> None:
+def test_no_member_is_ignored_without_a_word(sample_format: str, members: dict[str, bytes], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
-        read_sample(raw(**members), form)
+        read_sample(raw(**members), sample_format)
 
 
 def test_what_is_harmless_or_named_may_be_there() -> None:
@@ -191,9 +191,9 @@ def test_a_key_may_be_ignored_by_name(tmp_path: Path) -> None:
 
 
 def test_a_system_prompt_is_kept(tmp_path: Path) -> None:
-    asked = SPELLINGS["llava"]["conversations"]
+    turns = SPELLINGS["llava"]["conversations"]
     system = {"from": "system", "value": "Be brief."}
-    entries = [llava(system="Be brief."), llava(conversations=[system, *asked])]
+    entries = [llava(system="Be brief."), llava(conversations=[system, *turns])]
     (tmp_path / "a.png").write_bytes(png("red"))
     (tmp_path / "x.json").write_text(json.dumps(entries))
     build(LlavaSource(tmp_path / "x.json", tmp_path), tmp_path / "out", 10, processes=1, max_broken=0)
@@ -242,7 +242,7 @@ def test_what_systems_put_into_tars_is_skipped_and_said_once(tmp_path: Path) -> 
     members = []
     for number in range(3):
         members += [(name.format(number), b"\0\5\x16\7") for name in junk]
-        members += [(f"./{number}.png", png("red")), (f"./{number}.txt", b"a red picture")]
+        members += [(f"./{number}.png", png("red")), (f"./{number}.txt", b"a red image")]
     write_tar(tmp_path / "a.tar", members)
     samples = list(read_shard(str(tmp_path / "a.tar")))
     assert [sample["__key__"] for sample in samples] == ["./0", "./1", "./2"]
@@ -270,7 +270,7 @@ def shard_of(num_samples: int) -> list[tuple[str, bytes]]:
 
 
 @pytest.mark.parametrize(
-    ("damage", "num_read", "said", "num_lost"),
+    ("damage", "num_read", "reason", "num_lost"),
     [
         (lambda tar: tar[: 6 * 2560], 6, "cut off; 6 samples were read, how many more it held is not known", 1),
         (lambda tar: tar[: 6 * 2560 + 700], 6, "6 samples were read, how many more it held is not known", 1),
@@ -280,13 +280,13 @@ def shard_of(num_samples: int) -> list[tuple[str, bytes]]:
     ids=["between members", "within a member", "a damaged header", "joined"],
 )
 def test_a_truncated_shard_tells_what_is_lost(
-    tmp_path: Path, damage: Callable[[bytes], bytes], num_read: int, said: str, num_lost: int
+    tmp_path: Path, damage: Callable[[bytes], bytes], num_read: int, reason: str, num_lost: int
 ) -> None:
     good = write_tar(tmp_path / "a.tar", shard_of(100))
     (tmp_path / "a.tar").write_bytes(damage(good))
     *samples, error = read_shard(str(tmp_path / "a.tar"))
     assert len(samples) == num_read and not any("__error__" in sample for sample in samples)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=reason):
         raise ValueError(error["__error__"])
     assert error["__lost__"] == num_lost
     manifest = Manifest(tmp_path, {"num_shards": 1})
@@ -311,7 +311,7 @@ def loader(processor: YiVLProcessor, data: DataConfig, num_samples: int = 10) ->
 
 
 def broken_first(num_broken: int, num_good: int) -> list[tuple[str, dict[str, bytes]]]:
-    broken = [(f"b{number}", {"txt": b"no picture"}) for number in range(num_broken)]
+    broken = [(f"b{number}", {"txt": b"no image"}) for number in range(num_broken)]
     return broken + [caption_sample(number) for number in range(num_good)]
 
 
@@ -323,7 +323,7 @@ def test_too_many_broken_samples_are_one_sentence_whichever_comes_last(
     write_shard(tmp_path / "a.tar", broken_first(num_broken, num_good))
     fraction = 1.0 if not num_good else 0.03
     data = DataConfig(
-        form="caption", workers=0, shuffle_buffer=1, max_broken_fraction=fraction,
+        format="caption", workers=0, shuffle_buffer=1, max_broken_fraction=fraction,
         sources=[SourceConfig(name="toys", shards=f"{tmp_path}/a.tar")],
     )  # fmt: skip
     with pytest.raises(
@@ -337,7 +337,7 @@ def test_lost_samples_count_as_broken(processor: YiVLProcessor, tmp_path: Path, 
     path = write_shard(tmp_path / "a.tar", [chat_sample(number) for number in range(200)])
     path.write_bytes(path.read_bytes()[: 60 * 1024] + b"?" * 1024 + path.read_bytes()[61 * 1024 :])
     data = DataConfig(
-        form="chat", workers=0, max_broken_fraction=0.5, sources=[SourceConfig(name="toys", shards=str(path))]
+        format="chat", workers=0, max_broken_fraction=0.5, sources=[SourceConfig(name="toys", shards=str(path))]
     )
     with pytest.raises(
         ValueError, match=r"samples are broken, .*a\.tar \(tar\): skipped, ReadError: .*samples are lost"
@@ -350,7 +350,7 @@ def test_a_samples_pixels_are_those_of_its_image(processor: YiVLProcessor, tmp_p
     (tmp_path / "a.png").write_bytes(png("red"))
     (tmp_path / "x.json").write_text(json.dumps([SPELLINGS["openai"]]))
     build(LlavaSource(tmp_path / "x.json", tmp_path), tmp_path / "out", 10, processes=1, max_broken=0)
-    data = DataConfig(form="chat", fast_pixels=False, sources=[SourceConfig(name="toys", shards="")])
+    data = DataConfig(format="chat", fast_pixels=False, sources=[SourceConfig(name="toys", shards="")])
     (made,) = read_shard(str(tmp_path / "out/00000.tar"))
     sample = SampleEncoder(processor, data, 2000).encode(made, 0)
     assert torch.equal(sample.images[0], processor.image_processor.to_uint8(png("red")))

@@ -15,7 +15,7 @@ import yi_vl
 from train.config import GenerationsConfig, TrainConfig
 from train.generations import HeldOut, read_generations
 from train.metrics import read_metrics
-from train.nano.measure import read_questions
+from train.nano.measure.evaluate import read_questions
 from train.trainer import train
 
 
@@ -49,12 +49,12 @@ def test_lora_learns_saves_little_resumes_exactly_and_loads_merged(
     assert any("down_proj" in name for name in moved) and any("multi_modal_projector" in name for name in moved)
 
 
-@pytest.mark.parametrize("form", ["caption", "chat"])
+@pytest.mark.parametrize("sample_format", ["caption", "chat"])
 def test_held_out_answers_are_shown_and_change_nothing(
-    configure: Callable[..., TrainConfig], tmp_path: Path, form: str
+    configure: Callable[..., TrainConfig], tmp_path: Path, sample_format: str
 ) -> None:
-    shards = tmp_path / ("captions/0.tar" if form == "caption" else "chats/0.tar")
-    answers = f"{{shards: {shards}, form: {form}, every_steps: 2, count: 3, max_new_tokens: 4}}"
+    shards = tmp_path / ("captions/0.tar" if sample_format == "caption" else "chats/0.tar")
+    answers = f"{{shards: {shards}, format: {sample_format}, every_steps: 2, count: 3, max_new_tokens: 4}}"
     plain, shown = (
         configure(f"run_dir={tmp_path}/plain"),
         configure(f"run_dir={tmp_path}/shown", f"generations={answers}"),
@@ -66,15 +66,15 @@ def test_held_out_answers_are_shown_and_change_nothing(
     assert [row["step"] for row in rows] == [2, 4, 6] and all(len(row["generations"]) == 3 for row in rows)
     page = (tmp_path / "shown/generations.html").read_text()
     assert page.count("<article>") == 3 and page.count("<img") >= 3
-    assert ("a red image" if form == "caption" else "What colour is it?") in page
+    assert ("a red image" if sample_format == "caption" else "What colour is it?") in page
 
-    held_out = HeldOut(GenerationsConfig(str(shards), form), shown.data, trainer(shown).processor, tmp_path)
+    held_out = HeldOut(GenerationsConfig(str(shards), sample_format), shown.data, trainer(shown).processor, tmp_path)
     question = held_out.samples[0]
-    assert question.reference == ("a red image" if form == "caption" else "red")
+    assert question.reference == ("a red image" if sample_format == "caption" else "red")
     assert not any(segment.is_supervised for segment in question.prompt) and len(question.images) == 1
 
 
-def test_held_out_answers_and_pictures_reach_tensorboard(configure: Callable[..., TrainConfig], tmp_path: Path) -> None:
+def test_held_out_answers_and_images_reach_tensorboard(configure: Callable[..., TrainConfig], tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     answers = f"generations={{shards: {tmp_path}/chats/0.tar, every_steps: 2, count: 2, max_new_tokens: 4}}"

@@ -3,8 +3,8 @@
 import logging
 import warnings
 
-# What libraries say to their developers where they are installed: PEFT imports bitsandbytes, which on a CPU misses
-# kernels that no training needs; transformers imports torchao; PEFT asks transformers by an old name.
+# Warnings that users can do nothing about: PEFT imports bitsandbytes, which misses kernels on a CPU that training does
+# not use; transformers imports torchao; PEFT reads an attribute of transformers by its old name.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)

@@ -12,7 +12,7 @@ from .config_file import load_config
 
 
 def main() -> None:
-    """Train as a config file says."""
+    """Train by a config file."""
     parser = argparse.ArgumentParser(
         prog="python -m train", description="Train a Yi-VL; see train/configs for recipes."
     )

@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from yi_vl.arguments import one_line
 from yi_vl.files import atomic_path, sha256
 from yi_vl.generation import set_end_tokens_
 from yi_vl.model import YiVLForConditionalGeneration
@@ -59,7 +60,7 @@ def save_checkpoint(
         if "DataLoader worker" in str(error):  # torch's signal handler raises wherever the process is when one dies
             raise
         raise ValueError(
-            f"The checkpoint {directory} cannot be written: {error}; earlier ones are untouched."
+            f"The checkpoint {directory} cannot be written: {one_line(error)}; earlier ones are untouched."
         ) from error
 
 
@@ -75,7 +76,7 @@ def newest_good(run_dir: Path) -> tuple[Path | None, list[str]]:
     for path in reversed(checkpoints(run_dir)):
         reason = _damage(path)
         if reason is None:
-            return path, [_rename_damaged(*entry) + f"; going on from {path} instead." for entry in damaged]
+            return path, [_rename_damaged(*entry) + f"; resuming from {path} instead." for entry in damaged]
         damaged.append((path, reason))
     if damaged:
         reasons = "; ".join(f"{path.name}: {reason}" for path, reason in damaged)

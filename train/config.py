@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-FORMS = ("caption", "chat", "text")
+SAMPLE_FORMATS = ("caption", "chat", "text")
 LORA = "lora"
 INT4 = "int4"
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -84,21 +84,21 @@ class SourceConfig:
     shards: paths, globs, URLs or `pipe:` commands with {000..999} braces; several joined by `::`, as in webdataset.
     weight: sampling weight, relative to the other sources.
     max_samples: samples per epoch of this source; each epoch has another order.
-    form: null: data.form.
+    format: null: data.format.
     """
 
     name: str = MISSING
     shards: str = MISSING
     weight: float = 1.0
     max_samples: int | None = None
-    form: str | None = None
+    format: str | None = None
 
 
 @dataclass
 class DataConfig:
     """The stream of samples.
 
-    form: default of the sources': `caption` (images with KEY.txt, or the one answer of KEY.json; plain prompt),
+    format: default of the sources': `caption` (images with KEY.txt, or the one answer of KEY.json; plain prompt),
         `chat` (KEY.json, `###` prompt) or `text` (KEY.txt alone, plain prompt).
     ignore: member suffixes and keys of KEY.json to ignore; other unknown ones make a sample a broken one.
     workers: loading processes per rank; 0 loads in the training process.
@@ -108,7 +108,7 @@ class DataConfig:
         from the transform of inference; false: the pixels are exactly those of inference.
     """
 
-    form: str = "caption"
+    format: str = "caption"
     sources: list[SourceConfig] = MISSING
     workers: int = 2
     shuffle_buffer: int = 1000
@@ -142,11 +142,11 @@ class GenerationsConfig:
     """Answers generated for held-out samples during training, to look at.
 
     shards: as in `SourceConfig`, but held out from training; the first `count` samples are used.
-    form: null: data.form. For captions the prompt is the image alone, as in training.
+    format: null: data.format. For captions the prompt is the image alone, as in training.
     """
 
     shards: str = MISSING
-    form: str | None = None
+    format: str | None = None
     every_steps: int = 500
     count: int = 4
     max_new_tokens: int = 64

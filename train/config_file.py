@@ -12,20 +12,21 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
-from yi_vl.arguments import as_path
+from yi_vl.arguments import as_path, one_line
 
 from .config import (
-    FORMS,
     INT4,
     LORA,
     PRECISIONS,
+    SAMPLE_FORMATS,
     DataConfig,
     GenerationsConfig,
     TrainConfig,
     flat_settings,
 )
 
-_RENAMED = {"optimiser": "optimizer", "bad_steps": "spike_guard", "answers": "generations"}  # old key -> new key
+# old key -> new key
+_RENAMED = {"optimiser": "optimizer", "bad_steps": "spike_guard", "answers": "generations", "form": "format"}
 _Require = Callable[[bool, str], None]
 
 
@@ -55,7 +56,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
         OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
         config = cast(TrainConfig, OmegaConf.to_object(merged))
     except (MissingMandatoryValue, OmegaConfBaseException) as error:
-        raise ValueError(f"{path}: {getattr(error, 'full_key', '')} is missing; {_first_line(error)}") from error
+        raise ValueError(f"{path}: {getattr(error, 'full_key', '')} is missing; {one_line(error)}.") from error
     config.run_dir = str(as_path(config.run_dir, f"{path}: run_dir"))
     _check(config, str(path))
     return config
@@ -79,22 +80,17 @@ def _named_errors(where: str) -> Iterator[None]:
     try:
         yield
     except (ConfigKeyError, ConfigAttributeError) as error:
-        top_key = str(error.full_key).partition(".")[0]
-        if top_key in _RENAMED:
-            raise ValueError(f"{where}: the key {top_key!r} is now called {_RENAMED[top_key]!r}; rename it.") from error
+        if old := next((key for key in str(error.full_key).split(".") if key in _RENAMED), None):
+            raise ValueError(f"{where}: the key {old!r} is now called {_RENAMED[old]!r}; rename it.") from error
         fields = getattr(error.object_type, "__dataclass_fields__", {})
         raise ValueError(
             f"{where}: unknown key {error.full_key!r}; known here: {', '.join(fields) or 'nothing'}."
         ) from error
     except OmegaConfBaseException as error:
         key = f"{error.full_key}: " if error.full_key else ""
-        raise ValueError(f"{where}: {key}{_first_line(error)}") from error
+        raise ValueError(f"{where}: {key}{one_line(error)}.") from error
     except (TypeError, ValueError, IndexError) as error:  # a list where keys belong, or the other way round
-        raise ValueError(f"{where}: {_first_line(error)}.") from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]
+        raise ValueError(f"{where}: {one_line(error)}.") from error
 
 
 def _check(config: TrainConfig, where: str) -> None:
@@ -170,10 +166,14 @@ def _check_generations(generations: GenerationsConfig, data: DataConfig, require
     for key in ("every_steps", "count", "max_new_tokens"):
         value = getattr(generations, key)
         require(value > 0, f"generations.{key} is {value}; it must be positive.")
-    form = generations.form
-    require(form in (None, *FORMS), f"generations.form is {form!r}; expected one of {', '.join(FORMS)}.")
-    form = form if form is not None else data.form
-    require(form != "text", "generations: samples of the form text have no prompt; set generations.form to another.")
+    expected, own_format = ", ".join(SAMPLE_FORMATS), generations.format
+    is_known = own_format is None or own_format in SAMPLE_FORMATS
+    require(is_known, f"generations.format is {own_format!r}; expected one of {expected}.")
+    sample_format = own_format if own_format is not None else data.format
+    require(
+        sample_format != "text",
+        "generations: samples of the format text have no prompt; set generations.format to another.",
+    )
 
 
 def _check_data(data: DataConfig, require: _Require) -> None:
@@ -185,8 +185,11 @@ def _check_data(data: DataConfig, require: _Require) -> None:
     fraction = data.max_broken_fraction
     require(0 <= fraction <= 1, f"data.max_broken_fraction is {fraction}; expected 0 to 1.")
     for source in data.sources:
-        form = source.form if source.form is not None else data.form
-        require(form in FORMS, f"the form of source {source.name!r} is {form!r}; expected one of {', '.join(FORMS)}.")
+        sample_format = source.format if source.format is not None else data.format
+        require(
+            sample_format in SAMPLE_FORMATS,
+            f"the format of source {source.name!r} is {sample_format!r}; expected one of {', '.join(SAMPLE_FORMATS)}.",
+        )
         require(source.weight > 0, f"the weight of source {source.name!r} is {source.weight}; it must be positive.")
         require(
             source.max_samples is None or source.max_samples > 0,

@@ -5,18 +5,15 @@ The prompt of a sample is everything before its first supervised token.
 
 from __future__ import annotations
 
-import base64
-import html
-import io
 import itertools
 import json
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from accelerate.tracking import GeneralTracker
-from PIL import Image
 from torch import Tensor
 
 from yi_vl.chat import STOP_STRING, Segment, TooLongError, to_text
@@ -31,13 +28,10 @@ from .config import DataConfig, GenerationsConfig, SourceConfig
 from .data.samples import read_sample, sample_name
 from .data.shard_reader import read_shard
 from .data.stream import expand_shards
+from .html_page import html_page, image_tag
 
 GENERATIONS_FILE, PAGE_FILE = "generations.jsonl", "generations.html"
 _STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 60em; color: #222; background: #fafafa; }
-article { display: flex; gap: 1.2em; margin: 1em 0; padding: 1em; background: white; border: 1px solid #ddd; }
-img { width: 224px; height: 224px; display: block; margin-bottom: .4em; border: 1px solid #ccc; }
-p { white-space: pre-wrap; margin: 0 0 .6em; } small { color: #666; overflow-wrap: anywhere; }
 td { padding: .1em .8em .1em 0; vertical-align: top; white-space: pre-wrap; } td:first-child { text-align: right; }
 """
 
@@ -67,13 +61,13 @@ class HeldOut:
         max_prompt_tokens: int | None = None,
     ) -> None:  # fmt: skip
         self.every_steps = config.every_steps
-        form = config.form if config.form is not None else data.form
+        sample_format = config.format if config.format is not None else data.format
         source = SourceConfig(name="generations", shards=config.shards)
         raw_samples = itertools.chain.from_iterable(read_shard(shard) for shard in expand_shards(source))
         self.samples: list[HeldOutSample] = []
         for raw in itertools.islice(raw_samples, config.count):
             try:
-                segments, images = read_sample(raw, form, data.ignore)
+                segments, images = read_sample(raw, sample_format, data.ignore)
                 sample = _held_out_sample(sample_name(raw), segments, images, processor)
                 processor.encode(sample.prompt, max_prompt_tokens)
             except TooLongError as error:
@@ -88,7 +82,7 @@ class HeldOut:
             raise ValueError(
                 f"generations: {config.shards} holds {len(self.samples)} samples, count is {config.count}."
             )
-        stop = "\n" if form == "caption" else STOP_STRING
+        stop = "\n" if sample_format == "caption" else STOP_STRING
         self._sampling = Sampling(max_new_tokens=config.max_new_tokens, stop=stop)
         self._run_dir = run_dir
 
@@ -124,20 +118,17 @@ class HeldOut:
     def _page(self, rows: list[dict[str, Any]]) -> str:
         articles = []
         for index, sample in enumerate(self.samples):
-            images = "".join(f'<img alt="" src="{_data_url(image)}">' for image in sample.images)
+            images = "".join(map(image_tag, sample.images))
             responses = "".join(
-                f"<tr><td>{row['step']}</td><td>{html.escape(row['generations'][index])}</td></tr>" for row in rows
+                f"<tr><td>{row['step']}</td><td>{escape(row['generations'][index])}</td></tr>" for row in rows
             )
             articles.append(
-                f"<article><div>{images}</div><div><small>{html.escape(sample.name)}</small>"
-                f"<p>{html.escape(to_text(sample.prompt))}</p><p><b>{html.escape(sample.reference)}</b></p>"
+                f"<article><div>{images}</div><div><small>{escape(sample.name)}</small>"
+                f"<p>{escape(to_text(sample.prompt))}</p><p><b>{escape(sample.reference)}</b></p>"
                 f"<table>{responses}</table></div></article>"
             )
-        title = f"{html.escape(str(self._run_dir))}: generations for held-out samples, by step"
-        return (
-            f"<!doctype html><meta charset=utf-8><title>{title}</title><style>{_STYLE}</style><h1>{title}</h1>"
-            + "".join(articles)
-        )
+        title = f"{self._run_dir}: generations for held-out samples, by step"
+        return html_page(title, f"<h1>{escape(title)}</h1>" + "".join(articles), _STYLE)
 
 
 def read_generations(path: Path) -> list[dict[str, Any]]:
@@ -157,9 +148,3 @@ def _held_out_sample(
     images_uint8 = [processor.image_processor.to_uint8(image) for image in images[:num_images]]
     reference = to_text(segments[first:end]).strip().removesuffix(STOP_STRING).strip()
     return HeldOutSample(name, segments[:first], reference, images_uint8)
-
-
-def _data_url(image: Tensor) -> str:
-    file = io.BytesIO()
-    Image.fromarray(image.numpy()).save(file, "PNG")
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()

@@ -1,4 +1,4 @@
-"""What a run starts from: the model and processor that its `init_from` and `image_size` describe."""
+"""The model and processor that a run's `init_from` and `image_size` describe."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .qlora import read_int4
 def initial_model(config: TrainConfig, device: torch.device) -> tuple[YiVLForConditionalGeneration, YiVLProcessor]:
     """The model, its position grid resized to `image_size` where that differs, and its processor.
 
-    It is in float32 on the CPU; with an int4 base as `read_int4` says, on `device`.
+    It is in float32 on the CPU; with an int4 base as of `read_int4`, on `device`.
 
     Raises:
         ValueError: the weights are not there or do not fit, or cannot be quantized.
@@ -38,7 +38,7 @@ def initial_model(config: TrainConfig, device: torch.device) -> tuple[YiVLForCon
         else:
             model, processor = load_float32(init.checkpoint)
     else:
-        assert init.tower is not None and init.language_model is not None  # config.load_config sees to it
+        assert init.tower is not None and init.language_model is not None  # load_config checks it
         model, tokenizer = from_parts(init.tower.name, init.tower.pretrained, init.language_model, config.image_size)
         image_processor = YiVLImageProcessor(config.image_size)
         processor = YiVLProcessor(image_processor, tokenizer, patch_size=model.config.vision_config.patch_size)

@@ -122,13 +122,13 @@ def build_optimizer(model: YiVLForConditionalGeneration, config: TrainConfig) ->
 
 def gradient_norms(optimizer: torch.optim.Optimizer) -> dict[str, float]:
     """The gradients' Euclidean norm of each trained component; all ranks take part."""
-    squares: dict[str, float] = {}
+    squared_norms: dict[str, float] = {}
     for group in optimizer.param_groups:
         name = group["name"].removesuffix(", no decay")
         norm = torch.nn.utils.get_total_norm([p.grad for p in group["params"] if p.grad is not None])
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        squares[name] = squares.get(name, 0.0) + float(norm) ** 2
-    return {name: math.sqrt(square) for name, square in squares.items()}
+        squared_norms[name] = squared_norms.get(name, 0.0) + float(norm) ** 2
+    return {name: math.sqrt(squared_norm) for name, squared_norm in squared_norms.items()}
 
 
 def set_learning_rates_(optimizer: torch.optim.Optimizer, step: int, num_steps: int, warmup_ratio: float) -> None:

@@ -7,14 +7,9 @@ counts, source, shard and key.
 from __future__ import annotations
 
 import argparse
-import base64
-import html
-import io
 from collections import Counter
+from html import escape
 from pathlib import Path
-
-from PIL import Image
-from torch import Tensor
 
 from yi_vl import program
 
@@ -23,17 +18,14 @@ from .config_file import load_config
 from .data.loader import Sample, SampleEncoder, TooLong
 from .data.samples import sample_name
 from .data.stream import Mixture
+from .html_page import html_page, image_tag
 from .init import initial_processor
 
 _STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 70em; color: #222; background: #fafafa; }
-article { display: flex; gap: 1.2em; margin: 1em 0; padding: 1em; background: white; border: 1px solid #ddd;
-  border-radius: 8px; }
-img { width: 224px; height: 224px; image-rendering: auto; border: 1px solid #ccc; margin-bottom: .4em; display: block; }
-p.text { white-space: pre-wrap; margin: 0; }
+
 .supervised { background: #c8ecd0; border-radius: 3px; }
 .image { background: #d8e4fb; border-radius: 3px; color: #335; }
-small { color: #666; display: block; margin-bottom: .6em; overflow-wrap: anywhere; }
+small { margin-bottom: .6em; }
 article.skipped { border-color: #d99; background: #fff6f5; }
 """
 
@@ -56,29 +48,29 @@ def preview(config: TrainConfig, num_samples: int) -> str:
             sample = encoder.encode(raw, source)
         except ValueError as error:
             counts["too long" if isinstance(error, TooLong) else "broken"] += 1
-            label, reason = _escape(f"{name} · {sample_name(raw)}"), _escape(error)
+            label, reason = escape(f"{name} · {sample_name(raw)}"), escape(str(error))
             articles.append(f"<article class=skipped><div><small>{label}</small>skipped: {reason}</div></article>")
             continue
         counts[name] += 1
         articles.append(_article(name, sample, processor.tokenizer, processor.image_token_id))
     summary = ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
-    return (
-        f"<!doctype html><meta charset=utf-8><title>{_escape(config.run_dir)}</title><style>{_STYLE}</style>"
-        f"<h1>{_escape(config.run_dir)}</h1>"
+    body = (
+        f"<h1>{escape(config.run_dir)}</h1>"
         f"<p>{config.image_size} px, {processor.patches_per_image} tokens per image. "
-        f"<span class=supervised>Supervised</span>, <span class=image>image</span>. {_escape(summary)}.</p>"
+        f"<span class=supervised>Supervised</span>, <span class=image>image</span>. {escape(summary)}.</p>"
         + "\n".join(articles)
     )
+    return html_page(config.run_dir, body, _STYLE)
 
 
 def _article(source: str, sample: Sample, tokenizer: object, image_token_id: int) -> str:
     encoded = sample.encoded
     facts = f"{len(encoded.input_ids)} tokens, {sum(encoded.loss_mask)} supervised, {len(sample.images)} images"
-    images = "".join(f'<img src="{_data_uri(image)}">' for image in sample.images)
+    images = "".join(map(image_tag, sample.images))
     return (
         f"<article><div>{images}</div><div>"
-        f"<small>{_escape(source)} · {_escape(sample.name)} · {facts}</small>"
-        f"<p class=text>{_coloured(sample, tokenizer, image_token_id)}</p></div></article>"
+        f"<small>{escape(source)} · {escape(sample.name)} · {facts}</small>"
+        f"<p>{_coloured(sample, tokenizer, image_token_id)}</p></div></article>"
     )
 
 
@@ -92,7 +84,7 @@ def _coloured(sample: Sample, tokenizer: object, image_token_id: int) -> str:
         if colour == "image":
             pieces.append(f"<span class=image>[image: {len(run)} tokens]</span>")
         elif run:
-            text = _escape(tokenizer.decode(run))  # type: ignore[attr-defined]
+            text = escape(tokenizer.decode(run))  # type: ignore[attr-defined]
             text = text.replace("\n", "⏎\n") if colour else text  # a supervised line break would be invisible
             pieces.append(f"<span class={colour}>{text}</span>" if colour else text)
         run.clear()
@@ -106,16 +98,6 @@ def _coloured(sample: Sample, tokenizer: object, image_token_id: int) -> str:
         run.append(token)
     close()
     return "".join(pieces)
-
-
-def _data_uri(image: Tensor) -> str:
-    file = io.BytesIO()
-    Image.fromarray(image.numpy()).save(file, "PNG")
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
-
-
-def _escape(text: object) -> str:
-    return html.escape(str(text))
 
 
 def main() -> None:

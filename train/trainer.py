@@ -14,6 +14,8 @@ from accelerate.utils import gather_object, set_seed
 from rich.console import Console
 from torch import Tensor
 
+from yi_vl.arguments import one_line
+
 from . import checkpoint
 from .config import TrainConfig, num_steps
 from .config_file import to_yaml
@@ -134,7 +136,7 @@ class Trainer:
             if "DataLoader worker" not in str(error):
                 raise
             raise ValueError(
-                f"A data worker died: {str(error).splitlines()[0]} If memory ran out, lower data.workers or "
+                f"A data worker died: {one_line(error)}. If memory ran out, lower data.workers or "
                 f"data.shuffle_buffer. {self._last_checkpoint_line()}"
             ) from error
         if self.stop_signal:
@@ -146,7 +148,7 @@ class Trainer:
         """This rank's batches, each with the number of supervised tokens of the step on all ranks.
 
         Ends at the last step, or on all ranks when one received a signal, after saving a checkpoint. One exchange per
-        step tells all ranks of the signals, the errors and the token counts of each.
+        step shares the signals, the errors and the token counts of all ranks.
 
         Raises:
             ValueError: on every rank, when the data of one cannot continue.

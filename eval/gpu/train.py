@@ -29,9 +29,9 @@ _NUM_STEPS = {"6b": 10, "nano": 3}
 _NUM_WARMUP = 2  # steps that are not timed: allocations, the choice of kernels, workers that start
 _PACKAGES = ("webdataset", "omegaconf", "matplotlib")  # what the trainer imports besides yi_vl's own
 _STAGES: dict[str, dict[str, Any]] = {
-    "align-224": {"image_size": 224, "trainable": {"language": False}, "data": {"form": "caption"}},
-    "upscale-448": {"image_size": 448, "trainable": {"language": False}, "data": {"form": "caption"}},
-    "chat-448": {"image_size": 448, "trainable": {"language": True}, "data": {"form": "chat"}},
+    "align-224": {"image_size": 224, "trainable": {"language": False}, "data": {"format": "caption"}},
+    "upscale-448": {"image_size": 448, "trainable": {"language": False}, "data": {"format": "caption"}},
+    "chat-448": {"image_size": 448, "trainable": {"language": True}, "data": {"format": "chat"}},
 }
 _LORA: dict[str, Any] = {
     "trainable": {"vision": False, "language": "lora"},
@@ -97,7 +97,7 @@ def _config(settings: Settings, run_dir: Path, stage: str, variant: str) -> dict
     chosen = {**_STAGES[stage], **_VARIANTS[variant]}
     global_batch, micro_batch = _BATCHES[settings.size]
     num_steps = _NUM_STEPS[settings.size]
-    sample_format = _STAGES[stage]["data"]["form"]
+    sample_format = _STAGES[stage]["data"]["format"]
     shard = _shard(settings, sample_format, chosen["image_size"], num_steps * global_batch)
     return {
         "run_dir": str(run_dir),
@@ -111,7 +111,7 @@ def _config(settings: Settings, run_dir: Path, stage: str, variant: str) -> dict
         "lr": {"vision": 1e-4, "projector": 1e-4, "language": 1e-4},
         **chosen,
         "data": {
-            "form": sample_format,
+            "format": sample_format,
             "workers": 4 if settings.is_cuda else 0,
             "shuffle_buffer": 1,
             "sources": [{"name": "random", "shards": str(shard)}],

@@ -1,8 +1,8 @@
-"""Conversations in the spellings of public data sets, as messages that `yi_vl.chat` renders.
+"""Conversations in the formats of public data sets, as messages that `yi_vl.chat` renders.
 
-Read are LLaVA and ShareGPT (`conversations` of `from` and `value`) and OpenAI, transformers and LLaMA-Factory
+Supported are LLaVA and ShareGPT (`conversations` of `from` and `value`) and OpenAI, transformers and LLaMA-Factory
 (`messages` of `role` and `content`, a text with `<image>` or a list of parts), with `system` and `image` or `images`
-beside them. A key that is neither read nor known to be harmless is an error that names it, unless it is to be ignored.
+beside them. A key that is neither read, nor known to be harmless, nor in `data.ignore`, is an error that names it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _PART_TYPES = {
 }  # fmt: skip
 _PART_IMAGE_KEYS = ("image", "image_url", "path", "url")
 
-# Keys that say where a record is from or how it was made, and hold nothing to learn from.
+# Keys of metadata: where a record is from or how it was made.
 HARMLESS_KEYS = {
     "__key__", "__url__", "id", "uid", "uuid", "idx", "index", "key", "hash", "md5", "sha256", "_id", "item_id",
     "sample_id", "question_id", "conversation_id", "conv_id", "image_id", "url", "source", "data_source", "dataset",
@@ -39,19 +39,19 @@ HARMLESS_KEYS = {
 }  # fmt: skip
 _HARMLESS_IN_MESSAGE = {"id", "index", "timestamp", "date", "markdown", "model", "name"}
 _HARMLESS_IN_PART = {"detail"}
-_SWITCHES = ("loss", "train", "weight")  # of a message; what they say is only known when they say nothing
+_SWITCHES = ("loss", "train", "weight")  # of a message; only values that exclude nothing are supported
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """messages: as `yi_vl.chat.render` takes them. images: what the record says its images are; None: it does not."""
+    """messages: as `yi_vl.chat.render` takes them. images: paths or URLs that the record names; None: it names none."""
 
     messages: list[dict[str, Any]]
     images: list[Any] | None
 
     @property
     def num_slots(self) -> int:
-        """How many images the text has places for."""
+        """Number of image placeholders in the text."""
         return sum(_is_image(part) for message in self.messages for part in message["content"])
 
 
@@ -62,8 +62,8 @@ def read_conversation(record: Any, ignore: Collection[str] = ()) -> Conversation
         ignore: keys, besides the harmless ones, that may be there without being read.
 
     Raises:
-        ValueError: it is no conversation, a key or part is not read, an answer is empty, or it names images in a number
-            that its text has no places for.
+        ValueError: it is not a conversation, a key or part is not read, an answer is empty, or the number of images
+            that it names is not that of the placeholders in its text.
     """
     if isinstance(record, list):
         record = {"conversations": record}
@@ -84,7 +84,7 @@ def read_conversation(record: Any, ignore: Collection[str] = ()) -> Conversation
 
 
 def has_text(text: str) -> bool:
-    """Whether there is anything to see in a text: not only spaces, line breaks and invisible characters."""
+    """Whether a text has visible characters: not only spaces, line breaks and control characters."""
     return any(unicodedata.category(character) not in ("Cc", "Cf", "Zs", "Zl", "Zp") for character in text)
 
 
@@ -94,13 +94,13 @@ def is_empty(value: Any) -> bool:
 
 
 def _entries(record: Mapping[str, Any]) -> list[Any]:
-    found = [key for key in _LISTS if not is_empty(record.get(key))]
-    if len(found) > 1:
-        raise ValueError(f"it has both `{found[0]}` and `{found[1]}`; expected one of them")
-    entries = record[found[0]] if found else None
+    keys = [key for key in _LISTS if not is_empty(record.get(key))]
+    if len(keys) > 1:
+        raise ValueError(f"it has both `{keys[0]}` and `{keys[1]}`; expected one of them")
+    entries = record[keys[0]] if keys else None
     if not isinstance(entries, list):
-        keys = ", ".join(list(map(str, record))[:20]) or "nothing"
-        raise ValueError(f"it has no list of `conversations` or `messages`, only {keys}"[:400])
+        others = ", ".join(list(map(str, record))[:20]) or "nothing"
+        raise ValueError(f"it has no list of `conversations` or `messages`, only {others}"[:400])
     return entries
 
 
@@ -111,7 +111,7 @@ def _refuse_unread(entry: Mapping[str, Any], read: Collection[str], harmless: Co
 
 
 def _message(entry: Any, where: str, images: list[Any], ignore: Collection[str]) -> dict[str, Any]:
-    """A message; what is said of each image in it is added to `images`, None where nothing is."""
+    """A message; the path or URL of each image in it, or None, is appended to `images`."""
     if not isinstance(entry, dict):
         raise ValueError(f"{where} is a {type(entry).__name__}; it needs `from` and `value`, or `role` and `content`")
     speaker = entry.get("from", entry.get("role"))
@@ -122,7 +122,9 @@ def _message(entry: Any, where: str, images: list[Any], ignore: Collection[str])
         )
     for key in _SWITCHES:
         if key in entry and entry[key] not in (None, True, 1):
-            raise ValueError(f"{where} has `{key}` {str(entry[key])[:80]}, which is not read: all answers are learned")
+            raise ValueError(
+                f"{where} has `{key}` {str(entry[key])[:80]}, which is not read: all answers are trained on"
+            )
     read = ("from", "role", "value", "content", *_SWITCHES)
     _refuse_unread(entry, read, _HARMLESS_IN_MESSAGE.union(ignore), f"{where}:")
     message: dict[str, Any] = {"role": role, "content": _content(entry, where, role, images, ignore)}
@@ -134,10 +136,10 @@ def _message(entry: Any, where: str, images: list[Any], ignore: Collection[str])
 def _content(
     entry: Mapping[str, Any], where: str, role: str, images: list[Any], ignore: Collection[str]
 ) -> list[dict[str, Any]]:
-    found = [key for key in ("value", "content") if not is_empty(entry.get(key))]
-    if len(found) > 1:
+    keys = [key for key in ("value", "content") if not is_empty(entry.get(key))]
+    if len(keys) > 1:
         raise ValueError(f"{where} has both `value` and `content`; expected one of them")
-    content = entry[found[0]] if found else entry.get("value", entry.get("content"))
+    content = entry[keys[0]] if keys else entry.get("value", entry.get("content"))
     if isinstance(content, str):
         (message,) = from_llava([{"from": _SPEAKERS[role], "value": content}])
         images += [None] * sum(map(_is_image, message["content"]))
@@ -148,21 +150,21 @@ def _content(
 
 
 def _part(part: Any, where: str, images: list[Any], ignore: Collection[str]) -> dict[str, Any]:
-    """A part of a message; what it says of its image is added to `images`."""
+    """A part of a message; the path or URL of its image, or None, is appended to `images`."""
     if isinstance(part, str):
         part = {"type": "text", "text": part}
     if not isinstance(part, dict):
         raise ValueError(f"{where} has a part of {type(part).__name__}; expected {{type, text}} or {{type, image}}")
     named = [key for key in _PART_IMAGE_KEYS if not is_empty(part.get(key))]
-    found = part.get("type", "image" if named else "text" if "text" in part else None)
-    kind = _PART_TYPES.get(found) if isinstance(found, str) else None
-    if kind is None:
-        known = found if found is not None else ", ".join(map(str, part))
+    declared = part.get("type", "image" if named else "text" if "text" in part else None)
+    part_type = _PART_TYPES.get(declared) if isinstance(declared, str) else None
+    if part_type is None:
+        known = declared if declared is not None else ", ".join(map(str, part))
         raise ValueError(f"{where} has a part of type {str(known)[:80]}, which is not read; text and image are")
-    read = ("type", "text") if kind == "text" else ("type", "index", *_PART_IMAGE_KEYS)
+    read = ("type", "text") if part_type == "text" else ("type", "index", *_PART_IMAGE_KEYS)
     harmless = _HARMLESS_IN_PART.union(ignore, ["index"])
     _refuse_unread(part, read, harmless, f"{where}: a part's")
-    if kind == "text":
+    if part_type == "text":
         if not isinstance(part.get("text"), str):
             raise ValueError(f"{where} has a part of type text without a `text`")
         return {"type": "text", "text": part["text"]}
@@ -190,19 +192,19 @@ def _with_system(messages: list[dict[str, Any]], system: Any) -> list[dict[str, 
 
 
 def _images(record: Mapping[str, Any], part_images: Sequence[Any]) -> list[Any] | None:
-    """What the record says its images are: in keys beside its messages, or in their parts."""
-    found = [key for key in _IMAGE_KEYS if not is_empty(record.get(key))]
+    """The images that the record names: in keys beside its messages, or in their parts."""
+    keys = [key for key in _IMAGE_KEYS if not is_empty(record.get(key))]
     in_parts = [image for image in part_images if image is not None]
-    if len(found) + bool(in_parts) > 1:
-        names = [f"`{key}`" for key in found] + ["the parts of its messages"] * bool(in_parts)
+    if len(keys) + bool(in_parts) > 1:
+        names = [f"`{key}`" for key in keys] + ["the parts of its messages"] * bool(in_parts)
         raise ValueError(f"it names images twice, in {names[0]} and in {names[1]}")
-    images = record[found[0]] if found else in_parts
+    images = record[keys[0]] if keys else in_parts
     images = images if isinstance(images, list) else [images]
     if not all(isinstance(image, (str, dict)) and image for image in images):
-        raise ValueError(f"its `{found[0] if found else 'image'}` is neither a path nor a list of paths")
+        raise ValueError(f"its `{keys[0] if keys else 'image'}` is neither a path nor a list of paths")
     if not images:
         return None
-    if not found and len(images) != len(part_images):
+    if not keys and len(images) != len(part_images):
         raise ValueError(f"it names {len(images)} of its {len(part_images)} images, and not the others")
     return images
 

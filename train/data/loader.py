@@ -85,7 +85,7 @@ class SampleEncoder:
 
     def __init__(self, processor: YiVLProcessor, data: DataConfig, max_tokens: int) -> None:
         self._processor = processor
-        self._forms = [source.form if source.form is not None else data.form for source in data.sources]
+        self._sample_formats = [source.format if source.format is not None else data.format for source in data.sources]
         self._ignore = frozenset(data.ignore)
         self._max_tokens = max_tokens
         self._is_fast = data.fast_pixels
@@ -94,9 +94,9 @@ class SampleEncoder:
         """
         Raises:
             TooLong: it has more than max_tokens tokens.
-            ValueError: it cannot be used, and why.
+            ValueError: it cannot be used, with the reason.
         """
-        segments, encoded_images = read_sample(raw, self._forms[source], self._ignore)
+        segments, encoded_images = read_sample(raw, self._sample_formats[source], self._ignore)
         try:
             encoded = self._processor.encode(segments, self._max_tokens)
         except TooLongError as error:
@@ -332,7 +332,7 @@ def _shared_prefix_length(samples: Sequence[Sample], input_ids: Tensor, labels: 
 
 
 def _layout(sources: Sequence[SourceConfig]) -> list[tuple[str, str, float, int | None, str]]:
-    """What the meaning of a cursor depends on."""
+    """The settings that a cursor is only valid for."""
     return [
         (source.name, source.shards, source.weight, source.max_samples, _fingerprint(expand_shards(source)))
         for source in sources

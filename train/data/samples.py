@@ -1,6 +1,6 @@
-"""A raw sample of a shard, the members `KEY.suffix` of a tar, as the text and the encoded images that are learned.
+"""From a raw sample of a shard, the members `KEY.suffix` of a tar, to the text and the encoded images to train on.
 
-Every member is read, or known to hold nothing to learn from, or an error that names it.
+Every member is read or known to be irrelevant to training; any other is an error that names it.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ from yi_vl.chat import Segment, render, render_caption
 from .conversations import Conversation, has_text, read_conversation
 from .shard_reader import RawSample
 
-# Whether an image can be read its content says, when it is opened: HEIC and others are named here so that they are not
-# taken for no image.
+# Formats that cannot be decoded, such as HEIC, are listed too: such an image must not count as missing.
 IMAGE_SUFFIXES = {
     "jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "dib", "tif", "tiff", "avif", "jp2", "j2k", "jpx",
     "ppm", "pgm", "pbm", "pnm", "ico", "tga", "qoi", "heic", "heif", "jxl", "svg",
@@ -23,22 +22,23 @@ IMAGE_SUFFIXES = {
 _HARMLESS_SUFFIXES = {"url", "id", "key", "uid", "md5", "sha256"}
 
 
-def read_sample(raw: RawSample, form: str, ignore: Collection[str] = ()) -> tuple[list[Segment], list[bytes]]:
-    """The text of a sample in a form of `DataConfig`, and its encoded images, as many as the text has places for.
+def read_sample(raw: RawSample, sample_format: str, ignore: Collection[str] = ()) -> tuple[list[Segment], list[bytes]]:
+    """The text of a sample, and its encoded images, as many as there are <image> in the text.
 
     Args:
+        sample_format: as in `DataConfig`.
         ignore: suffixes of members and keys of .json that may be there without being read.
 
     Raises:
-        ValueError: it cannot be learned from, and why.
+        ValueError: it cannot be trained on, with the reason.
     """
     if "__error__" in raw:
         raise ValueError(raw["__error__"])
     images = _images(raw, ignore)
-    _refuse_unread(raw, form, ignore)
-    if form == "chat":
+    _refuse_unread(raw, sample_format, ignore)
+    if sample_format == "chat":
         segments = render(_conversation(raw, images, ignore).messages)
-    elif form == "caption":
+    elif sample_format == "caption":
         segments = _caption(raw, images, ignore)
     else:
         segments = render_caption(_text(raw), 0)
@@ -48,12 +48,12 @@ def read_sample(raw: RawSample, form: str, ignore: Collection[str] = ()) -> tupl
     if num_slots != len(images):
         raise ValueError(f"{num_slots} <image> in the text but {len(images)} images beside it")
     if not any(segment.is_supervised for segment in segments):
-        raise ValueError("no answer to learn from")
+        raise ValueError("no answer to train on")
     return segments, images
 
 
 def sample_name(raw: RawSample) -> str:
-    """Shard and key, for people to find the sample again."""
+    """Shard and key."""
     return f"{raw['__url__']} {raw['__key__'] or '(tar)'}"
 
 
@@ -61,7 +61,7 @@ def parse_json(content: bytes | str, what: str) -> Any:
     """JSON in UTF-8, -16 or -32, with a byte order mark or without.
 
     Raises:
-        ValueError: it is none; the line begins with `what`.
+        ValueError: it is not JSON; the line begins with `what`.
     """
     try:
         return json.loads(content)
@@ -88,12 +88,12 @@ def _images(raw: RawSample, ignore: Collection[str]) -> list[bytes]:
     return [numbered[index] for index in sorted(numbered)]
 
 
-def _refuse_unread(raw: RawSample, form: str, ignore: Collection[str]) -> None:
-    """The form says which text is learned: .txt and .json may lie beside each other, as img2dataset writes them."""
+def _refuse_unread(raw: RawSample, sample_format: str, ignore: Collection[str]) -> None:
+    """The format decides which text is read: .txt and .json may lie beside each other, as img2dataset writes them."""
     for suffix in raw:
         is_image = suffix.rpartition(".")[2] in IMAGE_SUFFIXES
-        if is_image and form == "text" and suffix not in ignore:
-            raise ValueError(f"its member .{suffix} is an image, and samples of the form text have none")
+        if is_image and sample_format == "text" and suffix not in ignore:
+            raise ValueError(f"its member .{suffix} is an image, and samples of the format text have none")
         if is_image or suffix in ("txt", "json") or suffix.startswith("__"):
             continue
         if suffix not in _HARMLESS_SUFFIXES and suffix not in ignore:
@@ -128,19 +128,18 @@ def _conversation(raw: RawSample, images: list[bytes], ignore: Collection[str]) 
 
 
 def _caption(raw: RawSample, images: list[bytes], ignore: Collection[str]) -> list[Segment]:
-    """A caption in the plain form: KEY.txt (beside which KEY.json is metadata), else the one answer of KEY.json.
+    """A caption for the plain prompt: KEY.txt (beside which KEY.json is metadata), else the one answer of KEY.json.
 
-    A conversation's question is left out, as LLaVA does, but for samples without an image, where it tells what the
-    caption is of.
+    The question of a conversation is left out, as in LLaVA, except without an image, where the caption is of its text.
     """
     if "txt" in raw or "json" not in raw:
         text = _text(raw)
         if not images:
-            raise ValueError("its .txt is a caption without an image; a source of nothing but text has the form text")
+            raise ValueError("its .txt is a caption without an image; a source of nothing but text has the format text")
         return render_caption(text, len(images))
     conversation = _conversation(raw, images, ignore)
     if [message["role"] for message in conversation.messages] != ["user", "assistant"]:
-        raise ValueError("its .json is not one question and one answer, which the caption form wants")
+        raise ValueError("its .json is not one question and one answer, which the format caption needs")
     if conversation.num_slots and conversation.num_slots != len(images):
         raise ValueError(f"{conversation.num_slots} <image> in the text but {len(images)} images beside it")
     question, answer = (

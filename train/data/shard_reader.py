@@ -1,7 +1,7 @@
-"""The samples of a tar, in order; what of it cannot be read is said in its place, and how much that is.
+"""The samples of a tar, in order, with an error in place of what cannot be read, and an estimate of how much that is.
 
-webdataset opens the shard and groups its members to samples. The tar itself is walked here: where a header is damaged,
-Python's tarfile ends an archive as if it had been whole.
+webdataset opens the shard and groups its members to samples. The tar itself is read here, as Python's tarfile ends an
+archive at a damaged header as if it were complete.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from webdataset.tariterators import base_plus_ext, group_by_keys
 
 from ..shards.files import Manifest
 
-# __url__, __key__, and suffix -> bytes of each member; __note__, a line for people.
-# Or __error__, what cannot be read, and if that is the rest of the shard __lost__, how many samples it held.
+# __url__, __key__, and suffix -> bytes of each member; __note__, a line for the user.
+# Or __error__, the reason, and, if that concerns the rest of the shard, __lost__, the number of samples in it.
 RawSample = dict[str, Any]
 
 _JUNK = re.compile(r"(.*/)?(\._[^/]*|__MACOSX(/.*)?|\.DS_Store|Thumbs\.db|desktop\.ini)$", re.IGNORECASE)
@@ -28,7 +28,7 @@ _BLOCK_BYTES = 1 << 16
 
 
 def read_shard(url: str) -> Iterator[RawSample]:
-    """The samples of a tar. What cannot be read comes as a sample with `__error__`, in its place."""
+    """The samples of a tar; in place of what cannot be read, a sample with `__error__`."""
     shard = _Shard(url)
     num_samples = 0
     suffixes: set[str] = set()  # of the sample before
@@ -49,7 +49,7 @@ def read_shard(url: str) -> Iterator[RawSample]:
 
 
 def _is_whole(sample: RawSample, suffixes_before: set[str], key_at_end: str | None) -> bool:
-    """Whether the last sample of a shard that ends too early has all its members, as far as that can be told."""
+    """Whether the last sample of a truncated shard has all its members, as far as that is known."""
     if key_at_end is not None:
         return bool(key_at_end != sample["__key__"])
     return not suffixes_before or suffixes_before == set(sample)
@@ -144,9 +144,9 @@ class _Shard:
 
 
 def _loss(shard: _Shard, reason: str, num_samples: int) -> tuple[str, int]:
-    """What is lost behind the place where reading ended, in words and as a number of samples, at least 1.
+    """What is lost after the position where reading ended: a text, and a number of samples, at least 1.
 
-    The manifest beside the shard knows; else the bytes that are left tell roughly.
+    From the manifest beside the shard; without one an estimate from the remaining bytes.
     """
     text = f"{reason}; {num_samples:,} samples were read"
     expected = _samples_in_manifest(shard.url)
@@ -166,7 +166,7 @@ def _samples_in_manifest(url: str) -> int | None:
         return None
     try:
         manifest = Manifest.read(path.parent)
-    except ValueError:  # not a manifest of ours
+    except ValueError:  # of another program
         return None
     return manifest.shards[path.name].samples if manifest is not None and path.name in manifest.shards else None
 

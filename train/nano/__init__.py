@@ -1,1 +1,1 @@
-"""Everything that makes the bundled nano model: its pictures, its questions, its shards and its stages."""
+"""Trains the bundled nano model from scratch: its data, its texts, what comes before stage 1, and its measurement."""

@@ -1,4 +1,4 @@
-"""`python -m train.nano data | train | measure`: build nano's data, train it from nothing, measure it."""
+"""`python -m train.nano data | train | export | measure`: nano's data, training from scratch, and measurement."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ DOCUMENTS = (Path("README.md"), Path("README_zh.md"), PACKAGED / "README.md")
 
 
 @app.command()
-def data(processes: Annotated[int, typer.Option(help="pictures are composed in so many processes")] = 2) -> None:
+def data(processes: Annotated[int, typer.Option(help="number of processes that compose images")] = 2) -> None:
     """Fetch the artwork and write all shards and held-out questions to data/nano; what is complete is kept."""
-    from train.nano.heldout import build_heldout
-    from train.nano.shards import build_shards
+    from train.nano.data.shards import build_shards
+    from train.nano.measure.heldout import build_heldout
 
     build_shards(DATA, processes)
     build_heldout(DATA)
@@ -34,16 +34,16 @@ def data(processes: Annotated[int, typer.Option(help="pictures are composed in s
 
 @app.command()
 def train() -> None:
-    """Tokenizer, language model, tower, then the three stages; what is finished is kept, what was begun is resumed."""
-    from train.nano.match import match
-    from train.nano.shards import read_texts
-    from train.nano.start import begin, train_tokenizer
-    from train.nano.tower import TowerRecipe, pretrain_tower
+    """Tokenizer, language model, tower, then the three stages; finished runs are kept, interrupted ones resumed."""
+    from train.nano.data.shards import read_texts
+    from train.nano.pretrain.init import init_checkpoint, train_tokenizer
+    from train.nano.pretrain.match import match
+    from train.nano.pretrain.tower import TowerRecipe, pretrain_tower
     from yi_vl.config import preset
 
     if not (RUNS / "start" / "config.json").exists():
         train_tokenizer(read_texts(DATA), RUNS / "tokenizer", preset("nano").image_token_id)
-        begin(RUNS / "tokenizer", RUNS / "start")
+        init_checkpoint(RUNS / "tokenizer", RUNS / "start")
     run_stage("signs")
     run_stage("language")
     if not (RUNS / "tower" / "config.json").exists():
@@ -55,7 +55,7 @@ def train() -> None:
 
 
 def run_stage(name: str) -> None:
-    """Train as a config file says; a finished run returns at once, an interrupted one goes on."""
+    """Train by a config file; a finished run returns at once, an interrupted one is resumed."""
     subprocess.run([sys.executable, "-m", "train", str(CONFIGS / f"{name}.yaml")], check=True)
 
 
@@ -69,7 +69,7 @@ def measure(
     quantize: QuantizeOption = None,
 ) -> None:
     """Answer the held-out questions with every stage's model and print the table."""
-    from train.nano.measure import measure_all, write_table
+    from train.nano.measure.evaluate import measure_all, write_table
 
     if wrong := [entry for entry in models or () if "=" not in entry]:
         raise ValueError(f"{wrong[0]!r} is not of the form name=folder.")

@@ -1,4 +1,4 @@
-"""What runs will take: `python -m train.plan CONFIG... [key.sub=value ...] --gpus 128 --gpu-memory 80`.
+"""Memory and time of runs: `python -m train.plan CONFIG... [key.sub=value ...] --gpus 128 --gpu-memory 80`.
 
 For each config what it trains, its steps and tokens, the memory of a GPU by what holds it under DDP, FSDP and ZeRO-3,
 and GPU-hours; then their sum. No weights are read.
@@ -19,6 +19,7 @@ from rich.table import Table
 from transformers import AutoConfig
 
 from yi_vl import program
+from yi_vl.arguments import one_line
 from yi_vl.checkpoint.load import find, read_config
 from yi_vl.config import OpenClipVisionConfig, YiVLConfig, preset
 
@@ -101,9 +102,11 @@ def plan(
     gpus: Annotated[int, typer.Option(min=1, help="How many GPUs.")] = 128,
     gpu_memory: Annotated[float, typer.Option(min=1, help="GB of one.")] = 80,
     tflops: Annotated[float, typer.Option(min=1, help="Its peak in bf16; 312 is an A100's.")] = 312,
-    utilisation: Annotated[float, typer.Option(min=0.01, max=1, help="The part of the peak that is reached.")] = 0.4,
-    caption_tokens: Annotated[int, typer.Option(min=1, help="Text of an average sample in the form caption.")] = 32,
-    chat_tokens: Annotated[int, typer.Option(min=1, help="Likewise in the form chat.")] = 256,
+    utilisation: Annotated[
+        float, typer.Option(min=0.01, max=1, help="The hardware FLOPs utilisation (HFU) to assume.")
+    ] = 0.4,
+    caption_tokens: Annotated[int, typer.Option(min=1, help="Text of an average sample in the format caption.")] = 32,
+    chat_tokens: Annotated[int, typer.Option(min=1, help="Likewise in the format chat.")] = 256,
     model: Annotated[
         str | None, typer.Option(help="6b, 34b, nano or a model folder, where the config does not tell.")
     ] = None,
@@ -140,8 +143,8 @@ def make_plan(
     shape.vision_config.image_size = config.image_size
     text_tokens = {"caption": caption_tokens, "chat": chat_tokens}
     sources = config.data.sources
-    forms = [source.form if source.form is not None else config.data.form for source in sources]
-    weighted = sum(source.weight * text_tokens[form] for source, form in zip(sources, forms))
+    formats = [source.format if source.format is not None else config.data.format for source in sources]
+    weighted = sum(source.weight * text_tokens[each] for source, each in zip(sources, formats))
     num_text = round(weighted / sum(source.weight for source in sources))
     row = Row(shape.vision_config.num_patches + num_text, num_text)
     if row.tokens > config.max_tokens:
@@ -184,7 +187,7 @@ def memory_table(made: Plan, hardware: Hardware) -> Table:
 
 
 def verdict(made: Plan, hardware: Hardware, strategy: Strategy, is_checkpointed: bool) -> str:
-    """`yes`; `no`; or how long rows may be. Memory grows with their tokens at a constant rate, or an increasing one."""
+    """`yes`, `no`, or the longest row that fits. Memory grows with a row's tokens at a constant or increasing rate."""
     limit, patches = made.config.max_tokens, made.model.vision_config.num_patches
     usable = USABLE * hardware.memory_bytes
     average = made.memory(hardware, strategy, made.row, is_checkpointed).total
@@ -213,7 +216,7 @@ def sum_table(plans: Sequence[Plan], hardware: Hardware) -> Table:
 
 
 def assumptions(plans: Sequence[Plan], hardware: Hardware, caption_tokens: int, chat_tokens: int) -> list[str]:
-    """What the numbers rest on."""
+    """The assumptions behind the numbers."""
     lines = [
         f"Assumed: one image and {caption_tokens} tokens of text in a caption, {chat_tokens} in a chat; "
         f"{hardware.utilisation:.0%} of {hardware.tflops:g} TFLOP/s; {1 - USABLE:.0%} of the memory kept free; "
@@ -223,9 +226,7 @@ def assumptions(plans: Sequence[Plan], hardware: Hardware, caption_tokens: int, 
     if (name := _released(plans)) is not None:
         hours = sum(hardware.gpu_hours(made.flops(is_checkpointed=False)) for made in plans)
         reached = hardware.utilisation * hours / _PUBLISHED_GPU_HOURS[name]
-        lines.append(
-            f"In the published {_PUBLISHED_GPU_HOURS[name]:,} GPU-hours this work is {reached:.0%} of the peak."
-        )
+        lines.append(f"For this work the published {_PUBLISHED_GPU_HOURS[name]:,} GPU-hours are {reached:.0%} MFU.")
     return lines
 
 
@@ -275,7 +276,7 @@ def _text_config(language_model: str) -> Any:
     try:
         config = AutoConfig.from_pretrained(language_model)
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        reason = one_line(error)
         raise ValueError(f"The language model {language_model!r} cannot be found ({reason}); say --model.") from error
     if config.model_type != "llama":
         raise ValueError(f"{language_model!r} is a {config.model_type} model; the language model must be a llama.")

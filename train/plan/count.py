@@ -160,7 +160,7 @@ def _loss(model: YiVLForConditionalGeneration, row: Row, num_rows: int, device: 
 def _shallow_model(
     model_config: YiVLConfig, config: TrainConfig, num_layers: int, num_run: int, is_low: bool = False
 ) -> YiVLForConditionalGeneration:
-    """`meta_model` with so many layers; and tower blocks that run, at most as many as there are."""
+    """`meta_model` with `num_layers` layers and at most as many tower blocks that run."""
     shallow = copy.deepcopy(model_config)
     shallow.text_config.num_hidden_layers = num_layers
     shallow.vision_config.feature_layer = num_blocks(model_config) - 1 - model_config.vision_config.num_hidden_layers
@@ -185,43 +185,43 @@ def _unpack(saved: _Saved) -> Tensor:
 
 
 class _SavedCounter(TorchDispatchMode):
-    """The bytes that autograd keeps besides the model's own, each storage once; and copies of its weights."""
+    """The bytes that autograd saves besides the weights, each storage once; and copies of the weights."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self._own = {_storage(tensor) for tensor in (*model.parameters(), *model.buffers())}
+        self._weights = {_storage(tensor) for tensor in (*model.parameters(), *model.buffers())}
         self._copies: dict[int, tuple[Tensor, bool]] = {}
         self._saved: WeakSet[_Saved] = WeakSet()  # checkpointing drops what a frozen block has saved
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func is torch.ops.aten._to_copy.default and _storage(args[0]) in self._own:
+        if func is torch.ops.aten._to_copy.default and _storage(args[0]) in self._weights:
             is_cached = isinstance(args[0], nn.Parameter) and args[0].requires_grad  # autocast caches no views
             self._copies[_storage(result)] = result, is_cached
         return result
 
     def pack(self, tensor: Tensor) -> _Saved:
-        """To be called with what autograd saves."""
+        """The pack hook of `saved_tensors_hooks`."""
         self._saved.add(saved := _Saved(tensor))
         return saved
 
     def counts(self) -> tuple[int, ...]:
         """Bytes of activations, of copies that are saved, and of cached copies that are not."""
         saved = {_storage(saved.tensor): saved.tensor for saved in self._saved}
-        activations = [tensor for key, tensor in saved.items() if key not in self._own and key not in self._copies]
+        activations = [tensor for key, tensor in saved.items() if key not in self._weights and key not in self._copies]
         copies = [copy for key, (copy, _) in self._copies.items() if key in saved]
         others = [copy for key, (copy, is_cached) in self._copies.items() if is_cached and key not in saved]
         return _nbytes(activations), _nbytes(copies), _nbytes(others)
 
 
 def _attend_unmasked(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Any:
-    """transformers' attention of rows without padding; its own would look at the values of masks."""
+    """Attention of rows without padding for transformers, whose own reads the values of masks."""
     attended = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
     return attended.transpose(1, 2), None
 
 
 class _FusedAttention(TorchFunctionMode):
-    """Attention as flash kernels do it, which keep no scores; torch chooses none where the device is missing."""
+    """Attention that saves no scores, as flash kernels do; torch selects none of them without the device."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not F.scaled_dot_product_attention:
@@ -235,7 +235,7 @@ class _FusedAttention(TorchFunctionMode):
 
 @contextmanager
 def _autocast(device: str, precision: str) -> Iterator[None]:
-    """torch.autocast, which switches itself off where the device is missing."""
+    """torch.autocast, which disables itself without the device."""
     before = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
     torch.set_autocast_enabled(device, precision in LOW_DTYPES)
     torch.set_autocast_dtype(device, LOW_DTYPES.get(precision, torch.bfloat16))

@@ -82,9 +82,9 @@ def count_parameters(model_config: YiVLConfig, config: TrainConfig) -> Parameter
     under_adapters = {id(p): p for name, p in model.named_parameters() if name.endswith(".base_layer.weight")}
     int4 = under_adapters if config.lora.base == INT4 else {}
     held = [parameter for parameter in model.parameters() if id(parameter) not in int4]
-    own = component_parameters(model)
-    total = {name: _count(parameters) for name, parameters in own.items()}
-    trained = {name: _count(p for p in parameters if p.requires_grad) for name, parameters in own.items()}
+    by_component = component_parameters(model)
+    total = {name: _count(parameters) for name, parameters in by_component.items()}
+    trained = {name: _count(p for p in parameters if p.requires_grad) for name, parameters in by_component.items()}
 
     unit_names = {name for m in model.modules() if isinstance(m, PreTrainedModel) for name in m._no_split_modules or ()}
     units = [list(module.parameters()) for module in model.modules() if type(module).__name__ in unit_names]

@@ -1,7 +1,7 @@
-"""Make shards and look into them: `python -m train.shards llava | parquet | check`.
+"""Make and inspect shards: `python -m train.shards llava | parquet | check`.
 
-A shard is a pure function of its chunk of the source. It gets its name when it is complete, and its line in the
-manifest after that, so a command that was stopped anywhere goes on when it is given again.
+A shard is a pure function of its chunk of the source. It gets its name when it is complete, and then its line in the
+manifest, so a command that was interrupted at any moment resumes when it is repeated.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from yi_vl import program
+from yi_vl.arguments import one_line
 from yi_vl.files import sha256
 
 from ..data.samples import read_sample
@@ -29,28 +30,26 @@ from .check import Contents, contents_table, inspect, problems
 from .files import Manifest, Members, Shard, write_tar
 from .sources import Chunk, Columns, LlavaSource, ParquetSource, Source
 
-app = typer.Typer(help="Make WebDataset shards for the trainer, and look into them.", add_completion=False)
+app = typer.Typer(help="Make WebDataset shards for the trainer, and inspect them.", add_completion=False)
 
 _MIN_SEEN = 100  # samples before a broken fraction means anything
 _NUM_SHOWN = 10  # of a long list
 
 OutArgument = Annotated[Path, typer.Argument(metavar="OUT", help="The folder for the shards.")]
-SizeOption = Annotated[int, typer.Option(min=1, help="How many samples a shard holds.")]
-ProcessesOption = Annotated[int | None, typer.Option(min=1, help="How many at once; by default all cores.")]
+SizeOption = Annotated[int, typer.Option(min=1, help="Samples per shard.")]
+ProcessesOption = Annotated[int | None, typer.Option(min=1, help="Number of processes; by default all cores.")]
 BrokenOption = Annotated[
-    float, typer.Option(min=0, max=1, help="Stop when more than this part of the samples cannot be used.")
+    float, typer.Option(min=0, max=1, help="Stop when a larger fraction of the samples cannot be used.")
 ]
-IgnoreOption = Annotated[
-    list[str] | None, typer.Option(help="A key of the samples that is not read and may be there; again for more.")
-]
+IgnoreOption = Annotated[list[str] | None, typer.Option(help="A key of the samples to ignore; repeat for more.")]
 
 
 @app.command()
 def llava(
     file: Annotated[
-        Path, typer.Argument(metavar="FILE.json", help="Conversations as LLaVA, ShareGPT or OpenAI write them.")
+        Path, typer.Argument(metavar="FILE.json", help="Conversations in the format of LLaVA, ShareGPT or OpenAI.")
     ],
-    images: Annotated[Path, typer.Argument(metavar="IMAGES", help="The folder that images are paths in.")],
+    images: Annotated[Path, typer.Argument(metavar="IMAGES", help="The folder that image paths are relative to.")],
     out: OutArgument,
     samples_per_shard: SizeOption = 1000,
     processes: ProcessesOption = None,
@@ -87,11 +86,11 @@ def parquet(
 
 @app.command()
 def check(
-    folder: Annotated[Path, typer.Argument(help="A folder of tars: ours, img2dataset's, or anybody's.")],
+    folder: Annotated[Path, typer.Argument(help="A folder of tars, made here, by img2dataset or otherwise.")],
     processes: ProcessesOption = None,
     ignore: IgnoreOption = None,
 ) -> None:
-    """What a folder of shards holds, and whether it is what its manifest says; if not, the exit code is 2."""
+    """What a folder of shards holds, and whether that agrees with its manifest; if not, the exit code is 2."""
     paths = sorted(folder.glob("*.tar"))
     if not paths:
         raise ValueError(f"{folder} holds no .tar files.")
@@ -99,16 +98,16 @@ def check(
     contents = Contents()
     with _pool(processes) as pool:
         jobs = [pool.submit(inspect, path, ignore or ()) for path in paths]
-        with _progress("shards", len(paths)) as advance:
+        with _progress("shards", len(paths)) as add_progress:
             for job in as_completed(jobs):
                 contents += job.result()
-                advance()
-    found = problems(contents, manifest)
-    Console().print(contents_table(folder, contents, manifest, found))
+                add_progress()
+    mismatches = problems(contents, manifest)
+    Console().print(contents_table(folder, contents, manifest, mismatches))
     _list("skipped", sorted(contents.notes))
     _list("cannot be used", sorted(contents.broken))
-    _list("mismatch", found)
-    if found:
+    _list("mismatch", mismatches)
+    if mismatches:
         raise typer.Exit(2)
 
 
@@ -136,14 +135,14 @@ def build(source: Source, out: Path, samples_per_shard: int, processes: int | No
     num_new, started = total - seen, time.perf_counter()
     _stop_if_broken(broken, seen, total, max_broken)
     with _pool(processes) as pool:
-        jobs = [pool.submit(_write_shard, out / name, chunk, source.form) for name, chunk in remaining.items()]
-        with _progress("samples", total, seen) as advance:
+        jobs = [pool.submit(_write_shard, out / name, chunk, source.format) for name, chunk in remaining.items()]
+        with _progress("samples", total, seen) as add_progress:
             for job in as_completed(jobs):
                 shard = job.result()
                 manifest.add(shard)
                 broken += shard.broken
                 seen += len(chunks[shard.name])
-                advance(len(chunks[shard.name]))
+                add_progress(len(chunks[shard.name]))
                 _stop_if_broken(broken, seen, total, max_broken)
     seconds = time.perf_counter() - started
     _list("skipped", broken)
@@ -154,8 +153,8 @@ def build(source: Source, out: Path, samples_per_shard: int, processes: int | No
     )
 
 
-def _write_shard(path: Path, chunk: Chunk, form: str) -> Shard:
-    """In a process of its own: the samples that the trainer would take, and why it would not take the others."""
+def _write_shard(path: Path, chunk: Chunk, sample_format: str) -> Shard:
+    """In a worker process: write the samples that the trainer can read, and record why it cannot read the others."""
     num_samples, broken = 0, []
 
     def samples() -> Iterator[tuple[str, Members]]:
@@ -163,7 +162,7 @@ def _write_shard(path: Path, chunk: Chunk, form: str) -> Shard:
         for index, (name, read) in enumerate(chunk, chunk.first):
             try:
                 members = read()
-                read_sample(members, form)
+                read_sample(members, sample_format)
             except ValueError as error:
                 broken.append(f"{name}: {' '.join(str(error).split())}")
                 continue
@@ -174,7 +173,7 @@ def _write_shard(path: Path, chunk: Chunk, form: str) -> Shard:
         write_tar(path, samples())
         return Shard(path.name, num_samples, path.stat().st_size, sha256(path), broken)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be made: {error}. Given again, the command goes on.") from error
+        raise ValueError(f"{path} cannot be made: {one_line(error)}. Repeat the command to continue.") from error
 
 
 def _open_manifest(out: Path, made_from: dict[str, object]) -> Manifest:
@@ -201,20 +200,20 @@ def _stop_if_broken(broken: list[str], seen: int, total: int, max_broken: float)
 
 @contextmanager
 def _pool(processes: int | None) -> Iterator[ProcessPoolExecutor]:
-    """Processes that finish what they are at when the command is stopped, and begin nothing new."""
+    """A process pool whose running jobs finish when the command is stopped; no others are started."""
     ignore_interrupts = partial(signal.signal, signal.SIGINT, signal.SIG_IGN)
     pool = ProcessPoolExecutor(processes if processes is not None else os.cpu_count(), initializer=ignore_interrupts)
     try:
         yield pool
     except BrokenProcessPool as error:
-        raise ValueError("a process was killed; is there enough memory? Given again, the command goes on.") from error
+        raise ValueError("a process was killed; is there enough memory? Repeat the command to continue.") from error
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 @contextmanager
 def _progress(name: str, total: int, done: int = 0) -> Iterator[Callable[..., None]]:
-    """A bar; yields what moves it."""
+    """A progress bar; yields the function that moves it."""
     columns = (TextColumn(name), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar:
         yield partial(bar.advance, bar.add_task(name, total=total, completed=done))

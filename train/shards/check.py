@@ -1,6 +1,6 @@
-"""What a shard holds, as the trainer will see it, and whether that is what the manifest says.
+"""What a shard holds, as the trainer will see it, and whether that agrees with the manifest.
 
-Samples are read with the trainer's own functions, so that what is counted here is what can be learned from.
+Samples are read with the trainer's functions, so what is counted here is what can be trained on.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from yi_vl.chat import Segment
 from yi_vl.files import sha256
 from yi_vl.image import load_image, open_image
 
-from ..config import FORMS
+from ..config import SAMPLE_FORMATS
 from ..data.samples import read_sample, sample_name
 from ..data.shard_reader import RawSample, read_shard
 from .files import Manifest
@@ -33,7 +33,7 @@ class Contents:
     sides_px: Counter[int] = field(default_factory=Counter)  # the images' longer sides
     broken: list[str] = field(default_factory=list)  # samples, each with its reason
     unreadable: list[str] = field(default_factory=list)  # shards, likewise
-    notes: list[str] = field(default_factory=list)  # what the reader says of them
+    notes: list[str] = field(default_factory=list)  # of the reader
 
     def __iadd__(self, other: Contents) -> Contents:
         self.shards |= other.shards
@@ -47,7 +47,7 @@ class Contents:
 
 
 def inspect(path: Path, ignore: Collection[str] = ()) -> Contents:
-    """One shard: every sample is read in all forms, every image decoded."""
+    """One shard: every sample is read in all formats, every image decoded."""
     contents = Contents()
     for raw in read_shard(str(path)):
         if "__lost__" in raw:
@@ -56,7 +56,7 @@ def inspect(path: Path, ignore: Collection[str] = ()) -> Contents:
         contents.notes += [raw["__note__"]] if "__note__" in raw else []
         contents.counts["samples"] += "__error__" not in raw
         try:
-            forms, encoded_images = _usable_forms(raw, ignore)
+            sample_formats, encoded_images = _usable_formats(raw, ignore)
             for encoded in encoded_images:
                 with open_image(encoded) as image:
                     load_image(image)
@@ -65,67 +65,67 @@ def inspect(path: Path, ignore: Collection[str] = ()) -> Contents:
         except ValueError as error:
             contents.broken.append(f"{sample_name(raw)}: {' '.join(str(error).split())}")
             continue
-        contents.counts.update(forms)
+        contents.counts.update(sample_formats)
         contents.counts["without an image"] += not encoded_images
     contents.shards[path.name] = (contents.counts["samples"], path.stat().st_size, sha256(path))
     return contents
 
 
 def problems(contents: Contents, manifest: Manifest | None) -> list[str]:
-    """What is not as it should be: unreadable shards, and, where there is a manifest, all that differs from it."""
-    found = list(contents.unreadable)
+    """Unreadable shards and, with a manifest, all differences from it."""
+    mismatches = list(contents.unreadable)
     if manifest is None:
-        return found
+        return mismatches
     if len(manifest.shards) < manifest.made_from["num_shards"]:
-        found.append(f"{len(manifest.shards)} of {manifest.made_from['num_shards']} shards are made so far")
+        mismatches.append(f"{len(manifest.shards)} of {manifest.made_from['num_shards']} shards are made so far")
     for name in sorted(manifest.shards.keys() | contents.shards.keys()):
         if name not in contents.shards:
-            found.append(f"{name} is in the manifest but not here")
+            mismatches.append(f"{name} is in the manifest but not here")
             continue
         if name not in manifest.shards:
-            found.append(f"{name} is here but not in the manifest")
+            mismatches.append(f"{name} is here but not in the manifest")
             continue
         shard = manifest.shards[name]
-        wanted = {"samples": shard.samples, "bytes": shard.bytes, "SHA-256": shard.sha256}
-        for (what, expected), actual in zip(wanted.items(), contents.shards[name]):
+        recorded = {"samples": shard.samples, "bytes": shard.bytes, "SHA-256": shard.sha256}
+        for (what, expected), actual in zip(recorded.items(), contents.shards[name]):
             if actual != expected:
-                found.append(f"{name}: {what} {actual}, the manifest has {expected}")
-    return found
+                mismatches.append(f"{name}: {what} {actual}, the manifest has {expected}")
+    return mismatches
 
 
-def contents_table(folder: Path, contents: Contents, manifest: Manifest | None, found: list[str]) -> Table:
-    """The counts, for people."""
+def contents_table(folder: Path, contents: Contents, manifest: Manifest | None, mismatches: list[str]) -> Table:
+    """The counts, to print."""
     counts, sides = contents.counts, contents.sides_px
     num_bytes = sum(num_bytes for _, num_bytes, _ in contents.shards.values())
     formats = ", ".join(f"{count:,} {name}" for name, count in contents.formats.most_common())
     table = Table(title=Text(str(folder)), title_justify="left", show_header=False)
     table.add_row("shards", f"{len(contents.shards):,}, {num_bytes / 1e6:,.1f} MB")
     table.add_row("samples", f"{counts['samples']:,}")
-    table.add_row("captions", f"{counts['caption']:,} can be learned from in the form caption")
-    table.add_row("conversations", f"{counts['chat']:,} in the form chat")
-    table.add_row("texts", f"{counts['text']:,} in the form text")
+    table.add_row("captions", f"{counts['caption']:,} can be trained on in the format caption")
+    table.add_row("conversations", f"{counts['chat']:,} in the format chat")
+    table.add_row("texts", f"{counts['text']:,} in the format text")
     table.add_row("without an image", f"{counts['without an image']:,}")
     table.add_row("images", f"{sides.total():,}: {formats}" if sides else "0")
     if sides:
         table.add_row("longer side", f"{min(sides)} to {max(sides)} px, half of them at most {_median(sides)} px")
     table.add_row("cannot be used", f"{len(contents.broken):,}")
-    table.add_row("manifest", f"{len(found):,} mismatches" if found else "agrees" if manifest else "none")
+    table.add_row("manifest", f"{len(mismatches):,} mismatches" if mismatches else "agrees" if manifest else "none")
     return table
 
 
-def _usable_forms(raw: RawSample, ignore: Collection[str]) -> tuple[list[str], list[bytes]]:
-    """The forms a sample can be learned from in, and its images.
+def _usable_formats(raw: RawSample, ignore: Collection[str]) -> tuple[list[str], list[bytes]]:
+    """The formats that a sample can be read in, and its images.
 
     Raises:
-        ValueError: in none; the reason is that of the form its members suggest.
+        ValueError: in none; the reason is that of the format its members suggest.
     """
     read: dict[str, tuple[list[Segment], list[bytes]]] = {}
     errors: dict[str, ValueError] = {}
-    for form in FORMS:
+    for sample_format in SAMPLE_FORMATS:
         try:
-            read[form] = read_sample(raw, form, ignore)
+            read[sample_format] = read_sample(raw, sample_format, ignore)
         except ValueError as error:
-            errors[form] = error
+            errors[sample_format] = error
     if not read:
         raise errors["chat" if "json" in raw and "txt" not in raw else "caption"]
     return list(read), next(iter(read.values()))[1]

@@ -40,11 +40,11 @@ class Shard:
 
 @dataclass
 class Manifest:
-    """What a folder of shards was made from, in the first line of its manifest, and its shards, in a line each.
+    """The manifest of a folder: what its shards were made from, then a line per shard.
 
     made_from: the source's identity, `samples_per_shard` and `num_shards`.
 
-    Lines are only ever added, and a line cut short by a crash counts as none: its shard is made again.
+    Lines are only appended, and a line cut short by a crash is ignored: its shard is made again.
     """
 
     folder: Path
@@ -56,7 +56,7 @@ class Manifest:
         """The manifest of a folder; None when it has none.
 
         Raises:
-            ValueError: it is not one of ours.
+            ValueError: it is not a manifest of shards.
         """
         path = folder / MANIFEST
         if not path.exists():

@@ -1,7 +1,7 @@
-"""What shards are made from: conversations in JSON or JSON lines with their image folder, or parquet files.
+"""Sources of shards: conversations in JSON or JSON lines with their image folder, or parquet files.
 
-A source is cut into chunks, one for each shard. A chunk is small, is sent to another process, and there yields its
-samples: a name for people, and a function that reads the sample or says why it cannot be used.
+A source is split into chunks, one per shard. A chunk is small, is sent to a worker process, and there yields its
+samples: a name for messages, and a function that reads the sample or raises the reason why it cannot be used.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import binascii
 import gzip
-import io
 import json
 import re
 from collections import Counter
@@ -21,13 +20,19 @@ from typing import Any, Protocol
 
 from yi_vl.files import sha256
 from yi_vl.image import load_image, open_image
+from yi_vl.image.data_url import png_bytes
 
 from ..data.conversations import Conversation, has_text, is_empty, read_conversation
 from ..data.samples import parse_json
 from .files import Members
 
 Reader = Callable[[], Members]  # raises ValueError
-_SUFFIX_OF_FORMAT = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # MPO: a JPEG with more behind it
+_SUFFIX_OF_FORMAT = {
+    "JPEG": "jpg",
+    "MPO": "jpg",
+    "PNG": "png",
+    "WEBP": "webp",
+}  # MPO: a JPEG that is followed by more images
 _ROWS_AT_ONCE = 64
 
 
@@ -45,11 +50,11 @@ class Chunk(Protocol):
 class Source(Protocol):
     """Something to make shards from.
 
-    form: what its samples are to the trainer, see `config.DataConfig`.
-    identity: by which an interrupted run is known again; JSON.
+    format: the trainer's for its samples, see `config.DataConfig`.
+    identity: JSON that an interrupted command is resumed by.
     """
 
-    form: str
+    format: str
     identity: dict[str, Any]
 
     def chunks(self, size: int) -> list[Chunk]:
@@ -77,7 +82,7 @@ class LlavaChunk:
 
 @dataclass(frozen=True)
 class BadLine:
-    """A line of JSON lines that is no JSON, and why."""
+    """A line of JSON lines that is not JSON, with the reason."""
 
     reason: str
 
@@ -85,17 +90,17 @@ class BadLine:
 class LlavaSource:
     """Conversations as `read_conversation` reads them, in a JSON list or in JSON lines, compressed by gzip or not.
 
-    Their images are paths inside the folder, or `data:` URLs. Samples are numbered in order, so an id may come twice
-    without two samples becoming one.
+    Their images are paths inside the folder, or `data:` URLs. Samples are numbered in order, so ids need not be
+    unique.
 
     Args:
-        ignore: keys that may be there without being read.
+        ignore: keys to ignore.
 
     Raises:
         ValueError: there is no such file or folder, or the file is neither a JSON list nor JSON lines.
     """
 
-    form = "chat"
+    format = "chat"
 
     def __init__(self, path: Path, images: Path, ignore: Collection[str] = ()) -> None:
         if not path.is_file():
@@ -187,12 +192,12 @@ class ParquetChunk:
                 row += num_rows
 
     def _rows(self, file: Any, group: int, row: int) -> Iterator[tuple[str, Reader]]:
-        """Those of one row group, which begins at `row`; no more of it is held than a few rows."""
+        """Rows of one row group, which begins at `row`; only a few of them are in memory."""
         for batch in file.iter_batches(_ROWS_AT_ONCE, row_groups=[group], columns=self.columns.names):
             if row >= self.stop:
                 return
-            wanted = batch.slice(max(0, self.start - row), max(0, self.stop - max(row, self.start)))
-            for index, values in enumerate(wanted.to_pylist(), max(row, self.start)):
+            selected = batch.slice(max(0, self.start - row), max(0, self.stop - max(row, self.start)))
+            for index, values in enumerate(selected.to_pylist(), max(row, self.start)):
                 read = partial(_from_row, values, self.columns, self.path.parent, self.ignore)
                 yield f"{self.path.name} row {index}", read
             row += batch.num_rows
@@ -209,7 +214,7 @@ class ParquetSource:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        self.form = "caption" if columns.conversations is None else "chat"
+        self.format = "caption" if columns.conversations is None else "chat"
         self._columns, self._ignore = columns, frozenset(ignore)
         self._num_rows: dict[Path, int] = {}
         self.unread_columns: list[str] = []
@@ -224,7 +229,7 @@ class ParquetSource:
             unread = [name for name in schema.names if name not in (*columns.names, *self.unread_columns)]
             self.unread_columns += unread
         files = [[path.name, path.stat().st_size, num_rows] for path, num_rows in self._num_rows.items()]
-        self.identity = {"parquet": files, "columns": columns.names, "form": self.form}
+        self.identity = {"parquet": files, "columns": columns.names, "form": self.format}
         if ignore:
             self.identity["ignore"] = ",".join(sorted(ignore))
 
@@ -249,31 +254,31 @@ def _from_entry(entry: Any, images: Path, ignore: frozenset[str]) -> Members:
 
 
 def _from_row(values: dict[str, Any], columns: Columns, folder: Path, ignore: frozenset[str]) -> Members:
-    found = values[columns.image]
-    found = found if isinstance(found, list) else [] if is_empty(found) else [found]
+    images = values[columns.image]
+    images = images if isinstance(images, list) else [] if is_empty(images) else [images]
     if columns.caption is not None:
         caption = values[columns.caption]
         if not isinstance(caption, str):
             raise ValueError(f"its {columns.caption!r} is {type(caption).__name__}, not text")
         if not has_text(caption):
             raise ValueError(f"its {columns.caption!r} is empty")
-        if not found:
+        if not images:
             raise ValueError("it has no image")
-        return _image_members([_image_bytes(image, folder) for image in found]) | {"txt": caption.encode()}
+        return _image_members([_image_bytes(image, folder) for image in images]) | {"txt": caption.encode()}
     assert columns.conversations is not None
     record = values[columns.conversations]
     if isinstance(record, str):
         record = parse_json(record, f"its {columns.conversations!r}")
     conversation = read_conversation(record, ignore)
-    if conversation.images is not None and found and len(conversation.images) != len(found):
+    if conversation.images is not None and images and len(conversation.images) != len(images):
         num_named = len(conversation.images)
-        raise ValueError(f"its {columns.image!r} holds {len(found)} images, but its text names {num_named}")
-    members = _image_members([_image_bytes(image, folder) for image in found or conversation.images or ()])
+        raise ValueError(f"its {columns.image!r} holds {len(images)} images, but its text names {num_named}")
+    members = _image_members([_image_bytes(image, folder) for image in images or conversation.images or ()])
     return members | {"json": _json({}, conversation)}
 
 
 def _image_bytes(value: Any, folder: Path) -> bytes:
-    """Those of a cell or a key: bytes, a path, a data: URL, or {"bytes", "path"}, whose path counts without bytes."""
+    """The file that a cell or key holds or names: bytes, a path, a data: URL, or {"bytes", "path"} (bytes first)."""
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, str):
@@ -294,7 +299,7 @@ def _decode_data_url(url: str) -> bytes:
 
 
 def _read_inside(folder: Path, name: str) -> bytes:
-    """A file of the folder. Links in it are followed: they were put there by its owner, unlike the name."""
+    """A file of the folder. Symbolic links are followed, as the owner of the folder made them, unlike the name."""
     if re.match(r"[a-z][a-z0-9+.-]+://", name, re.IGNORECASE):
         raise ValueError(f"the image {name[:200]!r} is a URL, and nothing is downloaded; put it into the image folder")
     path = PureWindowsPath(name)  # knows the separators and roots of all systems
@@ -307,16 +312,14 @@ def _read_inside(folder: Path, name: str) -> bytes:
 
 
 def _image_members(contents: list[bytes]) -> Members:
-    """The members of some encoded images, each decoded once to see that it can be."""
+    """The members of some encoded images, each of which is decoded once as a check."""
     members: Members = {}
     for index, content in enumerate(contents):
         with open_image(content) as image:
             suffix = _SUFFIX_OF_FORMAT.get(image.format or "")
             decoded = load_image(image)
-        if suffix is None:  # a format that the trainer does not look for
-            buffer = io.BytesIO()
-            decoded.save(buffer, "PNG")
-            suffix, content = "png", buffer.getvalue()
+        if suffix is None:  # a format that the trainer does not read
+            suffix, content = "png", png_bytes(decoded)
         members[suffix if len(contents) == 1 else f"{index}.{suffix}"] = content
     return members
 

@@ -20,7 +20,9 @@ from yi_vl.hardware import machine
 app = typer.Typer(add_completion=False, help="Measure speed, side by side in one run.", no_args_is_help=True)
 _STEPS = {"nano": 20, "300m": 4}
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-Out = Annotated[Path | None, typer.Option(help="Where the shards are kept for the next time; else they are deleted.")]
+Out = Annotated[
+    Path | None, typer.Option(help="A folder to keep the shards in for the next run; by default they are deleted.")
+]
 
 
 @app.command()
@@ -64,14 +66,15 @@ def step(
     size: Annotated[
         Literal["nano", "300m"], typer.Option(help="The bundled model, or one of random weights.")
     ] = "nano",
-    form: Annotated[
-        Literal["caption", "chat"], typer.Option(help="caption: trains tower and projector; chat: trains everything.")
+    sample_format: Annotated[
+        Literal["caption", "chat"],
+        typer.Option("--format", help="caption: trains tower and projector; chat: trains everything."),
     ] = "chat",
     num_steps: Annotated[
         int | None, typer.Option("--steps", min=2, help="Of each loop; the first is not timed.")
     ] = None,
     precision: Annotated[
-        Literal["bf16", "fp32"], typer.Option(help="In fp32 the losses agree but for rounding.")
+        Literal["bf16", "fp32"], typer.Option(help="In fp32 the losses agree up to rounding.")
     ] = "bf16",
     compiles: Annotated[bool, typer.Option("--compile", help="As `compile: true` in a config.")] = False,
     as_json: AsJson = False,
@@ -85,14 +88,17 @@ def step(
     with _folder(None) as folder:
         steps = num_steps if num_steps is not None else _STEPS[size]
         checkpoint = make_checkpoint(folder, size)
-        work = make_work(folder, checkpoint, form, BATCHES[size], steps, precision, compiles)
+        work = make_work(folder, checkpoint, sample_format, BATCHES[size], steps, precision, compiles)
         measured = compare(work)
     if as_json:
         typer.echo(
-            json.dumps({"machine": machine(), "size": size, "form": form, "precision": precision} | measured, indent=1)
+            json.dumps(
+                {"machine": machine(), "size": size, "format": sample_format, "precision": precision} | measured,
+                indent=1,
+            )
         )
         return
-    table = _table(f"{size}, {form}, {precision}", "samples/s", "tokens/s", "TFLOP/s", "of matrix products")
+    table = _table(f"{size}, {sample_format}, {precision}", "samples/s", "tokens/s", "TFLOP/s", "of matrix products")
     table.add_row("matrix products", "", "", f"{measured['matrix_tflops']:.2f}", "100%")
     for name, rates in measured["loops"].items():
         numbers = [

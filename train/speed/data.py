@@ -39,7 +39,7 @@ _MAX_TOKENS = 4096
 
 
 def processor_for(size_px: int) -> YiVLProcessor:
-    """nano's, with the real recipe's patches and another image size."""
+    """nano's processor with 14 px patches and another image size."""
     processor: YiVLProcessor = YiVLProcessor.from_pretrained(Path(yi_vl.__file__).parent / "nano")
     processor.image_processor.size_px, processor.patch_size = size_px, 14
     return processor
@@ -131,7 +131,7 @@ def drift(shard: Path, size_px: int, num_images: int = 20) -> tuple[float, float
         if len(differences) >= num_images:
             break
     all_differences = torch.cat(differences)
-    return all_differences.abs().mean().item(), all_differences.square().mean().sqrt().item()
+    return all_differences.abs().mean().item(), all_differences.pow(2).mean().sqrt().item()
 
 
 def resident_memory(folder: Path, num_samples: int, num_rows: int = 10) -> Iterator[tuple[int, float]]:
@@ -150,7 +150,7 @@ def resident_memory(folder: Path, num_samples: int, num_rows: int = 10) -> Itera
 
 def _loader(shards: list[str], processor: YiVLProcessor) -> StepLoader:
     sources = [SourceConfig(name="photographs", shards="::".join(shards))]
-    data = DataConfig(form="chat", sources=sources, workers=0, shuffle_buffer=BATCH)
+    data = DataConfig(format="chat", sources=sources, workers=0, shuffle_buffer=BATCH)
     return StepLoader(processor, data, _MAX_TOKENS, 0, 0, 1, BATCH, BATCH)
 
 
@@ -204,13 +204,13 @@ def _tiny_shard(folder: Path, number: int) -> Path:
     if path.is_file():
         return path
     folder.mkdir(parents=True, exist_ok=True)
-    picture = _encoded(Image.new("RGB", (16, 12), (20 * number, 100, 200)), "png")
+    content = _encoded(Image.new("RGB", (16, 12), (20 * number, 100, 200)), "png")
     conversation = [{"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", "value": f"It is {number}."}]
     text = json.dumps({"conversations": conversation}).encode()
     unfinished = path.with_suffix(".unfinished")
     with webdataset.TarWriter(str(unfinished)) as tar:
         for index in range(_TINY_SAMPLES):
             is_broken = index % 500 == 499
-            tar.write({"__key__": f"{index:06d}", "png": picture[:30] if is_broken else picture, "json": text})
+            tar.write({"__key__": f"{index:06d}", "png": content[:30] if is_broken else content, "json": text})
     unfinished.rename(path)
     return path

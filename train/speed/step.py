@@ -32,7 +32,7 @@ from ..plan.flops import Row, step_flops
 from ..trainer import Trainer
 
 Size = Literal["nano", "300m"]
-Form = Literal["caption", "chat"]
+SampleFormat = Literal["caption", "chat"]
 NANO = Path(yi_vl.__file__).parent / "nano"
 _WORDS = (
     "a", "red", "blue", "small", "large", "round", "thing", "left", "right", "of",
@@ -67,7 +67,7 @@ class Work:
 
 
 def make_checkpoint(folder: Path, size: Size) -> Path:
-    """Where a model of this size is: the bundled nano, or one of random weights that is written to the folder."""
+    """The checkpoint of a size: the bundled nano, or a model of random weights that is written to the folder."""
     if size == "nano":
         return NANO
     config = _three_hundred_million()
@@ -83,14 +83,20 @@ def make_checkpoint(folder: Path, size: Size) -> Path:
 
 
 def make_work(
-    folder: Path, checkpoint: Path, form: Form, batches: tuple[int, int], num_steps: int, precision: str, compiles: bool
+    folder: Path,
+    checkpoint: Path,
+    sample_format: SampleFormat,
+    batches: tuple[int, int],
+    num_steps: int,
+    precision: str,
+    compiles: bool,
 ) -> Work:
     """The settings of a run, and its samples.
 
-    In the form `caption` tower and projector learn, as in the recipe's first two stages, in `chat` everything does.
+    The format `caption` trains tower and projector, as the recipe's first two stages do, `chat` trains everything.
 
     Args:
-        batches: samples of a step, and at once.
+        batches: samples of a step and of a micro-batch.
     """
     global_batch, micro_batch = batches
     (folder / "none.tar").touch()  # the trainer wants a shard, which is not read: the steps are given to it
@@ -99,7 +105,7 @@ def make_work(
         run_dir=str(folder / "run"),
         init_from=InitConfig(checkpoint=str(checkpoint)),
         image_size=model_config.vision_config.image_size,
-        trainable=TrainableConfig(language=form == "chat"),
+        trainable=TrainableConfig(language=sample_format == "chat"),
         lr=LearningRateConfig(1e-4, 1e-4, 1e-4),
         global_batch=global_batch,
         micro_batch=micro_batch,
@@ -108,11 +114,11 @@ def make_work(
         max_tokens=model_config.text_config.max_position_embeddings,
         precision=precision,
         compile=compiles,
-        data=DataConfig(form, [SourceConfig("made here", str(folder / "none.tar"))], workers=0),
+        data=DataConfig(sample_format, [SourceConfig("made here", str(folder / "none.tar"))], workers=0),
     )
     processor: YiVLProcessor = YiVLProcessor.from_pretrained(checkpoint)
     rng = np.random.default_rng(0)
-    samples = [_sample(processor, form, rng, config.max_tokens) for _ in range(num_steps * global_batch)]
+    samples = [_sample(processor, sample_format, rng, config.max_tokens) for _ in range(num_steps * global_batch)]
     return Work(checkpoint, config, [samples[cut : cut + global_batch] for cut in range(0, len(samples), global_batch)])
 
 
@@ -218,17 +224,17 @@ def _cut(samples: Sequence[Sample], micro_batch: int) -> list[MicroBatch]:
     return [collate(samples[cut : cut + micro_batch], 0) for cut in range(0, len(samples), micro_batch)]
 
 
-def _sample(processor: YiVLProcessor, form: Form, rng: np.random.Generator, max_tokens: int) -> Sample:
+def _sample(processor: YiVLProcessor, sample_format: SampleFormat, rng: np.random.Generator, max_tokens: int) -> Sample:
     """An image with a caption, or a conversation of several turns; lengths are log-normal."""
 
     def text() -> str:
-        count = min(_MAX_WORDS, 1 + int(rng.lognormal(np.log(_MEDIAN_WORDS[form]), 0.8)))
+        count = min(_MAX_WORDS, 1 + int(rng.lognormal(np.log(_MEDIAN_WORDS[sample_format]), 0.8)))
         return " ".join(rng.choice(_WORDS, count))
 
     size_px = processor.image_processor.size_px
     image = torch.from_numpy(rng.integers(0, 256, (size_px, size_px, 3), dtype=np.uint8))
     while True:
-        if form == "caption":
+        if sample_format == "caption":
             segments = render_caption(text(), 1)
         else:
             messages: list[dict[str, Any]] = []

@@ -1,6 +1,6 @@
-"""The one picture composer: things, flags, digits, words and scenes, with their ground truth, at any size.
+"""Composes images of things, flags, digits, words and scenes, with their ground truth, at any size.
 
-The tower's pretraining calls it on the fly (about a millisecond at 224 px), the shard writer at 448 px. Pictures of the
+The tower's pretraining calls it on the fly (about a millisecond at 224 px), the shard writer at 448 px. Images of the
 split "train" are varied; those of "test" use held-out drawings, fonts and digits, plainly and mildly placed.
 """
 
@@ -12,13 +12,13 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from train.nano import paint
-from train.nano.art import Art, Drawing
-from train.nano.layout import place_items, scene_items, word_width
-from train.nano.names import COLOURS, DIGITS, FLAGS, THINGS
-from train.nano.packages import Split
-from train.nano.picture import Item, Kind, Picture, Truth
-from train.nano.words import VOCABULARY
+from train.nano.data import paint
+from train.nano.data.art import Art, Drawing
+from train.nano.data.labels import COLOURS, DIGITS, FLAGS, THINGS
+from train.nano.data.layout import choice, place_items, scene_items, word_width
+from train.nano.data.packages import Split
+from train.nano.data.sample import Category, Item, Sample, Truth
+from train.nano.data.vocabulary import VOCABULARY
 
 NUM_TEST_DIGITS = 360
 _FONT_PX = 64
@@ -27,49 +27,49 @@ _Sprite = tuple[Image.Image, Image.Image | None]  # what is pasted, and its outl
 
 
 class Composer:
-    """Composes pictures from `art`. Stateless but for caches: what comes out depends on the arguments alone."""
+    """Composes images from `art`. Stateless but for caches: what comes out depends on the arguments alone."""
 
     def __init__(self, art: Art) -> None:
         self.art = art
 
     def compose(
-        self, rng: np.random.Generator, kind: Kind, size_px: int, split: Split = "train", key: str | None = None
-    ) -> Picture:
-        """One square picture of `kind`, `size_px` wide; `key` fixes the thing, flag, digit or word, else drawn."""
-        if kind == "scene":
+        self, rng: np.random.Generator, category: Category, size_px: int, split: Split = "train", key: str | None = None
+    ) -> Sample:
+        """One square image of a category, `size_px` wide; `key` fixes the thing, flag, digit or word, else drawn."""
+        if category == "scene":
             return self._scene(rng, size_px, split)
-        if kind == "word":
+        if category == "word":
             return self._word(rng, size_px, split, key)
-        if kind == "digit":
+        if category == "digit":
             return self._single(rng, "digit", key or DIGITS[rng.integers(10)], size_px, split)
-        classes = THINGS if kind == "thing" else FLAGS
-        return self._single(rng, kind, key or _choice(rng, tuple(classes)), size_px, split)
+        classes = THINGS if category == "thing" else FLAGS
+        return self._single(rng, category, key or choice(rng, tuple(classes)), size_px, split)
 
-    def pair(self, rng: np.random.Generator, size_px: int, split: Split = "train") -> Picture:
+    def pair(self, rng: np.random.Generator, size_px: int, split: Split = "train") -> Sample:
         """Two images, half of the time of the same thing or flag."""
-        kind: Literal["thing", "flag"] = "thing" if rng.random() < 0.75 else "flag"
-        keys = tuple(THINGS if kind == "thing" else FLAGS)
-        first = second = _choice(rng, keys)
+        category: Literal["thing", "flag"] = "thing" if rng.random() < 0.75 else "flag"
+        keys = tuple(THINGS if category == "thing" else FLAGS)
+        first = second = choice(rng, keys)
         if rng.random() < 0.5:
-            similar = (first, *FLAGS[first].alike) if kind == "flag" else (first,)
-            second = _choice(rng, tuple(key for key in keys if key not in similar))
-        pictures = [self.compose(rng, kind, size_px, split, key) for key in (first, second)]
-        items = tuple(picture.truth.items[0] for picture in pictures)
-        outlines = tuple(picture.outlines[0] for picture in pictures)
-        return Picture(tuple(picture.image for picture in pictures), Truth("same", items), outlines)
+            similar = (first, *FLAGS[first].alike) if category == "flag" else (first,)
+            second = choice(rng, tuple(key for key in keys if key not in similar))
+        samples = [self.compose(rng, category, size_px, split, key) for key in (first, second)]
+        items = tuple(sample.truth.items[0] for sample in samples)
+        outlines = tuple(sample.outlines[0] for sample in samples)
+        return Sample(tuple(sample.image for sample in samples), Truth("same", items), outlines)
 
-    def all_test_digits(self, size_px: int, seed: int = 0) -> Iterator[Picture]:
+    def all_test_digits(self, size_px: int, seed: int = 0) -> Iterator[Sample]:
         """Every held-out digit once."""
         for digit in DIGITS:
-            for which in range(len(_digits()["test", digit])):
-                rng = np.random.default_rng([seed, int(digit), which])
-                yield self._single(rng, "digit", digit, size_px, "test", which)
+            for index in range(len(_digits()["test", digit])):
+                rng = np.random.default_rng([seed, int(digit), index])
+                yield self._single(rng, "digit", digit, size_px, "test", index)
 
-    def all_test_pictures(self, size_px: int, seed: int = 0) -> Iterator[Picture]:
+    def all_test_samples(self, size_px: int, seed: int = 0) -> Iterator[Sample]:
         """Every thing and every flag once, from held-out drawings."""
-        keys: list[tuple[Kind, str]] = [("thing", key) for key in THINGS] + [("flag", key) for key in FLAGS]
-        for index, (kind, key) in enumerate(keys):
-            yield self.compose(np.random.default_rng([seed, index]), kind, size_px, "test", key)
+        keys: list[tuple[Category, str]] = [("thing", key) for key in THINGS] + [("flag", key) for key in FLAGS]
+        for index, (category, key) in enumerate(keys):
+            yield self.compose(np.random.default_rng([seed, index]), category, size_px, "test", key)
 
     def _drawing(self, rng: np.random.Generator, label: str, split: Split) -> Image.Image:
         drawings: list[Drawing] = self.art.of(split).get(label, [])
@@ -80,60 +80,60 @@ class Composer:
     def _sprite(self, rng: np.random.Generator, item: Item, split: Split, size_px: float) -> _Sprite:
         """The item drawn, coloured, warped and cropped to its ink, its longer side `size_px`."""
         is_train = split == "train"
-        how = paint.random_warp(rng) if is_train else paint.Warp()
-        if item.kind == "shape":
+        distortion = paint.random_warp(rng) if is_train else paint.Warp()
+        if item.category == "shape":
             assert item.colour is not None
             colour = paint.shifted(rng, COLOURS[item.colour][1], 14 if is_train else 6)
             base = paint.inked(paint.outline(item.name), colour)
             if is_train:
                 limit = _RIGID_SHAPES.get(item.name, 0.0)
-                how = paint.Warp(rotation=rng.uniform(-limit, limit), stretch=rng.uniform(0.93, 1.07))
+                distortion = paint.Warp(rotation=rng.uniform(-limit, limit), stretch=rng.uniform(0.93, 1.07))
         else:
             base = self._drawing(rng, item.label, split)
-            if is_train and item.kind == "flag" and base.getchannel("A").getextrema()[0] == 255:
-                base = paint.flag_form(rng, base)
-            if is_train and item.kind == "thing" and rng.random() < 0.5:  # every artist has a way of facing things
+            if is_train and item.category == "flag" and base.getchannel("A").getextrema()[0] == 255:
+                base = paint.restyle_flag(rng, base)
+            if is_train and item.category == "thing" and rng.random() < 0.5:  # every artist has a way of facing things
                 base = base.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
             if is_train and rng.random() < 0.7:
                 base = paint.jitter(rng, base)
-        sprite, _ = paint.warp(base, size_px, how)
+        sprite, _ = paint.warp(base, size_px, distortion)
         alpha = sprite.getchannel("A")
         box = alpha.point(_OPAQUE).getbbox() or (0, 0, *sprite.size)
-        return sprite.crop(box), None if item.kind == "thing" else alpha.crop(box)
+        return sprite.crop(box), None if item.category == "thing" else alpha.crop(box)
 
     def _single(
-        self, rng: np.random.Generator, kind: Kind, key: str, size_px: int, split: Split, which: int | None = None
-    ) -> Picture:
-        """One thing, flag or digit somewhere in the frame; `which` of the written digits, any where it is None."""
+        self, rng: np.random.Generator, category: Category, key: str, size_px: int, split: Split, index: int = -1
+    ) -> Sample:
+        """One thing, flag or digit somewhere in the frame; `index` is of the written digits, a random one below 0."""
         is_train = split == "train"
         scale = rng.uniform(0.35, 1.0) if is_train else rng.uniform(0.6, 0.95)
-        if kind == "digit":
+        if category == "digit":
             item = Item("digit", key, (0, 0, 1, 1))
             canvas, ink = _canvas_and_ink(rng, size_px, split)
-            how = paint.random_warp(rng, 8.0) if is_train else paint.Warp()
-            mask, _ = paint.warp(_digit_mask(rng, key, split, which), scale * size_px, how)
+            distortion = paint.random_warp(rng, 8.0) if is_train else paint.Warp()
+            mask, _ = paint.warp(_digit_mask(rng, key, split, index), scale * size_px, distortion)
             sprite: _Sprite = (paint.inked(mask, ink), None)
         else:
-            item = Item(kind, key, (0, 0, 1, 1))  # type: ignore[arg-type]
+            item = Item(category, key, (0, 0, 1, 1))  # type: ignore[arg-type]
             canvas = _canvas(rng, size_px, split, [])
             sprite = self._sprite(rng, item, split, scale * size_px)
         room = [size_px - side for side in sprite[0].size]
         spread = (0.0, 1.0) if is_train else (0.4, 0.6)
         corner = [max(0, round(side * rng.uniform(*spread))) for side in room]
-        return _finish(rng, kind, canvas, [item], [sprite], [(corner[0], corner[1])], split)
+        return _finish(rng, category, canvas, [item], [sprite], [(corner[0], corner[1])], split)
 
-    def _word(self, rng: np.random.Generator, size_px: int, split: Split, key: str | None) -> Picture:
+    def _word(self, rng: np.random.Generator, size_px: int, split: Split, key: str | None) -> Sample:
         """One printed word in lower, Title or UPPER case, every letter with its box."""
         is_train = split == "train"
-        word = key or _choice(rng, tuple(VOCABULARY))
+        word = key or choice(rng, tuple(VOCABULARY))
         shown = (word, word.title(), word.upper())[rng.choice(3, p=[0.5, 0.25, 0.25])]
         fonts = self.art.fonts[split]
         tracking = rng.uniform(0.0, 0.2) if is_train else 0.03
         mask, boxes = _word_mask(str(fonts[rng.integers(len(fonts))]), shown, tracking)
-        how = paint.random_warp(rng, 6.0) if is_train else paint.Warp()
+        distortion = paint.random_warp(rng, 6.0) if is_train else paint.Warp()
         scale = rng.uniform(0.75, 1.0) * word_width(len(word))
         canvas, ink = _canvas_and_ink(rng, size_px, split)
-        warped, forward = paint.warp(mask, scale * size_px, how)
+        warped, forward = paint.warp(mask, scale * size_px, distortion)
         spread = (0.0, 1.0) if is_train else (0.35, 0.65)
         x, y = (round((size_px - side) * rng.uniform(*spread)) for side in warped.size)
         canvas.paste(ink, (x, y), warped)
@@ -141,9 +141,9 @@ class Composer:
             Item("letter", letter, _moved_box(box, forward, (x, y), size_px))
             for letter, box in zip(word, boxes, strict=True)
         )
-        return Picture((_aged(rng, canvas, split),), Truth("word", items), (None,) * len(items))
+        return Sample((_aged(rng, canvas, split),), Truth("word", items), (None,) * len(items))
 
-    def _scene(self, rng: np.random.Generator, size_px: int, split: Split) -> Picture:
+    def _scene(self, rng: np.random.Generator, size_px: int, split: Split) -> Sample:
         """One to five shapes and things, apart from each other."""
         num_items = int(rng.choice([1, 2, 3, 4, 5], p=[0.1, 0.25, 0.25, 0.2, 0.2]))
         items = scene_items(rng, num_items)
@@ -160,21 +160,21 @@ class Composer:
 
 def _finish(
     rng: np.random.Generator,
-    kind: Kind,
+    category: Category,
     canvas: Image.Image,
     items: list[Item],
     sprites: list[_Sprite],
     corners: list[tuple[int, int]],
     split: Split,
-) -> Picture:
+) -> Sample:
     """The sprites pasted at their corners, and the truth about it."""
     side = canvas.width
     placed = []
     for item, (sprite, _), (x, y) in zip(items, sprites, corners, strict=True):
         canvas.paste(sprite, (x, y), sprite)
         box = (x / side, y / side, (x + sprite.width) / side, (y + sprite.height) / side)
-        placed.append(Item(item.kind, item.name, box, item.colour))
-    return Picture((_aged(rng, canvas, split),), Truth(kind, tuple(placed)), tuple(mask for _, mask in sprites))
+        placed.append(Item(item.category, item.name, box, item.colour))
+    return Sample((_aged(rng, canvas, split),), Truth(category, tuple(placed)), tuple(mask for _, mask in sprites))
 
 
 def _aged(rng: np.random.Generator, image: Image.Image, split: Split) -> Image.Image:
@@ -211,18 +211,18 @@ def _digits() -> dict[tuple[Split, str], list[Image.Image]]:
     from sklearn.datasets import load_digits
 
     data = load_digits()
-    found: dict[tuple[Split, str], list[Image.Image]] = {}
+    digits: dict[tuple[Split, str], list[Image.Image]] = {}
     for index, (pixels, value) in enumerate(zip(data.images, data.target, strict=True)):
         split: Split = "test" if index >= len(data.target) - NUM_TEST_DIGITS else "train"
         image = Image.fromarray((pixels * 15.9).astype(np.uint8))
-        found.setdefault((split, str(value)), []).append(image)
-    return found
+        digits.setdefault((split, str(value)), []).append(image)
+    return digits
 
 
-def _digit_mask(rng: np.random.Generator, digit: str, split: Split, which: int | None) -> Image.Image:
+def _digit_mask(rng: np.random.Generator, digit: str, split: Split, index: int) -> Image.Image:
     """One written digit, enlarged smoothly, its stroke made thinner or thicker and its edge softer or sharper."""
     images = _digits()[split, digit]
-    image = images[rng.integers(len(images)) if which is None else which].resize((96, 96), Image.Resampling.BICUBIC)
+    image = images[rng.integers(len(images)) if index < 0 else index].resize((96, 96), Image.Resampling.BICUBIC)
     threshold, gain = (rng.uniform(60, 130), rng.uniform(1.5, 6)) if split == "train" else (95, 3)
     mask = image.point(np.clip((np.arange(256) - threshold) * gain + 128, 0, 255).astype(int).tolist())
     return mask.crop(mask.point(_OPAQUE).getbbox())
@@ -260,7 +260,3 @@ def _moved_box(
     points = (points + np.array(corner)[:, None]) / size_px
     low, high = points.min(axis=1), points.max(axis=1)
     return float(low[0]), float(low[1]), float(high[0]), float(high[1])
-
-
-def _choice(rng: np.random.Generator, options: tuple[str, ...]) -> str:
-    return options[rng.integers(len(options))]

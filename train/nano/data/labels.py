@@ -1,4 +1,4 @@
-"""The words of nano's world in English and Chinese: things, flags, digits, letters, shapes and colours, and `LABELS`.
+"""The classes of nano's images with English and Chinese names: things, flags, digits, letters, shapes, colours.
 
 `LABELS` is the one label space of the tower's pretraining: background first, then things, flags, digits, letters and
 every colour of every shape. Things are keyed by their English name, flags by country code.
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal, cast
 
 Lang = Literal["en", "zh"]
-NamedKind = Literal["thing", "flag"]
+NamedCategory = Literal["thing", "flag"]
 LANGS: tuple[Lang, Lang] = ("en", "zh")
 CLASSES_PATH = Path(__file__).with_name("classes.tsv")
 
@@ -19,7 +19,7 @@ CLASSES_PATH = Path(__file__).with_name("classes.tsv")
 class Named:
     """A class with its names. `article` is "a", "an", "the" or "" and stands before `en` inside a sentence."""
 
-    kind: NamedKind
+    category: NamedCategory
     key: str
     en: str
     article: str
@@ -38,7 +38,7 @@ def read_classes(path: Path = CLASSES_PATH) -> list[Named]:
     with path.open(encoding="utf-8", newline="") as lines:
         return [
             Named(
-                kind=cast(NamedKind, row["kind"]),
+                category=cast(NamedCategory, row["kind"]),
                 key=row["key"],
                 en=row["english"],
                 article=row["article"],
@@ -52,8 +52,8 @@ def read_classes(path: Path = CLASSES_PATH) -> list[Named]:
 
 
 _CLASSES = read_classes()
-THINGS: dict[str, Named] = {named.key: named for named in _CLASSES if named.kind == "thing"}
-FLAGS: dict[str, Named] = {named.key: named for named in _CLASSES if named.kind == "flag"}
+THINGS: dict[str, Named] = {named.key: named for named in _CLASSES if named.category == "thing"}
+FLAGS: dict[str, Named] = {named.key: named for named in _CLASSES if named.category == "flag"}
 DIGITS = "0123456789"
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 SHAPES: dict[str, str] = {

@@ -1,4 +1,4 @@
-"""What a composed picture is: images, and the ground truth that questions and dense labels are made from."""
+"""A composed sample: images, and the ground truth that questions and dense labels are made from."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -7,27 +7,27 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from train.nano.names import LABEL_IDS
+from train.nano.data.labels import LABEL_IDS
 
-Kind = Literal["thing", "flag", "digit", "word", "scene"]
-KINDS: tuple[Kind, ...] = ("thing", "flag", "digit", "word", "scene")
-ItemKind = Literal["thing", "flag", "digit", "letter", "shape"]
+Category = Literal["thing", "flag", "digit", "word", "scene"]
+CATEGORIES: tuple[Category, ...] = ("thing", "flag", "digit", "word", "scene")
+ItemCategory = Literal["thing", "flag", "digit", "letter", "shape"]
 Box = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)
 class Item:
-    """One item of a picture. `name` is its key in `names`; `box` is (x0, y0, x1, y1) in fractions of the side."""
+    """One item of an image. `name` is its key in labels.py; `box` is (x0, y0, x1, y1) in fractions of the side."""
 
-    kind: ItemKind
+    category: ItemCategory
     name: str
     box: Box
     colour: str | None = None  # of shapes only
 
     @property
     def label(self) -> str:
-        """Its entry in `names.LABELS`."""
-        return f"shape {self.colour} {self.name}" if self.kind == "shape" else f"{self.kind} {self.name}"
+        """Its entry in `labels.LABELS`."""
+        return f"shape {self.colour} {self.name}" if self.category == "shape" else f"{self.category} {self.name}"
 
     @property
     def centre(self) -> tuple[float, float]:
@@ -37,19 +37,19 @@ class Item:
 
 @dataclass(frozen=True)
 class Truth:
-    """What is to be seen. Letters in reading order for a word; for kind "same", one item per image."""
+    """The ground truth of a sample. Letters in reading order for a word; for category "same", one item per image."""
 
-    kind: Literal["thing", "flag", "digit", "word", "scene", "same"]
+    category: Literal["thing", "flag", "digit", "word", "scene", "same"]
     items: tuple[Item, ...]
 
     @property
     def word(self) -> str:
         """The printed word in capitals, however it is printed ("" where there is none)."""
-        return "".join(item.name for item in self.items if item.kind == "letter").upper()
+        return "".join(item.name for item in self.items if item.category == "letter").upper()
 
 
 @dataclass(frozen=True)
-class Picture:
+class Sample:
     """One RGB image (two for "same"), its truth, and for each item its outline as an L image the size of its box.
 
     An outline is None where the whole box counts as the item.
@@ -66,13 +66,13 @@ class Picture:
         return self.images[0]
 
 
-def dense_labels(picture: Picture, grid: int, sub: int = 2) -> npt.NDArray[np.int64]:
+def dense_labels(sample: Sample, grid: int, sub: int = 2) -> npt.NDArray[np.int64]:
     """(grid * sub, grid * sub) ids into `LABELS`: what lies at the centre of each of every cell's sub x sub parts."""
-    assert len(picture.images) == 1, "dense labels are of one image"
+    assert len(sample.images) == 1, "dense labels are of one image"
     num_points = grid * sub
     points = (np.arange(num_points) + 0.5) / num_points
     labels = np.zeros((num_points, num_points), dtype=np.int64)
-    for item, outline in zip(picture.truth.items, picture.outlines, strict=True):
+    for item, outline in zip(sample.truth.items, sample.outlines, strict=True):
         x0, y0, x1, y1 = item.box
         columns = np.flatnonzero((points >= x0) & (points < x1))
         rows = np.flatnonzero((points >= y0) & (points < y1))

@@ -1,4 +1,4 @@
-"""What nano's training starts from: its own tokenizer, and a whole model with fresh weights.
+"""Nano's tokenizer, and a whole model with fresh weights to start training from.
 
 The tokenizer is SentencePiece with the special ids of Yi's.
 """
@@ -23,7 +23,7 @@ from yi_vl.processor import YiVLProcessor, prepare_tokenizer
 
 CONTROL_SYMBOLS = ["<|Human|>", "<|Assistant|>", "<|System|>", "<|im_start|>", "<|im_end|>", "<|im_sep|>"]  # ids 3 to 8
 _BOUNDARY = re.compile(r"([\n的，。、：？！“”\ue000-\uf8ff])|(?<=[A-Z])(?=[A-Z])")
-# No piece reaches over these: names and signs stay whole, and words in capitals are spelt letter by letter.
+# No token crosses these: names and signs stay whole, and words in capitals are spelt letter by letter.
 
 
 def train_tokenizer(texts: Iterable[str], out_dir: Path, vocab_size: int) -> None:
@@ -63,7 +63,7 @@ def train_tokenizer(texts: Iterable[str], out_dir: Path, vocab_size: int) -> Non
     }
     entry = {"lstrip": False, "normalized": True, "rstrip": False, "single_word": False, "special": True}
     settings = {
-        "tokenizer_class": "LlamaTokenizer",  # as Yi's says; prepare_tokenizer knows better
+        "tokenizer_class": "LlamaTokenizer",  # as in Yi's release; prepare_tokenizer replaces it
         "added_tokens_decoder": {str(index): {"content": text} | entry for text, index in special.items()},
         "additional_special_tokens": list(special),
         "bos_token": "<|startoftext|>",
@@ -78,7 +78,7 @@ def train_tokenizer(texts: Iterable[str], out_dir: Path, vocab_size: int) -> Non
     (out_dir / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
 
 
-def begin(tokenizer_dir: Path, out_dir: Path, image_size: int = 224, seed: int = 0) -> None:
+def init_checkpoint(tokenizer_dir: Path, out_dir: Path, image_size: int = 224, seed: int = 0) -> None:
     """A whole model with fresh weights, as a checkpoint whose language model can be trained."""
     torch.manual_seed(seed)
     tokenizer = prepare_tokenizer(str(tokenizer_dir))

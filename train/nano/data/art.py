@@ -1,7 +1,7 @@
 """Artwork as rasters: the SVGs of the pinned packages rendered once, cached, and loaded in a second.
 
 The cache is two files: `art.npy`, every RGBA raster flattened into one uint8 array, and `art.json`, where each lies.
-Training artwork and held-out artwork are told apart by the package they come from and never mixed.
+Training artwork and held-out artwork are distinguished by the package they come from and never mixed.
 """
 
 import io
@@ -16,8 +16,8 @@ import numpy.typing as npt
 import resvg_py
 from PIL import Image
 
-from train.nano.names import FLAGS, LABELS, THINGS
-from train.nano.packages import FLAG_ART, FONTS, THING_ART, Package, Split, fetch, read_members
+from train.nano.data.labels import FLAGS, LABELS, THINGS
+from train.nano.data.packages import FLAG_ART, FONTS, THING_ART, Package, Split, fetch, read_members
 from yi_vl.files import atomic_path, write_text
 
 # circle-flags gives some country codes to languages: the country's disc has another name, or (Argentina) there is none
@@ -115,17 +115,17 @@ def _unpack_fonts(data_dir: Path) -> None:
 
 def _all_svgs(npm_dir: Path) -> list[tuple[str, str, Split, bool, str]]:
     """(label, style, split, is_primary, svg) of every drawing of every class."""
-    found: list[tuple[str, str, Split, bool, str]] = []
+    drawings: list[tuple[str, str, Split, bool, str]] = []
     for style, package in THING_ART.items():
         icons = _IconSet(package, npm_dir)
         for named in THINGS.values():
             names = named.icons if package.split == "train" else named.icons[:1]
             for rank, svg in enumerate(icons.svgs(names)):
-                found.append((f"thing {named.key}", style, package.split, rank == 0, svg))
+                drawings.append((f"thing {named.key}", style, package.split, rank == 0, svg))
         for named in FLAGS.values():  # emojione draws all flags, noto-v1 a few
             if package.split == "train" or named.key in _WITHOUT_CIRCLE_FLAG:
                 svgs = icons.svgs(named.icons)[:1]
-                found += [(f"flag {named.key}", style, package.split, True, svg) for svg in svgs]
+                drawings += [(f"flag {named.key}", style, package.split, True, svg) for svg in svgs]
     for style, package in FLAG_ART.items():
         icons = _IconSet(package, npm_dir)
         for suffix in ("-4x3", "-1x1") if package.split == "train" else ("",):
@@ -134,10 +134,10 @@ def _all_svgs(npm_dir: Path) -> list[tuple[str, str, Split, bool, str]]:
                     continue
                 name = named.key if package.split == "train" else _CIRCLE_FLAG_NAMES.get(named.key, named.key)
                 for svg in icons.svgs((name + suffix,)):
-                    found.append((f"flag {named.key}", style + suffix, package.split, True, svg))
+                    drawings.append((f"flag {named.key}", style + suffix, package.split, True, svg))
     known = set(LABELS)
-    assert all(label in known for label, *_ in found)
-    return found
+    assert all(label in known for label, *_ in drawings)
+    return drawings
 
 
 class _IconSet:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from train.nano.dialogue import Asked, Turn, all_questions, multiple_choice
-from train.nano.names import Lang
-from train.nano.picture import Truth
+from train.nano.data.labels import Lang
+from train.nano.data.sample import Truth
+from train.nano.text.dialogue import QAPair, Turn, all_questions, multiple_choice
 
 CHOICE_EN = "Answer with the option's letter from the given choices directly."
 CHOICE_ZH = (
@@ -29,23 +29,23 @@ _QUESTION_ZH = "问题："
 
 
 def choice_conversation(rng: np.random.Generator, truth: Truth) -> list[Turn]:
-    """One question in one of the benchmarks' forms, its picture left out."""
-    form = rng.choice(["en", "zh", "judge", "fill"], p=[0.4, 0.35, 0.15, 0.1])
-    if form == "judge":
+    """One question in one of the benchmarks' forms, its image left out."""
+    variant = rng.choice(["en", "zh", "judge", "fill"], p=[0.4, 0.35, 0.15, 0.1])
+    if variant == "judge":
         statement, is_true = judgement(rng, truth)
         question, answer = judge_prompt(statement), "对" if is_true else "错"
-    elif form == "fill":
-        asked = all_questions(rng, truth, "zh")[0]
-        question, answer = fill_prompt(asked.question), asked.core
+    elif variant == "fill":
+        qa = all_questions(rng, truth, "zh")[0]
+        question, answer = fill_prompt(qa.question), qa.core
     else:
-        lang: Lang = "en" if form == "en" else "zh"
+        lang: Lang = "en" if variant == "en" else "zh"
         chosen, options = multiple_choice(rng, truth, lang)
         question, answer = choice_prompt(chosen.question, options, lang), chosen.answer
     return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
 
 
 def with_image(rng: np.random.Generator, turns: list[Turn]) -> list[Turn]:
-    """The picture's marker put before the prompt or, as CMMMU has it, before the question within."""
+    """The image's marker put before the prompt or, as CMMMU has it, before the question within."""
     value = turns[0]["value"]
     if _QUESTION_ZH in value and rng.random() < 0.7:
         value = value.replace(_QUESTION_ZH, _QUESTION_ZH + "<image>", 1)
@@ -71,13 +71,13 @@ def fill_prompt(question: str) -> str:
 
 
 def judgement(rng: np.random.Generator, truth: Truth, measured: bool = False) -> tuple[str, bool]:
-    """A Chinese statement about the picture, and whether it is true."""
-    asked, options = multiple_choice(rng, truth, "zh", measured)
+    """A Chinese statement about the image, and whether it is true."""
+    qa, options = multiple_choice(rng, truth, "zh", measured)
     is_true = bool(rng.random() < 0.5)
-    wrong = [option for option in options if option != asked.core]
-    claimed = asked.core if is_true or not wrong else wrong[rng.integers(len(wrong))]
-    return f"{_strip_mark(asked)}答案是“{claimed}”。", claimed == asked.core
+    wrong = [option for option in options if option != qa.core]
+    claimed = qa.core if is_true or not wrong else wrong[rng.integers(len(wrong))]
+    return f"{_strip_mark(qa)}答案是“{claimed}”。", claimed == qa.core
 
 
-def _strip_mark(asked: Asked) -> str:
-    return asked.question if asked.question.endswith(("？", "。")) else asked.question + "。"
+def _strip_mark(qa: QAPair) -> str:
+    return qa.question if qa.question.endswith(("？", "。")) else qa.question + "。"

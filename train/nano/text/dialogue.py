@@ -1,6 +1,6 @@
-"""From what a picture shows to what is said about it, in English and Chinese: captions, questions, conversations.
+"""Captions, questions and conversations in English and Chinese, from the ground truth of an image.
 
-Answers have one fixed frame per question, so that exact comparison is fair. A question is asked only where the picture
+Answers have one fixed frame per question, so that exact comparison is fair. A question is asked only where the image
 allows one answer.
 """
 
@@ -13,15 +13,15 @@ from typing import Literal
 
 import numpy as np
 
-from train.nano.layout import DIRECTIONS, direction, neighbour
-from train.nano.names import COLOURS, FLAGS, LANGS, SHAPES, THINGS, Lang
-from train.nano.phrases import NUM_MEASURED, QUESTIONS, TALK
-from train.nano.picture import Item, Truth
-from train.nano.wording import (
+from train.nano.data.labels import COLOURS, FLAGS, LANGS, SHAPES, THINGS, Lang
+from train.nano.data.layout import DIRECTIONS, direction, neighbour
+from train.nano.data.sample import Item, Truth
+from train.nano.text.phrases import NUM_MEASURED, QUESTIONS, TALK
+from train.nano.text.wording import (
     a_or_an,
+    class_of,
     count_phrase,
     joined,
-    kind_of,
     listed,
     noun,
     plural,
@@ -48,120 +48,120 @@ _SIDES = {
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A question about a picture with its answer; `topic` is its kind in phrases.py."""
+class QAPair:
+    """A question about an image with its answer; `topic` is its key in `phrases.QUESTIONS`."""
 
     topic: str
     lang: Lang
     question: str
     answer: str
     core: str  # the answer's word or two, as an option of a multiple-choice question
-    accepted: tuple[str, ...] = ()  # further right answers
+    accepted: tuple[str, ...] = ()  # further correct answers
 
 
-def all_questions(rng: np.random.Generator, truth: Truth, lang: Lang, measured: bool = False) -> list[Asked]:
-    """Everything that can be asked about a picture, each in one random phrasing, in random order.
+def all_questions(rng: np.random.Generator, truth: Truth, lang: Lang, measured: bool = False) -> list[QAPair]:
+    """Every question that an image allows, each in one random phrasing, in random order.
 
     Args:
         measured: only in the phrasings that measurements use.
     """
-    if truth.kind == "scene":
-        found = _scene_questions(rng, truth, lang, measured)
+    if truth.category == "scene":
+        questions = _scene_questions(rng, truth, lang, measured)
     else:
         answer, core, accepted = _single_answer(truth, lang)
-        found = [Asked(truth.kind, lang, _phrase(rng, truth.kind, lang, measured), answer, core, accepted)]
-    return [found[i] for i in rng.permutation(len(found))]
+        questions = [QAPair(truth.category, lang, _phrase(rng, truth.category, lang, measured), answer, core, accepted)]
+    return [questions[i] for i in rng.permutation(len(questions))]
 
 
 def caption(rng: np.random.Generator, truth: Truth, lang: Lang) -> str:
-    """One sentence that tells all of the picture."""
+    """One sentence about the whole image."""
     item = truth.items[0]
     english = lang == "en"
-    if truth.kind == "word":
+    if truth.category == "word":
         return f'The word "{truth.word}".' if english else f"单词“{truth.word}”。"
-    if truth.kind == "digit":
+    if truth.category == "digit":
         return f"The digit {item.name}." if english else f"数字{item.name}。"
-    if truth.kind == "flag":
+    if truth.category == "flag":
         return f"The flag of {FLAGS[item.name].en_with_article}." if english else f"{FLAGS[item.name].zh}的国旗。"
-    if truth.kind == "thing":
+    if truth.category == "thing":
         return sentence(with_article(item)) if english else f"{noun(item, 'zh')}。"
     return _scene_caption(rng, truth, lang)
 
 
 def conversation(rng: np.random.Generator, truth: Truth, max_turns: int = 4) -> list[Turn]:
-    """Several questions about one picture, LLaVA style, in one language but for one turn in five."""
+    """Several questions about one sample in LLaVA's layout, in one language but for one turn in five."""
     lang: Lang = LANGS[rng.integers(2)]
     by_lang = {each: all_questions(rng, truth, each) for each in LANGS}
-    num_pictures = 2 if truth.kind == "same" else 1
+    num_images = 2 if truth.category == "same" else 1
     turns: list[Turn] = []
-    asked = set()
+    used = set()
     for index in range(len(by_lang[lang])):
         if len(turns) == 2 * max_turns:
             break
         other = LANGS[1 - LANGS.index(lang)]
         use = other if index and rng.random() < 0.2 else lang
-        candidates = [question for question in by_lang[use] if (question.topic, question.core) not in asked]
+        candidates = [question for question in by_lang[use] if (question.topic, question.core) not in used]
         if not candidates:
             break
         chosen = candidates[0]
-        asked.add((chosen.topic, chosen.core))
+        used.add((chosen.topic, chosen.core))
         by_lang[use].remove(chosen)
         turns += _turns(chosen.question, chosen.answer)
-    if truth.kind != "same" and rng.random() < 0.25:
+    if truth.category != "same" and rng.random() < 0.25:
         topic = "describe"
         turns += _turns(_phrase(rng, topic, lang), caption(rng, truth, lang))
-    if truth.kind != "scene" and rng.random() < 0.25:  # the same once more in the other language: a follow-up
+    if truth.category != "scene" and rng.random() < 0.25:  # the same once more in the other language: a follow-up
         other = LANGS[1 - LANGS.index(lang)]
         repeated = all_questions(rng, truth, other)[0]
         follow_up = (
-            {"en": "And in English?", "zh": "用中文怎么说？"}[other] if truth.kind != "same" else repeated.question
+            {"en": "And in English?", "zh": "用中文怎么说？"}[other] if truth.category != "same" else repeated.question
         )
         turns += _turns(follow_up, repeated.answer)
-    turns[0]["value"] = "<image>" * num_pictures + "\n" + turns[0]["value"]
+    turns[0]["value"] = "<image>" * num_images + "\n" + turns[0]["value"]
     return turns
 
 
 def in_mosaics(turns: list[Turn], mosaics: list[str]) -> list[Turn]:
-    """A conversation with every picture replaced by its mosaic: what a language model can learn before it sees."""
+    """A conversation with every <image> replaced by its mosaic, for a language model without a tower."""
     first, *rest = turns[0]["value"].split("<image>")
     value = first + "".join(mosaic + text for mosaic, text in zip(mosaics, rest, strict=True))
     return [{"from": "human", "value": value}, *turns[1:]]
 
 
 def talk(rng: np.random.Generator) -> list[Turn]:
-    """One to three turns without a picture."""
+    """One to three turns without an image."""
     pairs = [TALK[i] for i in rng.choice(len(TALK), size=int(rng.integers(1, 4)), replace=False)]
     return [turn for questions, answer in pairs for turn in _turns(questions[rng.integers(len(questions))], answer)]
 
 
 def multiple_choice(
     rng: np.random.Generator, truth: Truth, lang: Lang, measured: bool = False
-) -> tuple[Asked, list[str]]:
-    """A question and four options in random order; `Asked.answer` is the letter of the right one."""
-    asked = all_questions(rng, truth, lang, measured)[0]
-    wrong = [core for core in _alternatives(asked, truth, lang) if core != asked.core]
-    options = [asked.core, *(wrong[i] for i in rng.choice(len(wrong), size=min(3, len(wrong)), replace=False))]
+) -> tuple[QAPair, list[str]]:
+    """A question and four options in random order; `QAPair.answer` is the letter of the correct one."""
+    qa = all_questions(rng, truth, lang, measured)[0]
+    wrong = [core for core in _alternatives(qa, truth, lang) if core != qa.core]
+    options = [qa.core, *(wrong[i] for i in rng.choice(len(wrong), size=min(3, len(wrong)), replace=False))]
     options = [options[i] for i in rng.permutation(len(options))]
-    letter = "ABCD"[options.index(asked.core)]
-    return Asked(asked.topic, lang, asked.question, letter, asked.core), options
+    letter = "ABCD"[options.index(qa.core)]
+    return QAPair(qa.topic, lang, qa.question, letter, qa.core), options
 
 
 def _single_answer(truth: Truth, lang: Lang) -> tuple[str, str, tuple[str, ...]]:
-    """(answer, its core, further accepted answers) of a picture with one thing, flag, digit or word, or a pair."""
+    """(answer, its core, further accepted answers) for one thing, flag, digit or word, or for a pair."""
     item = truth.items[0]
     english = lang == "en"
-    if truth.kind == "word":
+    if truth.category == "word":
         return (f'It says "{truth.word}".' if english else f"上面写着“{truth.word}”。"), truth.word, ()
-    if truth.kind == "digit":
+    if truth.category == "digit":
         return (f"It is the digit {item.name}." if english else f"这是数字{item.name}。"), item.name, ()
-    if truth.kind == "flag":
+    if truth.category == "flag":
         names = [item.name, *FLAGS[item.name].alike]
         answers = [
             f"It is the flag of {FLAGS[name].en_with_article}." if english else f"这是{FLAGS[name].zh}的国旗。"
             for name in names
         ]
         return answers[0], (FLAGS[item.name].en if english else FLAGS[item.name].zh), tuple(answers[1:])
-    if truth.kind == "thing":
+    if truth.category == "thing":
         return (f"It is {with_article(item)}." if english else f"这是{noun(item, 'zh')}。"), noun(item, lang), ()
     first, second = truth.items
     if first.name == second.name:
@@ -175,20 +175,20 @@ def _single_answer(truth: Truth, lang: Lang) -> tuple[str, str, tuple[str, ...]]
     return f"不是，一张是{shown(first, lang)}，另一张是{shown(second, lang)}。", "否", ()
 
 
-def _scene_questions(rng: np.random.Generator, truth: Truth, lang: Lang, measured: bool) -> list[Asked]:
+def _scene_questions(rng: np.random.Generator, truth: Truth, lang: Lang, measured: bool) -> list[QAPair]:
     items, english = truth.items, lang == "en"
-    found = []
+    questions = []
 
     def add(topic: str, answer: str, core: str, **words: str) -> None:
-        found.append(Asked(topic, lang, _phrase(rng, topic, lang, measured).format(**words), answer, core))
+        questions.append(QAPair(topic, lang, _phrase(rng, topic, lang, measured).format(**words), answer, core))
 
     add("count", *count_phrase(len(items), lang))
-    for name, count in Counter(kind_of(item) for item in items).items():
-        example = next(item for item in items if kind_of(item) == name)
-        if example.kind == "shape" or THINGS[example.name].article:
-            kind = Item(example.kind, example.name, example.box)
-            add("count_of", *count_phrase(count, lang), p=plural(noun(kind, "en")), x=noun(kind, lang))
-    shapes = [item for item in items if item.kind == "shape"]
+    for name, count in Counter(class_of(item) for item in items).items():
+        example = next(item for item in items if class_of(item) == name)
+        if example.category == "shape" or THINGS[example.name].article:
+            uncoloured = Item(example.category, example.name, example.box)
+            add("count_of", *count_phrase(count, lang), p=plural(noun(uncoloured, "en")), x=noun(uncoloured, lang))
+    shapes = [item for item in items if item.category == "shape"]
     for item in shapes:
         assert item.colour is not None
         colour = item.colour if english else COLOURS[item.colour][0]
@@ -215,7 +215,7 @@ def _scene_questions(rng: np.random.Generator, truth: Truth, lang: Lang, measure
                     x=noun(item, lang),
                     y=noun(other, lang),
                 )
-    return found
+    return questions
 
 
 def _scene_caption(rng: np.random.Generator, truth: Truth, lang: Lang) -> str:
@@ -234,37 +234,37 @@ def _scene_caption(rng: np.random.Generator, truth: Truth, lang: Lang) -> str:
         ordered = sorted(items, key=lambda item: item.centre[axis])
         pairs = pairwise(ordered)
         if all(direction(a, b) == ("left", "above")[axis] for a, b in pairs):
-            told = listed(ordered, lang)
-            return f"From {start} to {end}: {told}." if lang == "en" else f"{zh_start}：{told}。"
+            ordered_names = listed(ordered, lang)
+            return f"From {start} to {end}: {ordered_names}." if lang == "en" else f"{zh_start}：{ordered_names}。"
     counts = Counter(item.label for item in items)
     groups = [next(item for item in items if item.label == label) for label in counts]
     parts = [several(item, counts[item.label], lang) for item in groups]
     return sentence(joined(parts, lang), lang)
 
 
-def _alternatives(asked: Asked, truth: Truth, lang: Lang) -> list[str]:
+def _alternatives(qa: QAPair, truth: Truth, lang: Lang) -> list[str]:
     """Cores that a wrong option may have."""
     english = lang == "en"
-    if asked.topic == "thing":
+    if qa.topic == "thing":
         return [named.en if english else named.zh for named in THINGS.values()]
-    if asked.topic == "flag":
+    if qa.topic == "flag":
         alike = {FLAGS[key].en if english else FLAGS[key].zh for key in FLAGS[truth.items[0].name].alike}
         return [name for named in FLAGS.values() if (name := named.en if english else named.zh) not in alike]
-    if asked.topic == "digit":
+    if qa.topic == "digit":
         return list("0123456789")
-    if asked.topic == "word":
-        from train.nano.words import VOCABULARY
+    if qa.topic == "word":
+        from train.nano.data.vocabulary import VOCABULARY
 
         return [word.upper() for word in VOCABULARY]
-    if asked.topic in ("count", "count_of"):
+    if qa.topic in ("count", "count_of"):
         return [count_phrase(number, lang)[1] for number in range(1, 6)]
-    if asked.topic == "colour":
+    if qa.topic == "colour":
         return list(COLOURS) if english else [chinese for chinese, _ in COLOURS.values()]
-    if asked.topic == "shape":
+    if qa.topic == "shape":
         return list(SHAPES) if english else list(SHAPES.values())
-    if asked.topic in ("sideways", "upright"):
-        return [places[not english] for places in _PLACES.values()]
-    if asked.topic == "same":
+    if qa.topic in ("sideways", "upright"):
+        return [pair[not english] for pair in _PLACES.values()]
+    if qa.topic == "same":
         return ["Yes", "No"] if english else ["是", "否"]
     return [noun(Item("shape", shape, (0, 0, 1, 1), colour), lang) for shape in SHAPES for colour in COLOURS]
 

@@ -1,9 +1,9 @@
-"""How nano's world is put into words: nouns, articles, plurals, numbers, lists, in English and Chinese."""
+"""Phrases for items: nouns, articles, plurals, numbers, lists, in English and Chinese."""
 
 from __future__ import annotations
 
-from train.nano.names import COLOURS, FLAGS, SHAPES, THINGS, Lang
-from train.nano.picture import Item
+from train.nano.data.labels import COLOURS, FLAGS, SHAPES, THINGS, Lang
+from train.nano.data.sample import Item
 
 _NUMBERS_EN = ("no", "one", "two", "three", "four", "five")
 _NUMBERS_ZH = ("零", "一", "两", "三", "四", "五")
@@ -39,28 +39,28 @@ def joined(parts: list[str], lang: Lang) -> str:
     return comma.join(parts[:-1]) + and_ + parts[-1] if len(parts) > 1 else parts[0]
 
 
-def kind_of(item: Item) -> str:
-    return f"{item.kind} {item.name}"
+def class_of(item: Item) -> str:
+    return f"{item.category} {item.name}"
 
 
 def noun(item: Item, lang: Lang) -> str:
     """An item's bare name: red circle, dog; 红色的圆形, 狗"""
-    if item.kind == "shape":
+    if item.category == "shape":
         if lang == "en":
             return f"{item.colour} {item.name}" if item.colour else item.name
         return f"{COLOURS[item.colour][0]}的{SHAPES[item.name]}" if item.colour else SHAPES[item.name]
-    named = (THINGS if item.kind == "thing" else FLAGS)[item.name]
+    named = (THINGS if item.category == "thing" else FLAGS)[item.name]
     return named.en if lang == "en" else named.zh
 
 
 def shown(item: Item, lang: Lang) -> str:
-    if item.kind == "flag":
+    if item.category == "flag":
         return f"the flag of {FLAGS[item.name].en_with_article}" if lang == "en" else f"{FLAGS[item.name].zh}的国旗"
     return with_article(item) if lang == "en" else noun(item, "zh")
 
 
 def with_article(item: Item) -> str:
-    return a_or_an(noun(item, "en")) if item.kind == "shape" else THINGS[item.name].en_with_article
+    return a_or_an(noun(item, "en")) if item.category == "shape" else THINGS[item.name].en_with_article
 
 
 def a_or_an(noun: str) -> str:

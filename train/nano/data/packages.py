@@ -84,12 +84,12 @@ def fetch(package: Package, cache_dir: Path) -> Path:
 
 def read_members(archive: Path, names: list[str]) -> dict[str, bytes]:
     """Content of the members of an npm archive with these paths inside the package; absent ones are left out."""
-    wanted = {f"package/{name}": name for name in names}
-    found: dict[str, bytes] = {}
+    name_of_member = {f"package/{name}": name for name in names}
+    contents: dict[str, bytes] = {}
     with tarfile.open(archive) as tar:
         for member in tar:
-            name = wanted.get(member.name)
+            name = name_of_member.get(member.name)
             content = tar.extractfile(member) if name is not None and member.isfile() else None
             if name is not None and content is not None:
-                found[name] = content.read()
-    return found
+                contents[name] = content.read()
+    return contents

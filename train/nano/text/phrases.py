@@ -1,10 +1,10 @@
-"""How people ask: phrasings of every question nano learns, in English and Chinese, and its small talk.
+"""Phrasings of every question that nano is trained on, in English and Chinese, and its small talk.
 
-`{x}` and `{y}` are items of the picture, `{c}` a colour, `{s}` a shape, `{p}` a plural. The first `NUM_MEASURED` phrasings
-of each question are those that it is measured with. Data only; used by dialogue.py.
+`{x}` and `{y}` are items of the image, `{c}` a colour, `{s}` a shape, `{p}` a plural. The first `NUM_MEASURED` phrasings
+of each question are those that it is measured with. Data only.
 """
 
-from train.nano.names import Lang
+from train.nano.data.labels import Lang
 
 NUM_MEASURED = 3
 
@@ -184,7 +184,7 @@ QUESTIONS: dict[str, dict[Lang, list[str]]] = {
     },
 }  # fmt: skip
 
-# (asked like this, answered like that), English then Chinese
+# (phrasings, answer), English then Chinese
 TALK: list[tuple[list[str], str]] = [
     (["Hello!", "Hi!", "Hello there.", "Hey!", "Good morning.", "Good evening.", "Hi nano!", "Good day.", "Greetings."],
      "Hello! Show me a picture and ask me about it."),

@@ -1,7 +1,7 @@
-"""How good a nano is: the held-out questions, answered and counted, skill by skill and language by language.
+"""Accuracy of a nano on the held-out questions, by skill and language.
 
-An answer is right when it equals an accepted one but for case, spaces and end marks; of two pictures only the verdict
-counts (what stands before the comma), not whether both are named right too.
+An answer is correct when it equals an accepted one but for case, spaces and end marks; of two images only the verdict
+counts (the text before the comma), not whether both are named correctly, too.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from typing import Any
 
 from rich.progress import track
 
-from train.nano.sheet import write_sheet
+from train.nano.measure.page import write_page
 from yi_vl import YiVL, load
 from yi_vl.files import read_json_lines
 from yi_vl.quantize import Scheme
 
 _BATCH = 64
-_SHEET_ROWS = 120  # of all answers, spread evenly, on the page to look at
+_PAGE_ROWS = 120  # of all answers, spread evenly, on the HTML page
 _EDGES = re.compile(r"^[\s\"'“”]+|[\s.。!！\"'“”]+$")
 
 
 @dataclass(frozen=True)
 class Question:
-    """A held-out question: pictures, words, and every answer that counts."""
+    """A held-out question with its images and every accepted answer."""
 
     id: str
     skill: str
@@ -56,14 +56,14 @@ def read_questions(folder: Path) -> list[Question]:
     ]
 
 
-def is_right(skill: str, answer: str, accepted: Iterable[str]) -> bool:
+def is_correct(skill: str, answer: str, accepted: Iterable[str]) -> bool:
     """Whether an answer is one of the accepted, but for case, spaces around it and the mark at its end."""
     essence = _verdict if skill == "same" else _plain
     return essence(answer) in {essence(gold) for gold in accepted}
 
 
 def measure(model: YiVL, questions: Sequence[Question]) -> list[dict[str, Any]]:
-    """One record per question, in order: what was asked, answered and accepted, and whether that was right."""
+    """One record per question, in order: question, answer, accepted answers, and whether the answer is correct."""
     by_shape = sorted(range(len(questions)), key=lambda i: (len(questions[i].images), len(questions[i].question)))
     answers: dict[int, str] = {}
     for start in track(range(0, len(by_shape), _BATCH), "measure"):
@@ -79,7 +79,7 @@ def measure(model: YiVL, questions: Sequence[Question]) -> list[dict[str, Any]]:
             "question": question.question,
             "answer": answers[i],
             "accepted": list(question.accepted),
-            "right": is_right(question.skill, answers[i], question.accepted),
+            "right": is_correct(question.skill, answers[i], question.accepted),
         }
         for i, question in enumerate(questions)
     ]
@@ -117,7 +117,7 @@ def measure_all(checkpoints: dict[str, Path], heldout: Path, out_dir: Path, quan
     """Measure several checkpoints; their answers and scores go to `out_dir`, the Markdown table is returned.
 
     Args:
-        quantize: how they are loaded; it joins their names.
+        quantize: the quantization they are loaded with; it is appended to their names.
     """
     questions = read_questions(heldout)
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -128,7 +128,7 @@ def measure_all(checkpoints: dict[str, Path], heldout: Path, out_dir: Path, quan
         measured[name] = scores(records)
         lines = [json.dumps(record, ensure_ascii=False) for record in records]
         (out_dir / f"answers-{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        write_sheet(out_dir / f"answers-{name}.html", records[:: max(1, len(records) // _SHEET_ROWS)], heldout)
+        write_page(out_dir / f"answers-{name}.html", records[:: max(1, len(records) // _PAGE_ROWS)], heldout)
         (out_dir / "scores.json").write_text(json.dumps(measured, indent=1), encoding="utf-8")
     (out_dir / "table.md").write_text(table(measured), encoding="utf-8")
     return table(measured)

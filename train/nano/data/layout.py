@@ -1,11 +1,11 @@
-"""What a scene's items are, where they go, and what can be said about where they are."""
+"""The items of a scene, their positions, and how they lie to each other."""
 
 from typing import Literal
 
 import numpy as np
 
-from train.nano.names import COLOURS, SHAPES, THINGS
-from train.nano.picture import Item
+from train.nano.data.labels import COLOURS, SHAPES, THINGS
+from train.nano.data.sample import Item
 
 Direction = Literal["left", "right", "above", "below"]
 DIRECTIONS: tuple[Direction, ...] = ("left", "right", "above", "below")
@@ -15,22 +15,22 @@ _CLEAR = 0.08  # centres nearer than this along an axis are level
 
 
 def scene_items(rng: np.random.Generator, num_items: int) -> list[Item]:
-    """Shapes, things or both; now and then few kinds repeated, so that counting has something to count."""
-    share_of_shapes = rng.choice([1.0, 0.5, 0.0], p=[0.6, 0.25, 0.15])
+    """Shapes, things or both; at times a few classes repeated, so that counting has something to count."""
+    shape_fraction = rng.choice([1.0, 0.5, 0.0], p=[0.6, 0.25, 0.15])
     pool: list[Item] = []
-    num_kinds = num_items if rng.random() < 0.6 else int(rng.integers(1, 3))
-    for _ in range(num_kinds):
-        if rng.random() < share_of_shapes:
-            pool.append(Item("shape", _choice(rng, tuple(SHAPES)), (0, 0, 1, 1), _choice(rng, tuple(COLOURS))))
+    num_classes = num_items if rng.random() < 0.6 else int(rng.integers(1, 3))
+    for _ in range(num_classes):
+        if rng.random() < shape_fraction:
+            pool.append(Item("shape", choice(rng, tuple(SHAPES)), (0, 0, 1, 1), choice(rng, tuple(COLOURS))))
         else:
-            pool.append(Item("thing", _choice(rng, tuple(THINGS)), (0, 0, 1, 1)))
-    if num_kinds == num_items:
+            pool.append(Item("thing", choice(rng, tuple(THINGS)), (0, 0, 1, 1)))
+    if num_classes == num_items:
         return pool
-    return [pool[rng.integers(num_kinds)] for _ in range(num_items)]
+    return [pool[rng.integers(num_classes)] for _ in range(num_items)]
 
 
 def place_items(rng: np.random.Generator, num_items: int) -> list[tuple[float, float, float]]:
-    """(centre x, centre y, side) of so many squares that lie in the unit frame, apart from each other."""
+    """(centre x, centre y, side) of `num_items` squares in the unit frame, apart from each other."""
     arrangement = rng.choice(["row", "column", "free"], p=[0.3, 0.3, 0.4])
     if arrangement == "free" or num_items == 1:
         return _scattered(rng, num_items)
@@ -88,9 +88,9 @@ def neighbour(items: tuple[Item, ...], of: Item, where: Direction) -> Item | Non
 
 
 def word_width(num_letters: int) -> float:
-    """How much of a picture's width the largest print of a word takes."""
+    """How much of an image's width the largest print of a word takes."""
     return min(0.95, 0.3 + 0.11 * num_letters)
 
 
-def _choice(rng: np.random.Generator, options: tuple[str, ...]) -> str:
+def choice(rng: np.random.Generator, options: tuple[str, ...]) -> str:
     return options[rng.integers(len(options))]

@@ -1,4 +1,4 @@
-"""Nano's training data: WebDataset shards of composed pictures with captions and conversations.
+"""Nano's training data: WebDataset shards of composed images with captions and conversations.
 
 Every shard is a pure function of its name and number, so a build can be interrupted, continued and repeated, in as many
 processes as there are cores.
@@ -20,18 +20,18 @@ import numpy as np
 from PIL import Image
 from rich.progress import track
 
-from train.nano import dialogue
-from train.nano.art import load_art
-from train.nano.choices import choice_conversation, with_image
-from train.nano.compose import Composer
-from train.nano.mosaic import SIGNS, Shares, imagine, tell
-from train.nano.names import FLAGS, LANGS, THINGS
-from train.nano.picture import Kind, Picture, Truth
+from train.nano.data.art import load_art
+from train.nano.data.compose import Composer
+from train.nano.data.labels import FLAGS, LANGS, THINGS
+from train.nano.data.sample import Category, Sample, Truth
+from train.nano.text import dialogue
+from train.nano.text.choices import choice_conversation, with_image
+from train.nano.text.mosaic import SIGNS, Shares, random_truth, to_mosaics
 from train.shards.files import write_tar
 
 SAMPLES_PER_SHARD = 1000
-_SHARES_224: dict[Kind, float] = {"thing": 0.36, "flag": 0.34, "digit": 0.1, "scene": 0.2}  # too coarse for letters
-_SHARES_448: dict[Kind, float] = {"thing": 0.2, "flag": 0.2, "digit": 0.05, "word": 0.35, "scene": 0.2}
+_SHARES_224: dict[Category, float] = {"thing": 0.36, "flag": 0.34, "digit": 0.1, "scene": 0.2}  # too coarse for letters
+_SHARES_448: dict[Category, float] = {"thing": 0.2, "flag": 0.2, "digit": 0.05, "word": 0.35, "scene": 0.2}
 _SHARES_OF_CAPTIONS: Shares = {"thing": 0.22, "flag": 0.28, "digit": 0.05, "word": 0.15, "scene": 0.3}
 _SHARES_OF_DIALOGUES: Shares = {"thing": 0.09, "flag": 0.12, "digit": 0.03, "word": 0.2, "scene": 0.5, "same": 0.06}
 _JPEG_QUALITY = 90
@@ -66,9 +66,9 @@ def shard_path(data_dir: Path, source: Source, number: int) -> Path:
 
 
 def read_texts(data_dir: Path) -> Iterator[str]:
-    """What the tokenizer is made from: signs, all captions, of the conversations one shard in ten.
+    """The texts that the tokenizer is trained on: signs, all captions, one shard in ten of the conversations.
 
-    The prompt and all names come many times over, so that they take few tokens.
+    The prompt and all names are repeated, so that they take few tokens.
     """
     from yi_vl.chat import render, to_text
 
@@ -110,54 +110,54 @@ def _write_shard(data_dir: Path, source_index: int, number: int) -> None:
     write_tar(shard_path(data_dir, source, number), samples())
 
 
-def _members(picture: Picture) -> dict[str, bytes]:
-    if len(picture.images) == 1:
-        return {"jpg": encode_jpeg(picture.image)}
-    return {f"{index}.jpg": encode_jpeg(image) for index, image in enumerate(picture.images)}
+def _members(sample: Sample) -> dict[str, bytes]:
+    if len(sample.images) == 1:
+        return {"jpg": encode_jpeg(sample.image)}
+    return {f"{index}.jpg": encode_jpeg(image) for index, image in enumerate(sample.images)}
 
 
 def _json(turns: list[dialogue.Turn]) -> dict[str, bytes]:
     return {"json": json.dumps({"conversations": turns}, ensure_ascii=False).encode()}
 
 
-def _mixed_picture(composer: Composer, rng: np.random.Generator, size_px: int) -> Picture:
+def _mixed_sample(composer: Composer, rng: np.random.Generator, size_px: int) -> Sample:
     shares = _SHARES_224 if size_px == 224 else _SHARES_448
     return composer.compose(rng, list(shares)[rng.choice(len(shares), p=list(shares.values()))], size_px)
 
 
 def _caption_maker(size_px: int) -> Callable[[Composer, np.random.Generator], dict[str, bytes]]:
     def make(composer: Composer, rng: np.random.Generator) -> dict[str, bytes]:
-        picture = _mixed_picture(composer, rng, size_px)
-        text = dialogue.caption(rng, picture.truth, LANGS[rng.integers(2)])
-        return _members(picture) | {"txt": text.encode()}
+        sample = _mixed_sample(composer, rng, size_px)
+        text = dialogue.caption(rng, sample.truth, LANGS[rng.integers(2)])
+        return _members(sample) | {"txt": text.encode()}
 
     return make
 
 
-def _chat_maker(kind: str) -> Callable[[Composer, np.random.Generator], dict[str, bytes]]:
+def _chat_maker(category: str) -> Callable[[Composer, np.random.Generator], dict[str, bytes]]:
     def make(composer: Composer, rng: np.random.Generator) -> dict[str, bytes]:
-        picture = composer.pair(rng, 448) if kind == "same" else composer.compose(rng, kind, 448)  # type: ignore[arg-type]
-        # A scene has much to ask about: more questions a picture cost little.
-        return _members(picture) | _json(dialogue.conversation(rng, picture.truth, max_turns=10))
+        sample = composer.pair(rng, 448) if category == "same" else composer.compose(rng, category, 448)  # type: ignore[arg-type]
+        # A scene has much to ask about: more questions an image cost little.
+        return _members(sample) | _json(dialogue.conversation(rng, sample.truth, max_turns=10))
 
     return make
 
 
 def _make_choice(composer: Composer, rng: np.random.Generator) -> dict[str, bytes]:
-    picture = _mixed_picture(composer, rng, 448)
-    return _members(picture) | _json(with_image(rng, choice_conversation(rng, picture.truth)))
+    sample = _mixed_sample(composer, rng, 448)
+    return _members(sample) | _json(with_image(rng, choice_conversation(rng, sample.truth)))
 
 
 def _make_talk(composer: Composer, rng: np.random.Generator) -> dict[str, bytes]:
     return _json(dialogue.talk(rng))
 
 
-def _imagined(rng: np.random.Generator, shares: Shares, share_of_small: float) -> tuple[Truth, list[str]]:
-    """What some picture might show, and its mosaics: of 4 x 4 patches so often, else of 8 x 8."""
-    grid = 4 if rng.random() < share_of_small else 8
+def _random_mosaics(rng: np.random.Generator, shares: Shares, small_fraction: float) -> tuple[Truth, list[str]]:
+    """A random ground truth and its mosaics: of 4 x 4 patches with probability `small_fraction`, else of 8 x 8."""
+    grid = 4 if rng.random() < small_fraction else 8
     while True:
-        truth = imagine(rng, shares)
-        mosaics = tell(rng, truth, grid)
+        truth = random_truth(rng, shares)
+        mosaics = to_mosaics(rng, truth, grid)
         if mosaics is not None:
             return truth, mosaics
 
@@ -167,15 +167,15 @@ def _make_text(composer: Composer, rng: np.random.Generator) -> dict[str, bytes]
     draw = rng.random()
     if draw < 0.03:
         return _json(dialogue.talk(rng))
-    truth, mosaics = _imagined(rng, _SHARES_OF_DIALOGUES, 0.6)
-    if draw < 0.12 and truth.kind != "same":
+    truth, mosaics = _random_mosaics(rng, _SHARES_OF_DIALOGUES, 0.6)
+    if draw < 0.12 and truth.category != "same":
         return _json(dialogue.in_mosaics(with_image(rng, choice_conversation(rng, truth)), mosaics))
     return _json(dialogue.in_mosaics(dialogue.conversation(rng, truth), mosaics))
 
 
 def _make_text_caption(composer: Composer, rng: np.random.Generator) -> dict[str, bytes]:
-    """A mosaic and its caption, for the plain form of the first stages; nothing is drawn."""
-    truth, mosaics = _imagined(rng, _SHARES_OF_CAPTIONS, 0.75)
+    """A mosaic and its caption, for the plain prompt of the first stages; nothing is drawn."""
+    truth, mosaics = _random_mosaics(rng, _SHARES_OF_CAPTIONS, 0.75)
     caption = dialogue.caption(rng, truth, LANGS[rng.integers(2)])
     return _json([{"from": "human", "value": mosaics[0]}, {"from": "gpt", "value": caption}])
 

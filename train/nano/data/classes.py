@@ -8,7 +8,7 @@ import json
 import unicodedata
 from pathlib import Path
 
-from train.nano.packages import EMOJIBASE, fetch, read_members
+from train.nano.data.packages import EMOJIBASE, fetch, read_members
 
 # One thing per entry: icon name[+further drawings of the same thing][=English name][/Chinese name].
 # Names left out are emojibase's label without "face"; "_" stands for a space. Further drawings are for training only.

@@ -1,4 +1,4 @@
-"""Fast brushes for `compose`: backgrounds, warps, colour jitter, outlines of shapes. Pillow and numpy, no state.
+"""Drawing functions for compose.py: backgrounds, warps, colour jitter, outlines of shapes. Pillow and numpy, no state.
 
 A sprite is an RGBA image cropped to its ink. Colours are (red, green, blue) in 0..255.
 """
@@ -34,16 +34,16 @@ class Warp:
         return rotate @ np.array([[self.stretch, self.shear], [0.0, 1.0]])
 
 
-def warp(sprite: Image.Image, longer_side_px: float, how: Warp) -> tuple[Image.Image, npt.NDArray[np.float64]]:
+def warp(sprite: Image.Image, longer_side_px: float, distortion: Warp) -> tuple[Image.Image, npt.NDArray[np.float64]]:
     """The sprite, its warped extent scaled to `longer_side_px`, and the (2, 3) map from sprite to result pixels."""
     width, height = sprite.size
-    corners = how.linear @ np.array([[0, width, 0, width], [0, 0, height, height]])
+    corners = distortion.linear @ np.array([[0, width, 0, width], [0, 0, height, height]])
     low, high = corners.min(axis=1), corners.max(axis=1)
     scale = longer_side_px / float((high - low).max())
     out_width, out_height = (max(1, round(side)) for side in (high - low) * scale)
-    linear = how.linear * scale
+    linear = distortion.linear * scale
     forward = np.concatenate([linear, (-low * scale)[:, None]], axis=1)
-    if how.rotation == 0.0 and how.shear == 0.0:
+    if distortion.rotation == 0.0 and distortion.shear == 0.0:
         return sprite.resize((out_width, out_height), Image.Resampling.BILINEAR), forward
     factor = 2 if scale < 0.6 else 1
     source = sprite.reduce(factor) if factor > 1 else sprite
@@ -165,7 +165,7 @@ def inked(mask: Image.Image, colour: Colour) -> Image.Image:
 
 @cache
 def outline(shape: str) -> Image.Image:
-    """The L mask of a shape (a key of `names.SHAPES`, or "rounded"), cropped to its ink, antialiased."""
+    """The L mask of a shape (a key of `labels.SHAPES`, or "rounded"), cropped to its ink, antialiased."""
     big = Image.new("L", (_SPRITE_PX * 4, _SPRITE_PX * 4))
     draw = ImageDraw.Draw(big)
     side = big.width - 1
@@ -200,18 +200,18 @@ def _corners(shape: str) -> list[tuple[float, float]]:
     raise ValueError(f"unknown shape {shape!r}")
 
 
-def flag_form(rng: np.random.Generator, sprite: Image.Image) -> Image.Image:
+def restyle_flag(rng: np.random.Generator, sprite: Image.Image) -> Image.Image:
     """A rectangular flag as it is, cropped square, cut round, or with rounded corners; sometimes with a border."""
-    form: Literal["plain", "square", "round", "rounded"] = rng.choice(
+    style: Literal["plain", "square", "round", "rounded"] = rng.choice(
         ["plain", "square", "round", "rounded"], p=[0.2, 0.1, 0.55, 0.15]
     )
-    if form in ("square", "round") and sprite.width != sprite.height:
+    if style in ("square", "round") and sprite.width != sprite.height:
         sprite = _to_square(sprite, by_cropping=rng.random() < 0.6)
-    if form == "round":
+    if style == "round":
         margin = rng.uniform(0.0, 0.07) * sprite.width
         near, right, bottom = round(margin), round(sprite.width - margin), round(sprite.height - margin)
         sprite = sprite.crop((near, near, right, bottom))
-    mask = outline({"round": "circle", "rounded": "rounded"}.get(form, "square")).resize(sprite.size)
+    mask = outline({"round": "circle", "rounded": "rounded"}.get(style, "square")).resize(sprite.size)
     rgb = sprite.convert("RGB")
     if rng.random() < 0.3:
         rgb = _bordered(rng, rgb, mask)

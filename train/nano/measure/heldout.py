@@ -1,11 +1,10 @@
-"""Nano's test: questions about pictures that it was never trained on, as plain rows and in MMMU's and CMMMU's schemas.
+"""Nano's held-out questions, as JSON lines and in MMMU's and CMMMU's schemas.
 
 Drawings of twemoji and circle-flags, a third of the fonts, the digits' test split, scenes of shapes and such drawings.
 """
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,15 +13,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
 
-from train.nano.art import load_art
-from train.nano.choices import judgement
-from train.nano.compose import Composer
-from train.nano.dialogue import SKILLS, Asked, all_questions, multiple_choice
-from train.nano.names import LANGS
-from train.nano.picture import Picture
-from train.nano.words import VOCABULARY
+from train.nano.data.art import load_art
+from train.nano.data.compose import Composer
+from train.nano.data.labels import LANGS
+from train.nano.data.sample import Sample
+from train.nano.data.vocabulary import VOCABULARY
+from train.nano.text.choices import judgement
+from train.nano.text.dialogue import SKILLS, QAPair, all_questions, multiple_choice
+from yi_vl.image.data_url import png_bytes
 
 SIZE_PX = 448
 NUM_WORDS, NUM_SCENES, NUM_PAIRS = 200, 300, 100
@@ -35,27 +34,27 @@ _NUM_PER_SUBJECT, _NUM_DEV = 60, 5
 
 
 def build_heldout(data_dir: Path) -> None:
-    """Write `data_dir/heldout`: questions.jsonl with its pictures, mmmu/ and cmmmu/ parquet folders."""
+    """Write `data_dir/heldout`: questions.jsonl with its images, mmmu/ and cmmmu/ parquet folders."""
     folder = data_dir / "heldout"
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    rows, pictures = [], list(heldout_pictures(Composer(load_art(data_dir))))
-    for index, (picture, topics) in enumerate(pictures):
-        files = _save_images(folder, index, picture)
+    rows, samples = [], list(heldout_samples(Composer(load_art(data_dir))))
+    for index, (sample, topics) in enumerate(samples):
+        files = _save_images(folder, index, sample)
         for lang in LANGS:
-            asked = _pick(np.random.default_rng([_SEED, index]), picture, lang, topics)
-            rows.append(_row(f"{index:05d}-{lang}", SKILLS[picture.truth.kind], files, asked))
+            qa = _pick(np.random.default_rng([_SEED, index]), sample, lang, topics)
+            rows.append(_row(f"{index:05d}-{lang}", SKILLS[sample.truth.category], files, qa))
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     (folder / "questions.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    write_mmmu(folder / "mmmu", pictures)
-    write_cmmmu(folder / "cmmmu", pictures)
+    write_mmmu(folder / "mmmu", samples)
+    write_cmmmu(folder / "cmmmu", samples)
 
 
-def heldout_pictures(composer: Composer) -> Iterator[tuple[Picture, tuple[str, ...]]]:
-    """Every held-out picture, with the topics that may be asked about it (all, where none are named)."""
-    for picture in composer.all_test_pictures(SIZE_PX):
-        yield picture, ()
-    for picture in composer.all_test_digits(SIZE_PX):
-        yield picture, ()
+def heldout_samples(composer: Composer) -> Iterator[tuple[Sample, tuple[str, ...]]]:
+    """Every held-out sample, with the topics that may be asked about it (all, where none are named)."""
+    for sample in composer.all_test_samples(SIZE_PX):
+        yield sample, ()
+    for sample in composer.all_test_digits(SIZE_PX):
+        yield sample, ()
     words = [VOCABULARY[i] for i in np.random.default_rng(_SEED).choice(len(VOCABULARY), NUM_WORDS, replace=False)]
     for index, word in enumerate(words):
         yield composer.compose(_rng("word", index), "word", SIZE_PX, "test", word), ()
@@ -63,36 +62,36 @@ def heldout_pictures(composer: Composer) -> Iterator[tuple[Picture, tuple[str, .
         topics = _SCENE_TOPICS[index % len(_SCENE_TOPICS)]
         rng = _rng("scene", index)
         while True:  # until a scene allows a question of the topic
-            picture = composer.compose(rng, "scene", SIZE_PX, "test")
-            if any(asked.topic in topics for asked in all_questions(rng, picture.truth, "en")):
+            sample = composer.compose(rng, "scene", SIZE_PX, "test")
+            if any(qa.topic in topics for qa in all_questions(rng, sample.truth, "en")):
                 break
-        yield picture, topics
+        yield sample, topics
     for index in range(NUM_PAIRS):
         yield composer.pair(_rng("same", index), SIZE_PX, "test"), ()
 
 
-def write_mmmu(folder: Path, pictures: list[tuple[Picture, tuple[str, ...]]]) -> None:
+def write_mmmu(folder: Path, samples: list[tuple[Sample, tuple[str, ...]]]) -> None:
     """English multiple choice in MMMU's columns: `folder/<Subject>/{dev,validation}-00000-of-00001.parquet`."""
     for skill, subject in _MMMU_SUBJECTS.items():
         rows: dict[str, list[dict[str, Any]]] = {"dev": [], "validation": []}
-        for index, picture, topics in _sample(pictures, skill):
+        for index, sample, topics in _select(samples, skill):
             rng = np.random.default_rng([_SEED, index, 1])
-            asked, options = _choice(rng, picture, "en", topics)
+            qa, options = _choice(rng, sample, "en", topics)
             split = "dev" if len(rows["dev"]) < _NUM_DEV else "validation"
             number = len(rows[split]) + 1
             rows[split].append(
                 {
                     "id": f"{split}_{subject}_{number}",
-                    "question": f"<image 1>\n{asked.question}",
+                    "question": f"<image 1>\n{qa.question}",
                     "options": repr(options),
                     "explanation": "",
-                    "image_1": {"bytes": _png(picture.image), "path": f"{split}_{subject}_{number}_1.png"},
+                    "image_1": {"bytes": png_bytes(sample.image), "path": f"{split}_{subject}_{number}_1.png"},
                     **{f"image_{i}": None for i in range(2, 8)},
                     "img_type": "['Icons and Symbols']",
-                    "answer": asked.answer,
+                    "answer": qa.answer,
                     "topic_difficulty": "Easy",
                     "question_type": "multiple-choice",
-                    "subfield": asked.topic,
+                    "subfield": qa.topic,
                 }
             )
         image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -102,23 +101,23 @@ def write_mmmu(folder: Path, pictures: list[tuple[Picture, tuple[str, ...]]]) ->
             _write(folder / subject / f"{split}-00000-of-00001.parquet", entries, schema)
 
 
-def write_cmmmu(folder: Path, pictures: list[tuple[Picture, tuple[str, ...]]]) -> None:
+def write_cmmmu(folder: Path, samples: list[tuple[Sample, tuple[str, ...]]]) -> None:
     """Chinese questions in CMMMU's columns and three types: `folder/<category>/{dev,val}-00000-of-00001.parquet`."""
     number = 0
     for skill in _MMMU_SUBJECTS:
         rows: dict[str, list[dict[str, Any]]] = {"dev": [], "val": []}
-        for index, picture, topics in _sample(pictures, skill):
+        for index, sample, topics in _select(samples, skill):
             rng = np.random.default_rng([_SEED, index, 2])
             number += 1
-            kind = ("选择", "选择", "判断", "填空")[number % 4]
-            question, answer, options, topic = _cmmmu_question(rng, kind, picture, topics)
+            question_type = ("选择", "选择", "判断", "填空")[number % 4]
+            question, answer, options, topic = _cmmmu_question(rng, question_type, sample, topics)
             file = f"{number}_01.png"
-            image = {"bytes": _png(picture.image), "path": file}
+            image = {"bytes": png_bytes(sample.image), "path": file}
             split = "dev" if len(rows["dev"]) < _NUM_DEV else "val"
             rows[split].append(
                 {
                     "id": str(number),
-                    "type": kind,
+                    "type": question_type,
                     "source_type": "website",
                     "source": "yi_vl nano",
                     "question": f'<img="{file}">{question}',
@@ -144,60 +143,54 @@ def write_cmmmu(folder: Path, pictures: list[tuple[Picture, tuple[str, ...]]]) -
 
 
 def _cmmmu_question(
-    rng: np.random.Generator, kind: str, picture: Picture, topics: tuple[str, ...]
+    rng: np.random.Generator, question_type: str, sample: Sample, topics: tuple[str, ...]
 ) -> tuple[str, str, list[str], str]:
     """(question, gold answer, options, topic)"""
-    if kind == "判断":
-        statement, is_true = judgement(rng, picture.truth, measured=True)
+    if question_type == "判断":
+        statement, is_true = judgement(rng, sample.truth, measured=True)
         return statement, "对" if is_true else "错", [], "judge"
-    if kind == "填空":
-        asked = _pick(rng, picture, "zh", topics)
-        return asked.question, asked.core, [], asked.topic
-    asked, options = _choice(rng, picture, "zh", topics)
-    return asked.question, asked.answer, options, asked.topic
+    if question_type == "填空":
+        qa = _pick(rng, sample, "zh", topics)
+        return qa.question, qa.core, [], qa.topic
+    qa, options = _choice(rng, sample, "zh", topics)
+    return qa.question, qa.answer, options, qa.topic
 
 
-def _choice(rng: np.random.Generator, picture: Picture, lang: Any, topics: tuple[str, ...]) -> tuple[Asked, list[str]]:
+def _choice(rng: np.random.Generator, sample: Sample, lang: Any, topics: tuple[str, ...]) -> tuple[QAPair, list[str]]:
     while True:
-        asked, options = multiple_choice(rng, picture.truth, lang, measured=True)
-        if not topics or asked.topic in topics:
-            return asked, options
+        qa, options = multiple_choice(rng, sample.truth, lang, measured=True)
+        if not topics or qa.topic in topics:
+            return qa, options
 
 
-def _pick(rng: np.random.Generator, picture: Picture, lang: Any, topics: tuple[str, ...]) -> Asked:
-    asked = all_questions(rng, picture.truth, lang, measured=True)
-    return next(question for question in asked if not topics or question.topic in topics)
+def _pick(rng: np.random.Generator, sample: Sample, lang: Any, topics: tuple[str, ...]) -> QAPair:
+    questions = all_questions(rng, sample.truth, lang, measured=True)
+    return next(qa for qa in questions if not topics or qa.topic in topics)
 
 
-def _sample(pictures: list[tuple[Picture, tuple[str, ...]]], skill: str) -> list[tuple[int, Picture, tuple[str, ...]]]:
-    """Some pictures of a skill, spread evenly over all there are."""
+def _select(samples: list[tuple[Sample, tuple[str, ...]]], skill: str) -> list[tuple[int, Sample, tuple[str, ...]]]:
+    """Some samples of a skill, spread evenly over all there are."""
     of_skill = [
-        (i, picture, topics) for i, (picture, topics) in enumerate(pictures) if SKILLS[picture.truth.kind] == skill
+        (i, sample, topics) for i, (sample, topics) in enumerate(samples) if SKILLS[sample.truth.category] == skill
     ]
     count = min(len(of_skill), _NUM_PER_SUBJECT + _NUM_DEV)
     return [of_skill[i] for i in np.linspace(0, len(of_skill) - 1, count).astype(int)]
 
 
-def _row(key: str, skill: str, files: list[str], asked: Asked) -> dict[str, Any]:
+def _row(key: str, skill: str, files: list[str], qa: QAPair) -> dict[str, Any]:
     return {
-        "id": key, "skill": skill, "topic": asked.topic, "lang": asked.lang, "images": files,
-        "question": asked.question, "answer": asked.answer, "accepted": [asked.answer, *asked.accepted],
+        "id": key, "skill": skill, "topic": qa.topic, "lang": qa.lang, "images": files,
+        "question": qa.question, "answer": qa.answer, "accepted": [qa.answer, *qa.accepted],
     }  # fmt: skip
 
 
-def _save_images(folder: Path, index: int, picture: Picture) -> list[str]:
+def _save_images(folder: Path, index: int, sample: Sample) -> list[str]:
     names = []
-    for position, image in enumerate(picture.images):
+    for position, image in enumerate(sample.images):
         name = f"images/{index:05d}.{position}.png"
         image.save(folder / name)
         names.append(name)
     return names
-
-
-def _png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def _write(path: Path, rows: list[dict[str, Any]], schema: pa.Schema) -> None:
@@ -206,5 +199,5 @@ def _write(path: Path, rows: list[dict[str, Any]], schema: pa.Schema) -> None:
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), path)
 
 
-def _rng(kind: str, index: int) -> np.random.Generator:
-    return np.random.default_rng([_SEED, sum(map(ord, kind)), index])
+def _rng(category: str, index: int) -> np.random.Generator:
+    return np.random.default_rng([_SEED, sum(map(ord, category)), index])

@@ -1,9 +1,9 @@
-"""Pictures told patch by patch, as a mosaic of signs: what nano's language model learns to read before it can see.
+"""Mosaics: images as text, one sign per patch, which nano's language model is trained on before it gets images.
 
-A picture reaches a language model as one vector per patch. A mosaic has one sign per patch in the same places, so a
-language model that reads mosaics knows what to do with a picture, and the first stage has to find what each patch's
-sign is. Signs are an invented alphabet in Unicode's private use area: one for each of `names.LABELS`, and one for every
-two letters that can share a patch.
+An image reaches a language model as one vector per patch. A mosaic has one sign per patch in the same order, so a
+language model trained on mosaics can use image features, and the first stage only has to map each patch to its sign.
+Signs are characters of Unicode's private use area: one for each of `labels.LABELS`, and one for every two letters that
+can share a patch.
 """
 
 from __future__ import annotations
@@ -13,54 +13,55 @@ from typing import Literal
 
 import numpy as np
 
-from train.nano.layout import place_items, scene_items, word_width
-from train.nano.names import BACKGROUND, DIGITS, FLAGS, LABELS, THINGS
-from train.nano.picture import Box, Item, Truth
-from train.nano.words import VOCABULARY
+from train.nano.data.labels import BACKGROUND, DIGITS, FLAGS, LABELS, THINGS
+from train.nano.data.layout import place_items, scene_items, word_width
+from train.nano.data.sample import Box, Item, Truth
+from train.nano.data.vocabulary import VOCABULARY
 
 _FIRST_SIGN = 0xE000
 _LETTER_PAIRS = sorted({f"letter {a}{b}" for word in VOCABULARY for a, b in pairwise(word)})
 SIGNS: dict[str, str] = {label: chr(_FIRST_SIGN + i) for i, label in enumerate((*LABELS, *_LETTER_PAIRS))}
 
-Shares = dict[str, float]  # of the kinds of truths
+Shares = dict[str, float]  # category -> fraction
 _NARROW, _WIDE = "fijlrt", "mw"
 _COVERED = 0.4  # of a patch: then it shows the item
 _CENTRES_ONLY = 0.7  # share of scenes whose items have one sign each, where their centre is
 _NOISY, _NOISE = 0.5, 0.25  # share of single items seen badly, and of their patches that are mistaken
-_LABELS_OF = {kind: [label for label in LABELS if label.startswith(kind)] for kind in ("thing", "flag", "digit")}
+_LABELS_OF = {each: [label for label in LABELS if label.startswith(each)] for each in ("thing", "flag", "digit")}
 
 
-def imagine(rng: np.random.Generator, shares: Shares) -> Truth:
-    """What some picture might show, and where, without drawing it."""
-    kind = list(shares)[rng.choice(len(shares), p=list(shares.values()))]
-    if kind == "scene":
+def random_truth(rng: np.random.Generator, shares: Shares) -> Truth:
+    """A random ground truth, without drawing an image of it."""
+    category = list(shares)[rng.choice(len(shares), p=list(shares.values()))]
+    if category == "scene":
         num_items = int(rng.integers(1, 6))
         placed = zip(scene_items(rng, num_items), place_items(rng, num_items))
         boxes = [(item, (x - s / 2, y - s / 2, x + s / 2, y + s / 2)) for item, (x, y, s) in placed]
-        return Truth("scene", tuple(Item(item.kind, item.name, box, item.colour) for item, box in boxes))
-    if kind == "word":
+        return Truth("scene", tuple(Item(item.category, item.name, box, item.colour) for item, box in boxes))
+    if category == "word":
         return Truth("word", _letters(rng, VOCABULARY[rng.integers(len(VOCABULARY))]))
-    if kind == "digit":
+    if category == "digit":
         return Truth("digit", (Item("digit", DIGITS[rng.integers(10)], _box(rng)),))
-    of: Literal["thing", "flag"] = "flag" if kind == "flag" or (kind == "same" and rng.random() < 0.25) else "thing"
-    keys = tuple(THINGS if of == "thing" else FLAGS)
-    names = [keys[rng.integers(len(keys))] for _ in range(2 if kind == "same" else 1)]
-    if kind == "same" and rng.random() < 0.5:
+    is_flag = category == "flag" or (category == "same" and rng.random() < 0.25)
+    of: Literal["thing", "flag"] = "flag" if is_flag else "thing"
+    keys = tuple(FLAGS if is_flag else THINGS)
+    names = [keys[rng.integers(len(keys))] for _ in range(2 if category == "same" else 1)]
+    if category == "same" and rng.random() < 0.5:
         names[1] = names[0]
-    return Truth(kind, tuple(Item(of, name, _box(rng)) for name in names))  # type: ignore[arg-type]
+    return Truth(category, tuple(Item(of, name, _box(rng)) for name in names))  # type: ignore[arg-type]
 
 
-def tell(rng: np.random.Generator, truth: Truth, grid: int) -> list[str] | None:
+def to_mosaics(rng: np.random.Generator, truth: Truth, grid: int) -> list[str] | None:
     """The mosaic of every image, (grid * grid) signs in reading order; None where a patch would need more than one.
 
-    Single items are at times seen badly, a scene's items at times told by every patch they cover.
+    Single items have mistaken patches at times; a scene's items at times have their sign in every patch they cover.
     """
-    if truth.kind == "same":
+    if truth.category == "same":
         return [_mosaic(_mistaken(rng, _covered(item, grid), item)) for item in truth.items]
     cells = ideal_cells(truth, grid)
-    if cells is None or truth.kind == "word":
+    if cells is None or truth.category == "word":
         return None if cells is None else [_mosaic(cells)]
-    if truth.kind != "scene":
+    if truth.category != "scene":
         return [_mosaic(_mistaken(rng, cells, truth.items[0]))]
     if rng.random() >= _CENTRES_ONLY:
         for item in truth.items:
@@ -74,7 +75,7 @@ def ideal_cells(truth: Truth, grid: int) -> np.ndarray | None:
 
     None where a patch would need more than one sign.
     """
-    if truth.kind in ("word", "scene"):
+    if truth.category in ("word", "scene"):
         return _by_centre(truth.items, grid)
     return _covered(truth.items[0], grid)
 
@@ -112,10 +113,10 @@ def _covered(item: Item, grid: int) -> np.ndarray:
 
 
 def _mistaken(rng: np.random.Generator, cells: np.ndarray, item: Item) -> np.ndarray:
-    """The labels as imperfect eyes might see them: some patches of an item show nothing, or another of its kind."""
+    """The labels with a tower's errors: some patches of an item become background, or another class of its category."""
     if rng.random() >= _NOISY:
         return cells
-    others = _LABELS_OF[item.kind]
+    others = _LABELS_OF[item.category]
     for y, x in np.argwhere((cells != BACKGROUND) & (rng.random(cells.shape) < _NOISE)):
         cells[y, x] = BACKGROUND if rng.random() < 0.5 else others[rng.integers(len(others))]
     return cells

@@ -1,12 +1,11 @@
-"""The tower's own pretraining: what is at this point of the picture? (The real stage 1 starts from a trained OpenCLIP.)
+"""Pretraining of the vision tower by point classification. (The real stage 1 starts from a trained OpenCLIP.)
 
-Captions alone do not get a tower off the ground in minutes on a CPU; labels do. For points drawn from each picture
-a small head, thrown away afterwards, names what lies there (a thing, a flag, a digit, a letter, a coloured shape,
-nothing) from the features of the patch the point falls into: those of the penultimate block, as the language model will
-see them.
+Captions alone would not train a tower in minutes on a CPU; labels do. A small head, discarded afterwards, classifies
+random points of each image (a thing, a flag, a digit, a letter, a coloured shape, background) from the features of the
+patch that the point lies in: those of the penultimate block, which the language model gets.
 Some batches are 448 px, with the position grid resized on the fly: every fifth at first, every second towards the end.
 
-B pictures, K points each, P patches, L labels.
+B images, K points each, P patches, L labels.
 """
 
 from __future__ import annotations
@@ -31,10 +30,10 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from train.nano.art import DATA_DIR, Art, load_art
-from train.nano.compose import Composer
-from train.nano.names import LABELS
-from train.nano.picture import Kind, Picture, dense_labels
+from train.nano.data.art import DATA_DIR, Art, load_art
+from train.nano.data.compose import Composer
+from train.nano.data.labels import LABELS
+from train.nano.data.sample import Category, Sample, dense_labels
 from yi_vl.config import preset
 from yi_vl.image import YiVLImageProcessor
 from yi_vl.vision import OpenClipTower, resize_position_grid
@@ -49,10 +48,10 @@ class TowerRecipe:
     """How the tower is pretrained."""
 
     num_steps: int = 4800
-    batch_size: int = 64  # pictures at 224 px; half as many at 448
-    large_every: int = 5  # every so many batches one of 448 px ...
-    late_large_every: int = 2  # ... and of the later ones
-    late_from: float = 0.6  # of all steps
+    batch_size: int = 64  # images at 224 px; half as many at 448
+    large_every: int = 5  # batches; one of them is of 448 px
+    late_large_every: int = 2  # the same from `late_from` on
+    late_from: float = 0.6  # fraction of all steps
     num_points: int = 48
     learning_rate: float = 1.5e-3
     weight_decay: float = 0.05
@@ -67,7 +66,7 @@ class TowerRecipe:
         return index % every == every - 1
 
 
-KIND_SHARES: dict[Kind, float] = {"thing": 0.32, "flag": 0.26, "digit": 0.07, "word": 0.2, "scene": 0.15}
+CATEGORY_SHARES: dict[Category, float] = {"thing": 0.32, "flag": 0.26, "digit": 0.07, "word": 0.2, "scene": 0.15}
 
 
 @dataclass(frozen=True)
@@ -79,8 +78,22 @@ class PointBatch:
     labels: Tensor
 
 
-class PointHead(nn.Module):
-    """A tower and the head that names points. Only the tower is kept."""
+class TowerModule(nn.Module):
+    """A module with a vision `tower`, whose first input is pixel values."""
+
+    tower: OpenClipTower
+
+    def at_size(self, pixel_values: Tensor, *inputs: Tensor) -> Tensor:
+        """`forward` for images of any size: the position grid is resized, as it will be between the stages."""
+        grid = pixel_values.shape[-1] // self.tower.config.patch_size
+        name = "tower.visual.positional_embedding"
+        positions = resize_position_grid(self.get_parameter(name), grid)
+        output: Tensor = functional_call(self, {name: positions}, (pixel_values, *inputs))
+        return output
+
+
+class PointHead(TowerModule):
+    """A tower and the head that classifies points. Only the tower is kept."""
 
     def __init__(self, tower: OpenClipTower) -> None:
         super().__init__()
@@ -104,20 +117,12 @@ class PointHead(nn.Module):
         logits: Tensor = self.classify(F.gelu(hidden))
         return logits.float()
 
-    def at_size(self, pixel_values: Tensor, points: Tensor) -> Tensor:
-        """`forward` for pictures of any size: the position grid is resized, as it will be between the stages."""
-        grid = pixel_values.shape[-1] // self.tower.config.patch_size
-        name = "tower.visual.positional_embedding"
-        positions = resize_position_grid(self.get_parameter(name), grid)
-        logits: Tensor = functional_call(self, {name: positions}, (pixel_values, points))
-        return logits
 
-
-class PictureStream(IterableDataset[Batch]):
+class SampleStream(IterableDataset[Batch]):
     """A seeded stream of batches, composed on the fly and put into tensors by `make_batch`."""
 
     def __init__(
-        self, art: Art, recipe: TowerRecipe, make_batch: Callable[[np.random.Generator, list[Picture]], Batch]
+        self, art: Art, recipe: TowerRecipe, make_batch: Callable[[np.random.Generator, list[Sample]], Batch]
     ) -> None:
         self.art, self.recipe, self.make_batch = art, recipe, make_batch
 
@@ -126,34 +131,34 @@ class PictureStream(IterableDataset[Batch]):
         first, stride = (worker.id, worker.num_workers) if worker else (0, 1)
         torch.set_num_threads(1)
         composer = Composer(self.art)
-        kinds, shares = list(KIND_SHARES), list(KIND_SHARES.values())
+        categories, shares = list(CATEGORY_SHARES), list(CATEGORY_SHARES.values())
         for index in range(first, self.recipe.num_steps, stride):
             rng = np.random.default_rng([self.recipe.seed, index])
             size_px, count = 224, self.recipe.batch_size
             if self.recipe.is_large(index):
                 size_px, count = 448, count // 2
-            drawn = rng.choice(len(kinds), size=count, p=shares)
-            pictures = [composer.compose(rng, kinds[kind], size_px) for kind in drawn]
-            yield self.make_batch(rng, pictures)
+            indices = rng.choice(len(categories), size=count, p=shares)
+            samples = [composer.compose(rng, categories[i], size_px) for i in indices]
+            yield self.make_batch(rng, samples)
 
 
-def point_batch(rng: np.random.Generator, pictures: list[Picture], num_points: int) -> PointBatch:
+def point_batch(rng: np.random.Generator, samples: list[Sample], num_points: int) -> PointBatch:
     """Half of the points on items, the rest anywhere."""
     pixels, points, labels = [], [], []
-    for picture in pictures:
-        lattice = dense_labels(picture, _POINTS, sub=1)
+    for sample in samples:
+        lattice = dense_labels(sample, _POINTS, sub=1)
         on_items = np.flatnonzero(lattice)
         chosen = rng.integers(_POINTS**2, size=num_points)
         if len(on_items):
             chosen[: num_points // 2] = rng.choice(on_items, size=num_points // 2)
-        pixels.append(np.asarray(picture.image))
+        pixels.append(np.asarray(sample.image))
         points.append(np.stack(np.unravel_index(chosen, lattice.shape), axis=-1))
         labels.append(lattice.reshape(-1)[chosen])
     return PointBatch(*(torch.from_numpy(np.stack(rows)) for rows in (pixels, points, labels)))
 
 
 def pretrain_tower(out_dir: Path, recipe: TowerRecipe, data_dir: Path = DATA_DIR) -> OpenClipTower:
-    """Train a tower from nothing; `out_dir` gets it and a log with its accuracy on held-out drawings."""
+    """Train a tower from random weights; `out_dir` gets it and a log with its accuracy on held-out drawings."""
     torch.manual_seed(recipe.seed)
     art = load_art(data_dir)
     config = preset("nano").vision_config
@@ -162,7 +167,7 @@ def pretrain_tower(out_dir: Path, recipe: TowerRecipe, data_dir: Path = DATA_DIR
     head.to(memory_format=torch.channels_last)
     optimizer, schedule = make_optimizer(head.parameters(), recipe)
     processor = YiVLImageProcessor()
-    stream = PictureStream(art, recipe, partial(point_batch, num_points=recipe.num_points))
+    stream = SampleStream(art, recipe, partial(point_batch, num_points=recipe.num_points))
     loader = DataLoader(stream, batch_size=None, num_workers=recipe.num_workers, prefetch_factor=4)
     out_dir.mkdir(parents=True, exist_ok=True)
     running, started = 0.0, time.time()
@@ -180,8 +185,8 @@ def pretrain_tower(out_dir: Path, recipe: TowerRecipe, data_dir: Path = DATA_DIR
             if step % 500 == 0 or step == recipe.num_steps:
                 row = {"step": step, "loss": round(running, 4), "seconds": round(time.time() - started)}
                 row |= {
-                    f"{kind}_{size}": score_heldout(head, art, kind, size)
-                    for kind in ("thing", "flag")
+                    f"{category}_{size}": score_heldout(head, art, category, size)
+                    for category in ("thing", "flag")
                     for size in (224, 448)
                 }
                 log.write(json.dumps(row) + "\n")
@@ -193,9 +198,9 @@ def pretrain_tower(out_dir: Path, recipe: TowerRecipe, data_dir: Path = DATA_DIR
 def make_optimizer(parameters: Iterable[nn.Parameter], recipe: TowerRecipe) -> tuple[AdamW, OneCycleLR]:
     """AdamW under one cosine cycle."""
     optimizer = AdamW(parameters, recipe.learning_rate, weight_decay=recipe.weight_decay, betas=(0.9, 0.98))
-    share_of_warmup = recipe.warmup_steps / recipe.num_steps
+    warmup_fraction = recipe.warmup_steps / recipe.num_steps
     return optimizer, OneCycleLR(
-        optimizer, recipe.learning_rate, recipe.num_steps, pct_start=share_of_warmup, cycle_momentum=False
+        optimizer, recipe.learning_rate, recipe.num_steps, pct_start=warmup_fraction, cycle_momentum=False
     )
 
 
@@ -207,22 +212,22 @@ def _loss(head: PointHead, processor: YiVLImageProcessor, batch: PointBatch, lab
 
 
 @torch.inference_mode()
-def score_heldout(head: PointHead, art: Art, kind: str, size_px: int) -> float:
-    """The share of held-out pictures whose points, summed, name the right class of their kind."""
-    pictures = [picture for picture in Composer(art).all_test_pictures(size_px) if picture.truth.kind == kind]
-    ids = [index for index, label in enumerate(LABELS) if label.startswith(kind)]
+def score_heldout(head: PointHead, art: Art, category: str, size_px: int) -> float:
+    """Accuracy on held-out images of a category: log-probabilities summed over points, among its classes."""
+    samples = [sample for sample in Composer(art).all_test_samples(size_px) if sample.truth.category == category]
+    ids = [index for index, label in enumerate(LABELS) if label.startswith(category)]
     rng = np.random.default_rng(0)
     processor = YiVLImageProcessor()
     was_training = head.training
     head.eval()
     num_right = 0
-    for start in range(0, len(pictures), 32):
-        chunk = pictures[start : start + 32]
+    for start in range(0, len(samples), 32):
+        chunk = samples[start : start + 32]
         batch = point_batch(rng, chunk, 64)
         with torch.autocast("cpu", torch.bfloat16):
             logits = head.at_size(processor.to_pixel_values(batch.pixels), batch.points)
         scores = logits.log_softmax(-1)[:, :32, ids].sum(1)  # the first half lie on the item
-        for picture, best in zip(chunk, scores.argmax(-1).tolist(), strict=True):
-            num_right += LABELS[ids[best]] == picture.truth.items[0].label
+        for sample, best in zip(chunk, scores.argmax(-1).tolist(), strict=True):
+            num_right += LABELS[ids[best]] == sample.truth.items[0].label
     head.train(was_training)
-    return round(num_right / len(pictures), 4)
+    return round(num_right / len(samples), 4)

@@ -1,6 +1,6 @@
 """The vocabulary of printed words: common English words of two to eight letters, in lower case."""
 
-from train.nano.names import COLOURS, SHAPES, THINGS
+from train.nano.data.labels import COLOURS, SHAPES, THINGS
 
 _COMMON = """
 able about above across act add afraid after again age ago agree air all alone along also always amazing among and

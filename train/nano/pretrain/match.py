@@ -1,0 +1,182 @@
+"""Alignment of tower and projector with the language model: a patch's feature is pulled to its sign's embedding.
+
+The language model was trained on images as mosaics of signs (text/mosaic.py). The target of a patch is the embedding of
+its sign plus a small position code, so that the first stage starts from aligned image features: from captions alone
+that alignment would take hours on a CPU. The language model itself does not run.
+
+B images, P patches each (G x G), D language width, L signs, W waves.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.progress import track
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import DataLoader
+
+from train.nano.data.art import Art, load_art
+from train.nano.data.compose import Composer
+from train.nano.data.labels import BACKGROUND
+from train.nano.data.sample import CATEGORIES, Category, Sample
+from train.nano.pretrain.tower import SampleStream, TowerModule, TowerRecipe, make_optimizer
+from train.nano.text.mosaic import SIGNS, ideal_cells
+from yi_vl import YiVLForConditionalGeneration, YiVLProcessor
+from yi_vl.connector import Projector
+from yi_vl.image import YiVLImageProcessor
+from yi_vl.vision import OpenClipTower
+
+# Two cycles of the learning rate.
+RECIPES = (
+    TowerRecipe(num_steps=1200, learning_rate=8e-4, warmup_steps=100, large_every=2, late_large_every=2),
+    TowerRecipe(num_steps=1500, learning_rate=6e-4, warmup_steps=50, large_every=2, late_large_every=1, seed=1),
+)
+_SIGN_IDS = {name: index for index, name in enumerate(SIGNS)}
+_IGNORED = -100
+_CODE_SCALE = 0.4  # of the signs' own spread
+_SHARPNESS = 16.0  # logits per squared distance between two signs
+
+
+@dataclass(frozen=True)
+class SignBatch:
+    """`pixels` (B, H, W, 3) uint8; `signs` (B, P) indices into `SIGNS`, -100 for images that signs cannot tell."""
+
+    pixels: Tensor
+    signs: Tensor
+
+
+class TowerAndProjector(TowerModule):
+    """The model's vision tower and projector."""
+
+    def __init__(self, tower: OpenClipTower, projector: Projector) -> None:
+        super().__init__()
+        self.tower, self.projector = tower, projector
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, P, D)"""
+        features: Tensor = self.projector(self.tower.visual(pixel_values, self.tower.config.feature_layer))
+        return features.float()
+
+
+def sign_batch(rng: np.random.Generator, samples: list[Sample], patch_size_px: int) -> SignBatch:
+    """The ideal mosaic of each image, without the errors that the language model is trained on."""
+    pixels = np.stack([np.asarray(sample.image) for sample in samples])
+    grid = pixels.shape[1] // patch_size_px
+    signs = np.full((len(samples), grid * grid), _IGNORED)
+    for row, sample in zip(signs, samples, strict=True):
+        cells = ideal_cells(sample.truth, grid)
+        if cells is not None:
+            row[:] = [_SIGN_IDS[name] for name in cells.flat]
+    return SignBatch(torch.from_numpy(pixels), torch.from_numpy(signs))
+
+
+def match(
+    language_dir: Path, tower_dir: Path, out_dir: Path, data_dir: Path, recipes: Sequence[TowerRecipe] = RECIPES
+) -> None:
+    """Join the language model and the tower with a projector trained on signs; stage 1 starts from `out_dir`."""
+    torch.manual_seed(recipes[0].seed)
+    art = load_art(data_dir)
+    model = YiVLForConditionalGeneration.from_pretrained(language_dir, dtype=torch.float32)
+    processor = YiVLProcessor.from_pretrained(language_dir)
+    tower, projector = model.model.vision_tower, model.model.multi_modal_projector
+    tower.load_state_dict(OpenClipTower.from_pretrained(tower_dir).state_dict())
+    sign_token_ids = processor.tokenizer.convert_tokens_to_ids(list(SIGNS.values()))
+    embeddings = model.model.language_model.embed_tokens.weight.detach()[sign_token_ids].clone()  # (L, D)
+    with torch.no_grad():  # the projector's output starts at the scale of the embeddings
+        projector.norm_2.weight.fill_(embeddings.std().item())
+    encoder = TowerAndProjector(tower, projector).train()
+    out_dir.mkdir(parents=True, exist_ok=True)
+    with (out_dir / "match.jsonl").open("w") as log:
+        for recipe in recipes:
+            for row in _train(encoder, embeddings, art, recipe):
+                log.write(json.dumps(row) + "\n")
+                log.flush()
+    model.eval().save_pretrained(out_dir)
+    processor.save_pretrained(out_dir)
+
+
+def _train(encoder: TowerAndProjector, embeddings: Tensor, art: Art, recipe: TowerRecipe) -> Iterator[dict[str, float]]:
+    patch_size_px = encoder.tower.config.patch_size
+    optimizer, schedule = make_optimizer(encoder.parameters(), recipe)
+    codes = {grid**2: position_codes(grid, embeddings) for grid in (4, 8)}
+    processor = YiVLImageProcessor()
+    stream = SampleStream(art, recipe, lambda rng, samples: sign_batch(rng, samples, patch_size_px))
+    loader = DataLoader(stream, batch_size=None, num_workers=recipe.num_workers, prefetch_factor=4)
+    running, started = 0.0, time.time()
+    for step, batch in enumerate(track(loader, "match", total=recipe.num_steps), start=1):
+        with sdpa_kernel(SDPBackend.MATH), torch.autocast("cpu", torch.bfloat16):
+            features = encoder.at_size(processor.to_pixel_values(batch.pixels))
+        loss = sign_loss(features - codes[features.shape[1]], batch.signs, embeddings, recipe.label_smoothing)
+        with sdpa_kernel(SDPBackend.MATH):
+            loss.backward()
+        nn.utils.clip_grad_norm_(encoder.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        running += (loss.item() - running) / min(step, 100)
+        if step % 400 == 0 or step == recipe.num_steps:
+            accuracy: dict[str, float] = {each: score_signs(encoder, embeddings, art, each) for each in CATEGORIES}
+            yield {"step": step, "loss": round(running, 4), "seconds": round(time.time() - started), **accuracy}
+
+
+def position_codes(grid: int, embeddings: Tensor) -> Tensor:
+    """(P, D): where each of grid x grid patches lies, as waves across and down the image in fixed random directions.
+
+    Signs name what there is; from order alone the language model does not learn left from right.
+    """
+    centres = (torch.arange(grid) + 0.5) / grid
+    waves = [wave(torch.pi * cycles * centres) for cycles in (0.5, 1, 2) for wave in (torch.cos, torch.sin)]
+    side = torch.stack(waves, dim=-1)  # (G, W)
+    both = torch.cat([side[:, None].expand(-1, grid, -1), side[None].expand(grid, -1, -1)], dim=-1).flatten(0, 1)
+    directions = torch.randn(both.shape[1], embeddings.shape[1], generator=torch.Generator().manual_seed(0))
+    return _CODE_SCALE * embeddings.std() * both @ directions / (both.shape[1] / 2) ** 0.5  # (P, D)
+
+
+def sign_loss(features: Tensor, signs: Tensor, embeddings: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Distance of (B, P, D) features to the (L, D) embeddings of their signs (B, P), plus cross-entropy of the nearest.
+
+    Every image has the same weight, and in it the patches that show an item as much as the background: a word covers
+    few patches, a flag many.
+    """
+    has_sign = signs != _IGNORED
+    is_shown = has_sign & (signs != _SIGN_IDS[BACKGROUND])
+    is_empty = has_sign & ~is_shown
+    parts = [which / which.sum(1, keepdim=True).clamp(min=1) for which in (is_shown, is_empty)]
+    weight = parts[0] + parts[1]  # (B, P)
+    distances = _distances(features[has_sign], embeddings)  # (M, L)
+    sign_ids = signs[has_sign]  # (M,)
+    nearest = F.cross_entropy(-_SHARPNESS * distances, sign_ids, reduction="none", label_smoothing=label_smoothing)
+    distance = distances.gather(1, sign_ids[:, None]).squeeze(1)
+    return (weight[has_sign] * (nearest + distance)).sum() / weight.sum()
+
+
+def _distances(features: Tensor, embeddings: Tensor) -> Tensor:
+    """(M, D), (L, D) -> squared distances (M, L), in units of the mean one between two signs"""
+    unit = 2 * embeddings.var(dim=0).sum()
+    return torch.cdist(features, embeddings).pow(2) / unit
+
+
+@torch.inference_mode()
+def score_signs(
+    encoder: TowerAndProjector, embeddings: Tensor, art: Art, category: Category, num_samples: int = 64
+) -> float:
+    """Accuracy of the nearest sign over the patches of held-out 448 px images that show an item."""
+    composer, rng = Composer(art), np.random.default_rng(0)
+    samples = [composer.compose(rng, category, 448, "test") for _ in range(num_samples)]
+    batch = sign_batch(rng, samples, encoder.tower.config.patch_size)
+    encoder.eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        features = encoder.at_size(YiVLImageProcessor().to_pixel_values(batch.pixels))
+    encoder.train()
+    features = features - position_codes(8, embeddings)
+    shown = (batch.signs != _IGNORED) & (batch.signs != _SIGN_IDS[BACKGROUND])
+    nearest = _distances(features[shown], embeddings).argmin(-1)
+    return round((nearest == batch.signs[shown]).float().mean().item(), 4)
