@@ -286,7 +286,8 @@ def test_drafts_change_no_answer(yi_vl: YiVL, max_draft_tokens: int, monkeypatch
     drafted, accepted, record = [], [], PromptLookup.record
 
     def watch(lookup: PromptLookup, num_drafted: int, num_accepted: int) -> None:
-        drafted.append(num_drafted), accepted.append(num_accepted)
+        drafted.append(num_drafted)
+        accepted.append(num_accepted)
         record(lookup, num_drafted, num_accepted)
 
     monkeypatch.setattr(PromptLookup, "record", watch)

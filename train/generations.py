@@ -88,11 +88,11 @@ class HeldOut:
 
     def generate(self, model: YiVLForConditionalGeneration, processor: YiVLProcessor) -> list[str]:
         """Greedy answers of a model in eval mode. No random state is used."""
-        engine = Engine(model, processor)
+        engine = Engine(model, processor, max_draft_tokens=0)
         texts = []
         for sample in self.samples:
-            prompts = engine.stack_prompts([processor.encode(sample.prompt)], sample.images)
-            texts.append("".join(output.text for (output,) in engine.generate(prompts, self._sampling)))
+            prompt = engine.inputs.to_prompt(processor.encode(sample.prompt), sample.images)
+            texts.append("".join(output.text for (output,) in engine.generate([prompt], self._sampling)))
         use_gemm_(model)  # undo the engine's replacement of linear layers
         return texts
 

@@ -32,11 +32,11 @@ def compare_chat(model: YiVL, image: Path, turns: int, new_tokens: int) -> dict[
             if is_cleared:
                 model.clear_cache()
             started = synchronized_seconds(model.model.device)
-            prompts, sampling = model.engine.prepare([messages]), Sampling(max_new_tokens=new_tokens)
-            steps = model.engine.generate(prompts, sampling)
+            prompt = model.engine.prepare(messages)
+            steps = model.engine.generate([prompt], Sampling(max_new_tokens=new_tokens))
             outputs = next(steps)
             seconds[f"turn_{turn}_ms"] = 1000 * (synchronized_seconds(model.model.device) - started)
-            outputs += [output for (output,) in steps]
+            outputs += [output for step in steps for output in step]
             messages.append({"role": "assistant", "content": "".join(output.text for output in outputs) or "Yes."})
         variants[name] = seconds
     slow, fast = (variant[f"turn_{turns}_ms"] for variant in variants.values())
@@ -89,7 +89,7 @@ def compare_prefill(model: YiVL, num_tokens: int) -> dict[str, Any]:
     """Products of the layers' matrices and of attention count; softmax, norms and the one row of logits do not."""
     text = model.model.config.text_config
     conversation = text_of(model, min(num_tokens, text.max_position_embeddings - 16))
-    (num_tokens,) = model.engine.prepare([conversation]).num_tokens
+    num_tokens = len(model.engine.prepare(conversation))
     layers = model.model.model.language_model.layers
     per_token = sum(p.numel() for p in layers.parameters() if p.ndim > 1)
     flops = 2 * per_token * num_tokens + 2 * num_tokens**2 * text.hidden_size * text.num_hidden_layers  # causal: half
@@ -118,39 +118,42 @@ def text_of(model: YiVL, num_tokens: int, begin: str = "") -> Conversation:
     def messages(num_words: int) -> Conversation:
         return [{"role": "system", "content": "."}, {"role": "user", "content": f"{begin} " + "word " * num_words}]
 
-    few, many = (model.engine.prepare([messages(words)]).num_tokens[0] for words in (1, 11))
+    few, many = (len(model.engine.prepare(messages(words))) for words in (1, 11))
     return messages(max(1, 1 + round((num_tokens - few) * 10 / (many - few))))
 
 
 def first_token_seconds(model: YiVL, conversation: Conversation) -> float:
     """From a tokenized prompt to the first token of the answer, with an empty prefix cache."""
     model.clear_cache()
-    prompts, sampling = model.engine.prepare([conversation]), Sampling(max_new_tokens=2)
+    prompt = model.engine.prepare(conversation)
     started = synchronized_seconds(model.model.device)
-    next(model.engine.generate(prompts, sampling))
+    next(model.engine.generate([prompt], Sampling(max_new_tokens=2)))
     return synchronized_seconds(model.model.device) - started
 
 
 def engine_rate(model: YiVL, conversations: list[Conversation], new_tokens: int) -> float:
-    """Tokens per second after the first, of answers without a stop token."""
+    """Tokens per second once all answers have begun, without a stop token, and one token per step."""
     model.clear_cache()
-    prompts, sampling = model.engine.prepare(conversations), Sampling(max_new_tokens=new_tokens)
-    steps = model.engine.generate(prompts, sampling, ignore_eos=True)
-    next(steps)
+    prompts = [model.engine.prepare(conversation) for conversation in conversations]
+    max_draft_tokens, model.engine.max_draft_tokens = model.engine.max_draft_tokens, 0
+    steps = model.engine.generate(prompts, Sampling(max_new_tokens=new_tokens), ignore_eos=True)
+    begun: set[int] = set()
+    while len(begun) < len(prompts):
+        begun |= {output.request_id for output in next(steps)}
     started = synchronized_seconds(model.model.device)
-    num_steps = sum(1 for _ in steps)
-    return num_steps * len(conversations) / (synchronized_seconds(model.model.device) - started)
+    num_tokens = sum(map(len, steps))
+    model.engine.max_draft_tokens = max_draft_tokens
+    return num_tokens / (synchronized_seconds(model.model.device) - started)
 
 
 def _generate_rate(model: YiVL, conversation: Conversation, new_tokens: int) -> float:
     """Tokens per second after the first, of transformers alone: its cache, and `nn.Linear` as it is."""
-    prompts = model.engine.prepare([conversation])
+    prompt = model.engine.prepare(conversation)
     streamer = _TokenTimes()
     use_gemm_(model.model)
     try:
         model.model.generate(  # type: ignore[misc]  # transformers annotates `self` as a protocol that its own models do not fit
-            input_ids=prompts.input_ids,
-            attention_mask=prompts.attention_mask,
+            **model.engine.model_inputs(prompt),
             max_new_tokens=new_tokens,
             min_new_tokens=new_tokens,
             do_sample=False,

@@ -127,9 +127,9 @@ def measure_load(folder: Path, scheme: Scheme | None, results: Any) -> None:
 
 def _log_probabilities(model: YiVL, conversation: list[dict[str, Any]]) -> Tensor:
     """Of the next token at every place of a prompt, (S, V)."""
-    prompts = model.engine.prepare([conversation])
+    prompt = model.engine.prepare(conversation)
     with torch.inference_mode():
-        logits = model.model(input_ids=prompts.input_ids, attention_mask=prompts.attention_mask).logits[0]
+        logits = model.model(**model.engine.model_inputs(prompt)).logits[0]
     return logits.float().log_softmax(-1)
 
 
