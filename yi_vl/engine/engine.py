@@ -36,7 +36,7 @@ from .sampling import Sampler, Sampling
 from .scheduler import Scheduler
 
 _MAX_PREFIX_BYTES = 1 << 30  # of recent conversations: 16,000 tokens of the 6B's, 4,000 of the 34B's, in bf16
-_PREFILL_SECONDS = 0.25  # of one step while other requests are under way; four times as long for a single one
+_PREFILL_SECONDS = 0.1  # of one step while other requests are under way; four times as long for a single one
 _IDLE_FACTOR = 4
 _MAX_DECODE_TOKENS = 16  # of all requests in a step with drafts: so many cost little more than one
 
