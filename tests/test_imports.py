@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 # Inside yi_vl a module imports only modules of earlier lines, and its own package. A package stands for its modules
 # that are not named themselves.
 LAYERS = (
-    {"arguments", "chat", "config", "connector", "files", "hardware", "program", "runtime"}
+    {"arguments", "chat", "config", "connector", "files", "hardware", "program", "runtime", "startup"}
     | {"engine.fingerprint", "engine.gemv", "engine.kv_cache", "checkpoint.key_map"},
     {"image", "messages", "generation", "quantize", "vision", "engine.prefix_cache", "checkpoint.json_files"},
     {"model", "checkpoint.weight_files"},

@@ -10,6 +10,7 @@ import importlib
 import os
 import re
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -17,6 +18,7 @@ import typer
 from .arguments import as_path
 from .program import print_error, run
 from .runtime import use_huge_pages
+from .startup import NEVER_USED, QUANTIZERS, hidden, quick_start
 from .terminal import open_images, print_stream, print_turn, read_lines, split_paths
 
 if TYPE_CHECKING:
@@ -311,10 +313,23 @@ def _load(
     dtype: str | None = None,
     allow_remote_images: bool = False,
 ) -> YiVL:
-    _silence()
-    from .predict import load
+    needs_quantizers = quantize is not None or _may_be_quantized(model)
+    with quick_start():
+        with hidden(NEVER_USED if needs_quantizers else (*NEVER_USED, *QUANTIZERS)):
+            _silence()
+            from .predict import load
 
-    return load(model, device=device, dtype=dtype, quantize=quantize, allow_remote_images=allow_remote_images)
+        return load(model, device=device, dtype=dtype, quantize=quantize, allow_remote_images=allow_remote_images)
+
+
+def _may_be_quantized(model: str | None) -> bool:
+    """Whether a model is, or is not known not to be, saved in a quantization that another library reads."""
+    if model is None:
+        return False
+    try:
+        return b'"quantization_config"' in Path(model).expanduser().joinpath("config.json").read_bytes()
+    except (OSError, ValueError, RuntimeError):  # a hub id, adapters, or a path that is refused later
+        return True
 
 
 def _name_of(model: str) -> str:
