@@ -9,9 +9,10 @@ import contextlib
 import importlib
 import os
 import re
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -113,6 +114,7 @@ def ask(
     if not question.strip():
         raise ValueError("The question is empty.")
     opened = open_images(images)
+    _check(model, opened, allow_remote_images)
     pieces = _load(model, quantize, device, dtype, allow_remote_images).stream(
         opened,
         question,
@@ -140,6 +142,7 @@ def chat(
     allow_remote_images: RemoteImagesOption = False,
 ) -> None:
     """Talk about images; the model remembers the conversation."""
+    _check(model, images or (), allow_remote_images)
     yi_vl = _load(model, quantize, device, dtype, allow_remote_images)
     pending_images = [yi_vl.prepare_image(image) for image in images or ()]
     options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
@@ -201,6 +204,7 @@ def serve(
     shutdown_seconds: Annotated[int, typer.Option(min=0, help="How long answers may go on after Ctrl-C.")] = 5,
 ) -> None:
     """Answer OpenAI's clients over HTTP: /v1/chat/completions, /v1/models, /healthz, /metrics."""
+    _check(model)
     try:
         for package in ("fastapi", "httpx", "prometheus_client", "uvicorn"):  # before a model is loaded
             importlib.import_module(package)
@@ -236,7 +240,8 @@ def info(
     _silence()
     from rich.console import Console
 
-    from .checkpoint.load import fetch, find, read_config
+    from .checkpoint.find import find
+    from .checkpoint.load import fetch, read_config
     from .checkpoint.summary import tensor_shapes
     from .config import preset
     from .info import config_table, size_tables
@@ -304,6 +309,17 @@ def convert_command(
                 progress=lambda done, total: progress.update(task, completed=done, total=total),
             )
         print(f"{target} is written.")
+
+
+def _check(model: str | None, images: Iterable[Any] = (), allow_remote_images: bool = False) -> None:
+    """Refuse a model or an image that is not there before torch and the model are loaded, which takes seconds."""
+    from .checkpoint.find import find
+
+    find(model)
+    for image in images:
+        from .image import check_source  # numpy and Pillow, where there are images
+
+        check_source(image, allow_remote_images)
 
 
 def _load(

@@ -19,7 +19,8 @@ from rich.table import Table
 from transformers import AutoConfig
 
 from yi_vl import program
-from yi_vl.checkpoint.load import find, read_config
+from yi_vl.checkpoint.find import find
+from yi_vl.checkpoint.load import read_config
 from yi_vl.config import OpenClipVisionConfig, YiVLConfig, preset
 
 from ..checkpoint import FINAL
