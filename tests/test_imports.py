@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = (
     {"arguments", "chat", "config", "connector", "files", "hardware", "program", "runtime", "startup"}
     | {"engine.fingerprint", "engine.gemv", "engine.kv_cache", "checkpoint.key_map"},
+    {"vision_blocks"},
     {"image", "messages", "generation", "quantize", "vision", "engine.prefix_cache", "checkpoint.json_files"},
     {"model", "checkpoint.weight_files"},
     {"processor"},

@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutput
 
 from .config import OpenClipVisionConfig
+from .vision_blocks import LayerNorm, Transformer, block_index
 
 logger = logging.getLogger(__name__)
 
@@ -78,73 +77,6 @@ def _halving(narrow: int, wide: int) -> nn.Conv2d:
     return nn.Conv2d(narrow, wide, 3, stride=2, padding=1, bias=False)
 
 
-class LayerNorm(nn.LayerNorm):
-    """torch's, in the dtype of its input also under autocast, which computes it in fp32."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x).to(x.dtype)
-
-
-class QuickGELU(nn.Module):
-    """OpenAI's approximation of GELU, for towers that were trained with it."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * torch.sigmoid(1.702 * x)
-
-
-class SelfAttention(nn.MultiheadAttention):
-    """Attention among an image's tokens, its output projection called as the module that it is.
-
-    torch's own takes that module's weight behind its back, which neither offloading nor an adapter survives.
-
-    attend: the product of queries, keys and values, (N, heads, L, head_dim) each; the trainer sets its own on CPUs.
-    """
-
-    attend: Callable[[Tensor, Tensor, Tensor], Tensor] = staticmethod(F.scaled_dot_product_attention)
-
-    def forward(self, query: Tensor) -> Tensor:  # type: ignore[override]
-        """(N, L, Dv) -> (N, L, Dv), all tokens to all tokens"""
-        num_images, length, _width = query.shape
-        projected = F.linear(query, self.in_proj_weight, self.in_proj_bias)  # (N, L, 3 Dv)
-        heads = projected.view(num_images, length, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
-        output = self.attend(*heads)  # (N, heads, L, head_dim)
-        return self.out_proj(output.transpose(1, 2).reshape(num_images, length, -1))
-
-
-class ResidualAttentionBlock(nn.Module):
-    """Attention and feed-forward network, each behind a norm and beside the identity: (N, L, Dv) -> (N, L, Dv)"""
-
-    def __init__(self, config: OpenClipVisionConfig) -> None:
-        super().__init__()
-        width, inner_width = config.hidden_size, config.intermediate_size
-        self.ln_1 = LayerNorm(width)
-        self.attn = SelfAttention(width, config.num_attention_heads, batch_first=True)
-        self.ln_2 = LayerNorm(width)
-        self.mlp = nn.Sequential()
-        self.mlp.add_module("c_fc", nn.Linear(width, inner_width))
-        self.mlp.add_module("gelu", QuickGELU() if config.quick_gelu else nn.GELU())
-        self.mlp.add_module("c_proj", nn.Linear(inner_width, width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.ln_1(x))
-        return x + self.mlp(self.ln_2(x))
-
-
-class Transformer(nn.Module):
-    """The tower's blocks: (N, L, Dv) -> (N, L, Dv)"""
-
-    def __init__(self, config: OpenClipVisionConfig) -> None:
-        super().__init__()
-        self.resblocks = nn.ModuleList(ResidualAttentionBlock(config) for _ in range(config.num_hidden_layers))
-        self.grad_checkpointing = False
-
-    def forward(self, x: Tensor, feature_layer: int) -> Tensor:
-        """What block `feature_layer` leaves; negative from the end. Later blocks are not run."""
-        for block in self.resblocks[: _index(feature_layer, self.resblocks) + 1]:
-            x = checkpoint(block, x, use_reentrant=False) if self.grad_checkpointing else block(x)
-        return x
-
-
 class PatchFeatures(nn.Module):
     """OpenCLIP's vision transformer without its contrastive head, which is not part of Yi-VL."""
 
@@ -179,7 +111,7 @@ class PatchFeatures(nn.Module):
     def unused_modules(self, feature_layer: int) -> list[nn.Module]:
         """Modules behind the block whose output is taken."""
         blocks = self.transformer.resblocks
-        return [*blocks[_index(feature_layer, blocks) + 1 :], self.ln_post]
+        return [*blocks[block_index(feature_layer, blocks) + 1 :], self.ln_post]
 
     @property
     def grad_checkpointing(self) -> bool:
@@ -217,7 +149,7 @@ class TimmPatchFeatures(nn.Module):
     def unused_modules(self, feature_layer: int) -> list[nn.Module]:
         """Modules behind the block whose output is taken."""
         blocks = self.trunk.blocks
-        return [*blocks[_index(feature_layer, blocks) + 1 :], self.trunk.norm, self.trunk.fc_norm]
+        return [*blocks[block_index(feature_layer, blocks) + 1 :], self.trunk.norm, self.trunk.fc_norm]
 
     @property
     def grad_checkpointing(self) -> bool:
@@ -297,11 +229,6 @@ class OpenClipTower(PreTrainedModel):
             module.init_non_persistent_buffers()  # type: ignore[operator]
         elif isinstance(module, nn.Conv2d):
             init.kaiming_normal_(module.weight, nonlinearity="relu")
-
-
-def _index(feature_layer: int, blocks: nn.ModuleList) -> int:
-    """A block's index from the front; a negative one counts from the end."""
-    return range(len(blocks))[feature_layer]
 
 
 def resize_position_grid(positions: Tensor, grid: int) -> Tensor:
