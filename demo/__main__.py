@@ -14,9 +14,11 @@ from typing import Annotated
 import typer
 
 from yi_vl.arguments import as_path
+from yi_vl.checkpoint.find import find
 from yi_vl.cli import DeviceOption, DtypeOption, QuantizeOption
 from yi_vl.program import run
 from yi_vl.runtime import use_huge_pages
+from yi_vl.startup import quick_start
 
 from .card import find_card
 from .i18n import ANY_YI_VL, LANGUAGES, NANO
@@ -61,17 +63,19 @@ def demo(
         except OSError as error:
             raise ValueError(f"--keep {keep}: no such folder can be made: {error.strerror}.") from error
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # so that uploads are removed then too
-    from yi_vl.predict import load
+    find(model)  # refused before the seconds that imports take
+    with quick_start():
+        from yi_vl.predict import load
 
-    try:
-        from .app import running
-    except ModuleNotFoundError as error:
-        raise ValueError(f'{error}. Install what the demo needs: pip install -e ".[demo]"') from error
+        try:
+            from .app import running
+        except ModuleNotFoundError as error:
+            raise ValueError(f'{error}. Install what the demo needs: pip install -e ".[demo]"') from error
 
+        yi_vl = load(model, device=device, dtype=dtype, quantize=quantize)
     name = Path(model).name if model else "nano"
     of_model = ANY_YI_VL if model else NANO
     descriptions = dict.fromkeys(LANGUAGES, about) if about else of_model
-    yi_vl = load(model, device=device, dtype=dtype, quantize=quantize)
     try:
         page = running(
             yi_vl,

@@ -56,7 +56,7 @@ def clock(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("models") / "tiny"
-    tiny_yi_vl().save(path)
+    tiny_yi_vl(seed=2).save(path)  # random weights whose greedy answers have no near ties, alone or in a batch
     return path
 
 

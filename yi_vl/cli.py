@@ -10,17 +10,15 @@ import importlib
 import os
 import re
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
 from .arguments import as_path
+from .loading import check, load_quickly, quick_imports
 from .program import print_error, run
 from .runtime import use_huge_pages
 from .terminal import open_images, print_stream, print_turn, read_lines, split_paths
-
-if TYPE_CHECKING:
-    from .predict import YiVL
 
 _PRESETS = ("6b", "34b", "nano")
 _CHAT_HELP = (
@@ -111,7 +109,8 @@ def ask(
     if not question.strip():
         raise ValueError("The question is empty.")
     opened = open_images(images)
-    pieces = _load(model, quantize, device, dtype, allow_remote_images).stream(
+    check(model, opened, allow_remote_images)
+    pieces = load_quickly(model, quantize, device, dtype, allow_remote_images).stream(
         opened,
         question,
         system=system,
@@ -138,7 +137,8 @@ def chat(
     allow_remote_images: RemoteImagesOption = False,
 ) -> None:
     """Talk about images; the model remembers the conversation."""
-    yi_vl = _load(model, quantize, device, dtype, allow_remote_images)
+    check(model, images or (), allow_remote_images)
+    yi_vl = load_quickly(model, quantize, device, dtype, allow_remote_images)
     pending_images = [yi_vl.prepare_image(image) for image in images or ()]
     options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
     conversation = yi_vl.chat(system)
@@ -200,6 +200,7 @@ def serve(
     shutdown_seconds: Annotated[int, typer.Option(min=0, help="How long answers may go on after Ctrl-C.")] = 5,
 ) -> None:
     """Answer OpenAI's clients over HTTP: /v1/chat/completions, /v1/models, /healthz, /metrics."""
+    check(model)
     try:
         for package in ("fastapi", "httpx", "prometheus_client", "uvicorn"):  # before a model is loaded
             importlib.import_module(package)
@@ -210,7 +211,7 @@ def serve(
     if name is None:
         name = "nano" if model is None else _name_of(model)
     run_server(
-        lambda: _load(model, quantize, device, dtype),
+        lambda: load_quickly(model, quantize, device, dtype),
         name,
         host=host,
         port=port,
@@ -232,15 +233,18 @@ def info(
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor's name and shape instead.")] = False,
 ) -> None:
     """What a model is made of: configuration, parameters, memory. No weights are read."""
-    _silence()
-    from rich.console import Console
+    from .checkpoint.find import find
 
-    from .checkpoint.load import fetch, find, read_config
-    from .checkpoint.summary import tensor_shapes
-    from .config import preset
-    from .info import config_table, size_tables
+    source = None if model in _PRESETS else find(model)
+    with quick_imports():
+        from rich.console import Console
 
-    folder = None if model in _PRESETS else fetch(find(model), with_weights=False)
+        from .checkpoint.load import fetch, read_config
+        from .checkpoint.summary import tensor_shapes
+        from .config import preset
+        from .info import config_table, size_tables
+
+    folder = None if source is None else fetch(source, with_weights=False)
     config = preset(model) if folder is None else read_config(str(folder))
     if tensors:
         for name, shape in tensor_shapes(config, folder).items():
@@ -269,13 +273,6 @@ def convert_command(
 
     With --verify DST may be left out. With --quantize it is written in our layout, for CPUs.
     """
-    _silence()
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
-
-    from .checkpoint import convert, largest_difference
-    from .checkpoint.load import open_model
-
     if target is None and not verify:
         raise ValueError("say where to write to: yi-vl convert SRC DST --to " + to)
     folder = None if target is None else as_path(target, "DST")
@@ -283,6 +280,14 @@ def convert_command(
         raise ValueError(f"{target} exists already; choose another name, or remove it.")
     if quantize is not None and to != "yi-vl":
         raise ValueError(f"--quantize writes our layout, and {to!r} has no place for quantized weights.")
+    check(source)
+    with quick_imports():
+        from rich.console import Console
+        from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
+
+        from .checkpoint import convert, largest_difference
+        from .checkpoint.load import open_model
+
     checkpoint = open_model(source, tower_from)
     if verify:
         difference, where = largest_difference(checkpoint)
@@ -305,32 +310,6 @@ def convert_command(
         print(f"{target} is written.")
 
 
-def _load(
-    model: str | None,
-    quantize: Literal["int8", "int4"] | None,
-    device: str | None = None,
-    dtype: str | None = None,
-    allow_remote_images: bool = False,
-) -> YiVL:
-    _silence()
-    from .predict import load
-
-    return load(model, device=device, dtype=dtype, quantize=quantize, allow_remote_images=allow_remote_images)
-
-
 def _name_of(model: str) -> str:
     folder = as_path(model, "the model")
     return folder.resolve().name if folder.is_dir() else model
-
-
-def _silence() -> None:
-    """Silence the libraries' warnings and progress bars: what concerns the user is an error."""
-    import logging as standard_logging
-    import warnings
-
-    warnings.simplefilter("ignore", FutureWarning)
-    standard_logging.getLogger("torch.utils._pytree").setLevel(standard_logging.ERROR)  # what torchao makes torch say
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()

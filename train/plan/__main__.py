@@ -20,7 +20,8 @@ from transformers import AutoConfig
 
 from yi_vl import program
 from yi_vl.arguments import one_line
-from yi_vl.checkpoint.load import find, read_config
+from yi_vl.checkpoint.find import find
+from yi_vl.checkpoint.load import read_config
 from yi_vl.config import OpenClipVisionConfig, YiVLConfig, preset
 
 from ..checkpoint import FINAL

@@ -6,21 +6,20 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from stat import S_ISDIR
 from typing import Any, get_args
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 
-from ..arguments import as_choice, as_path, one_line, shown, stat
+from ..arguments import as_choice, one_line, shown
 from ..auto import YiVLConfig, YiVLForConditionalGeneration, YiVLProcessor  # which registers them with transformers
 from ..generation import set_end_tokens_
 from ..quantize import METHOD, Scheme, make_config
 from . import Checkpoint, TowerFrom, base_of, holds_adapters, merge, open_checkpoint, read_configuration, read_processor
+from .find import find as find
 from .json_files import read_json
 
-_BUNDLED = Path(__file__).parents[1] / "nano"
 _HUB_FILES = ("*.json", "*.model", "*.jinja", "vit/*/*.json")
 _HUB_WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "vit/*/pytorch_model*.bin")
 _DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")  # accelerate's strategies to place a model
@@ -119,27 +118,6 @@ def open_model(path: str | os.PathLike | None, tower_from: TowerFrom = "vit") ->
         return open_checkpoint(folder, tower_from)
     with _base(folder, with_weights=True) as base:
         return merge(open_checkpoint(base, tower_from), folder)
-
-
-def find(path: str | os.PathLike | None) -> str:
-    """A model folder, or a hub id; the bundled model's folder for None."""
-    if path is None:
-        if not (_BUNDLED / "config.json").exists():
-            raise ValueError(
-                f"The bundled nano model is not in this installation ({_BUNDLED} has no config.json). Train it "
-                "(`python -m train.nano`), or name another model."
-            )
-        return str(_BUNDLED)
-    folder = as_path(path, "the model")
-    status = stat(folder, str(path))
-    if status is not None and S_ISDIR(status.st_mode):
-        return str(folder)
-    if status is not None:
-        raise ValueError(f"{folder} is a file; a model is a folder with a config.json, or a hub id.")
-    parts = str(path).split("/")
-    if len(parts) != 2 or not all(parts) or parts[0] in (".", "..", "~"):
-        raise ValueError(f"{shown(str(path))}: there is no such folder, and a hub id has the form owner/name.")
-    return str(path)
 
 
 def read_config(source: str) -> YiVLConfig:
