@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from yi_vl.engine.sampling import Sampler, Sampling
+from yi_vl.engine.sampler import Sampler
+from yi_vl.engine.sampling import Sampling
 
 VOCABULARY = 960
 NO_SUPPRESSED_TOKENS = torch.zeros(VOCABULARY, dtype=torch.bool)

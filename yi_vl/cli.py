@@ -109,17 +109,10 @@ def ask(
     if not question.strip():
         raise ValueError("The question is empty.")
     opened = open_images(images)
-    check(model, opened, allow_remote_images)
-    pieces = load_quickly(model, quantize, device, dtype, allow_remote_images).stream(
-        opened,
-        question,
-        system=system,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
-    )
-    print_stream(pieces)
+    options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+    check(model, opened, allow_remote_images, options)
+    yi_vl = load_quickly(model, quantize, device, dtype, allow_remote_images)
+    print_stream(yi_vl.stream(opened, question, system=system, **options))
 
 
 @app.command()
@@ -137,10 +130,10 @@ def chat(
     allow_remote_images: RemoteImagesOption = False,
 ) -> None:
     """Talk about images; the model remembers the conversation."""
-    check(model, images or (), allow_remote_images)
+    options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+    check(model, images or (), allow_remote_images, options)
     yi_vl = load_quickly(model, quantize, device, dtype, allow_remote_images)
     pending_images = [yi_vl.prepare_image(image) for image in images or ()]
-    options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
     conversation = yi_vl.chat(system)
     print(_CHAT_HELP)
     for line in read_lines():

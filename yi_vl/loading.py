@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,14 +15,22 @@ if TYPE_CHECKING:
     from .predict import YiVL
 
 
-def check(model: str | None, images: Iterable[Any] = (), allow_remote_images: bool = False) -> None:
-    """Refuse a model or an image that is not there before torch and the model are loaded, which takes seconds.
+def check(
+    model: str | None,
+    images: Iterable[Any] = (),
+    allow_remote_images: bool = False,
+    options: Mapping[str, Any] | None = None,
+) -> None:
+    """Refuse a model or an image that is not there, and wrong options of `Sampling`, before torch and the model are
+    loaded, which takes seconds.
 
     Raises:
-        ValueError: there is no such folder, and the name is no hub id; or an image cannot be opened.
+        ValueError: there is no such folder, and the name is no hub id; an image cannot be opened; an option is wrong.
     """
     from .checkpoint.find import find
+    from .engine.sampling import Sampling
 
+    Sampling(**options or {})
     find(model)
     for image in images:
         from .image import check_source  # numpy and Pillow, where there are images

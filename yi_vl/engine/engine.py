@@ -32,7 +32,8 @@ from .prompt import InputProcessor, Prompt
 from .prompt_lookup import PromptLookup
 from .request import Request, StepOutput
 from .running_batch import RunningBatch
-from .sampling import Sampler, Sampling
+from .sampler import Sampler
+from .sampling import Sampling
 from .scheduler import Scheduler
 
 _MAX_PREFIX_BYTES = 1 << 30  # of recent conversations: 16,000 tokens of the 6B's, 4,000 of the 34B's, in bf16
@@ -291,7 +292,7 @@ class Engine:
 
     def _prefill(self, prefill: Prefill) -> list[StepOutput]:
         try:
-            batch = self._advance(prefill)
+            batch = self._compute(prefill)
         except Exception as error:
             self.scheduler.prefills.remove(prefill)
             if len(prefill.requests) == 1:
@@ -309,7 +310,7 @@ class Engine:
             self._batch.extend(batch)
         return outputs
 
-    def _advance(self, prefill: Prefill) -> RunningBatch | None:
+    def _compute(self, prefill: Prefill) -> RunningBatch | None:
         """Encode some images of a prefill, or compute its next chunk; the batch when that was the last."""
         started = time.perf_counter()
         if missing := prefill.missing_images[: self._image_pace.num_units]:
@@ -333,7 +334,7 @@ class Engine:
         return self._finish(batch.sample(self._sampler))
 
     def _finish(self, outputs: list[StepOutput]) -> list[StepOutput]:
-        self._forget(output.request_id for output in outputs if output.is_last)
+        self._remove(output.request_id for output in outputs if output.is_last)
         return outputs
 
     def _release(self) -> None:
@@ -355,7 +356,7 @@ class Engine:
 
     def _fail(self, requests: Iterable[Request], error: Exception) -> list[StepOutput]:
         failed = [request for request in requests if not request.is_done]
-        self._forget(request.id for request in failed)
+        self._remove(request.id for request in failed)
         return [request.fail(error) for request in failed]
 
     def _fail_all(self, error: Exception) -> list[StepOutput]:
@@ -366,7 +367,7 @@ class Engine:
         self._batch, self.scheduler.prefills = None, []
         return self._fail(begun, error)
 
-    def _forget(self, request_ids: Iterable[int]) -> None:
+    def _remove(self, request_ids: Iterable[int]) -> None:
         with self._lock:
             for request_id in request_ids:
                 self._requests.pop(request_id, None)

@@ -83,24 +83,24 @@ class Prefill:
             self._prefixes.put(key, rows.cache, row, rows.attention_mask)
         return RunningBatch(self._model, self.requests, rows.cache, rows.attention_mask, logits)
 
-    def _shared_rows(self) -> _Rows | None:
+    def _shared_rows(self) -> _PaddedPrompts | None:
         """What all prompts share, as one row; None where it is cached, or nothing is shared."""
         cached = self._prefixes.find(self._shared_key)
         if cached.get_seq_length() == len(self._shared_key):
             return None
-        return _Rows([self._shared_key], [cached], self._features, self._device)
+        return _PaddedPrompts([self._shared_key], [cached], self._features, self._device)
 
-    def _all_rows(self, shared: Cache | None = None) -> _Rows:
+    def _all_rows(self, shared: Cache | None = None) -> _PaddedPrompts:
         """All prompts, each after its own longest cached prefix."""
         prefixes = [self._prefixes.find(key.head(key.reusable(len(key) - 1))) for key in self._keys]
         if shared is not None:  # it may have been too large to be cached
             length = shared.get_seq_length()
             prefixes = [prefix if prefix.get_seq_length() >= length else shared for prefix in prefixes]
-        return _Rows(self._keys, prefixes, self._features, self._device)
+        return _PaddedPrompts(self._keys, prefixes, self._features, self._device)
 
 
-class _Rows:
-    """Keys and values of B rows of tokens, each after its own prefix.
+class _PaddedPrompts:
+    """B prompts, or what they share, each after its own prefix; padded on the left.
 
     Args:
         prefixes: a KV cache of one row for each.

@@ -15,7 +15,8 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from .kv_cache import CACHE_ARGUMENT, gather
 from .request import Request, StepOutput
-from .sampling import Sampler, Sampling
+from .sampler import Sampler
+from .sampling import Sampling
 
 _MAX_PADDING = 1.25  # columns of the cache, to the tokens of its longest row
 

@@ -1,25 +1,19 @@
-"""Sampling options, and the sampler that takes the next token of each request from its logits.
-
-B requests in the batch, V vocabulary.
-"""
+"""Sampling options. No torch here: a wrong option is refused before it is imported."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from itertools import islice
-from typing import Any
-
-import torch
-from torch import Tensor
-from transformers.generation import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
+from typing import TYPE_CHECKING, Any
 
 from ..arguments import as_float, as_int, as_text, shown
 from ..chat import STOP_STRING
 
+if TYPE_CHECKING:
+    import torch
+
 _MAX_STOPS = 1000
-_MIN_TEMPERATURE, _MAX_TEMPERATURE = 1e-30, 1e30  # beyond float32 a temperature would be 0 or infinite
 
 
 @dataclass(frozen=True)
@@ -74,58 +68,14 @@ class Sampling:
         """A request's own random generator, so that requests in other slots change nothing; None if it is greedy."""
         if self.is_greedy:
             return None
+        import torch
+
         generator = torch.Generator("cpu")  # on the CPU, for the same draws on every device
         if self.seed is None:
             generator.seed()
         else:
             generator.manual_seed(self.seed)
         return generator
-
-
-class Sampler:
-    """Takes each request's next token from its logits.
-
-    Args:
-        suppress_tokens: (V,) bool, true for tokens that are never generated.
-    """
-
-    def __init__(self, suppress_tokens: Tensor) -> None:
-        self._suppress_tokens = suppress_tokens
-
-    def greedy(self, logits: Tensor) -> Tensor:
-        """(..., V) -> (...)"""
-        return self._suppressed(logits).argmax(-1)
-
-    def _suppressed(self, logits: Tensor) -> Tensor:
-        return logits.float().masked_fill(self._suppress_tokens.to(logits.device), -math.inf)
-
-    def __call__(
-        self, logits: Tensor, samplings: Sequence[Sampling], generators: Sequence[torch.Generator | None]
-    ) -> Tensor:
-        """(B, V) -> (B,), each with its own options, and sampled with its own generator."""
-        logits = self._suppressed(logits)
-        tokens = logits.argmax(-1)
-        rows_of: dict[tuple[float, float], list[int]] = {}
-        for row, sampling in enumerate(samplings):
-            if not sampling.is_greedy:
-                rows_of.setdefault((sampling.temperature, sampling.top_p), []).append(row)
-        for (temperature, top_p), rows in rows_of.items():
-            probabilities = _probabilities(logits[rows], temperature, top_p).cpu()
-            sampled = [
-                torch.multinomial(of_row, 1, generator=generators[row])
-                for row, of_row in zip(rows, probabilities, strict=True)
-            ]
-            tokens[rows] = torch.cat(sampled).to(tokens.device)
-        return tokens
-
-
-def _probabilities(logits: Tensor, temperature: float, top_p: float) -> Tensor:
-    """(B, V) -> (B, V)"""
-    warpers = LogitsProcessorList([TemperatureLogitsWarper(min(max(temperature, _MIN_TEMPERATURE), _MAX_TEMPERATURE))])
-    if top_p < 1:
-        warpers.append(TopPLogitsWarper(top_p))
-    logits = logits - logits.amax(-1, keepdim=True)  # a tiny temperature would overflow otherwise
-    return warpers(None, logits).softmax(-1)  # type: ignore[arg-type]  # none of them looks at the ids
 
 
 def _as_stops(stop: Any) -> tuple[str, ...]:
