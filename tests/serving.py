@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import base64
+import io
+import struct
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +20,7 @@ import torch
 import uvicorn
 from fastapi import FastAPI
 from openai import OpenAI
+from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 from tiny import OFFICIAL, grow_cache
 
@@ -156,3 +160,17 @@ def chat_message(role: str, content: Any, **fields: Any) -> dict[str, Any]:
 
 def answer(client: OpenAI, **fields: Any) -> str:
     return client.chat.completions.create(**ask(**fields)).choices[0].message.content or ""
+
+
+def encoded_image(format: str) -> bytes:
+    file = io.BytesIO()
+    Image.new("L", (8, 8)).save(file, format)
+    return file.getvalue()
+
+
+def bomb() -> bytes:
+    """An image that says it has more pixels than are read."""
+    content = bytearray(encoded_image("PNG"))
+    content[16:24] = struct.pack(">II", 20_000, 6_000)
+    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+    return bytes(content)

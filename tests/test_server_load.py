@@ -16,17 +16,22 @@ import pytest
 from openai import AsyncOpenAI
 from serving import (
     PATIENCE_SECONDS,
+    TALL,
     WIDE,
     Gate,
     Turns,
     ask,
+    bomb,
     client_of,
+    data_url,
     direct,
     metric,
     openai_messages,
     serving,
+    show,
     wait_until,
 )
+from test_image_hostile import bmp_in_rle, gif_with
 from tiny import tiny_yi_vl
 from transformers import Cache
 
@@ -142,11 +147,12 @@ def test_a_slow_reader_delays_no_other() -> None:
 
 @pytest.mark.slow
 def test_many_clients_at_once(yi_vl: YiVL) -> None:
-    """200 requests, 20 at once; a third leaves, a tenth is malformed. Afterwards everything is as it was before."""
+    """200 requests, 20 at once; a third leaves, a tenth is malformed or hostile. Afterwards everything is as it was before."""
     chats: list[Turns] = [[("user", [WIDE] * (i % 3), f"Question {i}?")] for i in range(8)]
     expected = [direct(yi_vl, chats[i], max_new_tokens=6, temperature=1.0, seed=i)[0] for i in range(8)]
     assert len(set(expected)) == len(chats)
     bad = [ask(n=0), ask(messages=[{"role": "wizard", "content": "Hi"}]), ask(tools=[{}]), ask(model="other")]
+    bad += [show(data_url(content)) for content in (bomb(), gif_with(b"!\xfe\1a\0" * 100_000), bmp_in_rle(10_000))]
     threads, draw, seen = set(threading.enumerate()), random.Random(0), Counter[str]()
 
     async def listen(client: AsyncOpenAI, index: int) -> None:
@@ -166,7 +172,7 @@ def test_many_clients_at_once(yi_vl: YiVL) -> None:
 
     async def request(client: AsyncOpenAI, index: int) -> str:
         if index % 10 == 5:
-            with pytest.raises((openai.BadRequestError, openai.NotFoundError)):
+            with pytest.raises((openai.BadRequestError, openai.NotFoundError, openai.UnprocessableEntityError)):
                 await client.chat.completions.create(**bad[index // 10 % len(bad)])
             return "malformed"
         if index % 6 == 0:
@@ -200,7 +206,7 @@ def test_many_clients_at_once(yi_vl: YiVL) -> None:
         num_refused = seen.pop("refused", 0)
         assert seen == {"malformed": 20, "interrupted": 34, "impatient": 26, "answered": 120}
         wait_until(lambda: metric(address, "requests_running") + metric(address, "requests_waiting") == 0)
-        malformed = metric(address, "requests_total", status="400") + metric(address, "requests_total", status="404")
+        malformed = sum(metric(address, "requests_total", status=status) for status in ("400", "404", "422"))
         assert malformed == 20 and metric(address, "requests_total", status="500") == 0
         assert metric(address, "requests_total", status="429") >= num_refused
         assert metric(address, "requests_total", status="499") > 0
@@ -208,3 +214,64 @@ def test_many_clients_at_once(yi_vl: YiVL) -> None:
         gc.collect()
         assert not any(type(thing) in (Cache, Prompt) for thing in gc.get_objects())
     assert set(threading.enumerate()) == threads
+
+
+def watch_rows(yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Collects how many answers each decode step is for."""
+    forward, rows = yi_vl.model.forward, []
+
+    def watch(**inputs: Any) -> Any:
+        rows.append(len(inputs.get("input_ids", [])))
+        return forward(**inputs)
+
+    monkeypatch.setattr(yi_vl.model, "forward", watch)
+    return rows
+
+
+def test_requests_are_generated_together(yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = (9, 12, 15, 20)
+    expected = [direct(yi_vl, [("user", [], "Hi")], max_new_tokens=length)[0] for length in lengths]
+    with serving(create_app(yi_vl, "tiny")) as address:
+        gate = Gate(yi_vl, monkeypatch)
+        threads = [start(address, max_tokens=length) for length in lengths]
+        wait_until(lambda: metric(address, "requests_running") + metric(address, "requests_waiting") == len(lengths))
+        rows = watch_rows(yi_vl, monkeypatch)
+        gate.open()
+        for thread in threads:
+            thread.join(PATIENCE_SECONDS)
+        assert [thread.text for thread in threads] == expected  # type: ignore[attr-defined]
+        assert max(rows) == len(lengths) and sum(rows) <= sum(lengths)
+        assert metric(address, "slots") == 16 and metric(address, "batch_size") == 0
+        assert metric(address, "tokens_per_second") > 0
+
+
+def test_choices_are_rows_of_one_batch(yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = watch_rows(yi_vl, monkeypatch)
+    with serving(create_app(yi_vl, "tiny")) as address, client_of(address) as client:
+        answer = client.chat.completions.create(**ask(n=3, max_tokens=10, temperature=1.0, seed=7))
+    monkeypatch.undo()
+    expected = [
+        direct(yi_vl, [("user", [], "Hi")], max_new_tokens=10, temperature=1.0, seed=seed)[0] for seed in (7, 8, 9)
+    ]
+    assert [choice.message.content for choice in answer.choices] == expected
+    assert max(rows) == 3
+
+
+def test_an_image_that_takes_long_to_decode_delays_no_other(yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare, is_released = yi_vl.processor.image_processor.prepare, threading.Event()
+
+    def prepare_slowly(source: Any, *arguments: Any, **options: Any) -> Any:
+        if isinstance(source, bytes) and source == WIDE.read_bytes():
+            assert is_released.wait(PATIENCE_SECONDS)
+        return prepare(source, *arguments, **options)
+
+    monkeypatch.setattr(yi_vl.processor.image_processor, "prepare", prepare_slowly)
+    with serving(create_app(yi_vl, "tiny")) as address, client_of(address) as client:
+        slow = start(address, messages=openai_messages([("user", [WIDE], "What?")]))
+        wait_until(lambda: metric(address, "requests_waiting") == 1)
+        for turns in ([("user", [], "Hi")], [("user", [TALL], "What?")]):
+            assert client.chat.completions.create(**ask(messages=openai_messages(turns))).choices
+        assert slow.is_alive()
+        is_released.set()
+        slow.join(PATIENCE_SECONDS)
+        assert slow.text == direct(yi_vl, [("user", [WIDE], "What?")], max_new_tokens=2)[0]  # type: ignore[attr-defined]
