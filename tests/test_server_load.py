@@ -147,7 +147,7 @@ def test_a_slow_reader_delays_no_other() -> None:
 
 @pytest.mark.slow
 def test_many_clients_at_once(yi_vl: YiVL) -> None:
-    """200 requests, 20 at once; a third leaves, a tenth is malformed or hostile. Afterwards everything is as it was before."""
+    """200 requests, 20 at once; a third leaves, a tenth is malformed or hostile. Afterwards all is as it was before."""
     chats: list[Turns] = [[("user", [WIDE] * (i % 3), f"Question {i}?")] for i in range(8)]
     expected = [direct(yi_vl, chats[i], max_new_tokens=6, temperature=1.0, seed=i)[0] for i in range(8)]
     assert len(set(expected)) == len(chats)

@@ -10,7 +10,7 @@ import importlib
 import os
 import re
 from functools import partial
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -83,6 +83,10 @@ def _options(
     """Ask a Yi-VL model about images."""
 
 
+def _sampling_options(max_new_tokens: int, temperature: float, top_p: float, seed: int | None) -> dict[str, Any]:
+    return {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+
+
 @app.command()
 def ask(
     arguments: Annotated[
@@ -109,7 +113,12 @@ def ask(
     if not question.strip():
         raise ValueError("The question is empty.")
     opened = open_images(images)
-    options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+    options: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "seed": seed,
+    }
     check(model, opened, allow_remote_images, options)
     yi_vl = load_quickly(model, quantize, device, dtype, allow_remote_images)
     print_stream(yi_vl.stream(opened, question, system=system, **options))
@@ -130,7 +139,12 @@ def chat(
     allow_remote_images: RemoteImagesOption = False,
 ) -> None:
     """Talk about images; the model remembers the conversation."""
-    options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+    options: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "seed": seed,
+    }
     check(model, images or (), allow_remote_images, options)
     yi_vl = load_quickly(model, quantize, device, dtype, allow_remote_images)
     pending_images = [yi_vl.prepare_image(image) for image in images or ()]

@@ -153,6 +153,21 @@ def ttft(
     show(compare_first_token(make(preset), long_requests, long_tokens, rounds) | {"model": preset}, as_json)
 
 
+@app.command()
+def lookup(
+    preset: PresetOption = "nano",
+    image: Annotated[Path, typer.Option(help="What the chat is about.")] = Path("docs/images/scene.png"),
+    new_tokens: Annotated[int, typer.Option(min=2)] = 64,
+    rounds: Annotated[int, typer.Option(min=1)] = 3,
+    as_json: AsJson = False,
+) -> None:
+    """Prompt lookup: answers that repeat the prompt, and ones that do not, with and without drafts."""
+    from .lookup import compare_lookup
+    from .random_models import make
+
+    show(compare_lookup(make(preset), image, new_tokens, rounds) | {"model": preset}, as_json)
+
+
 def show(measured: dict[str, Any], as_json: bool) -> None:
     """Print a measurement as a table of its variants, or as JSON, and the machine that it was taken on."""
     measured = {"machine": machine(), **measured}

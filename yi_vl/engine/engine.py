@@ -8,7 +8,7 @@ import itertools
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Hashable, Iterable, Sequence
+from collections.abc import Generator, Hashable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -30,7 +30,7 @@ from .prefill import Prefill
 from .prefix_cache import PrefixCache
 from .prompt import InputProcessor, Prompt
 from .prompt_lookup import PromptLookup
-from .request import Request, StepOutput
+from .request import OnOutput, Request, StepOutput
 from .running_batch import RunningBatch
 from .sampler import Sampler
 from .sampling import Sampling
@@ -154,7 +154,7 @@ class Engine:
         self,
         prompt: Prompt,
         sampling: Sampling,
-        on_output: Callable[[StepOutput], None] = lambda output: None,
+        on_output: OnOutput = lambda output: None,
         client: Hashable = None,
         ignore_eos: bool = False,
     ) -> int:
@@ -230,12 +230,7 @@ class Engine:
                     self._step()
 
     def _new_request(
-        self,
-        prompt: Prompt,
-        sampling: Sampling,
-        on_output: Callable[[StepOutput], None] = lambda output: None,
-        client: Hashable = None,
-        ignore_eos: bool = False,
+        self, prompt: Prompt, sampling: Sampling, on_output: OnOutput, client: Hashable, ignore_eos: bool
     ) -> Request:
         max_tokens = min(sampling.max_new_tokens, self.max_prompt_tokens + 1 - len(prompt))
         stop_ids = set() if ignore_eos else self.stop_ids

@@ -34,6 +34,9 @@ class StepOutput:
         return self.finish_reason is not None or self.error is not None
 
 
+OnOutput = Callable[[StepOutput], None]
+
+
 @dataclass(eq=False)
 class Request:
     """A prompt that is being answered.
@@ -49,7 +52,7 @@ class Request:
     sampling: Sampling
     detokenizer: IncrementalDetokenizer
     generator: torch.Generator | None
-    on_output: Callable[[StepOutput], None]
+    on_output: OnOutput
     client: Hashable
     lookup: PromptLookup | None = None  # drafts its next tokens
     is_cancelled: bool = False
