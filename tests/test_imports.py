@@ -16,7 +16,8 @@ ROOT = Path(__file__).parents[1]
 # that are not named themselves.
 LAYERS = (
     {"arguments", "chat", "config", "connector", "files", "hardware", "program", "runtime"}
-    | {"engine.fingerprint", "engine.gemv", "engine.kv_cache", "checkpoint.key_map"},
+    | {"autotune", "engine.fingerprint", "engine.kv_cache", "checkpoint.key_map"},
+    {"linear"},
     {"image", "messages", "generation", "quantize", "vision", "engine.prefix_cache", "checkpoint.json_files"},
     {"model", "checkpoint.weight_files"},
     {"processor"},

@@ -14,6 +14,7 @@ import yi_vl
 from yi_vl import YiVLConfig, YiVLForConditionalGeneration, YiVLProcessor
 from yi_vl.config import OpenClipVisionConfig, preset
 from yi_vl.image import YiVLImageProcessor
+from yi_vl.linear import tune_linears_
 from yi_vl.predict import YiVL
 from yi_vl.processor import prepare_tokenizer
 
@@ -56,6 +57,7 @@ def make(name: Preset, dtype: torch.dtype = torch.bfloat16, device: str | None =
     processor = YiVLProcessor(
         YiVLImageProcessor(config.vision_config.image_size), tokenizer, config.vision_config.patch_size
     )
+    tune_linears_(model)
     return YiVL(model, processor)
 
 

@@ -24,7 +24,6 @@ from ..model import YiVLForConditionalGeneration
 from ..processor import YiVLProcessor
 from .detokenizer import IncrementalDetokenizer
 from .fingerprint import fingerprint
-from .gemv import use_gemv_
 from .kv_cache import gather
 from .prefix_cache import ImageKey, LRUCache, PrefixCache, PrefixKey, shared_prefix_length
 from .request_queue import Generation, RequestQueue
@@ -49,8 +48,6 @@ class Engine:
         self.model = model
         self.processor = processor
         self.allow_remote_images = allow_remote_images
-        use_gemv_(model.model.language_model)
-        use_gemv_(model.lm_head)
         self.max_prompt_tokens = model.config.text_config.max_position_embeddings - 1  # an answer takes one at least
         self.stop_ids = _stop_ids(model, processor.tokenizer)
         token_ids = torch.arange(model.config.text_config.vocab_size, device="cpu")
