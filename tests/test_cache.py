@@ -1,4 +1,4 @@
-"""The cache that grows in place, rows that leave and join, products with one vector, and large pages."""
+"""The cache that grows in place, rows that leave and join, and large pages."""
 
 from __future__ import annotations
 
@@ -6,12 +6,9 @@ import os
 
 import pytest
 import torch
-from tiny import tiny_model
-from torch import nn
 from transformers import DynamicCache
 
 from yi_vl.engine import kv_cache as cache_module
-from yi_vl.engine.gemv import GemvLinear, use_gemm_, use_gemv_
 from yi_vl.engine.kv_cache import GrowableLayer, gather, layers_of, new_cache
 from yi_vl.runtime import use_huge_pages
 
@@ -74,37 +71,6 @@ def test_gathered_rows_are_padded_in_front_and_only_as_far_as_the_longest_is_lon
     assert is_token.tolist() == [[True] * 5, [False] * 2 + [True] * 3]
     padding = layers_of(gathered)[1][0][1, :, :2]
     assert torch.equal(padding, torch.zeros_like(padding))
-
-
-def test_one_vector_gives_the_same_product() -> None:
-    torch.manual_seed(0)
-    layers = nn.ModuleList([nn.Linear(64, 48, bias=False), nn.Linear(64, 48)]).to(torch.bfloat16)
-    vector, matrix = torch.randn(1, 1, 64, dtype=torch.bfloat16), torch.randn(2, 3, 64, dtype=torch.bfloat16)
-    expected = [layer(given) for layer in layers for given in (vector, matrix)]
-    use_gemv_(layers)
-    assert all(type(layer) is GemvLinear and isinstance(layer, nn.Linear) for layer in layers)
-    for found, wanted in zip([layer(given) for layer in layers for given in (vector, matrix)], expected, strict=True):
-        torch.testing.assert_close(found, wanted, atol=0.01, rtol=0.01)
-    use_gemm_(layers)
-    assert all(type(layer) is nn.Linear for layer in layers)
-
-
-def test_the_product_with_a_vector_is_used_for_a_step_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_model().to(torch.bfloat16)
-    use_gemv_(model)
-    num_products, plain = 0, torch.mv
-
-    def count(weight: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
-        nonlocal num_products
-        num_products += 1
-        return plain(weight, vector)
-
-    monkeypatch.setattr(torch, "mv", count)
-    with torch.inference_mode():
-        model(input_ids=torch.tensor([[5, 6]]))
-        assert num_products == 0
-        model(input_ids=torch.tensor([[5]]))
-    assert num_products == 2 * 7 + 1
 
 
 @pytest.mark.parametrize("chosen", [None, "0"])
