@@ -1,4 +1,4 @@
-"""Kernels that are chosen by measurement: all give the same product, and a tuned layer is an `nn.Linear` to everyone."""
+"""Kernels chosen by measurement: all give the same product, and a tuned layer is an `nn.Linear` to all who use it."""
 
 from __future__ import annotations
 
@@ -246,7 +246,7 @@ def test_copies_pickles_and_casts(packs: None) -> None:
     torch.testing.assert_close(logits(exact), logits(reference))
 
 
-def test_whoever_asks_for_weights_gets_them(packs: None) -> None:
+def test_a_caller_that_takes_weights_gets_them(packs: None) -> None:
     model, plain = tuned_model(), tiny_model().to(BF16)
     parameter = dict(model.named_parameters())["lm_head.weight"]
     assert torch.equal(model.lm_head.weight, plain.lm_head.weight) and model.lm_head.weight is parameter

@@ -93,7 +93,7 @@ class TunedLinear(nn.Linear):
     """`nn.Linear` with measured kernels for few rows.
 
     Where packed weights are faster, `weight` is held in that layout, and in no other, from `pack_` until something but
-    inference needs it: training, a state dict, a cast, or whoever asks for the attribute `weight`. It is then the
+    inference needs it: training, a state dict, a cast, or a caller that takes the attribute `weight`. It is then the
     ordinary parameter again, the same object. Copies and pickles are packed as the original.
     """
 
@@ -273,10 +273,10 @@ def _choose(seconds: dict[int, dict[str, float]], num_bytes: int) -> Kernels:
             }
     is_packed = False
     if True in chosen:
-        one = {str(chosen[layout][1]): seconds[1][str(chosen[layout][1])] for layout in (False, True)}
+        single = {str(chosen[layout][1]): seconds[1][str(chosen[layout][1])] for layout in (False, True)}
         packed, linear = (seconds[_MANY_ROWS][str(Kernel(op, _MANY_ROWS))] for op in ("packed", "linear"))  # type: ignore[arg-type]
         many = {"packed": packed, "linear": linear}
-        is_packed = fastest(one) == str(chosen[True][1]) and fastest(many) == "packed"
+        is_packed = fastest(single) == str(chosen[True][1]) and fastest(many) == "packed"
     return Kernels(is_packed, chosen[is_packed], seconds, num_bytes)
 
 
