@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +13,7 @@ from transformers import DynamicCache
 
 from yi_vl.engine import kv_cache as cache_module
 from yi_vl.engine.kv_cache import GrowableLayer, gather, layers_of, new_cache
-from yi_vl.runtime import use_huge_pages
+from yi_vl.runtime import limit_spinning, use_huge_pages
 
 
 def states(num_rows: int, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -83,3 +86,23 @@ def test_large_pages_are_asked_for_unless_the_user_has_chosen(
         monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", chosen)
     use_huge_pages()
     assert os.environ["THP_MEM_ALLOC_ENABLE"] == (chosen or "1")
+
+
+@pytest.mark.parametrize("chosen", [{}, {"GOMP_SPINCOUNT": "5"}, {"OMP_WAIT_POLICY": "active"}])
+def test_waiting_threads_are_limited_unless_the_user_has_chosen(
+    chosen: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    for name in names:
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    for name, value in chosen.items():
+        monkeypatch.setenv(name, value)
+    limit_spinning()
+    assert {name: os.environ[name] for name in names if name in os.environ} == (chosen or {"GOMP_SPINCOUNT": "10000"})
+
+
+@pytest.mark.parametrize("program", ["yi_vl.cli", "eval.__main__"])
+def test_programs_choose_before_torch_is_imported(program: str) -> None:
+    check = f"import sys, {program}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", check], cwd=Path(__file__).parents[1]).returncode == 0

@@ -16,7 +16,7 @@ import typer
 
 from .arguments import as_path
 from .program import print_error, run
-from .runtime import use_huge_pages
+from .runtime import limit_spinning, use_huge_pages
 from .terminal import open_images, print_stream, print_turn, read_lines, split_paths
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ SeedOption = Annotated[int | None, typer.Option(help="Makes an answer with a tem
 def main() -> None:
     """The entry point of `yi-vl`."""
     use_huge_pages()
+    limit_spinning()
     run(partial(app, prog_name="yi-vl"), "yi-vl")
 
 
