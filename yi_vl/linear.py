@@ -299,7 +299,9 @@ def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None = None) -> Tens
 def _try_pack(weights: list[Tensor]) -> list[Tensor]:
     """No tensors where oneDNN is missing, or does not have the dtype on this processor."""
     try:
-        return [pack(weight) for weight in weights]
+        packed = [pack(weight) for weight in weights]
+        packed_linear(weights[0].new_zeros(1, weights[0].shape[1]), packed[0])
+        return packed
     except (AttributeError, RuntimeError):
         return []
 

@@ -32,6 +32,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..linear import language_linears
 from ..runtime import trim_malloc
+from . import int4, int8
 from .int4 import Int4Linear, packed_rows
 from .int8 import Int8Linear
 from .packed import PackedLinear
@@ -140,6 +141,15 @@ def packed_layers(model: nn.Module) -> Iterator[tuple[str, PackedLinear]]:
     for name, module in model.named_modules():
         if isinstance(module, PackedLinear):
             yield name, module
+
+
+def describe_quantized_kernels(dtype: torch.dtype) -> list[str]:
+    """The kernels that were measured to be the fastest on this processor, one line for each scheme."""
+    if int8.uses_fbgemm(dtype):
+        lines = ["int8: FBGEMM"]
+    else:
+        lines = [f"int8: torch's kernel for up to {int8.max_kernel_rows(dtype)} rows, dequantized for more"]
+    return [*lines, f"int4: torch's kernel for up to {int4.max_kernel_rows(dtype)} rows, dequantized for more"]
 
 
 def num_bytes(model: nn.Module) -> int:
