@@ -294,6 +294,16 @@ def test_adapters_are_trained_merged_and_seen(packs: None) -> None:
     torch.testing.assert_close(logits(merged), expected, atol=0.2, rtol=0.1)
 
 
+@pytest.mark.slow
+def test_a_tuned_layer_can_be_compiled(packs: None) -> None:
+    layer = tuned_model().lm_head
+    x = torch.randn(1, 32, dtype=BF16)
+    with torch.no_grad():
+        expected = layer(x)
+        torch.testing.assert_close(torch.compile(layer)(x), expected, atol=0.05, rtol=0.02)
+    assert layer.is_packed
+
+
 def test_an_edit_is_seen_by_the_caches(packs: None) -> None:
     answers = []
     engine = yi_vl.YiVL(tuned_model(), tiny_processor())

@@ -122,6 +122,8 @@ class TunedLinear(nn.Linear):
         """(..., K) -> (..., N)"""
         weight = self._parameters["weight"]
         assert weight is not None
+        if torch.compiler.is_compiling():  # which cannot exchange the weight, nor call the packed product
+            return F.linear(input, weight.to_dense() if weight.is_mkldnn else weight, self.bias)
         is_inference = not torch.is_grad_enabled() or not (weight.requires_grad or input.requires_grad)
         if not is_inference or input.dtype != weight.dtype or input.device != weight.device:
             return super().forward(input)  # which unpacks
