@@ -12,7 +12,7 @@ import typer
 from yi_vl.arguments import as_path
 from yi_vl.cli import QuantizeOption
 from yi_vl.program import run as run_program
-from yi_vl.runtime import use_huge_pages
+from yi_vl.runtime import limit_spinning, use_huge_pages
 
 from .chat_client import DEFAULT_TIMEOUT_SECONDS
 from .evaluate import report_scores, run
@@ -256,6 +256,7 @@ def _check_unique(answered: list[Answered], source: Path) -> None:
 def main() -> None:
     """The entry point of `python -m eval`."""
     use_huge_pages()
+    limit_spinning()
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
     run_program(partial(app, prog_name="python -m eval"), "eval")
 

@@ -16,8 +16,8 @@ ROOT = Path(__file__).parents[1]
 # for its modules that have no entry of their own.
 LAYERS = (
     {"arguments", "chat", "config", "connector", "files", "hardware", "program", "runtime", "startup"}
-    | {"engine.fingerprint", "engine.gemv", "engine.kv_cache", "checkpoint.key_map"},
-    {"vision_blocks"},
+    | {"autotune", "engine.fingerprint", "engine.kv_cache", "checkpoint.key_map"},
+    {"linear", "vision_blocks"},
     {"image", "messages", "generation", "quantize", "vision", "engine.prefix_cache", "checkpoint.json_files"},
     {"model", "checkpoint.weight_files"},
     {"processor"},

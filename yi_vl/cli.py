@@ -17,7 +17,7 @@ import typer
 from .arguments import as_path
 from .loading import check, load_quickly, quick_imports
 from .program import print_error, run
-from .runtime import use_huge_pages
+from .runtime import limit_spinning, use_huge_pages
 from .terminal import open_images, print_stream, print_turn, read_lines, split_paths
 
 _PRESETS = ("6b", "34b", "nano")
@@ -60,6 +60,7 @@ SeedOption = Annotated[int | None, typer.Option(help="Makes an answer with a tem
 def main() -> None:
     """The entry point of `yi-vl`."""
     use_huge_pages()
+    limit_spinning()
     run(partial(app, prog_name="yi-vl"), "yi-vl")
 
 

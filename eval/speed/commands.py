@@ -181,4 +181,7 @@ def show(measured: dict[str, Any], as_json: bool) -> None:
         typer.echo(f"| {name} | " + " | ".join(f"{values[column]:.3g}" for column in columns) + " |")
     rest = {key: value for key, value in measured.items() if key not in ("what", "machine", "variants")}
     for name, value in rest.items():
-        typer.echo(f"\n{name.replace('_', ' ')}: " + (f"{value:.2f}" if isinstance(value, float) else str(value)))
+        if isinstance(value, list):
+            typer.echo(f"\n{name.replace('_', ' ')}:\n" + "\n".join(f"- {line}" for line in value))
+        else:
+            typer.echo(f"\n{name.replace('_', ' ')}: " + (f"{value:.2f}" if isinstance(value, float) else str(value)))

@@ -15,6 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from ..arguments import as_choice, one_line, shown
 from ..auto import YiVLConfig, YiVLForConditionalGeneration, YiVLProcessor  # which registers them with transformers
 from ..generation import set_end_tokens_
+from ..linear import tune_linears_
 from ..quantize import METHOD, Scheme, make_config
 from . import Checkpoint, TowerFrom, base_of, holds_adapters, merge, open_checkpoint, read_configuration, read_processor
 from .find import find as find
@@ -73,9 +74,11 @@ def load_model(
         num_parameters = sum(tensor.shape.numel() for tensor in checkpoint.tensors.values())
         is_small_on_cpu = str(device) == "cpu" and num_parameters < _SMALL_PARAMETERS
         weights_dtype = torch.float32 if is_small_on_cpu else torch.bfloat16
-    return build_model(
+    model, processor = build_model(
         checkpoint.in_dtype(weights_dtype), device, dtype=weights_dtype, quantization_config=quantization_config
     )
+    tune_linears_(model)
+    return model, processor
 
 
 def build_model(

@@ -23,7 +23,6 @@ from ..model import YiVLForConditionalGeneration
 from ..processor import YiVLProcessor
 from .detokenizer import IncrementalDetokenizer
 from .fingerprint import fingerprint
-from .gemv import use_gemv_
 from .image_features import ImageFeatures
 from .pace import Pace
 from .prefill import Prefill
@@ -66,8 +65,6 @@ class Engine:
         self.processor = processor
         self.max_batch_size = max_batch_size
         self.max_draft_tokens = max_draft_tokens
-        use_gemv_(model.model.language_model)
-        use_gemv_(model.lm_head)
         self.max_prompt_tokens = model.config.text_config.max_position_embeddings - 1  # an answer takes one at least
         self.inputs = InputProcessor(processor, self.max_prompt_tokens, allow_remote_images)
         self.stop_ids = _stop_ids(model, processor.tokenizer)
