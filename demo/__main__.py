@@ -17,7 +17,7 @@ from yi_vl.arguments import as_path
 from yi_vl.checkpoint.find import find
 from yi_vl.cli import DeviceOption, DtypeOption, QuantizeOption
 from yi_vl.program import run
-from yi_vl.runtime import use_huge_pages
+from yi_vl.runtime import limit_spinning, use_huge_pages
 from yi_vl.startup import quick_start
 
 from .card import find_card
@@ -120,6 +120,7 @@ def _is_loopback(host: str) -> bool:
 def main() -> None:
     """The entry point of `python -m demo`."""
     use_huge_pages()
+    limit_spinning()
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
     run(partial(app, prog_name="python -m demo"), "demo")
 

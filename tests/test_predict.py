@@ -65,6 +65,7 @@ def script(yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch) -> Iterator[Script]:
         monkeypatch.setattr(yi_vl.model, "forward", forward)
         return calls
 
+    monkeypatch.setattr(yi_vl.engine, "max_draft_tokens", 0)  # one row, one token
     yi_vl.clear_cache()
     yield install
     yi_vl.clear_cache()

@@ -221,7 +221,7 @@ def test_a_port_in_use_is_reported_before_anything_is_loaded() -> None:
         port = taken.getsockname()[1]
         with pytest.raises(ValueError, match=f"127.0.0.1, port {port}: Address already in use"):
             bind("127.0.0.1", port)
-        command = [sys.executable, "-m", "yi_vl", "serve", "/no/model", "--port", str(port)]
+        command = [sys.executable, "-m", "yi_vl", "serve", "--port", str(port)]
         finished = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
     assert finished.returncode == 2 and finished.stderr.count("\n") == 1 and f"port {port}" in finished.stderr
     (free,) = bind("127.0.0.1", port)

@@ -54,12 +54,10 @@ class GrowableLayer(DynamicLayer):
         self._buffer = like.new_empty(2, num_rows, num_heads, num_tokens + _RESERVE_TOKENS, width)
         self._set_length(num_tokens)
 
-    def crop(self, max_length: int) -> None:
-        """Forget the tokens after the first `max_length`, without a copy."""
-        if self._buffer is None or self._returned is not self.keys:
-            super().crop(max_length)
-        else:
-            self._set_length(max_length)
+    def truncate(self, num_tokens: int) -> None:
+        """`crop` to the first tokens in place: the next ones are written over what was returned before."""
+        assert self._buffer is not None and self._returned is self.keys
+        self._set_length(num_tokens)
 
     def _set_length(self, num_tokens: int) -> None:
         assert self._buffer is not None

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache
 
-from .kv_cache import CACHE_ARGUMENT, gather
+from .kv_cache import CACHE_ARGUMENT, GrowableLayer, gather
 from .request import Request, StepOutput
 from .sampler import Sampler
 from .sampling import Sampling
@@ -98,8 +98,8 @@ class RunningBatch:
         is_kept = torch.arange(longest, device=kept.device) < kept
         self.attention_mask = torch.cat([self.attention_mask, is_kept], dim=1)
         for layer in self.cache.layers:
-            assert isinstance(layer, DynamicLayer)
-            layer.crop(num_cached + longest)
+            assert isinstance(layer, GrowableLayer)
+            layer.truncate(num_cached + longest)
         if self.attention_mask.shape[1] > _MAX_PADDING * self.attention_mask.sum(1).max():
             self.select(range(len(self)))  # which leaves out what was rejected between the tokens of others
 
