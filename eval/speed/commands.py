@@ -128,14 +128,13 @@ def server(
     preset: PresetOption = "nano",
     requests: Annotated[int, typer.Option(min=2, help="At once.")] = 16,
     new_tokens: Annotated[int, typer.Option(min=2)] = 32,
-    rounds: Annotated[int, typer.Option(min=1)] = 3,
     as_json: AsJson = False,
 ) -> None:
     """Tokens per second of concurrent requests over HTTP, beside one by one."""
     from .random_models import make
     from .server import compare_server
 
-    show(compare_server(make(preset), requests, new_tokens, rounds) | {"model": preset}, as_json)
+    show(compare_server(make(preset), requests, new_tokens) | {"model": preset}, as_json)
 
 
 @app.command()
@@ -143,14 +142,13 @@ def ttft(
     preset: PresetOption = "nano",
     long_requests: Annotated[int, typer.Option(min=1)] = 15,
     long_tokens: Annotated[int, typer.Option(min=1, help="Of a long prompt.")] = 1000,
-    rounds: Annotated[int, typer.Option(min=1)] = 5,
     as_json: AsJson = False,
 ) -> None:
     """Time to first token of a short request over HTTP: idle, and beside long ones."""
     from .random_models import make
     from .server import compare_first_token
 
-    show(compare_first_token(make(preset), long_requests, long_tokens, rounds) | {"model": preset}, as_json)
+    show(compare_first_token(make(preset), long_requests, long_tokens) | {"model": preset}, as_json)
 
 
 @app.command()
@@ -158,14 +156,13 @@ def lookup(
     preset: PresetOption = "nano",
     image: Annotated[Path, typer.Option(help="What the chat is about.")] = Path("docs/images/scene.png"),
     new_tokens: Annotated[int, typer.Option(min=2)] = 64,
-    rounds: Annotated[int, typer.Option(min=1)] = 3,
     as_json: AsJson = False,
 ) -> None:
     """Prompt lookup: answers that repeat the prompt, and ones that do not, with and without drafts."""
     from .lookup import compare_lookup
     from .random_models import make
 
-    show(compare_lookup(make(preset), image, new_tokens, rounds) | {"model": preset}, as_json)
+    show(compare_lookup(make(preset), image, new_tokens) | {"model": preset}, as_json)
 
 
 def show(measured: dict[str, Any], as_json: bool) -> None:

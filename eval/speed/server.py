@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import statistics
 import threading
 import time
 from collections.abc import Iterator
@@ -21,6 +20,8 @@ import uvicorn
 from yi_vl.image.data_url import data_url
 from yi_vl.server import Limits, create_app
 
+from .rounds import measure_rounds, median_ratio, spread
+
 if TYPE_CHECKING:
     from yi_vl import YiVL
 
@@ -29,7 +30,7 @@ _IMAGES = ("penguin.png", "scene.png")
 _LONG_TEXT = "a word and another word "
 
 
-def compare_server(yi_vl: YiVL, num_requests: int, new_tokens: int, rounds: int) -> dict[str, Any]:
+def compare_server(yi_vl: YiVL, num_requests: int, new_tokens: int) -> dict[str, Any]:
     """The same requests one by one and all at once, in turns."""
     images = [data_url(Path("docs/images", name).read_bytes(), "image/png") for name in _IMAGES]
     bodies = [
@@ -38,42 +39,51 @@ def compare_server(yi_vl: YiVL, num_requests: int, new_tokens: int, rounds: int)
         )
         for index in range(num_requests)
     ]
-    rates: dict[str, list[float]] = {"one by one": [], f"{num_requests} at once": []}
+
+    def rate(concurrency: int) -> float:
+        yi_vl.clear_cache()
+        return asyncio.run(_tokens_per_second(address, bodies, concurrency))
+
     with serving(yi_vl, num_requests) as address:
-        asyncio.run(_run(address, bodies[:2], 2))  # warm-up
-        for _ in range(rounds):
-            for name, concurrency in zip(rates, (1, num_requests), strict=True):
-                yi_vl.clear_cache()
-                rates[name].append(asyncio.run(_run(address, bodies, concurrency)))
-    alone, together = (statistics.median(values) for values in rates.values())
+        rate(2)  # warm-up
+        rounds = measure_rounds({"one by one": lambda: rate(1), f"{num_requests} at once": lambda: rate(num_requests)})
+    alone, together = rounds.values()
     return {
-        "what": f"{num_requests} requests with an image, {new_tokens} new tokens each, over HTTP",
-        "variants": {name: _spread(values, "tokens_per_second") for name, values in rates.items()},
-        "ratio": together / alone,
+        "what": f"{num_requests} requests with an image, at most {new_tokens} new tokens each, over HTTP",
+        "variants": {name: spread(values, "tokens_per_second") for name, values in rounds.items()},
+        "ratio": median_ratio(together, alone),
+        "rounds": len(alone),
     }
 
 
-def compare_first_token(yi_vl: YiVL, num_long: int, long_tokens: int, rounds: int) -> dict[str, Any]:
-    """The time to first token of a short request on an idle server, and beside long ones of three kinds."""
+def compare_first_token(yi_vl: YiVL, num_long: int, long_tokens: int) -> dict[str, Any]:
+    """The time to first token of a short request on an idle server, beside long answers, and beside long prompts."""
     short = _body([], "Hi", 4)
     context = yi_vl.model.config.text_config.max_position_embeddings
     text = _LONG_TEXT * (min(long_tokens, context - 300) // len(_LONG_TEXT.split()))
-    long_prompts = [_body([], f"{index} {text}", 16) for index in range(num_long)]
     long_answers = [_body([], f"Tell me about {index}", min(512, context - 300)) for index in range(num_long)]
-    seconds: dict[str, list[float]] = {"idle": [], "beside long answers": [], "beside long prompts": []}
+    long_prompts = [_body([], f"{index} {text}", 16) for index in range(num_long)]
+
+    def seconds(others: list[dict[str, Any]]) -> float:
+        yi_vl.clear_cache()
+        return asyncio.run(_first_token_seconds(address, short, others))
+
     with serving(yi_vl, num_long + 1) as address:
-        asyncio.run(_first_token_seconds(address, short, []))
-        for _ in range(rounds):
-            for name, others in zip(seconds, ([], long_answers, long_prompts), strict=True):
-                yi_vl.clear_cache()
-                seconds[name].append(asyncio.run(_first_token_seconds(address, short, others)))
-    idle = statistics.median(seconds["idle"])
+        seconds([])  # warm-up
+        rounds = measure_rounds(
+            {
+                "idle": lambda: seconds([]),
+                "beside long answers": lambda: seconds(long_answers),
+                "beside long prompts": lambda: seconds(long_prompts),
+            }
+        )
     return {
-        "what": f"a short request beside {num_long} long ones: answers of 512 tokens, or prompts of {long_tokens}",
+        "what": f"a short request beside {num_long} long ones: answers of up to 512 tokens, prompts of {long_tokens}",
         "variants": {
-            name: _spread(values, "seconds") | {"times_idle": statistics.median(values) / idle}
-            for name, values in seconds.items()
+            name: spread(values, "seconds") | {"times_idle": median_ratio(values, rounds["idle"])}
+            for name, values in rounds.items()
         },
+        "rounds": len(rounds["idle"]),
     }
 
 
@@ -93,7 +103,7 @@ def serving(yi_vl: YiVL, max_batch_size: int) -> Iterator[str]:
         thread.join()
 
 
-async def _run(address: str, bodies: list[dict[str, Any]], concurrency: int) -> float:
+async def _tokens_per_second(address: str, bodies: list[dict[str, Any]], concurrency: int) -> float:
     """Tokens per second of all requests together."""
     semaphore = asyncio.Semaphore(concurrency)
 
@@ -128,7 +138,3 @@ async def _first_token_seconds(address: str, body: dict[str, Any], others: list[
 def _body(parts: list[dict[str, Any]], text: str, max_tokens: int) -> dict[str, Any]:
     content = [*parts, {"type": "text", "text": text}]
     return {"model": _NAME, "messages": [{"role": "user", "content": content}], "max_tokens": max_tokens}
-
-
-def _spread(values: list[float], unit: str) -> dict[str, float]:
-    return {unit: statistics.median(values), "lowest": min(values), "highest": max(values)}
