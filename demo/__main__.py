@@ -34,22 +34,22 @@ def demo(
     quantize: QuantizeOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
-    about: Annotated[
-        str | None, typer.Option(help="What the model is good for, in a sentence; shown on the page.")
-    ] = None,
+    about: Annotated[str | None, typer.Option(help="A sentence shown on the page that describes the model.")] = None,
     host: Annotated[
-        str, typer.Option(help="The address to listen at. Any but this computer's own needs --auth.")
+        str, typer.Option(help="The address to listen on. Other than loopback requires --auth.")
     ] = "127.0.0.1",
-    port: Annotated[int | None, typer.Option(min=1, max=65535, help="By default the first free one from 7860.")] = None,
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="The port; by default the first free one from 7860.")
+    ] = None,
     share: Annotated[
-        bool, typer.Option("--share", help="Also show the page to the internet, by Gradio's tunnel. Needs --auth.")
+        bool, typer.Option("--share", help="Create a public link through Gradio's tunnel. Requires --auth.")
     ] = False,
     auth: Annotated[
-        str | None, typer.Option(envvar="YI_VL_DEMO_AUTH", help="USER:PASSWORD that visitors must give.")
+        str | None, typer.Option(envvar="YI_VL_DEMO_AUTH", help="USER:PASSWORD required from visitors.")
     ] = None,
     keep: Annotated[
         Path | None,
-        typer.Option(help="Keep conversations with their images in this folder, and say so on the page."),
+        typer.Option(help="Save conversations and images in this folder; the page then says so."),
     ] = None,
 ) -> None:
     account = _account(auth)

@@ -51,7 +51,7 @@ RemoteImagesOption = Annotated[
     bool, typer.Option("--allow-remote-images", help="Fetch images given as http(s) URLs, from the public internet.")
 ]
 SystemOption = Annotated[str | None, typer.Option(help="Text before the conversation; Yi-VL's own by default.")]
-LengthOption = Annotated[int, typer.Option(help="The answer's greatest length, in tokens.")]
+LengthOption = Annotated[int, typer.Option(help="Maximum number of new tokens, in tokens.")]
 TemperatureOption = Annotated[float, typer.Option(help="0 always takes the likeliest token; higher is more varied.")]
 TopPOption = Annotated[float, typer.Option(help="Sample only from the likeliest tokens of this total probability.")]
 SeedOption = Annotated[int | None, typer.Option(help="Makes an answer with a temperature repeatable.")]
@@ -195,7 +195,7 @@ def serve(
     ] = None,
     allowed_host: Annotated[
         list[str] | None,
-        typer.Option(help="Answer to this name too, *.example.org for all below one, * for all. Repeatable."),
+        typer.Option(help="Additional Host header to accept, *.example.org for all below one, * for all. Repeatable."),
     ] = None,
     ssl_certfile: Annotated[str | None, typer.Option(help="A PEM certificate chain: serve https.")] = None,
     ssl_keyfile: Annotated[str | None, typer.Option(help="Its private key, if that is another file.")] = None,
@@ -205,7 +205,7 @@ def serve(
     max_batch_size: Annotated[int, typer.Option(min=1, help="How many answers are generated at once.")] = 16,
     max_waiting: Annotated[int, typer.Option(min=0, help="How many requests beyond those may wait.")] = 16,
     max_tokens: Annotated[int, typer.Option(min=1, help="The greatest length clients may ask for.")] = 2048,
-    shutdown_seconds: Annotated[int, typer.Option(min=0, help="How long answers may go on after Ctrl-C.")] = 5,
+    shutdown_seconds: Annotated[int, typer.Option(min=0, help="Seconds that running answers may continue after Ctrl-C.")] = 5,
 ) -> None:
     """Answer OpenAI's clients over HTTP: /v1/chat/completions, /v1/models, /healthz, /metrics."""
     check(model)
