@@ -119,7 +119,7 @@ def test_a_hub_id_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError("We couldn't connect to the hub.\nCheck your connection.")
 
     monkeypatch.setattr(loading, "snapshot_download", unreachable)
-    refuse("01-ai/Yi-VL-6B", "01-ai/Yi-VL-6B is no folder here", "couldn't connect")
+    refuse("01-ai/Yi-VL-6B", "01-ai/Yi-VL-6B is not a local folder", "couldn't connect")
 
 
 def test_a_missing_nano_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

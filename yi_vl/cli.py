@@ -51,9 +51,11 @@ RemoteImagesOption = Annotated[
     bool, typer.Option("--allow-remote-images", help="Fetch images given as http(s) URLs, from the public internet.")
 ]
 SystemOption = Annotated[str | None, typer.Option(help="Text before the conversation; Yi-VL's own by default.")]
-LengthOption = Annotated[int, typer.Option(help="Maximum number of new tokens, in tokens.")]
-TemperatureOption = Annotated[float, typer.Option(help="0 always takes the likeliest token; higher is more varied.")]
-TopPOption = Annotated[float, typer.Option(help="Sample only from the likeliest tokens of this total probability.")]
+LengthOption = Annotated[int, typer.Option(help="Maximum number of new tokens.")]
+TemperatureOption = Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy decoding.")]
+TopPOption = Annotated[
+    float, typer.Option(help="Nucleus sampling: only from the likeliest tokens of this total probability.")
+]
 SeedOption = Annotated[int | None, typer.Option(help="Makes an answer with a temperature repeatable.")]
 
 
@@ -204,8 +206,10 @@ def serve(
     ] = False,
     max_batch_size: Annotated[int, typer.Option(min=1, help="How many answers are generated at once.")] = 16,
     max_waiting: Annotated[int, typer.Option(min=0, help="How many requests beyond those may wait.")] = 16,
-    max_tokens: Annotated[int, typer.Option(min=1, help="The greatest length clients may ask for.")] = 2048,
-    shutdown_seconds: Annotated[int, typer.Option(min=0, help="Seconds that running answers may continue after Ctrl-C.")] = 5,
+    max_tokens: Annotated[int, typer.Option(min=1, help="The most new tokens a client may request.")] = 2048,
+    shutdown_seconds: Annotated[
+        int, typer.Option(min=0, help="Seconds that running answers may continue after Ctrl-C.")
+    ] = 5,
 ) -> None:
     """Answer OpenAI's clients over HTTP: /v1/chat/completions, /v1/models, /healthz, /metrics."""
     check(model)

@@ -160,7 +160,7 @@ def fetch(source: str, with_weights: bool) -> Path:
         return Path(snapshot_download(source, allow_patterns=patterns))
     except (OSError, ValueError, HfHubHTTPError) as error:
         raise ValueError(
-            f"{source} is no folder here, and it cannot be had from the hub either: {one_line(error)}. Give a folder "
+            f"{source} is not a local folder, and could not be fetched from the hub: {one_line(error)}. Give a folder "
             "or hub id of a Yi-VL."
         ) from error
 
