@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny import NUM_PATCHES, OFFICIAL, prefill, tiny_yi_vl, uncached
+from transformers.cache_utils import Cache
 
 from yi_vl.chat import render_caption
-from yi_vl.engine.prefix_cache import LRUCache
+from yi_vl.engine.kv_cache import new_cache
+from yi_vl.engine.prefix_cache import ImageKey, LRUCache, PrefixCache, PrefixKey
 from yi_vl.engine.sampling import Sampling
 from yi_vl.messages import user_message
 from yi_vl.predict import YiVL
@@ -129,7 +133,7 @@ def test_the_prefix_cache_is_bounded(yi_vl: YiVL) -> None:
     for question in ("What?", "Where?", "Why?", "How?", "Who?"):
         fresh.chat(system=question * 9).ask(question, [TALL], max_new_tokens=4)
         assert 0 < fresh.engine.prefixes.num_bytes <= 2.5 * num_bytes_of_one
-        parts = [part for entry in fresh.engine.prefixes._entries for layer in entry.layers for part in layer]
+        parts = [part for entry in fresh.engine.prefixes._entries.values() for layer in entry.layers for part in layer]
         held = {part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in parts}
         assert sum(held.values()) == fresh.engine.prefixes.num_bytes  # no reserve, nothing larger kept alive
     fresh.clear_cache()
@@ -147,3 +151,31 @@ def test_the_least_recently_used_goes_first_and_bytes_are_bounded() -> None:
     assert store.get("large") is None and store.num_bytes == 8
     store.put("a", "A2", 6)
     assert store.get("a") == "A2" and store.num_bytes == 10 and len(store) == 2
+
+
+def test_prefixes_are_found_by_blocks_and_dropped_with_them() -> None:
+    """Against a plain search over all entries, with branches that share beginnings, and images that differ."""
+
+    def key_of(numbers: list[int], *digests: bytes) -> PrefixKey:
+        images = tuple(ImageKey(digest, 20 + 30 * i, 40 + 30 * i) for i, digest in enumerate(digests))
+        return PrefixKey(np.array(numbers, dtype=np.int64), images)
+
+    def cache_of(length: int) -> Cache:
+        cache = new_cache()
+        cache.update(torch.zeros(1, 1, length, 1), torch.zeros(1, 1, length, 1), 0)
+        return cache
+
+    draw = random.Random(0)
+    prefixes = PrefixCache(max_bytes=8 * 3000)  # 4 bytes each of keys and values
+    for _ in range(200):
+        numbers = [7] * draw.choice([25, 60, 100]) + [draw.randrange(2)] * draw.randrange(1, 80)
+        key = key_of(numbers, draw.choice([b"a", b"b"]))
+        entries = prefixes._entries.values()
+        expected = max((entry.key.num_common(key) for entry in entries), default=0)
+        assert prefixes.num_cached(key) == (expected if expected >= 16 else 0)
+        assert prefixes.find(key).get_seq_length() == prefixes.num_cached(key)
+        prefixes.put(key, cache_of(len(key)))
+        assert prefixes.num_cached(key) == len(key)
+        assert prefixes.num_bytes == sum(8 * len(entry.key) for entry in entries) <= prefixes.max_bytes
+    assert {id(entry) for entries in prefixes._by_hash.values() for entry in entries} == set(prefixes._entries)
+    assert 10 < len(prefixes) < 60

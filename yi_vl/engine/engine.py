@@ -75,7 +75,7 @@ class Engine:
         self._start()
 
     def _start(self) -> None:
-        self.scheduler = Scheduler(self._new_prefill)
+        self.scheduler = Scheduler(self._new_prefill, self._num_uncached)
         self._step_lock = threading.Lock()  # held while the model computes
         self._lock = threading.Lock()  # of what follows; held for moments
         self._has_arrivals = threading.Condition(self._lock)
@@ -363,6 +363,9 @@ class Engine:
         with self._lock:
             for request_id in request_ids:
                 self._requests.pop(request_id, None)
+
+    def _num_uncached(self, request: Request) -> int:
+        return max(1, len(request.prompt) - self.prefixes.num_cached(request.prompt.key))
 
     def _new_prefill(self, requests: Sequence[Request]) -> Prefill:
         weights = fingerprint(self.model)

@@ -141,15 +141,16 @@ class _Source:
     def copy(self, index: int, layer: GrowableLayer, start: int, longest: int) -> None:
         """Write the rows of one layer from row `start` on, behind padding up to `longest` tokens."""
         stop, num_padding = start + len(self.rows), longest - self.num_tokens
+        is_all = bool(self.layers) and self.rows == list(range(len(self.layers[index][0])))
         for position, target in enumerate((layer.keys, layer.values)):
             target = target[start:stop]  # type: ignore[index]
             target[:, :, :num_padding] = 0  # what is masked must be finite
             if not self.layers:
                 continue
             source = self.layers[index][position]
+            rows = source if is_all else source[self.rows]
             if self._indices is None:
-                target[:, :, num_padding:] = source[self.rows, :, source.shape[2] - self.num_tokens :]
+                target[:, :, num_padding:] = rows[:, :, rows.shape[2] - self.num_tokens :]
             else:
                 indices = self._indices.to(source.device)[:, None, :, None]
-                rows = source[self.rows]
                 target[:, :, num_padding:] = rows.gather(2, indices.expand(-1, rows.shape[1], -1, rows.shape[3]))

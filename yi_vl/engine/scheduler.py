@@ -6,7 +6,7 @@ Prefill turns alternate between the oldest work and the shortest, so that nothin
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 
 from .prefill import Prefill
 from .request import Request
@@ -17,9 +17,13 @@ class Scheduler:
 
     Args:
         new_prefill: begins the prefill of some requests.
+        num_uncached: how many tokens of a request's prompt are to be computed.
     """
 
-    def __init__(self, new_prefill: Callable[[Sequence[Request]], Prefill]) -> None:
+    def __init__(
+        self, new_prefill: Callable[[Sequence[Request]], Prefill], num_uncached: Callable[[Request], int]
+    ) -> None:
+        self._num_uncached = num_uncached
         self.waiting: list[Request] = []  # in the order of their arrival
         self.prefills: list[Prefill] = []
         self._new_prefill = new_prefill
@@ -45,19 +49,20 @@ class Scheduler:
         if not startable and not self.prefills:
             return None
         self._is_oldest_turn = not self._is_oldest_turn
+        lengths = {request: self._num_uncached(request) for request in startable}
         if self._is_oldest_turn:
             prefill = min(self.prefills, key=_arrival, default=None)
             first = min(startable, key=lambda request: request.id, default=None)
             is_new = first is not None and (prefill is None or first.id < _arrival(prefill))
         else:
             prefill = min(self.prefills, key=lambda prefill: prefill.num_remaining, default=None)
-            first = min(startable, key=_length, default=None)
-            is_new = first is not None and (prefill is None or _length(first) < prefill.num_remaining)
+            first = min(startable, key=lengths.__getitem__, default=None)
+            is_new = first is not None and (prefill is None or lengths[first] < prefill.num_remaining)
         if not is_new:
             assert prefill is not None
             return prefill
         assert first is not None
-        group = _group(first, startable, max_tokens)
+        group = _group(first, lengths, max_tokens)
         self.waiting = [request for request in self.waiting if request not in group]
         return self.add(group)
 
@@ -88,12 +93,12 @@ class Scheduler:
         return startable
 
 
-def _group(first: Request, startable: Iterable[Request], max_tokens: int) -> list[Request]:
+def _group(first: Request, lengths: Mapping[Request, int], max_tokens: int) -> list[Request]:
     """Requests to prefill with the first one, the nearest in length first; padded they have `max_tokens` at most."""
-    group, longest = [first], _length(first)
-    others = (request for request in startable if request is not first)
-    for request in sorted(others, key=lambda request: (abs(_length(request) - _length(first)), request.id)):
-        longest = max(longest, _length(request))
+    group, longest = [first], lengths[first]
+    others = (request for request in lengths if request is not first)
+    for request in sorted(others, key=lambda request: (abs(lengths[request] - lengths[first]), request.id)):
+        longest = max(longest, lengths[request])
         if longest * (len(group) + 1) > max_tokens:
             break
         group.append(request)
@@ -102,7 +107,3 @@ def _group(first: Request, startable: Iterable[Request], max_tokens: int) -> lis
 
 def _arrival(prefill: Prefill) -> int:
     return min(request.id for request in prefill.requests)
-
-
-def _length(request: Request) -> int:
-    return len(request.prompt)
