@@ -128,13 +128,14 @@ def server(
     preset: PresetOption = "nano",
     requests: Annotated[int, typer.Option(min=2, help="At once.")] = 16,
     new_tokens: Annotated[int, typer.Option(min=2)] = 32,
+    images: Annotated[bool, typer.Option("--images/--text", help="Ask about one of two images, or of none.")] = True,
     as_json: AsJson = False,
 ) -> None:
     """Tokens per second of concurrent requests over HTTP, beside one by one."""
     from .random_models import make
     from .server import compare_server
 
-    show(compare_server(make(preset), requests, new_tokens) | {"model": preset}, as_json)
+    show(compare_server(make(preset), requests, new_tokens, images) | {"model": preset}, as_json)
 
 
 @app.command()

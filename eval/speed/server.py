@@ -30,15 +30,13 @@ _IMAGES = ("penguin.png", "scene.png")
 _LONG_TEXT = "a word and another word "
 
 
-def compare_server(yi_vl: YiVL, num_requests: int, new_tokens: int) -> dict[str, Any]:
+def compare_server(yi_vl: YiVL, num_requests: int, new_tokens: int, has_images: bool = True) -> dict[str, Any]:
     """The same requests one by one and all at once, in turns."""
-    images = [data_url(Path("docs/images", name).read_bytes(), "image/png") for name in _IMAGES]
-    bodies = [
-        _body(
-            [{"type": "image_url", "image_url": {"url": images[index % len(images)]}}], f"Question {index}?", new_tokens
-        )
-        for index in range(num_requests)
-    ]
+    urls = [data_url(Path("docs/images", name).read_bytes(), "image/png") for name in _IMAGES if has_images]
+    bodies = []
+    for index in range(num_requests):
+        images = [{"type": "image_url", "image_url": {"url": url}} for url in urls[index % 2 : index % 2 + 1]]
+        bodies.append(_body(images, f"Question {index}?", new_tokens))
 
     def rate(concurrency: int) -> float:
         yi_vl.clear_cache()
@@ -49,7 +47,8 @@ def compare_server(yi_vl: YiVL, num_requests: int, new_tokens: int) -> dict[str,
         rounds = measure_rounds({"one by one": lambda: rate(1), f"{num_requests} at once": lambda: rate(num_requests)})
     alone, together = rounds.values()
     return {
-        "what": f"{num_requests} requests with an image, at most {new_tokens} new tokens each, over HTTP",
+        "what": f"{num_requests} requests {'with an image' if has_images else 'of text'}, at most {new_tokens} new "
+        "tokens each, over HTTP",
         "variants": {name: spread(values, "tokens_per_second") for name, values in rounds.items()},
         "ratio": median_ratio(together, alone),
         "rounds": len(alone),
