@@ -24,7 +24,7 @@ LAYERS = (
     {"engine"},
     {"checkpoint"},
     {"predict"},
-    {"server", "info", "terminal"},
+    {"server", "conversion", "info", "terminal"},
     {"cli"},
     {"__main__"},
 )
