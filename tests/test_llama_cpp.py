@@ -14,14 +14,16 @@ import pytest
 import torch
 from gguf_texts import texts
 from PIL import Image
-from tiny import OFFICIAL, official_messages
+from tiny import OFFICIAL, official_messages, tiny_config, tiny_processor
 from torch import Tensor
+from transformers import LlamaConfig
 
 import yi_vl
 from yi_vl.checkpoint import open_checkpoint
 from yi_vl.checkpoint.gguf import write_gguf
 from yi_vl.checkpoint.load import open_model
 from yi_vl.config import IMAGE_MEAN, IMAGE_STD
+from yi_vl.model import YiVLForConditionalGeneration
 
 pytest.importorskip("gguf", reason="writing GGUF needs the package gguf")
 xllamacpp: Any = pytest.importorskip("xllamacpp", reason="llama.cpp is not installed: pip install xllamacpp")
@@ -143,6 +145,42 @@ def test_the_engine_computes_our_log_probabilities_on_text(
             count += 1
     print(f"{name}: log-probabilities of {count} prompts differ by {largest:.5f} at most")
     assert count >= 3 and largest < 0.02  # llama.cpp's kernels round activations
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tie_word_embeddings": True},
+        {"attention_bias": True, "mlp_bias": True},
+        {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}},
+        {"head_dim": 32},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_other_llamas(changes: dict[str, Any], tmp_path: Path) -> None:
+    config = tiny_config()
+    config.text_config = LlamaConfig(**(config.text_config.to_dict() | {"head_dim": None} | changes))
+    config.tie_word_embeddings = config.text_config.tie_word_embeddings
+    torch.manual_seed(0)
+    model = YiVLForConditionalGeneration(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(4)
+            elif "bias" in name:
+                parameter.normal_(0, 0.3)
+    yi_vl.YiVL(model.eval(), tiny_processor()).save(tmp_path / "model")
+    write_gguf(open_checkpoint(tmp_path / "model"), tmp_path / "gguf", "f32")
+    yi = yi_vl.load(tmp_path / "model", device="cpu", dtype=torch.float32)
+    engine = Engine(tmp_path / "gguf" / "model-f32.gguf")
+    compared = 0
+    for question in ("What is this?", "你好", "Name it.", "abc"):
+        ids = yi.processor.encode_messages([{"role": "user", "content": question}]).input_ids
+        log_probs = engine.log_probs(ids, [], 900)
+        if log_probs is not None:
+            np.testing.assert_allclose(log_probs, log_probs_of(yi, ids), rtol=0, atol=0.02)
+            compared += 1
+    assert compared
 
 
 def test_the_engine_computes_the_official_image_features(engine: Engine, model: yi_vl.YiVL) -> None:

@@ -75,11 +75,14 @@ def write_gguf(
 def plan_gguf(source: Checkpoint, name: str, type: GgufType) -> tuple[list[GgufFile], list[str]]:
     """The files, and what the user should know about them."""
     ggml_type = _matrix_type(type)
-    general: Fields = {"general.name": name, "general.file_type": _FILE_TYPES[ggml_type]}
+    general: Fields = {"general.name": name, "general.quantization_version": 2}
     language = GgufFile(
         f"model-{type}.gguf",
         "llama",
-        general | language_fields(source.config.text_config) | tokenizer_fields(source),
+        general
+        | {"general.type": "model", "general.file_type": _FILE_TYPES[ggml_type]}
+        | language_fields(source.config.text_config)
+        | tokenizer_fields(source),
         language_tensors(source, ggml_type),
     )
     if reason := vision_unsupported(source.config.vision_config):
@@ -89,7 +92,9 @@ def plan_gguf(source: Checkpoint, name: str, type: GgufType) -> tuple[list[GgufF
     vision = GgufFile(
         f"mmproj-{vision_type}.gguf",
         "clip",
-        general | {"general.file_type": _FILE_TYPES[vision_matrix_type]} | vision_fields(source.config),
+        general
+        | {"general.type": "mmproj", "general.file_type": _FILE_TYPES[vision_matrix_type]}
+        | vision_fields(source.config),
         vision_tensors(source, vision_matrix_type),
     )
     return [language, vision], [CLASS_TOKEN_FAULT]
