@@ -23,8 +23,8 @@ from .key_map import PROJECTOR, TOWER
 from .read import Checkpoint, LazyTensor
 
 CLASS_TOKEN_FAULT = (
-    "until its pull request 25844, which b11549 (October 2026) does not have, llama.cpp gives the language model each "
-    "image's features one patch early, without the first and with the class token's as the last "
+    "warning: llama.cpp without its pull request 25844, which no release until October 2026 has, gives the language "
+    "model image features one patch early, the first missing and the class token's as the last "
     "(github.com/ggml-org/llama.cpp/issues/25814)"
 )
 
