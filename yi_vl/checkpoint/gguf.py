@@ -85,8 +85,11 @@ def plan_gguf(source: Checkpoint, name: str, type: GgufType) -> tuple[list[GgufF
         | tokenizer_fields(source),
         language_tensors(source, ggml_type),
     )
+    notes = []
+    if "tokenizer.ggml.eot_token_id" not in language.fields:
+        notes.append(f"{STOP_STRING} is not one token of this tokenizer: give it to llama.cpp as a stop string.")
     if reason := vision_unsupported(source.config.vision_config):
-        return [language], [f"Only the language model is written: {reason}."]
+        return [language], [*notes, f"Only the language model is written: {reason}."]
     vision_type = "f16" if type == "q8_0" else type
     vision_matrix_type = _matrix_type(vision_type)
     vision = GgufFile(
@@ -97,7 +100,7 @@ def plan_gguf(source: Checkpoint, name: str, type: GgufType) -> tuple[list[GgufF
         | vision_fields(source.config),
         vision_tensors(source, vision_matrix_type),
     )
-    return [language, vision], [CLASS_TOKEN_FAULT]
+    return [language, vision], [*notes, CLASS_TOKEN_FAULT]
 
 
 def _matrix_type(type: GgufType) -> str:
