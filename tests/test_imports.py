@@ -25,7 +25,7 @@ LAYERS = (
     {"engine"},
     {"checkpoint"},
     {"predict"},
-    {"server", "info", "terminal", "loading"},
+    {"server", "conversion", "info", "terminal", "loading"},
     {"cli"},
     {"__main__"},
 )

@@ -10,6 +10,7 @@ import importlib
 import os
 import re
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
@@ -271,55 +272,47 @@ def info(
 def convert_command(
     source: Annotated[str, typer.Argument(metavar="SRC", help="A model folder or hub id, in any layout.")],
     target: Annotated[str | None, typer.Argument(metavar="DST", help="A folder that does not exist yet.")] = None,
-    to: Annotated[Literal["yi-vl", "official", "llava-hf"], typer.Option(help="The layout to write.")] = "yi-vl",
+    to: Annotated[
+        Literal["yi-vl", "official", "llava-hf", "gguf"],
+        typer.Option(help="The layout to write; gguf is for llama.cpp, Ollama and LM Studio."),
+    ] = "yi-vl",
+    type: Annotated[
+        Literal["f16", "bf16", "f32", "q8_0", "q4_k_m"] | None,
+        typer.Option(help="Of the language model's matrices, with --to gguf; f16 by default."),
+    ] = None,
     tower_from: Annotated[
         Literal["vit", "shards"],
         typer.Option(help="An official release holds the vision tower twice; the official code takes vit."),
     ] = "vit",
     verify: Annotated[
-        bool, typer.Option("--verify", help="Say how far the two copies of the tower are apart.")
+        bool,
+        typer.Option("--verify", help="Compare what was written with SRC, and the two copies of a release's tower."),
     ] = False,
     quantize: QuantizeOption = None,
 ) -> None:
     """Write a model in another layout, shard by shard; DST appears when it is complete.
 
-    With --verify DST may be left out. With --quantize it is written in our layout, for CPUs.
+    With --quantize it is written in our layout, for CPUs. With --verify it is read back and compared: exit code 2 if
+    more than rounding differs. Without DST, --verify compares the two copies of the vision tower in a release.
     """
-    if target is None and not verify:
-        raise ValueError("say where to write to: yi-vl convert SRC DST --to " + to)
     folder = None if target is None else as_path(target, "DST")
-    if folder is not None and folder.exists():
-        raise ValueError(f"{target} exists already; choose another name, or remove it.")
-    if quantize is not None and to != "yi-vl":
-        raise ValueError(f"--quantize writes our layout, and {to!r} has no place for quantized weights.")
+    _check_conversion(folder, to, type, verify, quantize)
     check(source)
     with quick_imports():
-        from rich.console import Console
-        from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
+        from .conversion import run_conversion
+    run_conversion(source, folder, to, type or "f16", tower_from, verify, quantize)
 
-        from .checkpoint import convert, largest_difference
-        from .checkpoint.load import open_model
 
-    checkpoint = open_model(source, tower_from)
-    if verify:
-        difference, where = largest_difference(checkpoint)
-        print(f"The two copies of the vision tower differ by {difference:g} at most (in {where}).")
-    if folder is not None and quantize is not None:
-        from .predict import load
-
-        load(source, device="cpu", tower_from=tower_from, quantize=quantize).save(folder)
-        print(f"{target} is written.")
-    elif folder is not None:
-        columns = ("{task.description}", BarColumn(), DownloadColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=Console(stderr=True)) as progress:
-            task = progress.add_task(f"{checkpoint.layout} to {to}")
-            convert(
-                checkpoint,
-                folder,
-                to,
-                progress=lambda done, total: progress.update(task, completed=done, total=total),
-            )
-        print(f"{target} is written.")
+def _check_conversion(folder: Path | None, to: str, type: str | None, verify: bool, quantize: str | None) -> None:
+    """Refuse options that contradict each other."""
+    if folder is None and not verify:
+        raise ValueError("say where to write to: yi-vl convert SRC DST --to " + to)
+    if folder is not None and folder.exists():
+        raise ValueError(f"{folder} exists already; choose another name, or remove it.")
+    if quantize is not None and to != "yi-vl":
+        raise ValueError(f"--quantize writes our layout, and {to!r} has no place for quantized weights.")
+    if type is not None and to != "gguf":
+        raise ValueError(f"--type {type} is for --to gguf; the layout {to!r} keeps the types of its source.")
 
 
 def _name_of(model: str) -> str:

@@ -61,18 +61,10 @@ def convert(
     Raises:
         ValueError: the folder exists, there is no room, or the layout cannot hold the model.
     """
-    if to != "yi-vl" and getattr(source.config, "quantization_config", None):
-        raise ValueError(
-            f"{source.folder} is quantised, and the layout {to!r} has no place for that. Give the original."
-        )
-    if target.exists():
-        raise ValueError(f"{target} exists already; choose another name, or remove it.")
+    check_target(source, target, to)
     files, write_other_files = _PLANS[to](source, shard_bytes)
     total_bytes = sum(output.num_bytes for file in files for output in file.outputs)
-    target.absolute().parent.mkdir(parents=True, exist_ok=True)
-    free_bytes = shutil.disk_usage(target.absolute().parent).free
-    if free_bytes < total_bytes:
-        raise ValueError(f"{target}: {total_bytes / 1e9:.1f} GB are needed, {free_bytes / 1e9:.1f} GB are free.")
+    check_space(target, total_bytes)
     with atomic_path(target) as partial:
         written_bytes = 0
         for file in files:
@@ -88,6 +80,30 @@ def convert(
                 progress(written_bytes, total_bytes)
         _write_index(partial, files)
         write_other_files(partial)
+
+
+def check_target(source: Checkpoint, target: Path, to: str) -> None:
+    """
+    Raises:
+        ValueError: the folder exists, or the layout cannot hold a quantized model.
+    """
+    if to != "yi-vl" and getattr(source.config, "quantization_config", None):
+        raise ValueError(
+            f"{source.folder} is quantised, and the layout {to!r} has no place for that. Give the original."
+        )
+    if target.exists():
+        raise ValueError(f"{target} exists already; choose another name, or remove it.")
+
+
+def check_space(target: Path, num_bytes: int) -> None:
+    """
+    Raises:
+        ValueError: the disk has no room for so many bytes.
+    """
+    target.absolute().parent.mkdir(parents=True, exist_ok=True)
+    free_bytes = shutil.disk_usage(target.absolute().parent).free
+    if free_bytes < num_bytes:
+        raise ValueError(f"{target}: {num_bytes / 1e9:.1f} GB are needed, {free_bytes / 1e9:.1f} GB are free.")
 
 
 _Plan = tuple[list[OutputFile], Callable[[Path], None]]  # files of weights, and a function that writes the others
