@@ -25,7 +25,7 @@ LAYERS = (
     {"checkpoint"},
     {"predict"},
     {"server", "info", "terminal"},
-    {"cli"},
+    {"cli", "vllm_plugin"},
     {"__main__"},
 )
 # Inside train/nano likewise.
