@@ -19,6 +19,7 @@ from ..generation import set_end_tokens_
 from ..quantize import METHOD, Scheme, make_config
 from . import Checkpoint, TowerFrom, base_of, holds_adapters, merge, open_checkpoint, read_configuration, read_processor
 from .json_files import read_json
+from .modelscope import check_modelscope, fetch_modelscope, is_modelscope
 
 _BUNDLED = Path(__file__).parents[1] / "nano"
 _HUB_FILES = ("*.json", "*.model", "*.jinja", "vit/*/*.json")
@@ -122,7 +123,7 @@ def open_model(path: str | os.PathLike | None, tower_from: TowerFrom = "vit") ->
 
 
 def find(path: str | os.PathLike | None) -> str:
-    """A model folder, or a hub id; the bundled model's folder for None."""
+    """A model folder, or a hub id, `ms://owner/name` on ModelScope; the bundled model's folder for None."""
     if path is None:
         if not (_BUNDLED / "config.json").exists():
             raise ValueError(
@@ -130,6 +131,8 @@ def find(path: str | os.PathLike | None) -> str:
                 "(`python -m train.nano`), or name another model."
             )
         return str(_BUNDLED)
+    if is_modelscope(path):
+        return check_modelscope(str(path))
     folder = as_path(path, "the model")
     status = stat(folder, str(path))
     if status is not None and S_ISDIR(status.st_mode):
@@ -175,6 +178,8 @@ def fetch(source: str, with_weights: bool) -> Path:
             raise ValueError(f"{source} cannot be opened: there is no permission to read this folder.")
         return Path(source)
     patterns = [*_HUB_FILES, *(_HUB_WEIGHTS if with_weights else ())]
+    if is_modelscope(source):
+        return fetch_modelscope(source, patterns)
     try:
         return Path(snapshot_download(source, allow_patterns=patterns))
     except (OSError, ValueError, HfHubHTTPError) as error:
