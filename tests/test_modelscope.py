@@ -30,8 +30,8 @@ def snapshot_download(model_id, allow_patterns):
 
 
 @pytest.fixture
-def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where the stand-in writes what it was asked for."""
+def request_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file to which the stand-in writes each request."""
     folder = tmp_path / "packages" / "modelscope"
     folder.mkdir(parents=True)
     (folder / "__init__.py").write_text(FAKE.replace("SOURCE", repr(str(OFFICIAL / "checkpoint"))))
@@ -40,28 +40,28 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder / "asked.json"
 
 
-def test_a_model_is_loaded_from_modelscope(asked: Path) -> None:
+def test_a_model_is_loaded_from_modelscope(request_file: Path) -> None:
     model = yi_vl.load("ms://01ai/Yi-VL-Tiny", device="cpu", dtype=torch.float32)
-    model_id, patterns = json.loads(asked.read_text())
+    model_id, patterns = json.loads(request_file.read_text())
     assert model_id == "01ai/Yi-VL-Tiny" and "*.safetensors" in patterns and "pytorch_model*.bin" in patterns
     local = yi_vl.load(OFFICIAL / "checkpoint", device="cpu", dtype=torch.float32)
     assert torch.equal(model.model.lm_head.weight, local.model.lm_head.weight)
 
 
-def test_without_weights_none_are_fetched(asked: Path) -> None:
+def test_without_weights_none_are_fetched(request_file: Path) -> None:
     assert read_config("ms://01ai/Yi-VL-Tiny").model_type == "yi_vl"
     assert load_processor("ms://01ai/Yi-VL-Tiny").patches_per_image == 16
-    assert "*.safetensors" not in json.loads(asked.read_text())[1]
+    assert "*.safetensors" not in json.loads(request_file.read_text())[1]
 
 
 @pytest.mark.parametrize("name", ["ms://", "ms://01ai", "ms://01ai/", "ms:///a", "ms://a/b/c"])
-def test_another_form_is_refused(asked: Path, name: str) -> None:
+def test_another_form_is_refused(request_file: Path, name: str) -> None:
     with pytest.raises(ValueError, match="ms://owner/name"):
         find(name)
-    assert not asked.exists()
+    assert not request_file.exists()
 
 
-def test_what_cannot_be_had_is_one_line(asked: Path) -> None:
+def test_what_cannot_be_had_is_one_line(request_file: Path) -> None:
     with pytest.raises(ValueError, match=r"ms://01ai/Other cannot be had from ModelScope: .*not found") as caught:
         yi_vl.load("ms://01ai/Other")
     assert "\n" not in str(caught.value)

@@ -108,5 +108,5 @@ def test_every_prompt_ends_with_the_header_of_an_answer() -> None:
 
 
 def test_vllm_is_told_where_its_plugin_is() -> None:
-    places = {point.value for point in entry_points(group="vllm.general_plugins") if point.name == "yi_vl"}
-    assert places == {"yi_vl.vllm_plugin:register"}
+    values = {point.value for point in entry_points(group="vllm.general_plugins") if point.name == "yi_vl"}
+    assert values == {"yi_vl.vllm_plugin:register"}
