@@ -196,10 +196,10 @@ def _transformers(folder: Path, with_images: bool) -> dict[str, Variant]:
 
 
 def _vllm(folder: Path) -> Answer:
+    """`LLM.chat`. On a CPU its worker has all cores but one, which is its front end's: more are slower."""
     if find_spec("vllm") is None:
         raise NotMeasuredError("not installed (`make vllm`)")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GB
-    os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")  # all cores, as the others
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     from vllm import LLM  # type: ignore[import-not-found]
 
