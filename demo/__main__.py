@@ -14,9 +14,11 @@ from typing import Annotated
 import typer
 
 from yi_vl.arguments import as_path
+from yi_vl.checkpoint.find import find
 from yi_vl.cli import DeviceOption, DtypeOption, QuantizeOption
 from yi_vl.program import run
-from yi_vl.runtime import use_huge_pages
+from yi_vl.runtime import limit_spinning, use_huge_pages
+from yi_vl.startup import quick_start
 
 from .card import find_card
 from .i18n import ANY_YI_VL, LANGUAGES, NANO
@@ -32,22 +34,22 @@ def demo(
     quantize: QuantizeOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
-    about: Annotated[
-        str | None, typer.Option(help="What the model is good for, in a sentence; shown on the page.")
-    ] = None,
+    about: Annotated[str | None, typer.Option(help="A sentence shown on the page that describes the model.")] = None,
     host: Annotated[
-        str, typer.Option(help="The address to listen at. Any but this computer's own needs --auth.")
+        str, typer.Option(help="The address to listen on. Other than loopback requires --auth.")
     ] = "127.0.0.1",
-    port: Annotated[int | None, typer.Option(min=1, max=65535, help="By default the first free one from 7860.")] = None,
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="The port; by default the first free one from 7860.")
+    ] = None,
     share: Annotated[
-        bool, typer.Option("--share", help="Also show the page to the internet, by Gradio's tunnel. Needs --auth.")
+        bool, typer.Option("--share", help="Create a public link through Gradio's tunnel. Requires --auth.")
     ] = False,
     auth: Annotated[
-        str | None, typer.Option(envvar="YI_VL_DEMO_AUTH", help="USER:PASSWORD that visitors must give.")
+        str | None, typer.Option(envvar="YI_VL_DEMO_AUTH", help="USER:PASSWORD required from visitors.")
     ] = None,
     keep: Annotated[
         Path | None,
-        typer.Option(help="Keep conversations with their images in this folder, and say so on the page."),
+        typer.Option(help="Save conversations and images in this folder; the page then says so."),
     ] = None,
 ) -> None:
     account = _account(auth)
@@ -61,17 +63,19 @@ def demo(
         except OSError as error:
             raise ValueError(f"--keep {keep}: no such folder can be made: {error.strerror}.") from error
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # so that uploads are removed then too
-    from yi_vl.predict import load
+    find(model)  # refused before the seconds that imports take
+    with quick_start():
+        from yi_vl.predict import load
 
-    try:
-        from .app import running
-    except ModuleNotFoundError as error:
-        raise ValueError(f'{error}. Install what the demo needs: pip install -e ".[demo]"') from error
+        try:
+            from .app import running
+        except ModuleNotFoundError as error:
+            raise ValueError(f'{error}. Install what the demo needs: pip install -e ".[demo]"') from error
 
+        yi_vl = load(model, device=device, dtype=dtype, quantize=quantize)
     name = Path(model).name if model else "nano"
     of_model = ANY_YI_VL if model else NANO
     descriptions = dict.fromkeys(LANGUAGES, about) if about else of_model
-    yi_vl = load(model, device=device, dtype=dtype, quantize=quantize)
     try:
         page = running(
             yi_vl,
@@ -116,6 +120,7 @@ def _is_loopback(host: str) -> bool:
 def main() -> None:
     """The entry point of `python -m demo`."""
     use_huge_pages()
+    limit_spinning()
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
     run(partial(app, prog_name="python -m demo"), "demo")
 

@@ -24,6 +24,7 @@ from .i18n import EXAMPLES, GRADIO_IN_CHINESE, LANGUAGES, TEXTS, Language
 from .language import language_layer
 from .uploads import Uploads
 
+_MAX_ANSWERS = 16  # that are generated together
 _MAX_WAITING = 32  # questions in the queue
 
 _HERE = Path(__file__).parent
@@ -232,7 +233,7 @@ class Page:
                 [chatbot, self.conversation_id, language, *self.settings],
                 chatbot,
                 concurrency_id="model",
-                concurrency_limit=1,
+                concurrency_limit=_MAX_ANSWERS,
                 show_progress="minimal",
                 api_visibility="private",
             )

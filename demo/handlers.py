@@ -9,8 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import secrets
-import threading
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from functools import lru_cache, partial
 from pathlib import Path
@@ -33,7 +32,7 @@ Update = dict[str, Any]
 
 
 class Handlers:
-    """Event handlers over one model, which answers one question at a time.
+    """Event handlers over one model, which answers all users' questions together.
 
     Args:
         name: of the model, for the visitors; `about` says what it is good for, in every language.
@@ -48,7 +47,6 @@ class Handlers:
         self.about = about
         self.uploads = uploads
         self.keep = keep
-        self._lock = threading.Lock()
         prepare = partial(yi_vl.processor.image_processor.prepare, formats=WEB_FORMATS)
         self._prepare = lru_cache(_NUM_CACHED_IMAGES)(prepare)
 
@@ -120,9 +118,9 @@ class Handlers:
             messages = chat.to_messages(history, lambda path: path)
             if not messages or messages[-1]["role"] != "user":
                 return
-            self.yi_vl.engine.encode([messages])  # what is too long is refused before its images are decoded
+            self.yi_vl.engine.inputs.encode(messages)  # what is too long is refused before its images are decoded
             messages = chat.to_messages(history, partial(self._open, request, language))
-            with closing(self._one_at_a_time(self.yi_vl.stream_messages(messages, **options))) as pieces:
+            with closing(self.yi_vl.stream_messages(messages, **options)) as pieces:
                 for piece in pieces:
                     answer_text += piece
                     yield [*history, chat.assistant_message(answer_text)]
@@ -186,22 +184,6 @@ class Handlers:
         """The conversation as a page to read; empty when an image of it is gone."""
         document = self._document(history, language, request)
         return chat.to_markdown(document, TEXTS[language]["you"]) if document else ""
-
-    def _one_at_a_time(self, pieces: Generator[str, None, None]) -> Generator[str, None, None]:
-        """The same pieces, none of which is made while another answer's is.
-
-        The model is held for a step, never between two: when a step takes a minute Gradio gives up closing the answer.
-        """
-        try:
-            while True:
-                with self._lock:
-                    piece = next(pieces, None)
-                if piece is None:
-                    return
-                yield piece
-        finally:
-            with self._lock:
-                pieces.close()
 
     def _document(self, history: list[Message], language: Language, request: gr.Request) -> dict[str, Any] | None:
         try:

@@ -28,7 +28,7 @@ class Uploads:
     `public` are paths that everybody may read.
 
     Args:
-        max_image_bytes: of one upload; how many pixels it may have is yi_vl.image.transform's business.
+        max_image_bytes: of one upload; how many pixels it may have is yi_vl.image.load's business.
         max_bytes: of all that a visitor sends, until its files are removed.
         grace_seconds: how long files are kept after a visitor's last tab is closed, for reloads and bad connections.
     """

@@ -1,4 +1,4 @@
-"""`python -m eval COMMAND`: benchmarks, scores, and what else is measured about a model."""
+"""`python -m eval COMMAND`: benchmarks, scores and speed of a model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import typer
 from yi_vl.arguments import as_path
 from yi_vl.cli import QuantizeOption
 from yi_vl.program import run as run_program
-from yi_vl.runtime import use_huge_pages
+from yi_vl.runtime import limit_spinning, use_huge_pages
 
 from .chat_client import DEFAULT_TIMEOUT_SECONDS
 from .evaluate import report_scores, run
@@ -39,7 +39,7 @@ def _expand(path: Path | None) -> Path | None:
 
 
 Out = Annotated[Path, typer.Option(callback=_expand, help="Folder for predictions, results, tables, chart and page.")]
-SplitOption = Annotated[SplitName, typer.Option(help="Which questions.")]
+SplitOption = Annotated[SplitName, typer.Option(help="The split of the benchmark.")]
 
 
 def _add_command(name: Literal["mmmu", "cmmmu"], hub_id: str, title: str) -> None:
@@ -63,8 +63,12 @@ _add_command("cmmmu", "m-a-p/CMMMU", "CMMMU")
 def mmmu_pro(
     options: Options,
     data: Data = "MMMU/MMMU_Pro",
-    variant: Annotated[VariantName, typer.Option(help="Which of its three.")] = "standard (10 options)",
-    prompt: Annotated[Literal["direct", "cot"], typer.Option(help="Answer at once, or after thinking.")] = "direct",
+    variant: Annotated[
+        VariantName, typer.Option(help="The dataset: 10 options, 4 options, or the question as an image.")
+    ] = "standard (10 options)",
+    prompt: Annotated[
+        Literal["direct", "cot"], typer.Option(help="Answer directly, or with chain of thought.")
+    ] = "direct",
     out: Out = Path("runs/eval/mmmu-pro"),
 ) -> None:
     """Run a model over MMMU-Pro and score it."""
@@ -76,20 +80,20 @@ def mmmu_pro(
 
 @app.command("score")
 def score_(
-    benchmark: Annotated[Name, typer.Argument(help="Whose rules.")],
+    benchmark: Annotated[Name, typer.Argument(help="The benchmark.")],
     predictions: Annotated[
-        Path, typer.Option(help="A file or folder in a form of the official scripts, or a predictions.jsonl.")
+        Path, typer.Option(help="A file or folder in a format of the official scripts, or a predictions.jsonl.")
     ],
     answers: Annotated[
         str | None,
         typer.Option(
-            help="The official file of answers, or the data set: a folder or hub id. By default the predictions "
-            "themselves, which have the answers if they are MMMU-Pro's."
+            help="The official answer file, or the dataset: a folder or hub id. By default the predictions themselves, "
+            "which contain the answers for MMMU-Pro."
         ),
     ] = None,
-    split: Annotated[SplitName | None, typer.Option(help="Which questions; by default val, for MMMU-Pro test.")] = None,
+    split: Annotated[SplitName | None, typer.Option(help="The split; by default val, for MMMU-Pro test.")] = None,
     variant: Annotated[
-        VariantName, typer.Option(help="Which of MMMU-Pro's data sets, where --answers is a data set.")
+        VariantName, typer.Option(help="The MMMU-Pro dataset, if --answers is a dataset.")
     ] = "standard (10 options)",
     is_partial: Annotated[
         bool, typer.Option("--partial", help="Score MMMU-Pro's predictions even if they are not all 1,730.")
@@ -101,7 +105,7 @@ def score_(
     judge_model: JudgeModelOption = None,
     timeout: TimeoutOption = DEFAULT_TIMEOUT_SECONDS,
 ) -> None:
-    """Score predictions by the official rules, by these with guesses counted as wrong, and by a judge if given one."""
+    """Score predictions by the official rules, with and without random guesses, and by an LLM judge if given."""
     module, judge_model_choice = _benchmark(benchmark), judge_choice(judge, judge_model, timeout)
     if judge_model_choice is not None and out is None:
         raise ValueError("--judge needs --out, the folder where the judge's replies are kept for later runs.")
@@ -137,13 +141,13 @@ def compare(
 
 @app.command()
 def submit(
-    benchmark: Annotated[Name, typer.Argument(help="Whose test server.")],
+    benchmark: Annotated[Name, typer.Argument(help="The benchmark.")],
     predictions: Annotated[Path, typer.Option(help="The predictions.jsonl of a run over the test split.")],
-    data: Annotated[str, typer.Option(help="The data set, to know that no question is missing: a folder or hub id.")],
+    data: Annotated[str, typer.Option(help="The dataset, to check that no question is missing: a folder or hub id.")],
     out: Out = Path("."),
     split: SplitOption = "test",
 ) -> None:
-    """Write the file that the benchmark's test server takes; refused when a question is missing."""
+    """Write the file to submit to the benchmark's test server; an error if a question is missing."""
     module = _benchmark(benchmark)
     module.submission(())  # refuses before the data is loaded where there is no test server
     questions = {question.id: question for question in _answers(benchmark, data, split)}
@@ -166,12 +170,12 @@ def gpu_(
     out: Annotated[Path, typer.Option(callback=_expand, help="Folder for gpu.json, gpu.md and logs.")] = Path(
         "runs/eval/gpu"
     ),
-    device: Annotated[Literal["cuda", "cpu"], typer.Option(help="Where.")] = "cuda",
-    size: Annotated[Literal["6b", "nano"], typer.Option(help="6b wants a card of 80 GB; nano is for a CPU.")] = "6b",
-    parts: Annotated[str, typer.Option(help="Which, separated by commas, such as environment,logits,train.")] = "",
-    minutes: Annotated[float, typer.Option(help="No part begins or lasts longer.")] = 10,
+    device: Annotated[Literal["cuda", "cpu"], typer.Option(help="The device to measure.")] = "cuda",
+    size: Annotated[Literal["6b", "nano"], typer.Option(help="6b needs an 80 GB GPU; nano runs on a CPU.")] = "6b",
+    parts: Annotated[str, typer.Option(help="Parts to run, comma-separated: environment,logits,train.")] = "",
+    minutes: Annotated[float, typer.Option(help="Time limit: no part starts or runs after it.")] = 10,
 ) -> None:
-    """Load, answer, stream, batch, quantize and train on a GPU, and tell how fast; a part that fails is recorded."""
+    """Measure loading, inference, quantization and training on a GPU; failed parts are recorded."""
     from .gpu.measure import TABLE_FILE, measure
 
     outcomes = measure(out, device, size, [name.strip() for name in parts.split(",") if name.strip()], minutes)
@@ -182,16 +186,16 @@ def gpu_(
 
 @app.command("full-size")
 def full_size(
-    folder: Annotated[Path, typer.Argument(help="The checkpoint; made of random weights where it does not exist.")],
-    size: Annotated[Literal["6b", "34b"], typer.Option(help="Whose shapes.")] = "6b",
+    folder: Annotated[Path, typer.Argument(help="The checkpoint; created with random weights if it does not exist.")],
+    size: Annotated[Literal["6b", "34b"], typer.Option(help="The model whose shapes are used.")] = "6b",
     tokenizer: Annotated[
-        Path, typer.Option(help="A folder with tokenizer.model and tokenizer_config.json, for a checkpoint to be made.")
+        Path, typer.Option(help="A folder with tokenizer.model and tokenizer_config.json, for a new checkpoint.")
     ] = Path("tests/official_tiny/checkpoint"),
-    image: Annotated[Path, typer.Option(help="What is asked about.")] = Path("docs/images/penguin.png"),
-    new_tokens: Annotated[int, typer.Option(help="How many tokens to say.")] = 16,
+    image: Annotated[Path, typer.Option(help="The image of the question.")] = Path("docs/images/penguin.png"),
+    new_tokens: Annotated[int, typer.Option(help="Number of tokens to generate.")] = 16,
     quantize: QuantizeOption = None,
 ) -> None:
-    """Load a checkpoint of the released shapes and layout and answer with it: seconds, peak memory, tokens a second."""
+    """Load a checkpoint in the released shapes and layout and generate: load time, peak memory, tokens/s."""
     from .speed.full_size import make, measure
 
     if not folder.exists():
@@ -256,6 +260,7 @@ def _check_unique(answered: list[Answered], source: Path) -> None:
 def main() -> None:
     """The entry point of `python -m eval`."""
     use_huge_pages()
+    limit_spinning()
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
     run_program(partial(app, prog_name="python -m eval"), "eval")
 

@@ -1,4 +1,4 @@
-"""The options that every benchmark's command has: whose answers, generated how, over how many questions."""
+"""The options that all benchmark commands share: model, generation settings, number of questions."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 JudgeOption = Annotated[
     str | None,
     typer.Option(
-        help="URL of an OpenAI-compatible endpoint whose model reads the answers, as a further protocol (its key is "
-        "taken from JUDGE_API_KEY, or else OPENAI_API_KEY)."
+        help="URL of an OpenAI-compatible endpoint for an additional score by an LLM judge (API key: JUDGE_API_KEY, or "
+        "else OPENAI_API_KEY)."
     ),
 ]
 JudgeModelOption = Annotated[str | None, typer.Option(help="The judge's model.")]
 TimeoutOption = Annotated[
-    float, typer.Option("--timeout", min=0.001, help="Seconds that an endpoint or a judge may take for one try.")
+    float, typer.Option("--timeout", min=0.001, help="Timeout in seconds of one request to an endpoint or judge.")
 ]
 
 
@@ -51,21 +51,23 @@ class Options:
         str,
         typer.Option(
             help='"nano", a folder or hub id of a Yi-VL or of any transformers image-text-to-text model, or the URL of '
-            "an OpenAI-compatible endpoint (its key is taken from OPENAI_API_KEY)."
+            "an OpenAI-compatible endpoint (API key: OPENAI_API_KEY)."
         ),
     ] = "nano"
-    endpoint_model: Annotated[
-        str | None, typer.Option(help="The model to ask for at an endpoint; by default its first.")
-    ] = None
+    endpoint_model: Annotated[str | None, typer.Option(help="Name of the endpoint's model; by default its first.")] = (
+        None
+    )
     device: Annotated[str | None, typer.Option(help='"cpu", "cuda:0", "auto"; by default the GPU of this process.')] = (
         None
     )
     quantize: QuantizeOption = None
-    batch_size: Annotated[int, typer.Option(min=1, help="Questions answered at once.")] = 16
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Greatest length of an answer, in tokens.")] = 128
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")] = 0.0
-    top_p: Annotated[float, typer.Option(help="Sample only from the likeliest tokens of this total probability.")] = 1.0
-    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions per batch.")] = 16
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of tokens of an answer.")] = 128
+    temperature: Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0 is greedy decoding.")] = 0.0
+    top_p: Annotated[
+        float, typer.Option(help="Nucleus sampling: cumulative probability of the tokens sampled from.")
+    ] = 1.0
+    seed: Annotated[int | None, typer.Option(help="Random seed for sampling.")] = None
     official_first_image: Annotated[
         bool,
         typer.Option(
@@ -76,7 +78,7 @@ class Options:
     timeout: TimeoutOption = DEFAULT_TIMEOUT_SECONDS
     judge: JudgeOption = None
     judge_model: JudgeModelOption = None
-    limit: Annotated[int | None, typer.Option(min=1, help="Only so many questions, to try something out.")] = None
+    limit: Annotated[int | None, typer.Option(min=1, help="Run only the first N questions.")] = None
 
     @property
     def choice(self) -> ModelChoice:

@@ -33,7 +33,7 @@ IDENTIFIERS = {
     "Rows": "RunningBatch",
     "Share": "ShardSlice",
     "RoomyLayer": "GrowableLayer",
-    "VectorLinear": "GemvLinear",
+    "VectorLinear": "TunedLinear",
     "advance": "step",
     "answer_nobody": "cancel_on_disconnect",
     "asked": "user_message, prompt",

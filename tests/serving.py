@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import base64
+import io
+import struct
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,8 +20,9 @@ import torch
 import uvicorn
 from fastapi import FastAPI
 from openai import OpenAI
+from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
-from tiny import OFFICIAL
+from tiny import OFFICIAL, grow_cache
 
 from yi_vl.engine.sampling import Sampling
 from yi_vl.predict import YiVL
@@ -87,10 +91,10 @@ def direct(yi_vl: YiVL, turns: Turns, **options: Any) -> tuple[str, str | None, 
     for role, images, words in turns:
         parts: list[Any] = [{"type": "image", "image": path} for path in images]
         messages.append({"role": role, "content": [*parts, {"type": "text", "text": words}]})
-    prompts = yi_vl.engine.prepare([messages])
-    outputs = [output for (output,) in yi_vl.engine.generate(prompts, Sampling(**options))]
+    prompt = yi_vl.engine.prepare(messages)
+    outputs = [output for step in yi_vl.engine.generate([prompt], Sampling(**options)) for output in step]
     text = "".join(output.text for output in outputs)
-    return text, outputs[-1].finish_reason, prompts.num_tokens[0], outputs[-1].num_tokens
+    return text, outputs[-1].finish_reason, len(prompt), outputs[-1].num_tokens
 
 
 def metric(address: str, name: str, **labels: str) -> float:
@@ -130,7 +134,8 @@ def make_model_generate(yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch, text: str,
     tokens = yi_vl.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
     steps = iter([*tokens, then])
 
-    def forward(**_: Any) -> SimpleNamespace:
+    def forward(**inputs: Any) -> SimpleNamespace:
+        grow_cache(**inputs)
         token = next(steps)
         if isinstance(token, Exception):
             raise token
@@ -155,3 +160,17 @@ def chat_message(role: str, content: Any, **fields: Any) -> dict[str, Any]:
 
 def answer(client: OpenAI, **fields: Any) -> str:
     return client.chat.completions.create(**ask(**fields)).choices[0].message.content or ""
+
+
+def encoded_image(format: str) -> bytes:
+    file = io.BytesIO()
+    Image.new("L", (8, 8)).save(file, format)
+    return file.getvalue()
+
+
+def bomb() -> bytes:
+    """An image that says it has more pixels than are read."""
+    content = bytearray(encoded_image("PNG"))
+    content[16:24] = struct.pack(">II", 20_000, 6_000)
+    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+    return bytes(content)

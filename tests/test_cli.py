@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import os
@@ -14,11 +15,13 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import OFFICIAL, tiny_yi_vl
+from tiny import OFFICIAL, grow_cache, tiny_yi_vl
 from transformers.utils import logging
 
 from yi_vl import cli
-from yi_vl.predict import YiVL
+from yi_vl.config import OpenClipVisionConfig
+from yi_vl.model import YiVLForConditionalGeneration
+from yi_vl.predict import YiVL, load
 from yi_vl.terminal import split_paths
 
 WIDE, TALL = str(OFFICIAL / "wide.png"), str(OFFICIAL / "tall.png")
@@ -92,6 +95,34 @@ def test_ask_is_quiet_as_a_program(folder: str) -> None:
     command = [sys.executable, "-m", "yi_vl", "ask", WIDE, "What?", "-m", folder, "--max-new-tokens", "3"]
     ended = subprocess.run(command, capture_output=True, text=True, cwd=Path(cli.__file__).parents[1])
     assert (ended.returncode, ended.stderr) == (0, "") and ended.stdout.strip()
+
+
+@pytest.mark.core
+@pytest.mark.slow
+@pytest.mark.parametrize("tower", [None, "eva02_tiny_patch14_224"])
+@pytest.mark.parametrize("options", [[], ["--quantize", "int8"]])
+def test_what_a_start_does_not_import_is_there_when_it_is_needed(
+    yi_vl: YiVL, tmp_path: Path, tower: str | None, options: list[str]
+) -> None:
+    """A fresh process answers as this one: also with a tower of timm, which needs torchvision."""
+    if tower is not None:
+        config = copy.deepcopy(yi_vl.model.config)
+        vision = {"timm_model": tower, "hidden_size": 192, "num_hidden_layers": 12, "num_attention_heads": 3}
+        config.vision_config = OpenClipVisionConfig(image_size=56, patch_size=14, intermediate_size=512, **vision)
+        yi_vl = YiVL(YiVLForConditionalGeneration(config), yi_vl.processor)
+    yi_vl.save(tmp_path / "model")
+    arguments = ["ask", WIDE, "What?", "-m", str(tmp_path / "model"), "--max-new-tokens", "3", *options]
+    script = (
+        "import runpy, sys\n"
+        f"sys.argv[1:] = {arguments!r}\n"
+        "try:\n    runpy.run_module('yi_vl', run_name='__main__', alter_sys=True)\n"
+        "finally:\n    import timm, torchvision, scipy.optimize"
+    )
+    command = [sys.executable, "-c", script]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=Path(cli.__file__).parents[1])
+    assert (ended.returncode, ended.stderr) == (0, "")
+    expected = load(tmp_path / "model", quantize="int8" if options else None)
+    assert ended.stdout == expected.predict(WIDE, "What?", max_new_tokens=3) + "\n"
 
 
 def write(path: Path, content: bytes) -> str:
@@ -198,7 +229,8 @@ def test_ctrl_c_stops_an_answer_and_ctrl_d_the_chat(run: Run, yi_vl: YiVL, monke
     (dog,) = yi_vl.processor.tokenizer(" dog", add_special_tokens=False)["input_ids"]
     steps = 0
 
-    def forward(**_: Any) -> SimpleNamespace:
+    def forward(**inputs: Any) -> SimpleNamespace:
+        grow_cache(**inputs)
         nonlocal steps
         steps += 1
         if steps == 3:
@@ -206,7 +238,7 @@ def test_ctrl_c_stops_an_answer_and_ctrl_d_the_chat(run: Run, yi_vl: YiVL, monke
         return SimpleNamespace(logits=torch.eye(960)[None, None, dog if steps < 5 else 2])
 
     monkeypatch.setattr(yi_vl.model, "forward", forward)
-    monkeypatch.setattr(cli, "_load", lambda *_: yi_vl)
+    monkeypatch.setattr(cli, "load_quickly", lambda *_: yi_vl)
     code, out, _ = run("chat", typed=iter([KeyboardInterrupt(), "Hi", "And?"]))  # type: ignore[list-item]
     assert code == 0
     assert out.splitlines() == [cli._CHAT_HELP, "", "Ctrl-D or /exit leaves.", "dog dog [stopped]", "dog", ""]
@@ -313,7 +345,7 @@ def test_chat_shows_several_images_at_once_or_none(
 def test_a_terminal_that_is_not_utf_8_loses_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     buffer = io.BytesIO()
     monkeypatch.setattr(
-        cli, "_load", lambda *_: SimpleNamespace(stream=lambda *_, **__: iter(["一个", " dog \U0001f436"]))
+        cli, "load_quickly", lambda *_: SimpleNamespace(stream=lambda *_, **__: iter(["一个", " dog \U0001f436"]))
     )
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(buffer, encoding="ascii"))
     assert run("ask", "Hi")[0] == 0
@@ -326,7 +358,7 @@ def test_leaving_early_is_quiet(run: Run, monkeypatch: pytest.MonkeyPatch, error
         yield "a"
         raise error
 
-    monkeypatch.setattr(cli, "_load", lambda *_: SimpleNamespace(stream=stream))
+    monkeypatch.setattr(cli, "load_quickly", lambda *_: SimpleNamespace(stream=stream))
     ended, _, err = run("ask", "Hi")
     assert (ended, err) == (code, "")
 

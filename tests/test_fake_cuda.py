@@ -56,7 +56,7 @@ def clock(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("models") / "tiny"
-    tiny_yi_vl().save(path)
+    tiny_yi_vl(seed=2).save(path)  # random weights whose greedy answers have no near ties, alone or in a batch
     return path
 
 
@@ -136,7 +136,7 @@ def test_batches_streams_and_chats_say_what_they_say_on_a_cpu(cuda: FakeCuda, op
     before = cuda.num_operations
     model = on_cuda()
     assert answers(model) == expected and cuda.num_operations - before > 1000
-    assert model.engine._prefixes.num_bytes > 0
+    assert model.engine.prefixes.num_bytes > 0
 
 
 @pytest.mark.parametrize(("is_official", "device"), [(False, None), (True, "cuda:0"), (True, torch.device("cuda"))])

@@ -10,11 +10,10 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
-from tiny import OFFICIAL, tiny_yi_vl
+from tiny import OFFICIAL, prefill, tiny_yi_vl
 from torch import nn
 
 from yi_vl.engine.fingerprint import fingerprint
-from yi_vl.engine.sampling import Sampling
 from yi_vl.model import YiVLForConditionalGeneration
 from yi_vl.predict import YiVL
 
@@ -84,8 +83,7 @@ CHANGES: dict[str, Callable[[Model], Any]] = {
 
 def _logits(yi_vl: YiVL) -> torch.Tensor:
     """Of the first token that answers; what is known of the question is taken from what is kept."""
-    prompts = yi_vl.engine.prepare([_conversation()])
-    return yi_vl.engine.prefill(prompts, yi_vl.engine.new_requests(prompts, Sampling())).logits.float()
+    return prefill(yi_vl, [yi_vl.engine.prepare(_conversation())]).logits.float()
 
 
 def _conversation() -> list[dict[str, Any]]:

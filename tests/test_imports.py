@@ -15,8 +15,9 @@ ROOT = Path(__file__).parents[1]
 # Inside yi_vl a module imports only modules of earlier lines, and of its own entry: a module, or a package, that stands
 # for its modules that have no entry of their own.
 LAYERS = (
-    {"arguments", "chat", "config", "connector", "files", "hardware", "program", "runtime"}
-    | {"engine.fingerprint", "engine.gemv", "engine.kv_cache", "checkpoint.key_map"},
+    {"arguments", "chat", "config", "connector", "files", "hardware", "program", "runtime", "startup"}
+    | {"autotune", "engine.fingerprint", "engine.kv_cache", "checkpoint.key_map"},
+    {"linear", "vision_blocks"},
     {"image", "messages", "generation", "quantize", "vision", "engine.prefix_cache", "checkpoint.json_files"},
     {"model", "checkpoint.weight_files"},
     {"processor"},
@@ -24,7 +25,7 @@ LAYERS = (
     {"engine"},
     {"checkpoint"},
     {"predict"},
-    {"server", "info", "terminal"},
+    {"server", "info", "terminal", "loading"},
     {"cli", "vllm_plugin"},
     {"__main__"},
 )
@@ -39,6 +40,39 @@ NANO_LAYERS = (
 APPLICATIONS = ("train", "eval", "demo")
 LIGHT = ("", ".cli", ".chat")  # importable without torch: yi_vl, yi_vl.cli, yi_vl.chat
 HEAVY = ("torch", "transformers", "open_clip", "numpy", "rich.table")
+
+# A program's command line, its exit code, and what it must not have imported by its end.
+FRAMEWORKS = ("torch", "transformers", "open_clip", "torchvision")
+WEB = ("fastapi", "uvicorn", "gradio")
+UNUSED = ("open_clip", "timm", "torchvision", "scipy", "torchao", "triton", "peft", "pandas", *WEB)
+STARTS = (
+    (["yi_vl", "--version"], 0, (*FRAMEWORKS, *WEB, "numpy", "PIL", "rich")),
+    *(
+        ([program, *arguments, "--help"], 0, (*FRAMEWORKS, *WEB, "numpy", "PIL", "datasets"))
+        for program, *arguments in (
+            ["yi_vl"], ["yi_vl", "ask"], ["yi_vl", "chat"], ["yi_vl", "serve"], ["yi_vl", "info"], ["yi_vl", "convert"],
+            ["train"], ["demo"], ["eval"], ["eval", "mmmu"], ["eval", "score"], ["eval", "speed"],
+        )
+    ),
+    (["yi_vl", "ask"], 2, (*FRAMEWORKS, *WEB, "numpy", "PIL")),
+    (["yi_vl", "ask", "Hi", "--dtype", "int8"], 2, (*FRAMEWORKS, *WEB, "numpy", "PIL")),
+    (["yi_vl", "ask", "Hi", "--model", "nothing-here"], 2, (*FRAMEWORKS, *WEB, "numpy", "PIL")),
+    (["yi_vl", "ask", "Hi", "--no-such-option"], 2, (*FRAMEWORKS, *WEB, "numpy", "PIL")),
+    (["yi_vl", "ask", "missing.png", "Hi"], 2, (*FRAMEWORKS, *WEB)),
+    (["yi_vl", "ask", "README.md", "README.md", "Hi"], 2, (*FRAMEWORKS, *WEB)),
+    (["yi_vl", "ask", "https://example.org/image.png", "Hi"], 2, (*FRAMEWORKS, *WEB)),
+    (["yi_vl", "chat", "missing.png"], 2, (*FRAMEWORKS, *WEB)),
+    (["yi_vl", "serve", "nothing-here"], 2, (*FRAMEWORKS, *WEB, "numpy", "PIL")),
+    (["yi_vl", "serve", "--port", "70000"], 2, FRAMEWORKS),
+    (["yi_vl", "info", "nothing-here"], 2, (*FRAMEWORKS, *WEB, "numpy", "PIL")),
+    (["yi_vl", "convert", "nothing-here", "there"], 2, (*FRAMEWORKS, *WEB, "numpy", "PIL")),
+    (["yi_vl", "convert", "nothing-here"], 2, (*FRAMEWORKS, *WEB, "numpy", "PIL")),
+    (["demo", "--model", "nothing-here"], 2, (*FRAMEWORKS, *WEB, "numpy", "PIL")),
+    (["demo", "--host", "0.0.0.0"], 2, (*FRAMEWORKS, *WEB, "numpy", "PIL")),
+    (["eval", "mmmu", "--split", "none"], 2, (*FRAMEWORKS, *WEB, "numpy", "PIL")),
+    (["train", "no-such-file.yaml"], 2, (*FRAMEWORKS, *WEB)),
+    (["yi_vl", "ask", "docs/images/penguin.png", "What is this?", "--max-new-tokens", "2"], 0, UNUSED),
+)  # fmt: skip
 
 
 def imports_of(source: str, package: list[str]) -> Iterator[str]:
@@ -116,6 +150,21 @@ def test_light_modules_import_nothing_heavy(module: str) -> None:
     check = f"import sys, yi_vl{module}; print([name for name in {HEAVY!r} if name in sys.modules])"
     command = [sys.executable, "-c", check]
     assert subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(("arguments", "code", "unwanted"), STARTS, ids=lambda value: str(value).replace("/", "."))
+def test_a_start_imports_no_more_than_it_needs(arguments: list[str], code: int, unwanted: tuple[str, ...]) -> None:
+    """As `python -m PROGRAM` would run it."""
+    program, *rest = arguments
+    script = (
+        "import atexit, runpy, sys\n"
+        f"atexit.register(lambda: print('imported', [name for name in {unwanted!r} if sys.modules.get(name)]))\n"
+        f"sys.argv[1:] = {rest!r}\n"
+        f"runpy.run_module({program!r}, run_name='__main__', alter_sys=True)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert ended.returncode == code, ended.stderr
+    assert ended.stdout.splitlines()[-1] == "imported []"
 
 
 def test_public_names_resolve() -> None:

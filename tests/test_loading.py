@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from tiny import OFFICIAL, tiny_yi_vl
 
 import yi_vl
+from yi_vl.checkpoint import find as finding
 from yi_vl.checkpoint import load as loading
 
 pytestmark = pytest.mark.core
@@ -118,15 +119,15 @@ def test_a_hub_id_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError("We couldn't connect to the hub.\nCheck your connection.")
 
     monkeypatch.setattr(loading, "snapshot_download", unreachable)
-    refuse("01-ai/Yi-VL-6B", "01-ai/Yi-VL-6B is no folder here", "couldn't connect")
+    refuse("01-ai/Yi-VL-6B", "01-ai/Yi-VL-6B is not a local folder", "couldn't connect")
 
 
 def test_a_missing_nano_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(loading, "_BUNDLED", tmp_path / "nano")
+    monkeypatch.setattr(finding, "_BUNDLED", tmp_path / "nano")
     refuse(None, "bundled nano model is not in this installation", str(tmp_path))
 
 
 def test_the_bundled_model_is_the_default(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    monkeypatch.setattr(loading, "_BUNDLED", folder)
+    monkeypatch.setattr(finding, "_BUNDLED", folder)
     assert yi_vl.load(device="cpu").predict(None, "Hi", max_new_tokens=2)
-    assert re.search(str(folder), loading.find(None))
+    assert re.search(str(folder), finding.find(None))

@@ -12,11 +12,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import IMAGE_TOKEN_ID, NUM_PATCHES, OFFICIAL, tiny_model, tiny_processor, tiny_yi_vl, uncached
-from transformers.cache_utils import Cache
+from tiny import IMAGE_TOKEN_ID, NUM_PATCHES, OFFICIAL, grow_cache, tiny_model, tiny_processor, tiny_yi_vl, uncached
 
-from yi_vl.engine.kv_cache import CACHE_ARGUMENT
-from yi_vl.engine.sampling import Sampler, Sampling
+from yi_vl.engine.sampling import Sampling
 from yi_vl.predict import YiVL
 
 WIDE, TALL = OFFICIAL / "wide.png", OFFICIAL / "tall.png"
@@ -35,16 +33,6 @@ def yi_vl() -> YiVL:
     return tiny_yi_vl()
 
 
-def grow(**inputs: Any) -> int:
-    """What a forward pass does to the cache; returns the number of rows."""
-    read = inputs["input_ids"] if "input_ids" in inputs else inputs["inputs_embeds"]
-    nothing = torch.zeros(read.shape[0], 1, read.shape[1], 1)
-    cache: Cache = inputs[CACHE_ARGUMENT]
-    for layer in range(2):
-        cache.update(nothing, nothing, layer)
-    return len(read)
-
-
 @pytest.fixture
 def script(yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch) -> Iterator[Script]:
     """Makes the model generate given tokens, row by row; returns the list that collects each step's number of rows.
@@ -59,7 +47,7 @@ def script(yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch) -> Iterator[Script]:
         yi_vl.clear_cache()
 
         def forward(**inputs: Any) -> SimpleNamespace:
-            num_rows = grow(**inputs)
+            num_rows = grow_cache(**inputs)
             logits = torch.zeros(num_rows, 1, 960)
             if num_rows < len(rows) and not calls:  # what all rows begin with
                 return SimpleNamespace(logits=logits)
@@ -77,6 +65,7 @@ def script(yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch) -> Iterator[Script]:
         monkeypatch.setattr(yi_vl.model, "forward", forward)
         return calls
 
+    monkeypatch.setattr(yi_vl.engine, "max_draft_tokens", 0)  # one row, one token
     yi_vl.clear_cache()
     yield install
     yi_vl.clear_cache()
@@ -101,13 +90,13 @@ def test_a_batch_equals_its_single_requests(yi_vl: YiVL, options: dict[str, Any]
 
 def test_the_next_request_takes_the_slot_of_a_finished_request(yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch) -> None:
     fresh, sizes = uncached(yi_vl), []
-    sample = Sampler.__call__
+    forward = yi_vl.model.forward
 
-    def watch(sampler: Sampler, logits: torch.Tensor, generators: Any) -> torch.Tensor:
-        sizes.append(len(logits))
-        return sample(sampler, logits, generators)
+    def watch(**inputs: Any) -> Any:
+        sizes.append(fresh.engine.num_running + fresh.engine.num_waiting)
+        return forward(**inputs)
 
-    monkeypatch.setattr(Sampler, "__call__", watch)
+    monkeypatch.setattr(yi_vl.model, "forward", watch)
     answers = fresh.predict_batch(REQUESTS, batch_size=2, max_new_tokens=12, stop=("cat", "li", "three", "B"))
     assert len({len(answer) for answer in answers}) > 2
     assert sizes == sorted(sizes, reverse=True) and sizes.count(2) > sizes.count(1)  # a slot is free at the end only
@@ -154,7 +143,7 @@ def test_rows_end_by_themselves(yi_vl: YiVL, script: Script) -> None:
 
 def test_the_longest_answer_is_cut_to_what_the_context_holds(yi_vl: YiVL, script: Script) -> None:
     calls = script([ids_of(yi_vl, " dog")])
-    num_prompt_tokens = yi_vl.engine.prepare([[{"role": "user", "content": "Hi"}]]).num_tokens[0]
+    num_prompt_tokens = len(yi_vl.engine.prepare([{"role": "user", "content": "Hi"}]))
     yi_vl.predict(None, "Hi", max_new_tokens=10**6)
     assert num_prompt_tokens + len(calls) == 512
 
@@ -190,7 +179,7 @@ def test_the_image_token_and_rows_without_a_token_are_never_sampled(
 
     def forward(**inputs: Any) -> SimpleNamespace:
         nonlocal steps
-        steps += grow(**inputs)
+        steps += grow_cache(**inputs)
         logits = torch.zeros(1, 1, 960)
         logits[..., IMAGE_TOKEN_ID:] = 9.0
         logits[..., 2] = 1.0
@@ -255,10 +244,10 @@ def test_system_and_history_are_read(yi_vl: YiVL) -> None:
 
 def test_outputs_have_finish_reasons_and_lengths(yi_vl: YiVL, script: Script) -> None:
     script([[*ids_of(yi_vl, " dog"), 2], ids_of(yi_vl, " dog")])
-    prompts = yi_vl.engine.prepare([[{"role": "user", "content": "Hi"}]] * 2)
+    prompts = [yi_vl.engine.prepare([{"role": "user", "content": "Hi"}])] * 2
     outputs = [output for step in yi_vl.engine.generate(prompts, Sampling(max_new_tokens=3)) for output in step]
     assert [
-        (output.request_index, output.finish_reason, output.num_tokens) for output in outputs if output.finish_reason
+        (output.request_id, output.finish_reason, output.num_tokens) for output in outputs if output.finish_reason
     ] == [
         (0, "stop", 2),
         (1, "length", 3),
@@ -308,9 +297,10 @@ def test_a_failed_turn_is_dropped(yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch) 
             chat.ask(*wrong)
     (dog,), steps = ids_of(yi_vl, " dog"), 0
 
-    def fail_later(**_: Any) -> SimpleNamespace:
+    def fail_later(**inputs: Any) -> SimpleNamespace:
         nonlocal steps
         steps += 1
+        grow_cache(**inputs)
         if steps == 3:
             raise RuntimeError("out of memory")
         return SimpleNamespace(logits=torch.eye(960)[None, None, dog])
@@ -321,6 +311,7 @@ def test_a_failed_turn_is_dropped(yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(RuntimeError, match="out of memory"):
         list(pieces)
     assert chat.messages == []
+    yi_vl.clear_cache()  # of what was not computed
 
 
 @pytest.mark.parametrize("configured", [None, 2, 7, [2, 7], 11])

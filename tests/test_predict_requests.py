@@ -347,5 +347,5 @@ def test_batches_have_finish_reasons(yi_vl: YiVL) -> None:
     cut = yi_vl.generate_batch(conversations, errors="return", max_new_tokens=4)
     assert [cut[0], cut[2]] == [Generation(texts[0], "length", 4), Generation(texts[2], "length", 4)]
     assert isinstance(cut[1], ValueError) and cut[1].args == texts[1].args
-    ended = yi_vl.generate_batch(conversations[:1], stop=[texts[0][:2]], max_new_tokens=4)
+    ended = yi_vl.generate_batch(conversations[:1], stop=[texts[0][0]], max_new_tokens=4)
     assert ended == [Generation("", "stop", 1)]

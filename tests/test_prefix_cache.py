@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from tiny import NUM_PATCHES, OFFICIAL, tiny_yi_vl, uncached
+from tiny import NUM_PATCHES, OFFICIAL, prefill, tiny_yi_vl, uncached
+from transformers.cache_utils import Cache
 
 from yi_vl.chat import render_caption
-from yi_vl.engine.prefix_cache import LRUCache
+from yi_vl.engine.kv_cache import new_cache
+from yi_vl.engine.prefix_cache import ImageKey, LRUCache, PrefixCache, PrefixKey
 from yi_vl.engine.sampling import Sampling
 from yi_vl.messages import user_message
 from yi_vl.predict import YiVL
@@ -46,8 +50,8 @@ class Watched:
 def test_an_image_seen_lately_is_not_encoded_again(yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch) -> None:
     fresh, watched = uncached(yi_vl), Watched(yi_vl, monkeypatch)
     first = fresh.predict_batch([([WIDE, TALL, WIDE], "What?"), (WIDE, "Where?")], max_new_tokens=8)
-    assert watched.encoded == [2]
-    assert fresh.predict([WIDE, TALL, WIDE], "What?", max_new_tokens=8) == first[0] and watched.encoded == [2]
+    assert sum(watched.encoded) == 2
+    assert fresh.predict([WIDE, TALL, WIDE], "What?", max_new_tokens=8) == first[0] and sum(watched.encoded) == 2
 
 
 def test_a_chat_reads_only_what_is_new(yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,8 +70,8 @@ def test_a_chat_reads_only_what_is_new(yi_vl: YiVL, monkeypatch: pytest.MonkeyPa
 def test_a_prompt_that_is_an_image_alone_is_answered_again(yi_vl: YiVL) -> None:
     """A captioning prompt: the longest cached prefix would end within the image."""
     engine = uncached(yi_vl).engine
-    encoded = [yi_vl.processor.encode(render_caption("")[:1])]
-    prompts = engine.stack_prompts(encoded, [yi_vl.processor.image_processor.to_uint8(WIDE)])
+    encoded = yi_vl.processor.encode(render_caption("")[:1])
+    prompts = [engine.inputs.to_prompt(encoded, [yi_vl.processor.image_processor.to_uint8(WIDE)])]
     first, again = (
         [output.text for (output,) in engine.generate(prompts, Sampling(max_new_tokens=6))] for _ in range(2)
     )
@@ -75,11 +79,10 @@ def test_a_prompt_that_is_an_image_alone_is_answered_again(yi_vl: YiVL) -> None:
 
 
 def test_images_and_image_tokens_that_do_not_match_are_refused(yi_vl: YiVL) -> None:
-    prompts = yi_vl.engine.prepare([[user_message([WIDE], "What?")]])
-    key = prompts.prefix_keys[0]
-    broken = replace(prompts, prefix_keys=[replace(key, images=key.images * 2)])
+    prompt = yi_vl.engine.prepare([user_message([WIDE], "What?")])
+    broken = replace(prompt, key=replace(prompt.key, images=prompt.key.images * 2))
     with pytest.raises(ValueError, match=f"{NUM_PATCHES} image tokens .* {2 * NUM_PATCHES} image features"):
-        next(uncached(yi_vl).engine.generate(broken, Sampling()))
+        list(uncached(yi_vl).engine.generate([broken], Sampling()))
 
 
 @pytest.mark.parametrize("change", ["go on", "regenerate", "edit", "stop early", "failed turn", "another image"])
@@ -111,9 +114,9 @@ def test_prefix_caching_changes_no_answer(yi_vl: YiVL, change: str) -> None:
     conversation = [*chat.messages, {"role": "user", "content": "What else?"}]
 
     def logits(model: YiVL) -> torch.Tensor:
-        prompts = model.engine.prepare([conversation])
-        assert (model.engine._prefixes.find(prompts.prefix_keys[0]).get_seq_length() > 0) == (model is warm)
-        rows, seen = model.engine.prefill(prompts, model.engine.new_requests(prompts, Sampling())), []
+        prompt = model.engine.prepare(conversation)
+        assert (model.engine.prefixes.find(prompt.key).get_seq_length() > 0) == (model is warm)
+        rows, seen = prefill(model, [prompt]), []
         for _ in range(5):
             seen.append(rows.logits)
             rows.step(rows.logits.argmax(-1))
@@ -125,16 +128,16 @@ def test_prefix_caching_changes_no_answer(yi_vl: YiVL, change: str) -> None:
 def test_the_prefix_cache_is_bounded(yi_vl: YiVL) -> None:
     fresh = uncached(yi_vl)
     fresh.predict(WIDE, "What?", max_new_tokens=4)
-    num_bytes_of_one = fresh.engine._prefixes.num_bytes
-    fresh.engine._prefixes.max_bytes = int(2.5 * num_bytes_of_one)
+    num_bytes_of_one = fresh.engine.prefixes.num_bytes
+    fresh.engine.prefixes.max_bytes = int(2.5 * num_bytes_of_one)
     for question in ("What?", "Where?", "Why?", "How?", "Who?"):
         fresh.chat(system=question * 9).ask(question, [TALL], max_new_tokens=4)
-        assert 0 < fresh.engine._prefixes.num_bytes <= 2.5 * num_bytes_of_one
-        parts = [part for entry in fresh.engine._prefixes._entries for layer in entry.layers for part in layer]
+        assert 0 < fresh.engine.prefixes.num_bytes <= 2.5 * num_bytes_of_one
+        parts = [part for entry in fresh.engine.prefixes._entries.values() for layer in entry.layers for part in layer]
         held = {part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in parts}
-        assert sum(held.values()) == fresh.engine._prefixes.num_bytes  # no reserve, nothing larger kept alive
+        assert sum(held.values()) == fresh.engine.prefixes.num_bytes  # no reserve, nothing larger kept alive
     fresh.clear_cache()
-    assert fresh.engine._prefixes.num_bytes == 0
+    assert fresh.engine.prefixes.num_bytes == 0
 
 
 def test_the_least_recently_used_goes_first_and_bytes_are_bounded() -> None:
@@ -148,3 +151,31 @@ def test_the_least_recently_used_goes_first_and_bytes_are_bounded() -> None:
     assert store.get("large") is None and store.num_bytes == 8
     store.put("a", "A2", 6)
     assert store.get("a") == "A2" and store.num_bytes == 10 and len(store) == 2
+
+
+def test_prefixes_are_found_by_blocks_and_dropped_with_them() -> None:
+    """Against a plain search over all entries, with branches that share beginnings, and images that differ."""
+
+    def key_of(numbers: list[int], *digests: bytes) -> PrefixKey:
+        images = tuple(ImageKey(digest, 20 + 30 * i, 40 + 30 * i) for i, digest in enumerate(digests))
+        return PrefixKey(np.array(numbers, dtype=np.int64), images)
+
+    def cache_of(length: int) -> Cache:
+        cache = new_cache()
+        cache.update(torch.zeros(1, 1, length, 1), torch.zeros(1, 1, length, 1), 0)
+        return cache
+
+    draw = random.Random(0)
+    prefixes = PrefixCache(max_bytes=8 * 3000)  # 4 bytes each of keys and values
+    for _ in range(200):
+        numbers = [7] * draw.choice([25, 60, 100]) + [draw.randrange(2)] * draw.randrange(1, 80)
+        key = key_of(numbers, draw.choice([b"a", b"b"]))
+        entries = prefixes._entries.values()
+        expected = max((entry.key.num_common(key) for entry in entries), default=0)
+        assert prefixes.num_cached(key) == (expected if expected >= 16 else 0)
+        assert prefixes.find(key).get_seq_length() == prefixes.num_cached(key)
+        prefixes.put(key, cache_of(len(key)))
+        assert prefixes.num_cached(key) == len(key)
+        assert prefixes.num_bytes == sum(8 * len(entry.key) for entry in entries) <= prefixes.max_bytes
+    assert {id(entry) for entries in prefixes._by_hash.values() for entry in entries} == set(prefixes._entries)
+    assert 10 < len(prefixes) < 60

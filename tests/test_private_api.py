@@ -29,6 +29,8 @@ USED = {
     "torch.ops.aten._scaled_dot_product_flash_attention": "train.plan: what flash attention saves",
     "torch.ops.aten._to_copy.default": "train.plan: autocast's copies of weights",
     "torch.ops.aten._weight_int4pack_mm_for_cpu": "int4: the CPU's kernel",
+    "torch.ops.mkldnn._linear_pointwise": "decoding with packed weights; without it they are not packed",
+    "torch.ops.mkldnn._reorder_linear_weight": "decoding with packed weights; without it they are not packed",
     "torch.utils._python_dispatch.TorchDispatchMode": "train.plan: seeing the operations of a forward pass",
     "transformers.generation.BaseStreamer": "eval speed: when generate's tokens come",
     "transformers.initialization": "initialising a tower in the way that loading can skip",

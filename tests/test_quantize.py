@@ -41,10 +41,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def logits_of(model: yi_vl.YiVL, image: Path = OFFICIAL / "wide.png") -> torch.Tensor:
     content = [{"type": "image", "image": image}, {"type": "text", "text": QUESTION}]
-    prompts = model.engine.prepare([[{"role": "user", "content": content}]])
-    pixels = model.processor.image_processor([image])["pixel_values"].to(model.model.dtype)
+    inputs = model.engine.model_inputs(model.engine.prepare([{"role": "user", "content": content}]))
     with torch.inference_mode():
-        outputs = model.model(input_ids=prompts.input_ids, attention_mask=prompts.attention_mask, pixel_values=pixels)
+        outputs = model.model(**inputs)
     return outputs.logits[0].float()
 
 

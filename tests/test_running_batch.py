@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import IMAGE_TOKEN_ID, OFFICIAL, tiny_yi_vl
+from tiny import IMAGE_TOKEN_ID, OFFICIAL, prefill, tiny_yi_vl
+from torch.nn.utils.rnn import pad_sequence
 
 from yi_vl.engine.prefix_cache import shared_prefix_length
-from yi_vl.engine.running_batch import Prompts, RunningBatch
-from yi_vl.engine.sampling import Sampling
+from yi_vl.engine.prompt import Prompt
+from yi_vl.engine.running_batch import RunningBatch
 from yi_vl.predict import YiVL
 
 
@@ -17,29 +18,35 @@ def yi_vl() -> YiVL:
     return tiny_yi_vl()
 
 
-def two_prompts(yi_vl: YiVL) -> Prompts:
+def two_prompts(yi_vl: YiVL) -> list[Prompt]:
     image = OFFICIAL / "wide.png"
     long = [{"type": "image", "image": image}, {"type": "text", "text": "What is in this picture?"}]
-    return yi_vl.engine.prepare([[{"role": "user", "content": long}], [{"role": "user", "content": "Hi"}]])
+    return [yi_vl.engine.prepare([{"role": "user", "content": content}]) for content in (long, "Hi")]
 
 
-def test_prompts_are_padded_on_the_left(yi_vl: YiVL) -> None:
+def padded(prompts: list[Prompt]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and attention mask, (B, S), padded on the left."""
+    rows = [prompt.input_ids[0] for prompt in prompts]
+    masks = [torch.ones_like(row) for row in rows]
+    ids, mask = (pad_sequence(tensors, batch_first=True, padding_side="left") for tensors in (rows, masks))
+    return ids, mask
+
+
+def test_prompts_hold_their_tokens_and_images(yi_vl: YiVL) -> None:
     prompts = two_prompts(yi_vl)
-    num_tokens = prompts.num_tokens
-    assert prompts.input_ids.shape[1] == num_tokens[0] > num_tokens[1]
-    assert prompts.attention_mask[1].tolist() == [0] * (num_tokens[0] - num_tokens[1]) + [1] * num_tokens[1]
-    assert (prompts.input_ids == IMAGE_TOKEN_ID).sum(1).tolist() == [16, 0]
-    assert prompts.images_uint8 is not None and prompts.images_uint8.shape == (1, 56, 56, 3)
+    assert [prompt.input_ids.shape for prompt in prompts] == [(1, len(prompt)) for prompt in prompts]
+    assert [int((prompt.input_ids == IMAGE_TOKEN_ID).sum()) for prompt in prompts] == [16, 0]
+    assert [[image.shape for image in prompt.images_uint8] for prompt in prompts] == [[(56, 56, 3)], []]
 
 
-def pixel_values(yi_vl: YiVL, prompts: Prompts) -> torch.Tensor:
-    assert prompts.images_uint8 is not None
-    return yi_vl.processor.image_processor.to_pixel_values(prompts.images_uint8)
+def pixel_values(yi_vl: YiVL, prompts: list[Prompt]) -> torch.Tensor:
+    images = torch.stack([image for prompt in prompts for image in prompt.images_uint8])
+    return yi_vl.processor.image_processor.to_pixel_values(images)
 
 
-def prefill(yi_vl: YiVL, prompts: Prompts) -> RunningBatch:
+def cold_prefill(yi_vl: YiVL, *prompts: Prompt, max_tokens: int = 4096) -> RunningBatch:
     yi_vl.clear_cache()
-    return yi_vl.engine.prefill(prompts, yi_vl.engine.new_requests(prompts, Sampling()))
+    return prefill(yi_vl, prompts, max_tokens)
 
 
 def decode_greedily(batch: RunningBatch, num_steps: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -52,12 +59,13 @@ def decode_greedily(batch: RunningBatch, num_steps: int) -> tuple[torch.Tensor, 
     return torch.stack(tokens, dim=1), torch.stack(logits)
 
 
-def test_cached_steps_equal_uncached_ones(yi_vl: YiVL) -> None:
+@pytest.mark.parametrize("max_tokens", [4096, 50, 1])
+def test_cached_steps_equal_uncached_ones_however_the_prompts_are_chunked(yi_vl: YiVL, max_tokens: int) -> None:
     prompts = two_prompts(yi_vl)
-    chosen, seen = decode_greedily(prefill(yi_vl, prompts), 8)
+    chosen, seen = decode_greedily(cold_prefill(yi_vl, *prompts, max_tokens=max_tokens), 8)
     with torch.inference_mode():
-        for row, num_tokens in enumerate(prompts.num_tokens):
-            ids = torch.cat([prompts.input_ids[row, -num_tokens:], chosen[row]])
+        for row, prompt in enumerate(prompts):
+            ids, num_tokens = torch.cat([prompt.input_ids[0], chosen[row]]), len(prompt)
             pixels = pixel_values(yi_vl, prompts) if row == 0 else None
             logits = yi_vl.model(input_ids=ids[None], pixel_values=pixels).logits[0]
             torch.testing.assert_close(seen[:, row], logits[num_tokens - 1 : -1], atol=1e-4, rtol=0)
@@ -65,10 +73,11 @@ def test_cached_steps_equal_uncached_ones(yi_vl: YiVL) -> None:
 
 def test_decoding_equals_transformers_generate(yi_vl: YiVL) -> None:
     prompts = two_prompts(yi_vl)
-    tokens, _ = decode_greedily(prefill(yi_vl, prompts), 8)
+    tokens, _ = decode_greedily(cold_prefill(yi_vl, *prompts), 8)
+    input_ids, attention_mask = padded(prompts)
     expected = yi_vl.model.generate(
-        input_ids=prompts.input_ids,
-        attention_mask=prompts.attention_mask,
+        input_ids=input_ids,
+        attention_mask=attention_mask,
         pixel_values=pixel_values(yi_vl, prompts),
         max_new_tokens=8,
         do_sample=False,
@@ -79,16 +88,16 @@ def test_decoding_equals_transformers_generate(yi_vl: YiVL) -> None:
 
 def test_rows_that_are_removed_and_added_change_nothing_for_the_others(yi_vl: YiVL) -> None:
     prompts = two_prompts(yi_vl)
-    alone = [yi_vl.engine.prepare([[{"role": "user", "content": text}]]) for text in ("Hi", "Tell me about a dog.")]
-    expected, logits = decode_greedily(prefill(yi_vl, alone[0]), 12)
-    expected_new, logits_new = decode_greedily(prefill(yi_vl, alone[1]), 6)
+    alone = [yi_vl.engine.prepare([{"role": "user", "content": text}]) for text in ("Hi", "Tell me about a dog.")]
+    expected, logits = decode_greedily(cold_prefill(yi_vl, alone[0]), 12)
+    expected_new, logits_new = decode_greedily(cold_prefill(yi_vl, alone[1]), 6)
 
-    batch = prefill(yi_vl, prompts)  # a request with an image, and "Hi"
+    batch = cold_prefill(yi_vl, *prompts)  # a request with an image, and "Hi"
     tokens, seen = decode_greedily(batch, 4)
     batch.select([1])  # the longer row leaves, and its padding with it
-    assert batch.cache.get_seq_length() == prompts.num_tokens[1] + 4
+    assert batch.cache.get_seq_length() == len(prompts[1]) + 4
     more, seen_alone = decode_greedily(batch, 2)
-    batch.extend(prefill(yi_vl, alone[1]))
+    batch.extend(cold_prefill(yi_vl, alone[1]))
     both, seen_both = decode_greedily(batch, 6)
     assert torch.equal(torch.cat([tokens[1], more[0], both[0]]), expected[0])
     assert torch.equal(both[1], expected_new[0])
@@ -113,12 +122,9 @@ def test_a_shared_prefix_is_prefilled_once_and_a_step_computes_one_position(
 
     monkeypatch.setattr(yi_vl.model, "forward", watch)
     prompts = two_prompts(yi_vl)
-    decode_greedily(prefill(yi_vl, prompts), 2)
-    shared, length, num_tokens = (
-        shared_prefix_length(prompts.prefix_keys),
-        prompts.input_ids.shape[1],
-        prompts.num_tokens[1],
-    )
+    decode_greedily(cold_prefill(yi_vl, *prompts), 2)
+    shared = shared_prefix_length([prompt.key for prompt in prompts])
+    length, num_tokens = map(len, prompts)
     assert 100 < shared < num_tokens
     assert calls == [(1, shared, 1), (2, length - shared, 1), (2, 1, 1), (2, 1, 1)]
     assert positions[0] == list(range(shared))

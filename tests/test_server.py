@@ -228,7 +228,7 @@ def test_the_command_serves(yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch, tmp_pa
             assert sockets[0].getsockname() == ("127.0.0.1", port)
             sockets[0].close()
 
-    monkeypatch.setattr(cli, "_load", lambda *_: yi_vl)
+    monkeypatch.setattr(cli, "load_quickly", lambda *_: yi_vl)
     monkeypatch.setattr(uvicorn, "Server", Server)
     monkeypatch.setenv("YI_VL_API_KEY", "sesame other")
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -280,7 +280,7 @@ def test_what_hinders_serving_is_one_line(
 ) -> None:
     if missing:
         monkeypatch.setitem(sys.modules, missing, None)
-    monkeypatch.setattr(cli, "_load", None)  # is not called
+    monkeypatch.setattr(cli, "load_quickly", None)  # is not called
     monkeypatch.setattr(sys, "argv", ["yi-vl", "serve", *arguments])
     with pytest.raises(SystemExit) as caught:
         cli.main()

@@ -25,10 +25,10 @@ from tiny import tiny_yi_vl
 from yi_vl.predict import YiVL
 from yi_vl.server import Limits, create_app
 from yi_vl.server.body import _Body
+from yi_vl.server.engine_loop import EngineLoop, retry_seconds
 from yi_vl.server.launch import bind, check_certificate, read_keys
 from yi_vl.server.middleware import check_origin, hosts_for
 from yi_vl.server.protocol import ApiError
-from yi_vl.server.worker import Worker, retry_seconds
 
 COMPLETIONS = "/v1/chat/completions"
 JSON = {"Content-Type": "application/json"}
@@ -221,7 +221,7 @@ def test_a_port_in_use_is_reported_before_anything_is_loaded() -> None:
         port = taken.getsockname()[1]
         with pytest.raises(ValueError, match=f"127.0.0.1, port {port}: Address already in use"):
             bind("127.0.0.1", port)
-        command = [sys.executable, "-m", "yi_vl", "serve", "/no/model", "--port", str(port)]
+        command = [sys.executable, "-m", "yi_vl", "serve", "--port", str(port)]
         finished = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
     assert finished.returncode == 2 and finished.stderr.count("\n") == 1 and f"port {port}" in finished.stderr
     (free,) = bind("127.0.0.1", port)
@@ -270,12 +270,12 @@ def test_when_to_try_again(mean: float | None, elapsed: float, seconds: int) -> 
 
 
 def test_retry_after_fits_the_answers_so_far(yi_vl: YiVL, gate: Gate) -> None:
-    worker = Worker(1)
+    loop = EngineLoop(yi_vl.engine, max_batch_size=1, num_waiting=1)
     for _ in range(20):
-        worker._note_duration(20)
-    worker._note_duration(10)
-    assert worker.retry_seconds() == 17
-    worker.close()
+        loop._note_interval(20)
+    loop._note_interval(10)
+    assert loop.retry_seconds() == 17
+    loop.close()
 
 
 def read_events(address: str, events: list[str], **fields: Any) -> None:
@@ -288,7 +288,7 @@ def read_events(address: str, events: list[str], **fields: Any) -> None:
 def test_answers_that_the_shutdown_cuts_end_with_an_error(
     yi_vl: YiVL, gate: Gate, caplog: pytest.LogCaptureFixture
 ) -> None:
-    app = create_app(yi_vl, "tiny")
+    app = create_app(yi_vl, "tiny", limits=Limits(max_batch_size=1))
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, timeout_graceful_shutdown=1))
     thread = threading.Thread(target=server.run)
     thread.start()

@@ -76,8 +76,8 @@ def test_formats_of_images(client: OpenAI, yi_vl: YiVL, format: str) -> None:
     Image.open(WIDE).convert("RGB").save(file, format)
     url = f"data:image/jpg;base64,{base64.b64encode(file.getvalue()).decode()}"
     message = chat_message("user", [{"type": "image_url", "image_url": url}])
-    prompts = yi_vl.engine.prepare([[chat_message("user", [{"type": "image", "image": file.getvalue()}])]])
-    assert prompts.num_tokens[0] > 0
+    prompt = yi_vl.engine.prepare([chat_message("user", [{"type": "image", "image": file.getvalue()}])])
+    assert len(prompt) > 0
     assert answer(client, messages=[message], max_tokens=3) == yi_vl.answer(
         [chat_message("user", [{"type": "image", "image": file.getvalue()}])], max_new_tokens=3
     )

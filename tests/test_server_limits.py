@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import socket
-import struct
-import zlib
 from collections.abc import Iterator
 from http.server import ThreadingHTTPServer
 from typing import Any
@@ -16,7 +13,6 @@ import httpx
 import openai
 import pytest
 from openai import OpenAI
-from PIL import Image
 from serving import (
     CHATS,
     HI,
@@ -24,9 +20,11 @@ from serving import (
     TALL,
     WIDE,
     ask,
+    bomb,
     client_of,
     data_url,
     direct,
+    encoded_image,
     openai_messages,
     serving,
     show,
@@ -55,20 +53,6 @@ def address(yi_vl: YiVL) -> Iterator[str]:
 def client(address: str) -> Iterator[OpenAI]:
     with client_of(address) as client:
         yield client
-
-
-def encoded_image(format: str) -> bytes:
-    file = io.BytesIO()
-    Image.new("L", (8, 8)).save(file, format)
-    return file.getvalue()
-
-
-def bomb() -> bytes:
-    """An image that says it has more pixels than are read."""
-    content = bytearray(encoded_image("PNG"))
-    content[16:24] = struct.pack(">II", 20_000, 6_000)
-    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
-    return bytes(content)
 
 
 def with_text(request: dict[str, Any], text: str) -> dict[str, Any]:

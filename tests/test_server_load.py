@@ -16,24 +16,29 @@ import pytest
 from openai import AsyncOpenAI
 from serving import (
     PATIENCE_SECONDS,
+    TALL,
     WIDE,
     Gate,
     Turns,
     ask,
+    bomb,
     client_of,
+    data_url,
     direct,
     metric,
     openai_messages,
     serving,
+    show,
     wait_until,
 )
+from test_image_hostile import bmp_in_rle, gif_with
 from tiny import tiny_yi_vl
-from transformers import DynamicCache
+from transformers import Cache
 
-from yi_vl.engine.running_batch import Prompts
+from yi_vl.engine.prompt import Prompt
 from yi_vl.predict import YiVL
 from yi_vl.server import Limits, create_app
-from yi_vl.server.worker import BufferedStream
+from yi_vl.server.engine_loop import BufferedStream
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +66,7 @@ def start(address: str, **fields: Any) -> threading.Thread:
 
 
 def test_overload_is_refused_with_429_and_the_others_are_answered(yi_vl: YiVL, gate: Gate) -> None:
-    with serving(create_app(yi_vl, "tiny", limits=Limits(num_waiting=1))) as address:
+    with serving(create_app(yi_vl, "tiny", limits=Limits(max_batch_size=1, num_waiting=1))) as address:
         first = start(address, max_tokens=5)
         wait_until(lambda: gate.num_begun == 1)
         second = start(address, max_tokens=7)
@@ -97,7 +102,7 @@ def disconnect(address: str, when: Callable[[], bool], stream: bool) -> None:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_disconnects_frees_the_worker_within_a_step(yi_vl: YiVL, gate: Gate, stream: bool) -> None:
+def test_a_client_that_disconnects_frees_its_slot_within_a_step(yi_vl: YiVL, gate: Gate, stream: bool) -> None:
     with serving(create_app(yi_vl, "tiny")) as address:
         gate.let(3)
         disconnect(address, lambda: gate.num_begun == 4, stream)  # it leaves during the fourth step
@@ -105,7 +110,7 @@ def test_a_client_that_disconnects_frees_the_worker_within_a_step(yi_vl: YiVL, g
         assert metric(address, "requests_running") == 1  # the step goes on
         gate.open()
         wait_until(lambda: metric(address, "requests_running") == 0)
-        assert gate.num_begun == 4 and metric(address, "completion_tokens_total") == 4
+        assert gate.num_begun == 4 and metric(address, "completion_tokens_total") == 3
         with client_of(address) as client:
             text = client.chat.completions.create(**ask(max_tokens=5)).choices[0].message.content
         assert gate.num_begun == 9 and text == direct(yi_vl, [("user", [], "Hi")], max_new_tokens=5)[0]
@@ -113,7 +118,7 @@ def test_a_client_that_disconnects_frees_the_worker_within_a_step(yi_vl: YiVL, g
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_waiting_client_that_disconnects_costs_no_step(yi_vl: YiVL, gate: Gate, stream: bool) -> None:
-    with serving(create_app(yi_vl, "tiny")) as address:
+    with serving(create_app(yi_vl, "tiny", limits=Limits(max_batch_size=1))) as address:
         first = start(address, max_tokens=5)
         wait_until(lambda: gate.num_begun == 1)
         disconnect(address, lambda: metric(address, "requests_waiting") == 1, stream)
@@ -142,11 +147,12 @@ def test_a_slow_reader_delays_no_other() -> None:
 
 @pytest.mark.slow
 def test_many_clients_at_once(yi_vl: YiVL) -> None:
-    """200 requests, 20 at once; a third leaves, a tenth is malformed. Afterwards everything is as it was before."""
+    """200 requests, 20 at once; a third leaves, a tenth is malformed or hostile. Afterwards all is as it was before."""
     chats: list[Turns] = [[("user", [WIDE] * (i % 3), f"Question {i}?")] for i in range(8)]
     expected = [direct(yi_vl, chats[i], max_new_tokens=6, temperature=1.0, seed=i)[0] for i in range(8)]
     assert len(set(expected)) == len(chats)
     bad = [ask(n=0), ask(messages=[{"role": "wizard", "content": "Hi"}]), ask(tools=[{}]), ask(model="other")]
+    bad += [show(data_url(content)) for content in (bomb(), gif_with(b"!\xfe\1a\0" * 100_000), bmp_in_rle(10_000))]
     threads, draw, seen = set(threading.enumerate()), random.Random(0), Counter[str]()
 
     async def listen(client: AsyncOpenAI, index: int) -> None:
@@ -166,7 +172,7 @@ def test_many_clients_at_once(yi_vl: YiVL) -> None:
 
     async def request(client: AsyncOpenAI, index: int) -> str:
         if index % 10 == 5:
-            with pytest.raises((openai.BadRequestError, openai.NotFoundError)):
+            with pytest.raises((openai.BadRequestError, openai.NotFoundError, openai.UnprocessableEntityError)):
                 await client.chat.completions.create(**bad[index // 10 % len(bad)])
             return "malformed"
         if index % 6 == 0:
@@ -195,16 +201,77 @@ def test_many_clients_at_once(yi_vl: YiVL) -> None:
         async with client_of(address, AsyncOpenAI) as client:
             await asyncio.gather(*(retry_until_served(client, index, semaphore) for index in range(200)))
 
-    with serving(create_app(yi_vl, "tiny", limits=Limits(num_waiting=12))) as address:
+    with serving(create_app(yi_vl, "tiny", limits=Limits(max_batch_size=4, num_waiting=9))) as address:
         asyncio.run(run(address))
         num_refused = seen.pop("refused", 0)
         assert seen == {"malformed": 20, "interrupted": 34, "impatient": 26, "answered": 120}
         wait_until(lambda: metric(address, "requests_running") + metric(address, "requests_waiting") == 0)
-        malformed = metric(address, "requests_total", status="400") + metric(address, "requests_total", status="404")
+        malformed = sum(metric(address, "requests_total", status=status) for status in ("400", "404", "422"))
         assert malformed == 20 and metric(address, "requests_total", status="500") == 0
         assert metric(address, "requests_total", status="429") >= num_refused
         assert metric(address, "requests_total", status="499") > 0
         assert metric(address, "completion_tokens_total") < 6 * 146 + 60 * 34  # had no client disconnected
         gc.collect()
-        assert not any(type(thing) in (DynamicCache, Prompts) for thing in gc.get_objects())
+        assert not any(type(thing) in (Cache, Prompt) for thing in gc.get_objects())
     assert set(threading.enumerate()) == threads
+
+
+def watch_rows(yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Collects how many answers each decode step is for."""
+    forward, rows = yi_vl.model.forward, []
+
+    def watch(**inputs: Any) -> Any:
+        rows.append(len(inputs.get("input_ids", [])))
+        return forward(**inputs)
+
+    monkeypatch.setattr(yi_vl.model, "forward", watch)
+    return rows
+
+
+def test_requests_are_generated_together(yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = (9, 12, 15, 20)
+    expected = [direct(yi_vl, [("user", [], "Hi")], max_new_tokens=length)[0] for length in lengths]
+    with serving(create_app(yi_vl, "tiny")) as address:
+        gate = Gate(yi_vl, monkeypatch)
+        threads = [start(address, max_tokens=length) for length in lengths]
+        wait_until(lambda: metric(address, "requests_running") + metric(address, "requests_waiting") == len(lengths))
+        rows = watch_rows(yi_vl, monkeypatch)
+        gate.open()
+        for thread in threads:
+            thread.join(PATIENCE_SECONDS)
+        assert [thread.text for thread in threads] == expected  # type: ignore[attr-defined]
+        assert max(rows) == len(lengths) and sum(rows) <= sum(lengths)
+        assert metric(address, "slots") == 16 and metric(address, "batch_size") == 0
+        assert metric(address, "tokens_per_second") > 0
+
+
+def test_choices_are_rows_of_one_batch(yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = watch_rows(yi_vl, monkeypatch)
+    with serving(create_app(yi_vl, "tiny")) as address, client_of(address) as client:
+        answer = client.chat.completions.create(**ask(n=3, max_tokens=10, temperature=1.0, seed=7))
+    monkeypatch.undo()
+    expected = [
+        direct(yi_vl, [("user", [], "Hi")], max_new_tokens=10, temperature=1.0, seed=seed)[0] for seed in (7, 8, 9)
+    ]
+    assert [choice.message.content for choice in answer.choices] == expected
+    assert max(rows) == 3
+
+
+def test_an_image_that_takes_long_to_decode_delays_no_other(yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare, is_released = yi_vl.processor.image_processor.prepare, threading.Event()
+
+    def prepare_slowly(source: Any, *arguments: Any, **options: Any) -> Any:
+        if isinstance(source, bytes) and source == WIDE.read_bytes():
+            assert is_released.wait(PATIENCE_SECONDS)
+        return prepare(source, *arguments, **options)
+
+    monkeypatch.setattr(yi_vl.processor.image_processor, "prepare", prepare_slowly)
+    with serving(create_app(yi_vl, "tiny")) as address, client_of(address) as client:
+        slow = start(address, messages=openai_messages([("user", [WIDE], "What?")]))
+        wait_until(lambda: metric(address, "requests_waiting") == 1)
+        for turns in ([("user", [], "Hi")], [("user", [TALL], "What?")]):
+            assert client.chat.completions.create(**ask(messages=openai_messages(turns))).choices
+        assert slow.is_alive()
+        is_released.set()
+        slow.join(PATIENCE_SECONDS)
+        assert slow.text == direct(yi_vl, [("user", [WIDE], "What?")], max_new_tokens=2)[0]  # type: ignore[attr-defined]

@@ -220,7 +220,8 @@ def test_a_worker_that_dies_is_one_line(configure: Configure) -> None:
 
     run.step = step  # type: ignore[method-assign]
     with pytest.raises(
-        ValueError, match=r"A data worker died: .*Killed.* lower data.workers .*step-0000000\d; started"
+        ValueError,
+        match=r"A data worker died: .*(Killed|exited unexpectedly).* lower data.workers .*step-0000000\d; started",
     ):
         run.run()
 

@@ -1,11 +1,11 @@
-"""The vision tower is open_clip's own, seen through transformers' interface."""
+"""The vision tower computes what open_clip's does, seen through transformers' interface."""
 
 from __future__ import annotations
 
 import open_clip
 import pytest
 import torch
-from open_clip.transformer import LayerNorm, VisionTransformer
+from open_clip.transformer import LayerNorm, QuickGELU, VisionTransformer
 from tiny import tiny_config
 from torch import nn
 
@@ -37,8 +37,15 @@ def test_patch_convolution_equals_torchs(bias: bool) -> None:
         torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
 
 
-def test_features_are_the_penultimate_block_of_open_clips_own_tower(tower: OpenClipTower) -> None:
-    config = tower.config
+@pytest.mark.parametrize("quick_gelu", [False, True])
+@pytest.mark.parametrize("feature_layer", [-2, -1, 0])
+@pytest.mark.parametrize("is_autocast", [False, True])
+def test_features_are_those_of_a_block_of_open_clips_tower(
+    quick_gelu: bool, feature_layer: int, is_autocast: bool
+) -> None:
+    config = tiny_config().vision_config
+    config.quick_gelu, config.feature_layer = quick_gelu, feature_layer
+    tower = OpenClipTower(config).eval()
     original = VisionTransformer(
         image_size=config.image_size,
         patch_size=config.patch_size,
@@ -46,17 +53,22 @@ def test_features_are_the_penultimate_block_of_open_clips_own_tower(tower: OpenC
         layers=config.num_hidden_layers,
         heads=config.num_attention_heads,
         mlp_ratio=config.intermediate_size / config.hidden_size,
+        act_layer=QuickGELU if quick_gelu else nn.GELU,
         norm_layer=LayerNorm,
         output_dim=8,
     ).eval()
     missing, unexpected = original.load_state_dict(tower.visual.state_dict(), strict=False)
     assert missing == ["proj"] and not unexpected
     outputs: list[torch.Tensor] = []
-    original.transformer.resblocks[-2].register_forward_hook(lambda *call: outputs.append(call[-1]))
-    original(pixels())
-    features = tower(pixels()).last_hidden_state
-    assert features.shape == (2, 16, 32)
-    torch.testing.assert_close(features, outputs[0][:, 1:], atol=1e-5, rtol=1e-5)
+    original.transformer.resblocks[feature_layer].register_forward_hook(lambda *call: outputs.append(call[-1]))
+    with torch.autocast("cpu", torch.bfloat16, enabled=is_autocast):
+        original(pixels())
+        features = tower(pixels()).last_hidden_state
+    tolerance = 2e-2 if is_autocast else 1e-5
+    assert features.shape == (2, 16, 32) and features.dtype == outputs[0].dtype
+    torch.testing.assert_close(features, outputs[0][:, 1:], atol=tolerance, rtol=tolerance)
+    num_unused = config.num_hidden_layers - 1 - feature_layer % config.num_hidden_layers
+    assert len(tower.visual.unused_modules(feature_layer)) == num_unused + 1  # and the final norm
 
 
 def test_the_last_block_and_the_final_norm_unused_modules(tower: OpenClipTower) -> None:

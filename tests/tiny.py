@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import LlamaConfig
+from transformers.cache_utils import Cache
 
 from yi_vl.chat import from_llava
 from yi_vl.config import OpenClipVisionConfig, YiVLConfig
+from yi_vl.engine.kv_cache import CACHE_ARGUMENT
+from yi_vl.engine.prompt import Prompt
+from yi_vl.engine.running_batch import RunningBatch
+from yi_vl.engine.sampling import Sampling
 from yi_vl.image import YiVLImageProcessor
 from yi_vl.model import YiVLForConditionalGeneration
 from yi_vl.predict import YiVL
@@ -70,6 +76,30 @@ def tiny_yi_vl(seed: int = 0, **config: object) -> YiVL:
 def uncached(yi_vl: YiVL) -> YiVL:
     """The same model with empty caches."""
     return YiVL(yi_vl.model, yi_vl.processor)
+
+
+def grow_cache(**inputs: Any) -> int:
+    """The number of rows of a forward pass, whose cache grows as if the layers had been computed."""
+    new = inputs["input_ids"] if "input_ids" in inputs else inputs["inputs_embeds"]
+    nothing = torch.zeros(new.shape[0], 1, new.shape[1], 1)
+    cache: Cache = inputs[CACHE_ARGUMENT]
+    for layer in range(2):
+        cache.update(nothing, nothing, layer)
+    return len(new)
+
+
+def prefill(yi_vl: YiVL, prompts: Sequence[Prompt], max_tokens: int = 4096) -> RunningBatch:
+    """Prompts in their slots, apart from whatever else the engine does; in chunks of so many tokens."""
+    engine, batch = yi_vl.engine, None
+    with torch.inference_mode():
+        group = engine._new_prefill(
+            [engine._new_request(prompt, Sampling(), lambda _: None, None, False) for prompt in prompts]
+        )
+        while batch is None:
+            if group.missing_images:
+                group.encode_images(group.missing_images)
+            batch = group.step(max_tokens)
+    return batch
 
 
 def official_messages(turns: list[list[str | None]]) -> list[dict[str, Any]]:

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from yi_vl.chat import STOP_STRING, Segment, TooLongError, to_text
 from yi_vl.engine.engine import Engine
-from yi_vl.engine.gemv import use_gemm_
 from yi_vl.engine.sampling import Sampling
 from yi_vl.files import read_json_lines
 from yi_vl.model import YiVLForConditionalGeneration
@@ -88,12 +87,11 @@ class HeldOut:
 
     def generate(self, model: YiVLForConditionalGeneration, processor: YiVLProcessor) -> list[str]:
         """Greedy answers of a model in eval mode. No random state is used."""
-        engine = Engine(model, processor)
+        engine = Engine(model, processor, max_draft_tokens=0)
         texts = []
         for sample in self.samples:
-            prompts = engine.stack_prompts([processor.encode(sample.prompt)], sample.images)
-            texts.append("".join(output.text for (output,) in engine.generate(prompts, self._sampling)))
-        use_gemm_(model)  # undo the engine's replacement of linear layers
+            prompt = engine.inputs.to_prompt(processor.encode(sample.prompt), sample.images)
+            texts.append("".join(output.text for (output,) in engine.generate([prompt], self._sampling)))
         return texts
 
     def record(self, step: int, texts: list[str]) -> None:

@@ -9,7 +9,8 @@ import torch
 from yi_vl.arguments import one_line
 from yi_vl.checkpoint import holds_adapters
 from yi_vl.checkpoint.assemble import from_parts
-from yi_vl.checkpoint.load import check_fit, fetch, find, load_model, load_processor, read_config
+from yi_vl.checkpoint.find import find
+from yi_vl.checkpoint.load import check_fit, fetch, load_model, load_processor, read_config
 from yi_vl.config import OpenClipVisionConfig
 from yi_vl.image import YiVLImageProcessor
 from yi_vl.model import YiVLForConditionalGeneration

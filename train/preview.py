@@ -105,8 +105,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m train.preview", description="Look at what the model will see.")
     parser.add_argument("config", help="a YAML file of train/configs")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the file's")
-    parser.add_argument("--samples", type=int, default=12, help="how many (default 12)")
-    parser.add_argument("--out", type=Path, default=Path("preview.html"), help="where (default preview.html)")
+    parser.add_argument("--samples", type=int, default=12, help="number of samples (default 12)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("preview.html"), help="the page to write (default preview.html)"
+    )
     arguments = parser.parse_intermixed_args()
     config = load_config(arguments.config, arguments.overrides)
     arguments.out.write_text(preview(config, arguments.samples), encoding="utf-8")

@@ -7,6 +7,8 @@ one of them has been used, or after `import yi_vl.auto`.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .startup import paused_garbage_collection
+
 if TYPE_CHECKING:
     from .auto import YiVLConfig as YiVLConfig
     from .auto import YiVLForConditionalGeneration as YiVLForConditionalGeneration
@@ -31,4 +33,5 @@ __all__ = list(_HOMES)
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'yi_vl' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name], __name__), name)
+    with paused_garbage_collection():
+        return getattr(import_module(_HOMES[name], __name__), name)

@@ -10,17 +10,15 @@ import importlib
 import os
 import re
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from .arguments import as_path
+from .loading import check, load_quickly, quick_imports
 from .program import print_error, run
-from .runtime import use_huge_pages
+from .runtime import limit_spinning, use_huge_pages
 from .terminal import open_images, print_stream, print_turn, read_lines, split_paths
-
-if TYPE_CHECKING:
-    from .predict import YiVL
 
 _PRESETS = ("6b", "34b", "nano")
 _CHAT_HELP = (
@@ -53,15 +51,18 @@ RemoteImagesOption = Annotated[
     bool, typer.Option("--allow-remote-images", help="Fetch images given as http(s) URLs, from the public internet.")
 ]
 SystemOption = Annotated[str | None, typer.Option(help="Text before the conversation; Yi-VL's own by default.")]
-LengthOption = Annotated[int, typer.Option(help="The answer's greatest length, in tokens.")]
-TemperatureOption = Annotated[float, typer.Option(help="0 always takes the likeliest token; higher is more varied.")]
-TopPOption = Annotated[float, typer.Option(help="Sample only from the likeliest tokens of this total probability.")]
+LengthOption = Annotated[int, typer.Option(help="Maximum number of new tokens.")]
+TemperatureOption = Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy decoding.")]
+TopPOption = Annotated[
+    float, typer.Option(help="Nucleus sampling: only from the likeliest tokens of this total probability.")
+]
 SeedOption = Annotated[int | None, typer.Option(help="Makes an answer with a temperature repeatable.")]
 
 
 def main() -> None:
     """The entry point of `yi-vl`."""
     use_huge_pages()
+    limit_spinning()
     run(partial(app, prog_name="yi-vl"), "yi-vl")
 
 
@@ -83,6 +84,10 @@ def _options(
     ] = False,
 ) -> None:
     """Ask a Yi-VL model about images."""
+
+
+def _sampling_options(max_new_tokens: int, temperature: float, top_p: float, seed: int | None) -> dict[str, Any]:
+    return {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
 
 
 @app.command()
@@ -111,16 +116,15 @@ def ask(
     if not question.strip():
         raise ValueError("The question is empty.")
     opened = open_images(images)
-    pieces = _load(model, quantize, device, dtype, allow_remote_images).stream(
-        opened,
-        question,
-        system=system,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
-    )
-    print_stream(pieces)
+    options: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "seed": seed,
+    }
+    check(model, opened, allow_remote_images, options)
+    yi_vl = load_quickly(model, quantize, device, dtype, allow_remote_images)
+    print_stream(yi_vl.stream(opened, question, system=system, **options))
 
 
 @app.command()
@@ -138,9 +142,15 @@ def chat(
     allow_remote_images: RemoteImagesOption = False,
 ) -> None:
     """Talk about images; the model remembers the conversation."""
-    yi_vl = _load(model, quantize, device, dtype, allow_remote_images)
+    options: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "seed": seed,
+    }
+    check(model, images or (), allow_remote_images, options)
+    yi_vl = load_quickly(model, quantize, device, dtype, allow_remote_images)
     pending_images = [yi_vl.prepare_image(image) for image in images or ()]
-    options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
     conversation = yi_vl.chat(system)
     print(_CHAT_HELP)
     for line in read_lines():
@@ -187,18 +197,22 @@ def serve(
     ] = None,
     allowed_host: Annotated[
         list[str] | None,
-        typer.Option(help="Answer to this name too, *.example.org for all below one, * for all. Repeatable."),
+        typer.Option(help="Additional Host header to accept, *.example.org for all below one, * for all. Repeatable."),
     ] = None,
     ssl_certfile: Annotated[str | None, typer.Option(help="A PEM certificate chain: serve https.")] = None,
     ssl_keyfile: Annotated[str | None, typer.Option(help="Its private key, if that is another file.")] = None,
     allow_remote_images: Annotated[
         bool, typer.Option("--allow-remote-images", help="Fetch images from the public internet for clients.")
     ] = False,
-    max_waiting: Annotated[int, typer.Option(min=0, help="How many requests may wait while one is answered.")] = 16,
-    max_tokens: Annotated[int, typer.Option(min=1, help="The greatest length clients may ask for.")] = 2048,
-    shutdown_seconds: Annotated[int, typer.Option(min=0, help="How long answers may go on after Ctrl-C.")] = 5,
+    max_batch_size: Annotated[int, typer.Option(min=1, help="How many answers are generated at once.")] = 16,
+    max_waiting: Annotated[int, typer.Option(min=0, help="How many requests beyond those may wait.")] = 16,
+    max_tokens: Annotated[int, typer.Option(min=1, help="The most new tokens a client may request.")] = 2048,
+    shutdown_seconds: Annotated[
+        int, typer.Option(min=0, help="Seconds that running answers may continue after Ctrl-C.")
+    ] = 5,
 ) -> None:
     """Answer OpenAI's clients over HTTP: /v1/chat/completions, /v1/models, /healthz, /metrics."""
+    check(model)
     try:
         for package in ("fastapi", "httpx", "prometheus_client", "uvicorn"):  # before a model is loaded
             importlib.import_module(package)
@@ -209,7 +223,7 @@ def serve(
     if name is None:
         name = "nano" if model is None else _name_of(model)
     run_server(
-        lambda: _load(model, quantize, device, dtype),
+        lambda: load_quickly(model, quantize, device, dtype),
         name,
         host=host,
         port=port,
@@ -221,7 +235,7 @@ def serve(
         ssl_keyfile=ssl_keyfile,
         shutdown_seconds=shutdown_seconds,
         allow_remote_images=allow_remote_images,
-        limits=Limits(num_waiting=max_waiting, max_tokens=max_tokens),
+        limits=Limits(max_batch_size=max_batch_size, num_waiting=max_waiting, max_tokens=max_tokens),
     )
 
 
@@ -231,15 +245,18 @@ def info(
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor's name and shape instead.")] = False,
 ) -> None:
     """What a model is made of: configuration, parameters, memory. No weights are read."""
-    _silence()
-    from rich.console import Console
+    from .checkpoint.find import find
 
-    from .checkpoint.load import fetch, find, read_config
-    from .checkpoint.summary import tensor_shapes
-    from .config import preset
-    from .info import config_table, size_tables
+    source = None if model in _PRESETS else find(model)
+    with quick_imports():
+        from rich.console import Console
 
-    folder = None if model in _PRESETS else fetch(find(model), with_weights=False)
+        from .checkpoint.load import fetch, read_config
+        from .checkpoint.summary import tensor_shapes
+        from .config import preset
+        from .info import config_table, size_tables
+
+    folder = None if source is None else fetch(source, with_weights=False)
     config = preset(model) if folder is None else read_config(str(folder))
     if tensors:
         for name, shape in tensor_shapes(config, folder).items():
@@ -268,13 +285,6 @@ def convert_command(
 
     With --verify DST may be left out. With --quantize it is written in our layout, for CPUs.
     """
-    _silence()
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
-
-    from .checkpoint import convert, largest_difference
-    from .checkpoint.load import open_model
-
     if target is None and not verify:
         raise ValueError("say where to write to: yi-vl convert SRC DST --to " + to)
     folder = None if target is None else as_path(target, "DST")
@@ -282,6 +292,14 @@ def convert_command(
         raise ValueError(f"{target} exists already; choose another name, or remove it.")
     if quantize is not None and to != "yi-vl":
         raise ValueError(f"--quantize writes our layout, and {to!r} has no place for quantized weights.")
+    check(source)
+    with quick_imports():
+        from rich.console import Console
+        from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
+
+        from .checkpoint import convert, largest_difference
+        from .checkpoint.load import open_model
+
     checkpoint = open_model(source, tower_from)
     if verify:
         difference, where = largest_difference(checkpoint)
@@ -304,32 +322,6 @@ def convert_command(
         print(f"{target} is written.")
 
 
-def _load(
-    model: str | None,
-    quantize: Literal["int8", "int4"] | None,
-    device: str | None = None,
-    dtype: str | None = None,
-    allow_remote_images: bool = False,
-) -> YiVL:
-    _silence()
-    from .predict import load
-
-    return load(model, device=device, dtype=dtype, quantize=quantize, allow_remote_images=allow_remote_images)
-
-
 def _name_of(model: str) -> str:
     folder = as_path(model, "the model")
     return folder.resolve().name if folder.is_dir() else model
-
-
-def _silence() -> None:
-    """Silence the libraries' warnings and progress bars: what concerns the user is an error."""
-    import logging as standard_logging
-    import warnings
-
-    warnings.simplefilter("ignore", FutureWarning)
-    standard_logging.getLogger("torch.utils._pytree").setLevel(standard_logging.ERROR)  # what torchao makes torch say
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()

@@ -161,7 +161,10 @@ class YiVLConfig(PreTrainedConfig):
         (Path(save_directory) / _CLASSES_FILE).write_text(text, encoding="utf-8")
 
 
-def _yi(hidden_size: int, intermediate_size: int, num_layers: int, num_heads: int, num_kv_heads: int) -> LlamaConfig:
+def yi_config(
+    hidden_size: int, intermediate_size: int, num_layers: int, num_heads: int, num_kv_heads: int
+) -> LlamaConfig:
+    """A language model of Yi's recipe in any size."""
     return LlamaConfig(
         vocab_size=64064,
         hidden_size=hidden_size,
@@ -183,9 +186,9 @@ def preset(name: str) -> YiVLConfig:
         ValueError: `name` is none of the presets.
     """
     if name == "6b":
-        return YiVLConfig(vision_config=OpenClipVisionConfig(), text_config=_yi(4096, 11008, 32, 32, 4))
+        return YiVLConfig(vision_config=OpenClipVisionConfig(), text_config=yi_config(4096, 11008, 32, 32, 4))
     if name == "34b":
-        return YiVLConfig(vision_config=OpenClipVisionConfig(), text_config=_yi(7168, 20480, 60, 56, 8))
+        return YiVLConfig(vision_config=OpenClipVisionConfig(), text_config=yi_config(7168, 20480, 60, 56, 8))
     if name == "nano":
         return YiVLConfig(
             vision_config=OpenClipVisionConfig(

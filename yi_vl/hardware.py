@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import platform
 import time
 from collections.abc import Callable
@@ -34,14 +35,19 @@ def synchronized_seconds(device: torch.device | str) -> float:
 
 
 def read_bandwidth(device: torch.device | str) -> float:
-    """Bytes per second at which a large bf16 matrix is read: the best of two kinds of product, several times each."""
+    """Bytes per second at which large tensors are read: the best of a sum and two kinds of product, each many times.
+
+    On a CPU a product with one row may be limited by arithmetic: its bf16 kernels may read half of what a sum reads.
+    """
     import torch
 
     weight = torch.ones(8192, 32768, dtype=torch.bfloat16, device=device)
     vector = torch.ones(1, 32768, dtype=torch.bfloat16, device=device)
     as_matrix = best_seconds(lambda: torch.nn.functional.linear(vector, weight), device)
     as_vector = best_seconds(lambda: torch.mv(weight, vector[0]), device)
-    return weight.nbytes / min(as_matrix, as_vector)
+    parts = itertools.cycle(weight.view(torch.int64).split(256))  # 16 MB each: a short call is less often interrupted
+    as_sum = best_seconds(lambda: next(parts).sum(), device, times=64)
+    return max(weight.nbytes / min(as_matrix, as_vector), weight.nbytes / 32 / as_sum)
 
 
 def copy_bandwidth(device: torch.device | str, num_bytes: int = 1 << 30) -> float:

@@ -224,8 +224,7 @@ class YiVL:
     ) -> list[Generation | ValueError]:
         sampling = Sampling(**options)
         max_batch_size = _BATCH_SIZE if batch_size is None else as_int(batch_size, "batch_size", 1)
-        queue = RequestQueue(conversations, name, errors, self.engine.check)
-        return self.engine.generate_queue(queue, sampling, max_batch_size)
+        return RequestQueue(self.engine, conversations, name, errors).run(sampling, max_batch_size)
 
     def chat(self, system: str | None = None) -> Conversation:
         """A conversation that keeps its history."""
@@ -241,8 +240,8 @@ class YiVL:
     def stream_messages(self, messages: Sequence[Message], **options: Any) -> Generator[str, None, None]:
         """`answer`, yielding text as it is generated; closing the generator stops the generation."""
         sampling = Sampling(**options)
-        outputs = self.engine.generate(self.engine.prepare([messages]), sampling)
-        return (output.text for (output,) in outputs if output.text)
+        steps = self.engine.generate([self.engine.prepare(messages)], sampling)
+        return (output.text for outputs in steps for output in outputs if output.text)
 
     def prepare_image(self, image: ImageSource) -> Image.Image:
         """An image as the model sees it, for later turns, when its file may be gone.
@@ -250,7 +249,7 @@ class YiVL:
         Raises:
             ValueError: it cannot be read.
         """
-        allow_remote_images = self.engine.allow_remote_images
+        allow_remote_images = self.engine.inputs.allow_remote_images
         return self.processor.image_processor.prepare(image, allow_remote_images=allow_remote_images)
 
     def clear_cache(self) -> None:

@@ -1,18 +1,17 @@
 """The vision tower: pixels in, patch features out.
 
-An open_clip vision transformer behind transformers' model interface. N images, C channels, P patches, Dv width.
+OpenCLIP's vision transformer, with open_clip's names of weights, behind transformers' model interface. open_clip itself
+is not imported: it takes half a second. N images, C channels, P patches, L = P + 1 tokens, Dv width.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
 import torch
-from open_clip.transformer import LayerNorm, QuickGELU, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
@@ -20,6 +19,7 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutput
 
 from .config import OpenClipVisionConfig
+from .vision_blocks import LayerNorm, Transformer, block_index
 
 logger = logging.getLogger(__name__)
 
@@ -77,80 +77,50 @@ def _halving(narrow: int, wide: int) -> nn.Conv2d:
     return nn.Conv2d(narrow, wide, 3, stride=2, padding=1, bias=False)
 
 
-class SelfAttention(nn.MultiheadAttention):
-    """open_clip's attention among an image's tokens, its output projection called as the module that it is.
-
-    torch's own takes that module's weight behind its back, which neither offloading nor an adapter survives.
-
-    attend: the product of queries, keys and values, (N, heads, L, head_dim) each; the trainer sets its own on CPUs.
-    """
-
-    attend: Callable[[Tensor, Tensor, Tensor], Tensor] = staticmethod(F.scaled_dot_product_attention)
-
-    @classmethod
-    def from_attention(cls, attention: nn.MultiheadAttention) -> SelfAttention:
-        """One with the same parameters; no random numbers are drawn."""
-        with torch.device("meta"):
-            made = cls(attention.embed_dim, attention.num_heads, batch_first=attention.batch_first)
-        made.load_state_dict(attention.state_dict(), assign=True)
-        return made
-
-    def forward(self, query: Tensor, *_: object, **__: object) -> tuple[Tensor, None]:  # type: ignore[override]
-        """(N, L, Dv) -> (N, L, Dv), all tokens to all tokens"""
-        num_images, length, _width = query.shape
-        projected = F.linear(query, self.in_proj_weight, self.in_proj_bias)  # (N, L, 3 Dv)
-        heads = projected.view(num_images, length, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
-        output = self.attend(*heads)  # (N, heads, L, head_dim)
-        return self.out_proj(output.transpose(1, 2).reshape(num_images, length, -1)), None
-
-
-class PatchFeatures(VisionTransformer):
-    """open_clip's own tower, called as a module is, so that what moves weights around a call (offloading) sees it."""
+class PatchFeatures(nn.Module):
+    """OpenCLIP's vision transformer without its contrastive head, which is not part of Yi-VL."""
 
     def __init__(self, config: OpenClipVisionConfig) -> None:
-        super().__init__(
-            image_size=config.image_size,
-            patch_size=config.patch_size,
-            width=config.hidden_size,
-            layers=config.num_hidden_layers,
-            heads=config.num_attention_heads,
-            mlp_ratio=config.intermediate_size / config.hidden_size,
-            act_layer=QuickGELU if config.quick_gelu else nn.GELU,
-            norm_layer=LayerNorm,
-        )
-        self.proj = None  # the contrastive head is not part of Yi-VL
-        for block in self.transformer.resblocks:
-            block.attn = SelfAttention.from_attention(block.attn)
+        super().__init__()
         width, patch_size = config.hidden_size, config.patch_size
         self.conv1: nn.Module = (
             ConvStem(patch_size, config.stem_widths, width)
             if config.stem_widths
             else PatchConv2d(3, width, patch_size, patch_size, bias=False)
         )
+        self.class_embedding = nn.Parameter(torch.zeros(width))  # random by `OpenClipTower._init_weights`
+        self.positional_embedding = nn.Parameter(torch.zeros(config.num_patches + 1, width))
+        self.ln_pre = LayerNorm(width)
+        self.transformer = Transformer(config)
+        self.ln_post = LayerNorm(width)
 
-    def forward(self, x: Tensor, feature_layer: int) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, feature_layer: int) -> Tensor:
         """(N, 3, H, W) -> what block `feature_layer` leaves, without the class token, (N, P, Dv)"""
-        outputs = self.forward_intermediates(
-            x, indices=[feature_layer], stop_early=True, intermediates_only=True, output_fmt="NLC"
-        )
-        features: Tensor = outputs["image_intermediates"][0]
-        return features
+        patches = self.conv1(x).flatten(2).transpose(1, 2)  # (N, P, Dv)
+        class_tokens = self.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)
+        tokens = torch.cat([class_tokens, patches], dim=1)  # (N, L, Dv)
+        tokens = self.ln_pre(tokens + self.positional_embedding.to(tokens.dtype))
+        return self.transformer(tokens, feature_layer)[:, 1:]
 
     def resize_(self, image_size: int, patch_size: int) -> None:
         """Make the position grid one for images of another size."""
-        grid = image_size // patch_size
-        old = self.get_parameter("positional_embedding")
-        self.positional_embedding = nn.Parameter(resize_position_grid(old.data, grid), old.requires_grad)
-        self.image_size, self.grid_size = (image_size, image_size), (grid, grid)
+        old = self.positional_embedding
+        grid = resize_position_grid(old.data, image_size // patch_size)
+        self.positional_embedding = nn.Parameter(grid, old.requires_grad)
 
     def unused_modules(self, feature_layer: int) -> list[nn.Module]:
         """Modules behind the block whose output is taken."""
-        return [*self.transformer.resblocks[feature_layer + 1 :], self.ln_post]
+        blocks = self.transformer.resblocks
+        return [*blocks[block_index(feature_layer, blocks) + 1 :], self.ln_post]
 
     @property
     def grad_checkpointing(self) -> bool:
         """Whether the blocks keep their inputs only."""
-        return bool(self.transformer.grad_checkpointing)
+        return self.transformer.grad_checkpointing
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """As timm's towers have it."""
+        self.transformer.grad_checkpointing = enable
 
 
 class TimmPatchFeatures(nn.Module):
@@ -178,7 +148,8 @@ class TimmPatchFeatures(nn.Module):
 
     def unused_modules(self, feature_layer: int) -> list[nn.Module]:
         """Modules behind the block whose output is taken."""
-        return [*self.trunk.blocks[feature_layer + 1 :], self.trunk.norm, self.trunk.fc_norm]
+        blocks = self.trunk.blocks
+        return [*blocks[block_index(feature_layer, blocks) + 1 :], self.trunk.norm, self.trunk.fc_norm]
 
     @property
     def grad_checkpointing(self) -> bool:
@@ -186,12 +157,12 @@ class TimmPatchFeatures(nn.Module):
         return bool(self.trunk.grad_checkpointing)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """As open_clip's towers have it."""
+        """As `PatchFeatures` has it."""
         self.trunk.set_grad_checkpointing(enable)
 
 
 class OpenClipTower(PreTrainedModel):
-    """A vision transformer of open_clip's; its output is the penultimate block's, without the class token."""
+    """A vision transformer that open_clip has; its output is the penultimate block's, without the class token."""
 
     config: OpenClipVisionConfig
     config_class = OpenClipVisionConfig
@@ -240,7 +211,7 @@ class OpenClipTower(PreTrainedModel):
 
     @property
     def gradient_checkpointing(self) -> bool:
-        """transformers sets this on every module of a model that has it; open_clip's blocks do the checkpointing."""
+        """transformers sets this on every module of a model that has it; `visual` does the checkpointing."""
         return self.visual.grad_checkpointing
 
     @gradient_checkpointing.setter
@@ -250,7 +221,7 @@ class OpenClipTower(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, VisionTransformer):
+        if isinstance(module, PatchFeatures):
             std = module.class_embedding.shape[0] ** -0.5
             init.normal_(module.class_embedding, std=std)
             init.normal_(module.positional_embedding, std=std)

@@ -73,10 +73,9 @@ def logits(settings: Settings, shared: dict[str, Any]) -> Iterator[Measured]:
     values, answers = [], []
     for device in ("cpu", settings.device):
         model = yi_vl.load(TINY / "checkpoint", device=device, dtype=torch.float32)
-        prompts = model.engine.prepare([_messages(TINY / "wide.png")])
-        embeddings = model.engine.embed(prompts)
+        inputs = model.engine.model_inputs(model.engine.prepare(_messages(TINY / "wide.png")))
         with torch.inference_mode():
-            values.append(model.model(inputs_embeds=embeddings, attention_mask=prompts.attention_mask).logits.cpu())
+            values.append(model.model(**inputs).logits.cpu())
         answers.append([model.predict(TINY / name, QUESTION, max_new_tokens=24) for name in ("wide.png", "tall.png")])
     difference = float((values[0] - values[1]).abs().max())
     yield Measured("largest difference of fp32 logits", difference, "", float(values[0].abs().max()), "largest logit")
@@ -141,10 +140,10 @@ def stream(settings: Settings, shared: dict[str, Any]) -> Iterator[Measured]:
     for _ in range(3):
         model.clear_cache()
         started = synchronized_seconds(settings.device)
-        prompts, sampling = model.engine.prepare([_messages(IMAGE)]), Sampling(max_new_tokens=2)
-        next(model.engine.generate(prompts, sampling))
+        prompt = model.engine.prepare(_messages(IMAGE))
+        next(model.engine.generate([prompt], Sampling(max_new_tokens=2)))
         seconds.append(synchronized_seconds(settings.device) - started)
-    yield Measured(f"time to the first token, {prompts.num_tokens[0]} tokens with an image", 1000 * min(seconds), "ms")
+    yield Measured(f"time to the first token, {len(prompt)} tokens with an image", 1000 * min(seconds), "ms")
     new_tokens = 64 if settings.is_cuda else 8
     rate = max(engine_rate(model, [text_of(model, 64)], new_tokens) for _ in range(3))
     yield Measured("one answer", rate, "tokens/s", *_decode_limit(settings, bytes_per_token(model)))
@@ -188,16 +187,16 @@ def flash_attention(settings: Settings, shared: dict[str, Any]) -> Iterator[Meas
         raise Skipped("needs flash-attn")
     model = _model(settings, shared)
     language, conversation = model.model.model.language_model, text_of(model, 2000)
-    prompts = model.engine.prepare([conversation])
+    prompt = model.engine.prepare(conversation)
     results = {}
     for attention in ("sdpa", "flash_attention_2"):
         language.set_attn_implementation(attention)
         with torch.inference_mode():
-            values = model.model(input_ids=prompts.input_ids).logits[0, -1].float()
+            values = model.model(**model.engine.model_inputs(prompt)).logits[0, -1].float()
         results[attention] = values, min(first_token_seconds(model, conversation) for _ in range(3))
     language.set_attn_implementation("sdpa")
     (values, seconds), (flash_values, flash_seconds) = results.values()
-    yield Measured(f"prefill of {prompts.num_tokens[0]} tokens", 1000 * flash_seconds, "ms", 1000 * seconds, "sdpa")
+    yield Measured(f"prefill of {len(prompt)} tokens", 1000 * flash_seconds, "ms", 1000 * seconds, "sdpa")
     difference = float((values - flash_values).abs().max())
     yield Measured("largest difference of bf16 logits", difference, "", float(values.abs().max()), "largest logit")
 

@@ -124,6 +124,49 @@ def load(
 
 
 @app.command()
+def server(
+    preset: PresetOption = "nano",
+    requests: Annotated[int, typer.Option(min=2, help="At once.")] = 16,
+    new_tokens: Annotated[int, typer.Option(min=2)] = 32,
+    images: Annotated[bool, typer.Option("--images/--text", help="Ask about one of two images, or of none.")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Tokens per second of concurrent requests over HTTP, beside one by one."""
+    from .random_models import make
+    from .server import compare_server
+
+    show(compare_server(make(preset), requests, new_tokens, images) | {"model": preset}, as_json)
+
+
+@app.command()
+def ttft(
+    preset: PresetOption = "nano",
+    long_requests: Annotated[int, typer.Option(min=1)] = 15,
+    long_tokens: Annotated[int, typer.Option(min=1, help="Of a long prompt.")] = 1000,
+    as_json: AsJson = False,
+) -> None:
+    """Time to first token of a short request over HTTP: idle, and beside long ones."""
+    from .random_models import make
+    from .server import compare_first_token
+
+    show(compare_first_token(make(preset), long_requests, long_tokens) | {"model": preset}, as_json)
+
+
+@app.command()
+def lookup(
+    preset: PresetOption = "nano",
+    image: Annotated[Path, typer.Option(help="What the chat is about.")] = Path("docs/images/scene.png"),
+    new_tokens: Annotated[int, typer.Option(min=2)] = 64,
+    as_json: AsJson = False,
+) -> None:
+    """Prompt lookup: answers that repeat the prompt, and ones that do not, with and without drafts."""
+    from .lookup import compare_lookup
+    from .random_models import make
+
+    show(compare_lookup(make(preset), image, new_tokens) | {"model": preset}, as_json)
+
+
+@app.command()
 def engines(
     preset: PresetOption = "nano",
     num_questions: Annotated[int, typer.Option(min=1, help="Asked in every round.")] = 32,
@@ -156,4 +199,7 @@ def show(measured: dict[str, Any], as_json: bool) -> None:
         typer.echo(f"| {name} | " + " | ".join(f"{values[column]:.3g}" for column in columns) + " |")
     rest = {key: value for key, value in measured.items() if key not in ("what", "machine", "variants")}
     for name, value in rest.items():
-        typer.echo(f"\n{name.replace('_', ' ')}: " + (f"{value:.2f}" if isinstance(value, float) else str(value)))
+        if isinstance(value, list):
+            typer.echo(f"\n{name.replace('_', ' ')}:\n" + "\n".join(f"- {line}" for line in value))
+        else:
+            typer.echo(f"\n{name.replace('_', ' ')}: " + (f"{value:.2f}" if isinstance(value, float) else str(value)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,11 @@ import torch
 from transformers.generation import BaseStreamer
 
 from yi_vl import YiVL
-from yi_vl.engine.gemv import use_gemm_, use_gemv_
 from yi_vl.engine.sampling import Sampling
 from yi_vl.hardware import matrix_rate, read_bandwidth, synchronized_seconds
+from yi_vl.linear import kernels_of, tune_linears_, untune_linears_
+
+from .rounds import measure_rounds, median_ratio, spread
 
 Conversation = list[dict[str, Any]]
 
@@ -32,11 +35,11 @@ def compare_chat(model: YiVL, image: Path, turns: int, new_tokens: int) -> dict[
             if is_cleared:
                 model.clear_cache()
             started = synchronized_seconds(model.model.device)
-            prompts, sampling = model.engine.prepare([messages]), Sampling(max_new_tokens=new_tokens)
-            steps = model.engine.generate(prompts, sampling)
+            prompt = model.engine.prepare(messages)
+            steps = model.engine.generate([prompt], Sampling(max_new_tokens=new_tokens))
             outputs = next(steps)
             seconds[f"turn_{turn}_ms"] = 1000 * (synchronized_seconds(model.model.device) - started)
-            outputs += [output for (output,) in steps]
+            outputs += [output for step in steps for output in step]
             messages.append({"role": "assistant", "content": "".join(output.text for output in outputs) or "Yes."})
         variants[name] = seconds
     slow, fast = (variant[f"turn_{turns}_ms"] for variant in variants.values())
@@ -51,27 +54,25 @@ def compare_decode(model: YiVL, prompt_tokens: int, new_tokens: int) -> dict[str
     """The limit: every weight of the language model and its head is read once per token."""
     conversation = text_of(model, prompt_tokens)
     num_bytes = bytes_per_token(model)
-    engine_rate(model, [conversation], 3)
-    _generate_rate(model, conversation, 3)
-    rounds = [  # alternating, as other processes may slow any of them
-        (
-            read_bandwidth(model.model.device),
-            _generate_rate(model, conversation, new_tokens),
-            engine_rate(model, [conversation], new_tokens),
-        )
-        for _ in range(3)
-    ]
-    bandwidth, baseline, measured = (max(rates) for rates in zip(*rounds, strict=True))
-    limit = bandwidth / num_bytes
-    variants = {
-        "memory's bandwidth": {"tokens_per_second": limit, "of_the_limit": 1.0},
-        "transformers' generate": _shares(baseline, limit),
-        "yi_vl": _shares(measured, limit),
-    }
+    first_calls = _first_calls(model, conversation)
+    rounds = measure_rounds(
+        {
+            "memory's bandwidth": lambda: read_bandwidth(model.model.device) / num_bytes,
+            "transformers' generate": lambda: _generate_rate(model, conversation, new_tokens),
+            "yi_vl": lambda: engine_rate(model, [conversation], new_tokens),
+        }
+    )
+    limit = max(rounds["memory's bandwidth"])  # other processes only lower it
     return {
-        "what": f"{num_bytes / 1e9:.2f} GB of weights a token, {bandwidth / 1e9:.1f} GB/s",
-        "variants": variants,
-        "ratio": variants["yi_vl"]["tokens_per_second"] / variants["transformers' generate"]["tokens_per_second"],
+        "what": f"{num_bytes / 1e9:.2f} GB of weights a token, {limit * num_bytes / 1e9:.1f} GB/s",
+        "variants": {
+            name: spread(rates, "tokens_per_second") | {"of_the_limit": statistics.median(rates) / limit}
+            for name, rates in rounds.items()
+        },
+        "ratio": median_ratio(rounds["yi_vl"], rounds["transformers' generate"]),
+        "rounds": len(rounds["yi_vl"]),
+        "first_calls": first_calls,
+        "kernels": describe_kernels(model),
     }
 
 
@@ -79,37 +80,74 @@ def compare_batch(model: YiVL, num_rows: int, prompt_tokens: int, new_tokens: in
     """The same answers, one alone and several at once."""
     conversations = [text_of(model, prompt_tokens, str(row)) for row in range(num_rows)]
     engine_rate(model, conversations, 3)
-    rounds = [[engine_rate(model, some, new_tokens) for some in (conversations[:1], conversations)] for _ in range(3)]
-    single, batched = (max(rates) for rates in zip(*rounds, strict=True))
-    variants = {"one": {"tokens_per_second": single}, f"{num_rows} at once": {"tokens_per_second": batched}}
-    return {"what": f"{new_tokens} new tokens each", "variants": variants, "ratio": batched / single}
+    rounds = measure_rounds(
+        {
+            "one": lambda: engine_rate(model, conversations[:1], new_tokens),
+            f"{num_rows} at once": lambda: engine_rate(model, conversations, new_tokens),
+        }
+    )
+    single, batched = rounds.values()
+    return {
+        "what": f"{new_tokens} new tokens each",
+        "variants": {name: spread(rates, "tokens_per_second") for name, rates in rounds.items()},
+        "ratio": median_ratio(batched, single),
+        "rounds": len(single),
+        "kernels": describe_kernels(model),
+    }
 
 
 def compare_prefill(model: YiVL, num_tokens: int) -> dict[str, Any]:
     """Products of the layers' matrices and of attention count; softmax, norms and the one row of logits do not."""
     text = model.model.config.text_config
     conversation = text_of(model, min(num_tokens, text.max_position_embeddings - 16))
-    (num_tokens,) = model.engine.prepare([conversation]).num_tokens
+    num_tokens = len(model.engine.prepare(conversation))
     layers = model.model.model.language_model.layers
     per_token = sum(p.numel() for p in layers.parameters() if p.ndim > 1)
     flops = 2 * per_token * num_tokens + 2 * num_tokens**2 * text.hidden_size * text.num_hidden_layers  # causal: half
     shape = num_tokens, text.hidden_size, text.intermediate_size
-    rounds = [
-        (matrix_rate(*shape, model.model.dtype, model.model.device), first_token_seconds(model, conversation))
-        for _ in range(3)
-    ]
-    rate, seconds = max(rate for rate, _ in rounds), min(seconds for _, seconds in rounds)
-    variants = {
-        "matrix products alone": {"tflops": rate / 1e12, "of_the_limit": 1.0},
-        "yi_vl": {"tflops": flops / seconds / 1e12, "of_the_limit": flops / seconds / rate},
+    first_seconds = first_token_seconds(model, conversation)
+    rounds = measure_rounds(
+        {
+            "matrix products alone": lambda: matrix_rate(*shape, model.model.dtype, model.model.device) / 1e12,
+            "yi_vl": lambda: flops / first_token_seconds(model, conversation) / 1e12,
+        }
+    )
+    limit = max(rounds["matrix products alone"])
+    seconds = flops / statistics.median(rounds["yi_vl"]) / 1e12
+    return {
+        "what": f"{num_tokens} tokens in {seconds:.2f} s",
+        "variants": {
+            name: spread(rates, "tflops") | {"of_the_limit": statistics.median(rates) / limit}
+            for name, rates in rounds.items()
+        },
+        "rounds": len(rounds["yi_vl"]),
+        "first_calls": f"{first_seconds:.2f} s, the first with this number of tokens",
     }
-    return {"what": f"{num_tokens} tokens in {seconds:.2f} s", "variants": variants}
+
+
+def describe_kernels(model: YiVL) -> list[str]:
+    """The kernels chosen for each shape, and how fast each candidate read the weights on one thread."""
+    lines = []
+    for shape, kernels in kernels_of(model.model).items():
+        for num_rows, kernel in kernels.by_rows.items():
+            rates = {name: kernels.num_bytes / seconds / 1e9 for name, seconds in kernels.seconds[num_rows].items()}
+            measured = ", ".join(f"{name} {rate:.1f}" for name, rate in rates.items())
+            lines.append(f"{shape}, {num_rows} row{'s' * (num_rows > 1)}: {kernel} (GB/s of a core: {measured})")
+    return lines or ["F.linear for all"]
+
+
+def _first_calls(model: YiVL, conversation: Conversation) -> str:
+    """Time to the first token of the first call, whose kernels are compiled, and of the next."""
+    first, second = (first_token_seconds(model, conversation) for _ in range(2))
+    engine_rate(model, [conversation], 3)
+    _generate_rate(model, conversation, 3)
+    return f"{first:.2f} s to the first token in this process, then {second:.2f} s"
 
 
 def bytes_per_token(model: YiVL) -> int:
     """Bytes of the weights that each token of one answer reads: the language model's layers and its head."""
-    layers = [p for name, p in model.model.model.language_model.named_parameters() if "embed_tokens" not in name]
-    return sum(parameter.nbytes for parameter in (*layers, model.model.lm_head.weight))
+    parameters = [*model.model.model.language_model.named_parameters(), *model.model.lm_head.named_parameters()]
+    return sum(parameter.nbytes for name, parameter in parameters if "embed_tokens" not in name)
 
 
 def text_of(model: YiVL, num_tokens: int, begin: str = "") -> Conversation:
@@ -118,47 +156,49 @@ def text_of(model: YiVL, num_tokens: int, begin: str = "") -> Conversation:
     def messages(num_words: int) -> Conversation:
         return [{"role": "system", "content": "."}, {"role": "user", "content": f"{begin} " + "word " * num_words}]
 
-    few, many = (model.engine.prepare([messages(words)]).num_tokens[0] for words in (1, 11))
+    few, many = (len(model.engine.prepare(messages(words))) for words in (1, 11))
     return messages(max(1, 1 + round((num_tokens - few) * 10 / (many - few))))
 
 
 def first_token_seconds(model: YiVL, conversation: Conversation) -> float:
     """From a tokenized prompt to the first token of the answer, with an empty prefix cache."""
     model.clear_cache()
-    prompts, sampling = model.engine.prepare([conversation]), Sampling(max_new_tokens=2)
+    prompt = model.engine.prepare(conversation)
     started = synchronized_seconds(model.model.device)
-    next(model.engine.generate(prompts, sampling))
+    next(model.engine.generate([prompt], Sampling(max_new_tokens=2)))
     return synchronized_seconds(model.model.device) - started
 
 
 def engine_rate(model: YiVL, conversations: list[Conversation], new_tokens: int) -> float:
-    """Tokens per second after the first, of answers without a stop token."""
+    """Tokens per second once all answers have begun, without a stop token, and one token per step."""
     model.clear_cache()
-    prompts, sampling = model.engine.prepare(conversations), Sampling(max_new_tokens=new_tokens)
-    steps = model.engine.generate(prompts, sampling, ignore_eos=True)
-    next(steps)
+    prompts = [model.engine.prepare(conversation) for conversation in conversations]
+    max_draft_tokens, model.engine.max_draft_tokens = model.engine.max_draft_tokens, 0
+    steps = model.engine.generate(prompts, Sampling(max_new_tokens=new_tokens), ignore_eos=True)
+    begun: set[int] = set()
+    while len(begun) < len(prompts):
+        begun |= {output.request_id for output in next(steps)}
     started = synchronized_seconds(model.model.device)
-    num_steps = sum(1 for _ in steps)
-    return num_steps * len(conversations) / (synchronized_seconds(model.model.device) - started)
+    num_tokens = sum(map(len, steps))
+    model.engine.max_draft_tokens = max_draft_tokens
+    return num_tokens / (synchronized_seconds(model.model.device) - started)
 
 
 def _generate_rate(model: YiVL, conversation: Conversation, new_tokens: int) -> float:
     """Tokens per second after the first, of transformers alone: its cache, and `nn.Linear` as it is."""
-    prompts = model.engine.prepare([conversation])
+    prompt = model.engine.prepare(conversation)
     streamer = _TokenTimes()
-    use_gemm_(model.model)
+    untune_linears_(model.model)
     try:
         model.model.generate(  # type: ignore[misc]  # transformers annotates `self` as a protocol that its own models do not fit
-            input_ids=prompts.input_ids,
-            attention_mask=prompts.attention_mask,
+            **model.engine.model_inputs(prompt),
             max_new_tokens=new_tokens,
             min_new_tokens=new_tokens,
             do_sample=False,
             streamer=streamer,
         )
     finally:
-        use_gemv_(model.model.model.language_model)
-        use_gemv_(model.model.lm_head)
+        tune_linears_(model.model)
     first, *_, last = streamer.times[1:]  # the first is the prompt's
     return (new_tokens - 1) / (last - first)
 
@@ -174,7 +214,3 @@ class _TokenTimes(BaseStreamer):
 
     def end(self) -> None:
         """Required by `BaseStreamer`."""
-
-
-def _shares(rate: float, limit: float) -> dict[str, float]:
-    return {"tokens_per_second": rate, "of_the_limit": rate / limit}

@@ -108,9 +108,10 @@ def _measure(folder: Path, image: Path, new_tokens: int, quantize: Scheme | None
         messages = [
             {"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": _QUESTION}]}
         ]
-        prompts, sampling = model.engine.prepare([messages]), Sampling(max_new_tokens=1 + new_tokens)
+        model.engine.max_draft_tokens = 0  # one token per step
+        prompt, sampling = model.engine.prepare(messages), Sampling(max_new_tokens=1 + new_tokens)
         pieces, times = [], [synchronized_seconds(device)]
-        for (output,) in model.engine.generate(prompts, sampling):
+        for (output,) in model.engine.generate([prompt], sampling):
             pieces.append(output.text)
             times.append(synchronized_seconds(device))
         seconds_per_token = (times[-1] - times[1]) / max(1, len(times) - 2)
@@ -123,7 +124,7 @@ def _measure(folder: Path, image: Path, new_tokens: int, quantize: Scheme | None
                 "of it before loading": f"{before / 1e9:.2f} GB (Python and its libraries)"
                 if device.type != "cuda"
                 else "nothing: it is the GPU's memory",
-                f"prefill, {prompts.num_tokens[0]} tokens": f"{times[1] - times[0]:.1f} s",
+                f"prefill, {len(prompt)} tokens": f"{times[1] - times[0]:.1f} s",
                 f"decoding, {len(times) - 2} tokens": f"{1 / max(1e-9, seconds_per_token):.2f} tokens/s",
                 "answer": repr("".join(pieces)),
                 "machine": machine(),

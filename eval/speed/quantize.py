@@ -6,9 +6,11 @@ All three are read from the same checkpoint; two of them are in memory at a time
 from __future__ import annotations
 
 import multiprocessing
+import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,13 +22,13 @@ import yi_vl
 from yi_vl import YiVL
 from yi_vl.checkpoint.load import find
 from yi_vl.hardware import synchronized_seconds
-from yi_vl.quantize import SCHEMES, Scheme, num_bytes
+from yi_vl.quantize import SCHEMES, Scheme, describe_quantized_kernels, num_bytes
 
-from .engine import engine_rate, first_token_seconds, text_of
+from .engine import describe_kernels, engine_rate, first_token_seconds, text_of
 from .full_size import peak_bytes
 from .random_models import Preset, make
+from .rounds import measure_rounds, median_ratio, spread
 
-_NUM_ROUNDS = 5
 _VARIANTS: dict[str, Scheme | None] = {"bf16": None, **{scheme: scheme for scheme in SCHEMES}}
 
 
@@ -56,37 +58,49 @@ def compare_quantize(folder: Path, prompt_tokens: int, new_tokens: int) -> dict[
         model = yi_vl.load(folder, dtype=torch.bfloat16, quantize=scheme)
         quantized = _log_probabilities(model, conversation)
         engine_rate(model, [conversation], 3)
-        rounds = [  # in turns, as another process may slow any of them
-            [
-                (engine_rate(m, [conversation], new_tokens), first_token_seconds(m, conversation))
-                for m in (original, model)
-            ]
-            for _ in range(_NUM_ROUNDS)
-        ]
-        baseline, scheme_result = (
-            {
-                "tokens_per_second": max(rate for rate, _ in measured),
-                "prefill_seconds": min(seconds for _, seconds in measured),
-                "language_model_gb": _language_bytes(m) / 1e9,
-            }
-            for m, measured in zip((original, model), zip(*rounds, strict=True), strict=True)
-        )
-        variants["bf16"] = variants["bf16"] or baseline | {"kl": 0.0, **_ratios(baseline, baseline)}
-        variants[scheme] = scheme_result | {
-            "kl": float((exact.exp() * (exact - quantized)).sum(-1).mean()),
-            **_ratios(scheme_result, baseline),
-        }
+        rates = _rates({"bf16": original, scheme: model}, conversation, new_tokens)
+        for name, variant in (("bf16", original), (scheme, model)):
+            if not variants.get(name):
+                kl = 0.0 if variant is original else float((exact.exp() * (exact - quantized)).sum(-1).mean())
+                variants[name] = _columns(rates, name, "bf16") | {"kl": kl, **_memory(variant, original)}
         del model
-    return {"what": f"{new_tokens} new tokens after {prompt_tokens}", "variants": variants}
-
-
-def _ratios(result: dict[str, float], baseline: dict[str, float]) -> dict[str, float]:
-    """Ratios to bfloat16 as measured in the same rounds."""
+    is_on_cpu = original.model.device.type == "cpu"
     return {
-        "relative_speed": result["tokens_per_second"] / baseline["tokens_per_second"],
-        "relative_prefill_time": result["prefill_seconds"] / baseline["prefill_seconds"],
-        "relative_memory": result["language_model_gb"] / baseline["language_model_gb"],
+        "what": f"{new_tokens} new tokens after {prompt_tokens}",
+        "variants": variants,
+        "kernels": describe_kernels(original) + (describe_quantized_kernels(torch.bfloat16) if is_on_cpu else []),
     }
+
+
+def _rates(
+    models: dict[str, YiVL], conversation: list[dict[str, Any]], new_tokens: int
+) -> dict[tuple[str, str], list[float]]:
+    """Tokens per second and seconds of prefill, round by round, by the model's name."""
+
+    def rate(model: YiVL) -> float:
+        return engine_rate(model, [conversation], new_tokens)
+
+    def seconds(model: YiVL) -> float:
+        return first_token_seconds(model, conversation)
+
+    decode = measure_rounds({name: partial(rate, model) for name, model in models.items()})
+    prefill = measure_rounds({name: partial(seconds, model) for name, model in models.items()})
+    return {("decode", n): v for n, v in decode.items()} | {("prefill", n): v for n, v in prefill.items()}
+
+
+def _columns(rates: dict[tuple[str, str], list[float]], name: str, baseline: str) -> dict[str, float]:
+    """Medians with quartiles, and the median of the rounds' ratios to the baseline."""
+    decode, prefill = rates["decode", name], rates["prefill", name]
+    return spread(decode, "tokens_per_second") | {
+        "prefill_seconds": statistics.median(prefill),
+        "relative_speed": median_ratio(decode, rates["decode", baseline]),
+        "relative_prefill_time": median_ratio(prefill, rates["prefill", baseline]),
+    }
+
+
+def _memory(model: YiVL, baseline: YiVL) -> dict[str, float]:
+    num_bytes = _language_bytes(model)
+    return {"language_model_gb": num_bytes / 1e9, "relative_memory": num_bytes / _language_bytes(baseline)}
 
 
 def compare_load(folder: Path) -> dict[str, Any]:
@@ -127,9 +141,9 @@ def measure_load(folder: Path, scheme: Scheme | None, results: Any) -> None:
 
 def _log_probabilities(model: YiVL, conversation: list[dict[str, Any]]) -> Tensor:
     """Of the next token at every place of a prompt, (S, V)."""
-    prompts = model.engine.prepare([conversation])
+    prompt = model.engine.prepare(conversation)
     with torch.inference_mode():
-        logits = model.model(input_ids=prompts.input_ids, attention_mask=prompts.attention_mask).logits[0]
+        logits = model.model(**model.engine.model_inputs(prompt)).logits[0]
     return logits.float().log_softmax(-1)
 
 

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from transformers import GenerationConfig, LlamaConfig
+from transformers import GenerationConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 import yi_vl
 from yi_vl import YiVLConfig, YiVLForConditionalGeneration, YiVLProcessor
-from yi_vl.config import OpenClipVisionConfig, preset
+from yi_vl.config import OpenClipVisionConfig, preset, yi_config
 from yi_vl.image import YiVLImageProcessor
+from yi_vl.linear import tune_linears_
 from yi_vl.predict import YiVL
 from yi_vl.processor import prepare_tokenizer
 
@@ -56,6 +57,7 @@ def make(name: Preset, dtype: torch.dtype = torch.bfloat16, device: str | None =
     processor = YiVLProcessor(
         YiVLImageProcessor(config.vision_config.image_size), tokenizer, config.vision_config.patch_size
     )
+    tune_linears_(model)
     return YiVL(model, processor)
 
 
@@ -69,15 +71,4 @@ def _repeat(parameter: torch.Tensor, generator: torch.Generator) -> None:
 
 def _one_billion() -> YiVLConfig:
     vision = OpenClipVisionConfig(hidden_size=512, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=8)
-    text = LlamaConfig(
-        vocab_size=64064,
-        hidden_size=2048,
-        intermediate_size=5632,
-        num_hidden_layers=22,
-        num_attention_heads=16,
-        num_key_value_heads=4,
-        max_position_embeddings=4096,
-        rms_norm_eps=1e-5,
-        pad_token_id=0,
-    )
-    return YiVLConfig(vision_config=vision, text_config=text)
+    return YiVLConfig(vision_config=vision, text_config=yi_config(2048, 5632, 22, 16, 4))

@@ -60,20 +60,14 @@ def compare_runner(
 
 def _generate(yi_vl: YiVL, question: Question, max_new_tokens: int) -> str:
     """What a script for one question does: processor, `generate`, decode."""
-    prompts = yi_vl.engine.prepare([[{"role": "user", "content": read_images(question.content())}]])
-    pixels: dict[str, Any] = {}
-    if prompts.images_uint8 is not None:
-        images_uint8 = prompts.images_uint8.to(prompts.input_ids.device)
-        pixels["pixel_values"] = yi_vl.processor.image_processor.to_pixel_values(images_uint8)
+    prompt = yi_vl.engine.prepare([{"role": "user", "content": read_images(question.content())}])
     with torch.inference_mode():
         tokens = yi_vl.model.generate(  # type: ignore[misc]  # transformers annotates `self` as a protocol that its own models do not fit
-            input_ids=prompts.input_ids,
-            attention_mask=prompts.attention_mask,
-            **pixels,
+            **yi_vl.engine.model_inputs(prompt),
             max_new_tokens=max_new_tokens,
             do_sample=False,
             stop_strings=["###"],
             tokenizer=yi_vl.processor.tokenizer,
         )
-    text: str = yi_vl.processor.tokenizer.decode(tokens[0, prompts.input_ids.shape[1] :], skip_special_tokens=True)
+    text: str = yi_vl.processor.tokenizer.decode(tokens[0, len(prompt) :], skip_special_tokens=True)
     return text.split("###")[0].strip()

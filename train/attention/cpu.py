@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 
 from yi_vl.model import YiVLForConditionalGeneration
-from yi_vl.vision import SelfAttention
+from yi_vl.vision_blocks import SelfAttention
 
 from .packing import Packing
 

@@ -62,9 +62,9 @@ def run_stage(name: str) -> None:
 @app.command()
 def measure(
     models: Annotated[
-        list[str] | None, typer.Argument(help="name=folder, several; by default every finished stage")
+        list[str] | None, typer.Argument(help="models as name=folder; by default every finished stage")
     ] = None,
-    out: Annotated[Path, typer.Option(help="where answers, scores and the table go")] = RUNS / "measure",
+    out: Annotated[Path, typer.Option(help="folder for answers, scores and the table")] = RUNS / "measure",
     write: Annotated[bool, typer.Option(help="put the table into the READMEs and the model card as well")] = False,
     quantize: QuantizeOption = None,
 ) -> None:

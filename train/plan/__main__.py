@@ -20,7 +20,8 @@ from transformers import AutoConfig
 
 from yi_vl import program
 from yi_vl.arguments import one_line
-from yi_vl.checkpoint.load import find, read_config
+from yi_vl.checkpoint.find import find
+from yi_vl.checkpoint.load import read_config
 from yi_vl.config import OpenClipVisionConfig, YiVLConfig, preset
 
 from ..checkpoint import FINAL
@@ -97,19 +98,18 @@ class Plan:
 @app.command()
 def plan(
     configs: Annotated[
-        list[str], typer.Argument(metavar="CONFIG... [key.sub=value]...", help="YAML files, and settings for all.")
+        list[str],
+        typer.Argument(metavar="CONFIG... [key.sub=value]...", help="YAML files, and settings that apply to all."),
     ],
-    gpus: Annotated[int, typer.Option(min=1, help="How many GPUs.")] = 128,
-    gpu_memory: Annotated[float, typer.Option(min=1, help="GB of one.")] = 80,
-    tflops: Annotated[float, typer.Option(min=1, help="Its peak in bf16; 312 is an A100's.")] = 312,
+    gpus: Annotated[int, typer.Option(min=1, help="Number of GPUs.")] = 128,
+    gpu_memory: Annotated[float, typer.Option(min=1, help="Memory per GPU in GB.")] = 80,
+    tflops: Annotated[float, typer.Option(min=1, help="Peak bf16 TFLOP/s per GPU; an A100 has 312.")] = 312,
     utilisation: Annotated[
         float, typer.Option(min=0.01, max=1, help="The hardware FLOPs utilisation (HFU) to assume.")
     ] = 0.4,
-    caption_tokens: Annotated[int, typer.Option(min=1, help="Text of an average sample in the format caption.")] = 32,
-    chat_tokens: Annotated[int, typer.Option(min=1, help="Likewise in the format chat.")] = 256,
-    model: Annotated[
-        str | None, typer.Option(help="6b, 34b, nano or a model folder, where the config does not tell.")
-    ] = None,
+    caption_tokens: Annotated[int, typer.Option(min=1, help="Average text tokens per sample in caption format.")] = 32,
+    chat_tokens: Annotated[int, typer.Option(min=1, help="Average text tokens per sample in chat format.")] = 256,
+    model: Annotated[str | None, typer.Option(help="6b, 34b, nano or a model folder, instead of the config's.")] = None,
 ) -> None:
     """What runs will take: parameters, steps, tokens, memory and GPU-hours. No weights are read.
 

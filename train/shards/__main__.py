@@ -90,7 +90,7 @@ def check(
     processes: ProcessesOption = None,
     ignore: IgnoreOption = None,
 ) -> None:
-    """What a folder of shards holds, and whether that agrees with its manifest; if not, the exit code is 2."""
+    """Show what a folder of shards contains and check it against its manifest; the exit code is 2 on a mismatch."""
     paths = sorted(folder.glob("*.tar"))
     if not paths:
         raise ValueError(f"{folder} holds no .tar files.")

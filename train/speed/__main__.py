@@ -28,7 +28,7 @@ Out = Annotated[
 @app.command()
 def data(
     out: Out = None,
-    num_samples: Annotated[int, typer.Option("--samples", min=16, help="Samples that each loader reads.")] = 64,
+    num_samples: Annotated[int, typer.Option("--samples", min=16, help="Number of samples per loader.")] = 64,
     as_json: AsJson = False,
 ) -> None:
     """Images and samples per second of one core, from shards of megapixel photographs."""
@@ -71,10 +71,10 @@ def step(
         typer.Option("--format", help="caption: trains tower and projector; chat: trains everything."),
     ] = "chat",
     num_steps: Annotated[
-        int | None, typer.Option("--steps", min=2, help="Of each loop; the first is not timed.")
+        int | None, typer.Option("--steps", min=2, help="Steps of each loop; the first is not timed.")
     ] = None,
     precision: Annotated[
-        Literal["bf16", "fp32"], typer.Option(help="In fp32 the losses agree up to rounding.")
+        Literal["bf16", "fp32"], typer.Option(help="Precision; in fp32 the losses of both loops agree up to rounding.")
     ] = "bf16",
     compiles: Annotated[bool, typer.Option("--compile", help="As `compile: true` in a config.")] = False,
     as_json: AsJson = False,
@@ -123,7 +123,7 @@ def memory(
     num_samples: Annotated[int, typer.Option("--samples", min=100)] = 1_000_000,
     as_json: AsJson = False,
 ) -> None:
-    """Resident memory while a long stream is read."""
+    """Resident memory while streaming many samples."""
     from .data import resident_memory
 
     rows = []

@@ -6,22 +6,22 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from stat import S_ISDIR
 from typing import Any, get_args
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 
-from ..arguments import as_choice, as_path, one_line, shown, stat
+from ..arguments import as_choice, one_line, shown
 from ..auto import YiVLConfig, YiVLForConditionalGeneration, YiVLProcessor  # which registers them with transformers
 from ..generation import set_end_tokens_
+from ..linear import tune_linears_
 from ..quantize import METHOD, Scheme, make_config
 from . import Checkpoint, TowerFrom, base_of, holds_adapters, merge, open_checkpoint, read_configuration, read_processor
+from .find import find as find
 from .json_files import read_json
-from .modelscope import check_modelscope, fetch_modelscope, is_modelscope
+from .modelscope import fetch_modelscope, is_modelscope
 
-_BUNDLED = Path(__file__).parents[1] / "nano"
 _HUB_FILES = ("*.json", "*.model", "*.jinja", "vit/*/*.json")
 _HUB_WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "vit/*/pytorch_model*.bin")
 _DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")  # accelerate's strategies to place a model
@@ -75,9 +75,11 @@ def load_model(
         num_parameters = sum(tensor.shape.numel() for tensor in checkpoint.tensors.values())
         is_small_on_cpu = str(device) == "cpu" and num_parameters < _SMALL_PARAMETERS
         weights_dtype = torch.float32 if is_small_on_cpu else torch.bfloat16
-    return build_model(
+    model, processor = build_model(
         checkpoint.in_dtype(weights_dtype), device, dtype=weights_dtype, quantization_config=quantization_config
     )
+    tune_linears_(model)
+    return model, processor
 
 
 def build_model(
@@ -122,29 +124,6 @@ def open_model(path: str | os.PathLike | None, tower_from: TowerFrom = "vit") ->
         return merge(open_checkpoint(base, tower_from), folder)
 
 
-def find(path: str | os.PathLike | None) -> str:
-    """A model folder, or a hub id, `ms://owner/name` on ModelScope; the bundled model's folder for None."""
-    if path is None:
-        if not (_BUNDLED / "config.json").exists():
-            raise ValueError(
-                f"The bundled nano model is not in this installation ({_BUNDLED} has no config.json). Train it "
-                "(`python -m train.nano`), or name another model."
-            )
-        return str(_BUNDLED)
-    if is_modelscope(path):
-        return check_modelscope(str(path))
-    folder = as_path(path, "the model")
-    status = stat(folder, str(path))
-    if status is not None and S_ISDIR(status.st_mode):
-        return str(folder)
-    if status is not None:
-        raise ValueError(f"{folder} is a file; a model is a folder with a config.json, or a hub id.")
-    parts = str(path).split("/")
-    if len(parts) != 2 or not all(parts) or parts[0] in (".", "..", "~"):
-        raise ValueError(f"{shown(str(path))}: there is no such folder, and a hub id has the form owner/name.")
-    return str(path)
-
-
 def read_config(source: str) -> YiVLConfig:
     """The configuration of a model folder or hub id, of adapters that of their base; no weights are read or fetched.
 
@@ -184,7 +163,7 @@ def fetch(source: str, with_weights: bool) -> Path:
         return Path(snapshot_download(source, allow_patterns=patterns))
     except (OSError, ValueError, HfHubHTTPError) as error:
         raise ValueError(
-            f"{source} is no folder here, and it cannot be had from the hub either: {one_line(error)}. Give a folder "
+            f"{source} is not a local folder, and could not be fetched from the hub: {one_line(error)}. Give a folder "
             "or hub id of a Yi-VL."
         ) from error
 

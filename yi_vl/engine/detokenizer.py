@@ -46,6 +46,11 @@ class IncrementalDetokenizer:
         """Generated so far, the one that ended the answer included."""
         return len(self.tokens)
 
+    @property
+    def num_left(self) -> int:
+        """Tokens that the answer may still have."""
+        return self._max_tokens - len(self.tokens)
+
     def add(self, token: int) -> str:
         """The text that this token makes final, often none. Tokens after the end are ignored."""
         if self.finish_reason:

@@ -1,69 +1,109 @@
-"""The engine: conversations become prompts, prompts are prefilled into slots, and slots are decoded token by token.
-
-B requests, S prompt tokens, V vocabulary, N images of P patches, D language width.
+"""The engine: continuous batching. Requests are admitted at any time; a step prefills some of them, or decodes all that
+are prefilled by one token.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Generator, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import itertools
+import threading
+import time
+from collections import deque
+from collections.abc import Generator, Hashable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
-from ..chat import STOP_STRING, Encoded, TooLongError
+from ..chat import STOP_STRING
 from ..generation import as_list as as_id_list
 from ..generation import end_token_ids
-from ..image import ImageSource, check_source
-from ..messages import Message, as_messages, images_of
+from ..messages import Message
 from ..model import YiVLForConditionalGeneration
 from ..processor import YiVLProcessor
 from .detokenizer import IncrementalDetokenizer
 from .fingerprint import fingerprint
-from .gemv import use_gemv_
-from .kv_cache import gather
-from .prefix_cache import ImageKey, LRUCache, PrefixCache, PrefixKey, shared_prefix_length
-from .request_queue import Generation, RequestQueue
-from .running_batch import Prompts, Request, RunningBatch, StepOutput, forward
-from .sampling import Sampler, Sampling
+from .image_features import ImageFeatures
+from .pace import Pace
+from .prefill import Prefill
+from .prefix_cache import PrefixCache
+from .prompt import InputProcessor, Prompt
+from .prompt_lookup import PromptLookup
+from .request import OnOutput, Request, StepOutput
+from .running_batch import RunningBatch
+from .sampler import Sampler
+from .sampling import Sampling
+from .scheduler import Scheduler
 
 _MAX_PREFIX_BYTES = 1 << 30  # of recent conversations: 16,000 tokens of the 6B's, 4,000 of the 34B's, in bf16
-_MAX_FEATURE_BYTES = 256 << 20  # of recent images: 31 of the 6B's, in bf16
-_CACHES = ("_prefixes", "_features", "_weights")  # attributes that are not copied or pickled
+_PREFILL_SECONDS = 0.1  # of one step while other requests are under way; four times as long for a single one
+_IDLE_FACTOR = 4
+_MAX_DECODE_TOKENS = 16  # of all requests in a step with drafts: so many cost little more than one
 
 
 class Engine:
-    """Prompts, prefill and decoding for one model. Recent prefixes and image features are cached between requests.
+    """Decodes many requests together, each as if it were alone.
+
+    `admit` and `cancel` never wait for the model. Any thread may call `step`, one at a time: those that wait for an
+    answer advance all answers (`generate`), or a thread of its own does (the server's).
 
     Args:
         allow_remote_images: fetch images that are given as http or https URLs, from the public internet only.
+        max_batch_size: requests that have a slot at once; None for no limit.
+        max_draft_tokens: of a greedy request and step, by prompt lookup; 0 for none.
     """
 
     def __init__(
-        self, model: YiVLForConditionalGeneration, processor: YiVLProcessor, allow_remote_images: bool = False
+        self,
+        model: YiVLForConditionalGeneration,
+        processor: YiVLProcessor,
+        allow_remote_images: bool = False,
+        max_batch_size: int | None = None,
+        max_draft_tokens: int = 8,
     ) -> None:
         self.model = model
         self.processor = processor
-        self.allow_remote_images = allow_remote_images
-        use_gemv_(model.model.language_model)
-        use_gemv_(model.lm_head)
+        self.max_batch_size = max_batch_size
+        self.max_draft_tokens = max_draft_tokens
         self.max_prompt_tokens = model.config.text_config.max_position_embeddings - 1  # an answer takes one at least
+        self.inputs = InputProcessor(processor, self.max_prompt_tokens, allow_remote_images)
         self.stop_ids = _stop_ids(model, processor.tokenizer)
         token_ids = torch.arange(model.config.text_config.vocab_size, device="cpu")
         is_unused = token_ids >= len(processor.tokenizer)  # rows that pad the table
-        self._suppress_tokens = is_unused | (token_ids == model.config.image_token_id)  # (V,)
+        suppress_tokens = is_unused | (token_ids == model.config.image_token_id)  # (V,)
+        self._sampler = Sampler(suppress_tokens)
+        self._start()
+
+    def _start(self) -> None:
+        self.scheduler = Scheduler(self._new_prefill, self._num_uncached)
+        self._step_lock = threading.Lock()  # held while the model computes
+        self._lock = threading.Lock()  # of what follows; held for moments
+        self._has_arrivals = threading.Condition(self._lock)
+        self._arrivals: deque[Request] = deque()  # since the last step
+        self._requests: dict[int, Request] = {}  # that are not done
+        self._ids = itertools.count()
+        self._batch: RunningBatch | None = None
+        self._is_prefill_turn = True
+        self._prefill_pace = Pace(_PREFILL_SECONDS, least=64, most=4096, first=256)
+        self._image_pace = Pace(_PREFILL_SECONDS, least=1, most=64, first=1)
         self.clear_cache()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in _CACHES}
+        kept = (
+            "model",
+            "processor",
+            "max_batch_size",
+            "max_draft_tokens",
+            "max_prompt_tokens",
+            "inputs",
+            "stop_ids",
+            "_sampler",
+        )
+        return {name: vars(self)[name] for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self.clear_cache()
+        self._start()
 
     @property
     def device(self) -> torch.device:
@@ -71,225 +111,268 @@ class Engine:
         device = self.model.device
         return torch.device("cpu") if device.type == "meta" else device
 
+    @property
+    def num_running(self) -> int:
+        """Requests that have a slot, those whose prompt is being prefilled included."""
+        return self.batch_size + self.scheduler.num_prefilling
+
+    @property
+    def batch_size(self) -> int:
+        """Requests that are decoded together at the moment."""
+        return len(self._batch or ())
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait for a slot."""
+        return sum(not request.is_cancelled for request in (*self._arrivals, *self.scheduler.waiting))
+
     def clear_cache(self) -> None:
         """Drop the cached prefixes and image features."""
-        self._prefixes = PrefixCache(_MAX_PREFIX_BYTES)
-        self._features: LRUCache[Tensor] = LRUCache(_MAX_FEATURE_BYTES)  # an image's digest -> (P, D)
+        self.prefixes = PrefixCache(_MAX_PREFIX_BYTES)
+        self._features = ImageFeatures(self.model, self.processor)
         self._weights: int | None = None  # fingerprint of the weights that the cached values were computed with
 
-    # Prompts
+    def prepare(self, messages: Sequence[Message]) -> Prompt:
+        """A conversation that awaits an answer as a prompt; see `InputProcessor.prepare`."""
+        return self.inputs.prepare(messages)
 
-    def prepare(self, conversations: Sequence[Sequence[Message]]) -> Prompts:
-        """Conversations that await an answer as the model's inputs.
+    def model_inputs(self, prompt: Prompt) -> dict[str, Tensor]:
+        """A prompt as the model's own `forward` and `generate` take it: `input_ids`, and `pixel_values` if it has
+        images."""
+        inputs = {"input_ids": prompt.input_ids.to(self.device)}
+        if prompt.images_uint8:
+            pixels = self.processor.image_processor.to_pixel_values(torch.stack(prompt.images_uint8))
+            inputs["pixel_values"] = pixels.to(self.device, self.model.dtype)
+        return inputs
 
-        Raises:
-            ValueError: a conversation is malformed or too long, or an image cannot be read.
-        """
-        checked = [as_messages(messages) for messages in conversations]
-        encoded = self.encode(checked)  # before images are decoded
-        images = [image for messages in checked for image in images_of(messages)]
-        with ThreadPoolExecutor() as threads:  # Pillow decodes and resizes without holding the interpreter's lock
-            images_uint8 = list(threads.map(self._decode_image, images))
-        return self.stack_prompts(encoded, images_uint8)
+    # Requests
 
-    def encode(self, conversations: Sequence[Sequence[Message]]) -> list[Encoded]:
-        """Conversations that await an answer as tokens; their images are not looked at.
-
-        Raises:
-            ValueError: a conversation is malformed.
-            TooLongError: one leaves no room for an answer.
-        """
-        return [
-            self.processor.encode_messages(messages, max_tokens=self.max_prompt_tokens) for messages in conversations
-        ]
-
-    def check(self, messages: list[Message]) -> None:
-        """
-        Raises:
-            ValueError: a conversation cannot be answered; what shows only when images are fetched and decoded is not
-                found.
-        """
-        self.encode([messages])
-        for image in images_of(messages):
-            check_source(image, self.allow_remote_images)
-
-    def stack_prompts(self, encoded: Sequence[Encoded], images_uint8: Sequence[Tensor]) -> Prompts:
-        """Encoded prompts and their images, (H, W, 3) uint8 each in reading order, as the model's inputs.
-
-        Raises:
-            TooLongError: a prompt leaves no room for an answer.
-        """
-        for prompt in encoded:
-            if len(prompt.input_ids) > self.max_prompt_tokens:
-                num_images, patches = len(prompt.image_starts), self.processor.patches_per_image
-                raise TooLongError(len(prompt.input_ids), num_images, patches, self.max_prompt_tokens)
-        rows = [torch.tensor(prompt.input_ids, device="cpu") for prompt in encoded]
-        pad_id = self.processor.tokenizer.pad_token_id or 0
-        input_ids = pad_sequence(rows, batch_first=True, padding_value=pad_id, padding_side="left")
-        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
-        stacked = torch.stack(list(images_uint8)) if images_uint8 else None
-        keys = self._prefix_keys(encoded, images_uint8)
-        return Prompts(input_ids.to(self.device), mask.to(self.device), stacked, keys)
-
-    # Generation
-
-    def generate(
-        self, prompts: Prompts, sampling: Sampling, ignore_eos: bool = False
-    ) -> Generator[list[StepOutput], None, None]:
-        """Decode all prompts together; yields, after every step, the outputs of the requests that were not finished.
-
-        A step is computed when its outputs are asked for: closing the generator stops the work.
+    def admit(
+        self,
+        prompt: Prompt,
+        sampling: Sampling,
+        on_output: OnOutput = lambda output: None,
+        client: Hashable = None,
+        ignore_eos: bool = False,
+    ) -> int:
+        """Add a request, which is prefilled by one of the next steps; returns its id.
 
         Args:
-            ignore_eos: no end token ends an answer; for benchmarks.
+            on_output: receives what steps give the request, in the thread that steps; it must neither raise nor block.
+            client: requests of one client share the slots fairly with those of others.
+            ignore_eos: no end token ends the answer; for benchmarks.
         """
-        requests = self.new_requests(prompts, sampling, ignore_eos=ignore_eos)
-        batch, sampler = self.prefill(prompts, requests), self._sampler(sampling)
-        prefixes = self._prefixes  # another object once weights have changed
+        with self._lock:
+            request = self._new_request(prompt, sampling, on_output, client, ignore_eos)
+            self._requests[request.id] = request
+            self._arrivals.append(request)
+            self._has_arrivals.notify_all()
+        return request.id
+
+    def cancel(self, request_id: int) -> None:
+        """Give up a request; its slot is free at the next step. Nothing happens if it is done."""
+        with self._lock:
+            request = self._requests.pop(request_id, None)
+        if request is None:
+            return
+        request.is_cancelled = True
+        if self._step_lock.acquire(blocking=False):  # else the step under way is followed by another
+            try:
+                self._release()
+            finally:
+                self._step_lock.release()
+
+    def wait_for_work(self, timeout: float) -> bool:
+        """Whether there is something to do, after at most so many seconds."""
+        with self._has_arrivals:
+            return self._has_arrivals.wait_for(lambda: bool(self._requests), timeout)
+
+    def generate(
+        self, prompts: Iterable[Prompt], sampling: Sampling, ignore_eos: bool = False
+    ) -> Generator[list[StepOutput], None, None]:
+        """Decode prompts, together with whatever else is under way; yields the outputs of each step for them.
+
+        A step is computed when its outputs are asked for; closing the generator cancels the requests. An output's
+        `request_id` is the index of its prompt.
+
+        Raises:
+            Exception: of a step.
+        """
+        received: deque[StepOutput] = deque()
+        index_of: dict[int, int] = {}
         try:
-            while batch:
-                yield batch.sample(sampler)
-                batch.decode()
-        except GeneratorExit:  # closed between two steps; after an error the cache may not be valid
-            _store_prefix(prefixes, prompts, requests, batch)
-            raise
-        _store_prefix(prefixes, prompts, requests, batch)
+            for index, prompt in enumerate(prompts):
+                index_of[self.admit(prompt, sampling, received.append, ignore_eos=ignore_eos)] = index
+            while index_of:
+                self.step_until(received)
+                outputs = []
+                while received:
+                    output = received.popleft()
+                    outputs.append(replace(output, request_id=index_of[output.request_id]))
+                    if output.is_last:
+                        del index_of[output.request_id]
+                for output in outputs:
+                    if output.error is not None:
+                        raise output.error
+                yield outputs
+        finally:
+            for request_id in index_of:
+                self.cancel(request_id)
 
-    def generate_queue(
-        self, queue: RequestQueue, sampling: Sampling, max_batch_size: int
-    ) -> list[Generation | ValueError]:
-        """Decode all requests of a queue, `max_batch_size` together: a slot that is released takes the next request."""
-        sampler = self._sampler(sampling)
-        batch: RunningBatch | None = None
-        while True:
-            num_slots = max_batch_size - (len(batch) if batch else 0)
-            if num_slots and (new := self._prefill_next(queue, num_slots, sampling)):
-                if batch:
-                    batch.extend(new)
-                else:
-                    batch = new
-            if not batch:
-                return queue.results()
-            queue.record(batch.sample(sampler))
-            batch.decode()
+    def step_until(self, received: Sequence[StepOutput]) -> None:
+        """Step until there is an output in `received`, to which another thread's steps may append as well."""
+        while not received:
+            with self._step_lock:
+                if not received:
+                    self._step()
 
-    def new_requests(
-        self, prompts: Prompts, sampling: Sampling, indices: Iterable[int] | None = None, ignore_eos: bool = False
-    ) -> list[Request]:
-        """A request for each prompt, with no tokens generated yet."""
-        requests = []
-        limit, stop_ids = self.max_prompt_tokens + 1, set() if ignore_eos else self.stop_ids
-        indices = range(len(prompts.prefix_keys)) if indices is None else indices
-        for index, num_tokens in zip(indices, prompts.num_tokens, strict=True):
-            max_tokens = min(sampling.max_new_tokens, limit - num_tokens)
-            detokenizer = IncrementalDetokenizer(self.processor.tokenizer, max_tokens, stop_ids, sampling.stop_strings)
-            requests.append(Request(index, detokenizer, sampling.new_generator()))
-        return requests
+    def _new_request(
+        self, prompt: Prompt, sampling: Sampling, on_output: OnOutput, client: Hashable, ignore_eos: bool
+    ) -> Request:
+        max_tokens = min(sampling.max_new_tokens, self.max_prompt_tokens + 1 - len(prompt))
+        stop_ids = set() if ignore_eos else self.stop_ids
+        detokenizer = IncrementalDetokenizer(self.processor.tokenizer, max_tokens, stop_ids, sampling.stop_strings)
+        lookup = None
+        if sampling.is_greedy and self.max_draft_tokens:
+            lookup = PromptLookup(prompt.key.token_ids.tolist(), self.model.config.image_token_id)
+        generator = sampling.new_generator()
+        return Request(next(self._ids), prompt, sampling, detokenizer, generator, on_output, client, lookup)
+
+    # Steps
+
+    def step(self) -> list[StepOutput]:
+        """Compute a step: a chunk of some prompts, some images, or a token of every prefilled request.
+
+        Returns:
+            What requests got, which their `on_output` has received already. An error is an output of the requests that
+            it concerns.
+        """
+        with self._step_lock:
+            return self._step()
 
     @torch.inference_mode()
-    def prefill(self, prompts: Prompts, requests: Sequence[Request]) -> RunningBatch:
-        """Compute the keys and values of the prompts, but for their cached prefix; each request gets a slot.
+    def _step(self) -> list[StepOutput]:
+        with self._lock:
+            self.scheduler.waiting += self._arrivals
+            self._arrivals.clear()
+        try:
+            self._release()
+            prefill = self._next_prefill()
+            outputs = self._decode() if prefill is None else self._prefill(prefill)
+            self._release()
+            return outputs
+        except BaseException as error:  # the KV cache may not be valid: Ctrl-C, no memory
+            failed = RuntimeError(f"a step of the model was interrupted: {type(error).__name__}: {error}")
+            outputs = self._fail_all(error if isinstance(error, Exception) else failed)
+            if isinstance(error, Exception):
+                return outputs
+            raise
 
-        A prefix that all prompts share is computed once, and cached.
-        """
+    def _next_prefill(self) -> Prefill | None:
+        """What to prefill in this step; None when it is for decoding. Both take turns when there is work for both."""
+        running = self._batch.requests if self._batch else []
+        if running and self._is_prefill_turn:
+            self._is_prefill_turn = False
+            return None
+        prefill = self.scheduler.next_prefill(running, self._max_prefill_tokens, self.max_batch_size)
+        self._is_prefill_turn = prefill is not None
+        return prefill
+
+    @property
+    def _max_prefill_tokens(self) -> int:
+        return self._prefill_pace.num_units * (_IDLE_FACTOR if len(self._requests) == 1 else 1)
+
+    def _prefill(self, prefill: Prefill) -> list[StepOutput]:
+        try:
+            batch = self._compute(prefill)
+        except Exception as error:
+            self.scheduler.prefills.remove(prefill)
+            if len(prefill.requests) == 1:
+                return self._fail(prefill.requests, error)
+            for request in prefill.requests:  # one of them is at fault: let it fail alone
+                self.scheduler.add([request])
+            return []
+        if batch is None:
+            return []
+        self.scheduler.prefills.remove(prefill)
+        outputs = self._finish(batch.sample(self._sampler))
+        if self._batch is None:
+            self._batch = batch
+        else:
+            self._batch.extend(batch)
+        return outputs
+
+    def _compute(self, prefill: Prefill) -> RunningBatch | None:
+        """Encode some images of a prefill, or compute its next chunk; the batch when that was the last."""
+        started = time.perf_counter()
+        if missing := prefill.missing_images[: self._image_pace.num_units]:
+            prefill.encode_images(missing)
+            self._image_pace.record(len(missing), time.perf_counter() - started)
+            return None
+        num_computed = prefill.num_computed
+        batch = prefill.step(self._max_prefill_tokens)
+        self._prefill_pace.record(prefill.num_computed - num_computed, time.perf_counter() - started)
+        return batch
+
+    def _decode(self) -> list[StepOutput]:
+        batch = self._batch
+        if batch is None:
+            return []
+        max_drafted = min(self.max_draft_tokens, _MAX_DECODE_TOKENS // len(batch) - 1)
+        drafts = [request.draft(max_drafted) if max_drafted > 0 else [] for request in batch.requests]
+        if any(drafts):
+            return self._finish(batch.verify(drafts, self._sampler))
+        batch.decode()
+        return self._finish(batch.sample(self._sampler))
+
+    def _finish(self, outputs: list[StepOutput]) -> list[StepOutput]:
+        self._remove(output.request_id for output in outputs if output.is_last)
+        return outputs
+
+    def _release(self) -> None:
+        """Free the slots of requests that are done, and cache their prefixes."""
+        self.scheduler.drop_cancelled()
+        if self._batch is None:
+            return
+        slots = [slot for slot, request in enumerate(self._batch.requests) if not request.is_done]
+        if len(slots) == len(self._batch):
+            return
+        for slot, request in enumerate(self._batch.requests):
+            if request.is_done:
+                num_cached = int(self._batch.attention_mask[slot].sum())
+                self.prefixes.put(request.key.head(num_cached), self._batch.cache, slot, self._batch.attention_mask)
+        if slots:
+            self._batch.select(slots)
+        else:
+            self._batch = None
+
+    def _fail(self, requests: Iterable[Request], error: Exception) -> list[StepOutput]:
+        failed = [request for request in requests if not request.is_done]
+        self._remove(request.id for request in failed)
+        return [request.fail(error) for request in failed]
+
+    def _fail_all(self, error: Exception) -> list[StepOutput]:
+        """End all requests that have begun."""
+        with self._lock:
+            not_begun = {request.id for request in (*self.scheduler.waiting, *self._arrivals)}
+            begun = [request for request in self._requests.values() if request.id not in not_begun]
+        self._batch, self.scheduler.prefills = None, []
+        return self._fail(begun, error)
+
+    def _remove(self, request_ids: Iterable[int]) -> None:
+        with self._lock:
+            for request_id in request_ids:
+                self._requests.pop(request_id, None)
+
+    def _num_uncached(self, request: Request) -> int:
+        return max(1, len(request.prompt) - self.prefixes.num_cached(request.prompt.key))
+
+    def _new_prefill(self, requests: Sequence[Request]) -> Prefill:
         weights = fingerprint(self.model)
         if weights != self._weights:  # another adapter, another dtype, an edit
             self.clear_cache()
             self._weights = weights
-        num_rows = len(prompts.prefix_keys)
-        num_shared = shared_prefix_length(prompts.prefix_keys)
-        cache = self._prefixes.find(prompts.prefix_keys[0].head(num_shared))
-        embeddings = self.embed(prompts, cache.get_seq_length())  # (B, S, D)
-        if num_rows > 1 and num_shared:
-            cache = self._prefill_shared_prefix(prompts, embeddings, cache, num_shared)
-        num_cached = cache.get_seq_length()
-        is_cached = prompts.is_at(0, num_cached)  # (B, S)
-        mask = prompts.attention_mask[~is_cached].view(num_rows, -1).bool()  # padding, then tokens to compute
-        mask = torch.cat([mask.new_ones(num_rows, num_cached), mask], dim=1)  # (B, S)
-        position_ids = prompts.position_ids[~is_cached].view(num_rows, -1)
-        inputs = embeddings[~is_cached].view(num_rows, -1, embeddings.shape[-1])
-        logits = forward(self.model, cache, mask, position_ids, inputs_embeds=inputs)
-        return RunningBatch(self.model, requests, cache, mask, logits)
-
-    @torch.inference_mode()
-    def embed(self, prompts: Prompts, num_cached: int = 0) -> Tensor:
-        """(B, S, D): the prompts' embeddings, image features included; those of the first `num_cached` tokens of each
-        prompt are not needed, and undefined."""
-        # Any id but the image token's stands for what is cached, whose images are not encoded.
-        input_ids = prompts.input_ids.masked_fill(prompts.is_at(0, num_cached), 0) if num_cached else prompts.input_ids
-        embeddings = self.model.get_input_embeddings()(input_ids).to(input_ids.device)
-        if prompts.images_uint8 is None:
-            return embeddings
-        images = [image for key in prompts.prefix_keys for image in key.images]
-        features = self._image_features(prompts.images_uint8, images, num_cached)
-        return self.model.model.insert_images(embeddings, input_ids, features)
-
-    def _prefill_next(self, queue: RequestQueue, num_slots: int, sampling: Sampling) -> RunningBatch | None:
-        indices, conversations, images_uint8 = queue.pop(num_slots, self._decode_images)
-        if not indices:
-            return None
-        prompts = self.stack_prompts(self.encode(conversations), images_uint8)
-        requests = self.new_requests(prompts, sampling, indices)
-        batch = self.prefill(prompts, requests)
-        if len(requests) == 1:
-            self._prefixes.put(prompts.prefix_keys[0], batch.cache)
-        queue.start(requests)
-        return batch
-
-    def _prefill_shared_prefix(self, prompts: Prompts, embeddings: Tensor, cache: Any, num_shared: int) -> Any:
-        """Extend a cache of one row to the first `num_shared` tokens, store it, and repeat it for every prompt."""
-        num_cached = cache.get_seq_length()
-        mask = torch.ones(1, num_shared, dtype=torch.bool, device="cpu")
-        if num_cached < num_shared:
-            position_ids = torch.arange(num_cached, num_shared, device=embeddings.device).unsqueeze(0)
-            inputs = embeddings[:1, prompts.is_at(num_cached, num_shared)[0]]
-            forward(self.model, cache, mask, position_ids, inputs_embeds=inputs)
-        self._prefixes.put(prompts.prefix_keys[0].head(num_shared), cache)
-        return gather([(cache, mask, [0] * len(embeddings))])[0]
-
-    def _image_features(self, images_uint8: Tensor, images: list[ImageKey], num_cached: int) -> Tensor:
-        """(N, H, W, 3) -> (M, P, D), of the images that are not in the first `num_cached` tokens of their prompt; an
-        image that was encoded recently is not encoded again."""
-        digests = [image.digest for image in images if image.start >= num_cached]
-        features = {digest: cached for digest in digests if (cached := self._features.get(digest)) is not None}
-        missing = [digest for digest in dict.fromkeys(digests) if digest not in features]
-        if missing:
-            all_digests = [image.digest for image in images]
-            rows = images_uint8[[all_digests.index(digest) for digest in missing]]
-            pixel_values = self.processor.image_processor.to_pixel_values(rows).to(self.device, self.model.dtype)
-            for digest, encoded in zip(missing, self.model.model.encode_images(pixel_values), strict=True):
-                features[digest] = encoded
-                self._features.put(digest, encoded.clone(), encoded.nbytes)
-        if not digests:
-            return torch.zeros(0, self.processor.patches_per_image, 0, device="cpu")
-        return torch.stack([features[digest] for digest in digests])
-
-    def _prefix_keys(self, encoded: Sequence[Encoded], images_uint8: Sequence[Tensor]) -> list[PrefixKey]:
-        digests = (hashlib.sha256(image.numpy().tobytes()).digest() for image in images_uint8)
-        patches = self.processor.patches_per_image
-        return [
-            PrefixKey(
-                np.array(prompt.input_ids, dtype=np.int64),
-                tuple(ImageKey(next(digests), start, start + patches) for start in prompt.image_starts),
-            )
-            for prompt in encoded
-        ]
-
-    def _decode_images(self, messages: list[Message]) -> list[Tensor]:
-        return [self._decode_image(image) for image in images_of(messages)]
-
-    def _decode_image(self, image: ImageSource) -> Tensor:
-        return self.processor.image_processor.to_uint8(image, self.allow_remote_images)
-
-    def _sampler(self, sampling: Sampling) -> Sampler:
-        return Sampler(sampling, self._suppress_tokens.to(self.device))
-
-
-def _store_prefix(prefixes: PrefixCache, prompts: Prompts, requests: Sequence[Request], batch: RunningBatch) -> None:
-    """Cache a single conversation with its answer, as far as keys and values were computed."""
-    if len(requests) == 1:
-        key = prompts.prefix_keys[0].extended(requests[0].detokenizer.tokens)
-        prefixes.put(key.head(batch.cache.get_seq_length()), batch.cache)
+        return Prefill(self.model, self._features, self.prefixes, requests, self.device)
 
 
 def _stop_ids(model: YiVLForConditionalGeneration, tokenizer: Any) -> set[int]:

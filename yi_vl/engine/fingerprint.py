@@ -25,7 +25,8 @@ def fingerprint(model: nn.Module) -> int:
     samples: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
     for tensor in chain(model.parameters(), model.buffers()):
         is_versioned = not tensor.is_inference()
-        is_plain = type(tensor) in (Tensor, nn.Parameter) and tensor.device.type != "meta"
+        has_data = tensor.device.type != "meta" and tensor.layout == torch.strided
+        is_plain = type(tensor) in (Tensor, nn.Parameter) and has_data
         identity = tensor.data_ptr() if is_plain else id(tensor)
         state.append((identity, tensor._version if is_versioned else -1, tensor.dtype, tensor.device, tensor.shape))
         if is_plain and tensor.numel() and tensor.is_contiguous():

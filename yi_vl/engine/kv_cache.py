@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import LlamaModel
 from transformers.cache_utils import Cache, DynamicLayer
 
@@ -46,11 +47,16 @@ class GrowableLayer(DynamicLayer):
         return self.keys, self.values  # type: ignore[return-value]
 
     def reserve(self, like: Tensor, num_rows: int, num_tokens: int) -> None:
-        """Hold zeros for so many rows and tokens; `like` has the heads, their width, the dtype and the device."""
+        """Hold so many rows and tokens, yet to be written; `like` has the heads, their width, dtype and device."""
         if not self.is_initialized:
             self.lazy_initialization(like, like)
         num_heads, width = like.shape[1], like.shape[3]
-        self._buffer = like.new_zeros(2, num_rows, num_heads, num_tokens + _RESERVE_TOKENS, width)
+        self._buffer = like.new_empty(2, num_rows, num_heads, num_tokens + _RESERVE_TOKENS, width)
+        self._set_length(num_tokens)
+
+    def truncate(self, num_tokens: int) -> None:
+        """`crop` to the first tokens in place: the next ones are written over what was returned before."""
+        assert self._buffer is not None and self._returned is self.keys
         self._set_length(num_tokens)
 
     def _set_length(self, num_tokens: int) -> None:
@@ -70,11 +76,27 @@ def new_cache() -> Cache:
 
 
 def layers_of(cache: Cache) -> list[tuple[Tensor, Tensor]]:
-    """Keys and values of each layer, (B, H, T, E)."""
+    """Keys and values of each layer, (B, H, T, E); none for an empty cache."""
     layers = []
     for layer in cache.layers:
         assert isinstance(layer, DynamicLayer) and layer.keys is not None and layer.values is not None
         layers.append((layer.keys, layer.values))
+    return layers
+
+
+def row_of(cache: Cache, row: int, attention_mask: Tensor | None = None) -> list[tuple[Tensor, Tensor]]:
+    """One row's keys and values of each layer, (1, H, T, E), without padding; views, unless padding is in between."""
+    columns: slice | Tensor = slice(None)
+    if attention_mask is not None:
+        mask = attention_mask[row]
+        num_tokens = int(mask.sum())
+        columns = slice(len(mask) - num_tokens, None)
+        if not mask[columns].all():
+            columns = mask
+    layers = []
+    for keys, values in layers_of(cache):
+        indices = columns.to(keys.device) if isinstance(columns, Tensor) else columns
+        layers.append((keys[row : row + 1, :, indices], values[row : row + 1, :, indices]))
     return layers
 
 
@@ -87,16 +109,48 @@ def gather(parts: Sequence[tuple[Cache, Tensor, Sequence[int]]]) -> tuple[Cache,
     Returns:
         A cache of R rows, and its attention mask (R, T) bool.
     """
-    rows = [(layers_of(cache), mask[row], row) for cache, mask, indices in parts for row in indices]
-    num_tokens = [int(mask.sum()) for _, mask, _ in rows]
-    longest = max(num_tokens)
-    gathered = [GrowableLayer() for _ in parts[0][0].layers]
+    sources = [_Source(cache, mask[list(rows)], list(rows)) for cache, mask, rows in parts]
+    longest = max(source.num_tokens for source in sources)
+    attention_mask = torch.cat([F.pad(source.mask, (longest - source.num_tokens, 0)) for source in sources])
+    gathered = [GrowableLayer() for _ in max((source.layers for source in sources), key=len)]
     for index, layer in enumerate(gathered):
-        layer.reserve(rows[0][0][index][0], len(rows), longest)
-        for slot, ((layers, mask, row), length) in enumerate(zip(rows, num_tokens, strict=True)):
-            keys, values = layers[index]
-            mask = mask.to(keys.device)
-            layer.keys[slot, :, longest - length :] = keys[row][:, mask]  # type: ignore[index]
-            layer.values[slot, :, longest - length :] = values[row][:, mask]  # type: ignore[index]
-    positions, lengths = torch.arange(longest, device="cpu"), torch.tensor(num_tokens, device="cpu").unsqueeze(1)
-    return Cache(layers=gathered), (positions >= longest - lengths).to(parts[0][1].device)  # type: ignore[arg-type]
+        like = next(source.layers[index][0] for source in sources if source.layers)
+        layer.reserve(like, len(attention_mask), longest)
+        end = 0
+        for source in sources:
+            start, end = end, end + len(source.rows)
+            source.copy(index, layer, start, longest)
+    return Cache(layers=gathered) if gathered else new_cache(), attention_mask  # type: ignore[arg-type]
+
+
+class _Source:
+    """Some rows of a cache: `mask` (R, num_tokens) is theirs once all padding is on the left."""
+
+    def __init__(self, cache: Cache, mask: Tensor, rows: list[int]) -> None:
+        self.rows = rows
+        self.layers = layers_of(cache)
+        self.num_tokens = int(mask.sum(1).max())
+        self._indices: Tensor | None = None  # (R, num_tokens) of the columns to take; None: the last ones
+        first = mask.shape[1] - self.num_tokens
+        if (mask[:, :-1] & ~mask[:, 1:]).any():  # padding between tokens
+            self._indices = mask.int().argsort(dim=1, stable=True)[:, first:]
+            self.mask = mask.gather(1, self._indices)
+        else:
+            self.mask = mask[:, first:]
+
+    def copy(self, index: int, layer: GrowableLayer, start: int, longest: int) -> None:
+        """Write the rows of one layer from row `start` on, behind padding up to `longest` tokens."""
+        stop, num_padding = start + len(self.rows), longest - self.num_tokens
+        is_all = bool(self.layers) and self.rows == list(range(len(self.layers[index][0])))
+        for position, target in enumerate((layer.keys, layer.values)):
+            target = target[start:stop]  # type: ignore[index]
+            target[:, :, :num_padding] = 0  # what is masked must be finite
+            if not self.layers:
+                continue
+            source = self.layers[index][position]
+            rows = source if is_all else source[self.rows]
+            if self._indices is None:
+                target[:, :, num_padding:] = rows[:, :, rows.shape[2] - self.num_tokens :]
+            else:
+                indices = self._indices.to(source.device)[:, None, :, None]
+                target[:, :, num_padding:] = rows.gather(2, indices.expand(-1, rows.shape[1], -1, rows.shape[3]))

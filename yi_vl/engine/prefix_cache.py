@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from threading import Lock
 from typing import Generic, TypeVar
 
@@ -16,9 +17,10 @@ import numpy.typing as npt
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from .kv_cache import layers_of, new_cache
+from .kv_cache import new_cache, row_of
 
 Value = TypeVar("Value")
+_BLOCK_TOKENS = 16
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,19 @@ class PrefixKey:
     token_ids: npt.NDArray[np.int64]  # (T,)
     images: tuple[ImageKey, ...] = ()
 
+    @cached_property
+    def block_hashes(self) -> list[int]:
+        """Hashes of the first 16, 32, ... tokens and of the images that begin among them."""
+        hashes, current, num_images = [], 0, 0
+        for end in range(_BLOCK_TOKENS, len(self) + 1, _BLOCK_TOKENS):
+            digests = []
+            while num_images < len(self.images) and self.images[num_images].start < end:
+                digests.append(self.images[num_images].digest)
+                num_images += 1
+            current = hash((current, self.token_ids[end - _BLOCK_TOKENS : end].tobytes(), *digests))
+            hashes.append(current)
+        return hashes
+
     def __len__(self) -> int:
         return len(self.token_ids)
 
@@ -47,6 +62,10 @@ class PrefixKey:
     def extended(self, tokens: Sequence[int]) -> PrefixKey:
         """The key of these and then so many text tokens."""
         return PrefixKey(np.concatenate([self.token_ids, np.array(tokens, dtype=np.int64)]), self.images)
+
+    def reusable(self, length: int) -> int:
+        """The longest prefix of at most `length` tokens that does not end within an image."""
+        return next((image.start for image in self.images if image.start < length < image.end), length)
 
     def num_common(self, other: PrefixKey) -> int:
         """How many tokens both begin with."""
@@ -60,8 +79,7 @@ class PrefixKey:
 def shared_prefix_length(keys: Sequence[PrefixKey]) -> int:
     """How many tokens all prompts begin with; less than a whole prompt, whose last token has to be computed for its
     logits, and never a part of an image."""
-    length = min([keys[0].num_common(key) for key in keys[1:]] + [len(key) - 1 for key in keys])
-    return next((image.start for image in keys[0].images if image.start < length < image.end), length)
+    return keys[0].reusable(min([keys[0].num_common(key) for key in keys[1:]] + [len(key) - 1 for key in keys]))
 
 
 class LRUCache(Generic[Value]):
@@ -101,20 +119,18 @@ class LRUCache(Generic[Value]):
                 self.num_bytes -= self._values.popitem(last=False)[1][1]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Entry:
     key: PrefixKey
     layers: list[tuple[Tensor, Tensor]]  # keys and values of each layer, (1, H, T, E)
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(part.nbytes for layer in self.layers for part in layer)
+    num_bytes: int
 
 
 class PrefixCache:
     """Keys and values of recent conversations, so that a common prefix is prefilled once. Safe between threads.
 
-    Entries are copies without the reserve of a growing cache, and so are what `find` returns.
+    Entries are copies without the reserve of a growing cache, and so are what `find` returns. They are found by hashes
+    of blocks of 16 tokens, so that a lookup takes as long as the prompt is, however many entries there are.
 
     Args:
         max_bytes: of all keys and values together; the least recently used are dropped first.
@@ -122,41 +138,72 @@ class PrefixCache:
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
-        self._entries: list[_Entry] = []  # most recently used last
+        self.num_bytes = 0
+        self._entries: OrderedDict[int, _Entry] = OrderedDict()  # by id, most recently used last
+        self._by_hash: dict[int, list[_Entry]] = {}
         self._lock = Lock()
 
-    @property
-    def num_bytes(self) -> int:
-        """Of all entries."""
-        return sum(entry.num_bytes for entry in self._entries)
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def num_cached(self, key: PrefixKey) -> int:
+        """How many tokens of `key` are stored; those of fewer than 16 are not found."""
+        with self._lock:
+            return self._longest(key)[0]
 
     def find(self, key: PrefixKey) -> Cache:
         """A cache of one row with the longest stored prefix of `key`; it may be empty."""
         cache = new_cache()
         with self._lock:
-            length, best = max(
-                ((entry.key.num_common(key), index) for index, entry in enumerate(self._entries)), default=(0, 0)
-            )
-            if not length:
+            length, entry = self._longest(key)
+            if entry is None:
                 return cache
-            entry = self._entries.pop(best)
-            self._entries.append(entry)
+            self._entries.move_to_end(id(entry))
         for index, (layer_keys, layer_values) in enumerate(entry.layers):
             cache.update(layer_keys[:, :, :length], layer_values[:, :, :length], index)
         return cache
 
-    def put(self, key: PrefixKey, cache: Cache) -> None:
-        """Store the cache of one row; `key` is that of the tokens in it."""
-        assert cache.get_seq_length() == len(key), f"{cache.get_seq_length()} tokens cached, {len(key)} in the key"
-        layers = layers_of(cache)
-        if sum(part.nbytes for layer in layers for part in layer) > self.max_bytes:
+    def put(self, key: PrefixKey, cache: Cache, row: int = 0, attention_mask: Tensor | None = None) -> None:
+        """Store one row of a cache.
+
+        Args:
+            key: of the tokens in that row.
+            attention_mask: (B, T) bool, of the whole cache; None where all of it are tokens.
+        """
+        layers = row_of(cache, row, attention_mask)
+        num_tokens = layers[0][0].shape[2] if layers else 0
+        assert num_tokens == len(key), f"{num_tokens} tokens cached, {len(key)} in the key"
+        num_bytes = sum(part.nbytes for layer in layers for part in layer)
+        if num_bytes > self.max_bytes:
             return
         with self._lock:
-            if any(entry.key.num_common(key) == len(key) for entry in self._entries):
+            length, longest = self._longest(key)
+            if length == len(key):  # a stored one begins with it
                 return
-            self._entries = [entry for entry in self._entries if entry.key.num_common(key) < len(entry.key)]
-            self._entries.append(
-                _Entry(key, [(layer_keys.clone(), layer_values.clone()) for layer_keys, layer_values in layers])
-            )
+            if longest is not None and length == len(longest.key):  # it begins with a stored one
+                self._remove(longest)
+            entry = _Entry(key, [(keys.clone(), values.clone()) for keys, values in layers], num_bytes)
+            self._entries[id(entry)] = entry
+            for block_hash in key.block_hashes:
+                self._by_hash.setdefault(block_hash, []).append(entry)
+            self.num_bytes += num_bytes
             while self.num_bytes > self.max_bytes:
-                self._entries.pop(0)
+                self._remove(next(iter(self._entries.values())))
+
+    def _longest(self, key: PrefixKey) -> tuple[int, _Entry | None]:
+        """The entry that has the most tokens in common with a key, and how many."""
+        for block_hash in reversed(key.block_hashes):
+            if entries := self._by_hash.get(block_hash):
+                lengths = [entry.key.num_common(key) for entry in entries]
+                longest = max(lengths)
+                return longest, entries[lengths.index(longest)]
+        return 0, None
+
+    def _remove(self, entry: _Entry) -> None:
+        del self._entries[id(entry)]
+        for block_hash in entry.key.block_hashes:
+            entries = self._by_hash[block_hash]
+            entries.remove(entry)
+            if not entries:
+                del self._by_hash[block_hash]
+        self.num_bytes -= entry.num_bytes

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import os
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any, Literal, TypeVar
-
-from torch import Tensor
 
 from ..arguments import as_choice, shown
 from ..messages import Message
 from .detokenizer import FinishReason
-from .running_batch import Request, StepOutput
+from .engine import Engine
+from .request import StepOutput
+from .sampling import Sampling
 
 T = TypeVar("T")
 Errors = Literal["raise", "return"]
@@ -44,86 +45,80 @@ class Generation:
 
 
 class RequestQueue:
-    """Conversations that wait for a slot, and the results of those that had one.
+    """Conversations that wait to be admitted, and the results of those that were.
 
     Args:
         conversations: a `ValueError` stands for one that is malformed.
         name: of the list that the caller gave, for errors.
-        check: raises a `ValueError` for a conversation that cannot be answered.
 
     Raises:
         ValueError: with `errors="raise"`, at the first that cannot be answered.
     """
 
     def __init__(
-        self,
-        conversations: Sequence[list[Message] | ValueError],
-        name: str,
-        errors: Errors,
-        check: Callable[[list[Message]], None],
+        self, engine: Engine, conversations: Sequence[list[Message] | ValueError], name: str, errors: Errors
     ) -> None:
+        self._engine = engine
         self._is_strict = as_choice(errors, "errors", ("raise", "return")) == "raise"
         self._name = name
-        self._errors: dict[int, ValueError] = {}
-        self._requests: list[Request] = []  # that have or had a slot
         self._texts = [""] * len(conversations)
-        waiting: list[tuple[int, list[Message]]] = []
+        self._results: dict[int, Generation | ValueError] = {}
+        self._index_of: dict[int, int] = {}  # of admitted requests
+        self._outputs: deque[StepOutput] = deque()
+        self._waiting: deque[tuple[int, list[Message]]] = deque()
         for index, messages in enumerate(conversations):
-            problem = messages if isinstance(messages, ValueError) else attempt(check, messages)
+            problem = messages if isinstance(messages, ValueError) else attempt(engine.inputs.check, messages)
             if isinstance(problem, ValueError):
                 if self._is_strict:
                     raise ValueError(f"{name}[{index}]: {problem}") from problem
-                self._errors[index] = problem
+                self._results[index] = problem
             else:
-                waiting.append((index, messages))  # type: ignore[arg-type]
-        self._waiting = iter(waiting)
+                self._waiting.append((index, messages))  # type: ignore[arg-type]
 
-    def pop(
-        self, num_slots: int, decode_images: Callable[[list[Message]], list[Tensor]]
-    ) -> tuple[list[int], list[list[Message]], list[Tensor]]:
-        """The next requests whose images can be decoded, `num_slots` at most: their indices, messages and images.
+    def run(self, sampling: Sampling, batch_size: int) -> list[Generation | ValueError]:
+        """Decode all conversations, at most `batch_size` together; a result for each, in their order.
 
         Raises:
-            BatchError: with `errors="raise"`, one cannot.
+            BatchError: with `errors="raise"`, an image cannot be fetched or decoded.
         """
-        indices: list[int] = []
-        conversations: list[list[Message]] = []
-        images: list[Tensor] = []
-        while group := list(islice(self._waiting, num_slots - len(indices))):
-            with ThreadPoolExecutor() as threads:  # Pillow decodes and resizes without holding the interpreter's lock
-                results = list(threads.map(lambda request: attempt(decode_images, request[1]), group))
-            for (index, messages), decoded in zip(group, results, strict=True):
-                if isinstance(decoded, ValueError):
-                    if self._is_strict:
-                        raise BatchError(f"{self._name}[{index}]: {decoded}", self._finished()) from decoded
-                    self._errors[index] = decoded
-                    continue
-                indices.append(index)
-                conversations.append(messages)
-                images += decoded
-        return indices, conversations, images
+        try:
+            while self._waiting or self._index_of:
+                if num_free := batch_size - len(self._index_of):
+                    self._admit(sampling, num_free)
+                if self._index_of:
+                    self._engine.step_until(self._outputs)
+                    self._record()
+        finally:
+            for request_id in self._index_of:
+                self._engine.cancel(request_id)
+        return [self._results[index] for index in range(len(self._texts))]
 
-    def start(self, requests: Iterable[Request]) -> None:
-        """Requests that have a slot from now on."""
-        self._requests += requests
+    def _admit(self, sampling: Sampling, num_requests: int) -> None:
+        group = [self._waiting.popleft() for _ in range(min(num_requests, len(self._waiting)))]
+        with ThreadPoolExecutor(os.cpu_count()) as threads:  # Pillow decodes without holding the interpreter's lock
+            prompts = list(threads.map(lambda request: attempt(self._engine.prepare, request[1]), group))
+        for (index, _), prompt in zip(group, prompts, strict=True):
+            if not isinstance(prompt, ValueError):
+                self._index_of[self._engine.admit(prompt, sampling, self._outputs.append)] = index
+            elif self._is_strict:
+                ready = [result.text if isinstance(result, Generation) else None for result in self._in_order()]
+                raise BatchError(f"{self._name}[{index}]: {prompt}", ready) from prompt
+            else:
+                self._results[index] = prompt
 
-    def record(self, outputs: Iterable[StepOutput]) -> None:
-        """Add a step's new text."""
-        for output in outputs:
-            self._texts[output.request_index] += output.text
+    def _record(self) -> None:
+        while self._outputs:
+            output = self._outputs.popleft()
+            if output.error is not None:
+                raise output.error
+            index = self._index_of[output.request_id]
+            self._texts[index] += output.text
+            if output.finish_reason:
+                del self._index_of[output.request_id]
+                self._results[index] = Generation(self._texts[index], output.finish_reason, output.num_tokens)
 
-    def results(self) -> list[Generation | ValueError]:
-        """One per conversation, in their order; a `ValueError` only with `errors="return"`."""
-        results: dict[int, Generation | ValueError] = dict(self._errors)
-        for request in self._requests:
-            reason = request.detokenizer.finish_reason
-            assert reason is not None
-            results[request.index] = Generation(self._texts[request.index], reason, request.detokenizer.num_tokens)
-        return [results[index] for index in range(len(self._texts))]
-
-    def _finished(self) -> list[str | None]:
-        finished = {request.index for request in self._requests if request.detokenizer.finish_reason}
-        return [text if index in finished else None for index, text in enumerate(self._texts)]
+    def _in_order(self) -> list[Generation | ValueError | None]:
+        return [self._results.get(index) for index in range(len(self._texts))]
 
 
 def attempt(function: Callable[..., T], *arguments: Any) -> T | ValueError:

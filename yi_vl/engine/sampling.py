@@ -1,25 +1,19 @@
-"""Sampling options, and the sampler that takes the next token of each request from its logits.
-
-B requests in the batch, V vocabulary.
-"""
+"""Sampling options. No torch here: a wrong option is refused before it is imported."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from itertools import islice
-from typing import Any
-
-import torch
-from torch import Tensor
-from transformers.generation import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
+from typing import TYPE_CHECKING, Any
 
 from ..arguments import as_float, as_int, as_text, shown
 from ..chat import STOP_STRING
 
+if TYPE_CHECKING:
+    import torch
+
 _MAX_STOPS = 1000
-_MIN_TEMPERATURE, _MAX_TEMPERATURE = 1e-30, 1e30  # beyond float32 a temperature would be 0 or infinite
 
 
 @dataclass(frozen=True)
@@ -74,44 +68,14 @@ class Sampling:
         """A request's own random generator, so that requests in other slots change nothing; None if it is greedy."""
         if self.is_greedy:
             return None
+        import torch
+
         generator = torch.Generator("cpu")  # on the CPU, for the same draws on every device
         if self.seed is None:
             generator.seed()
         else:
             generator.manual_seed(self.seed)
         return generator
-
-
-class Sampler:
-    """Takes each request's next token from its logits.
-
-    Args:
-        suppress_tokens: (V,) bool, true for tokens that are never generated.
-    """
-
-    def __init__(self, sampling: Sampling, suppress_tokens: Tensor) -> None:
-        self._suppress_tokens = suppress_tokens
-        self._is_greedy = sampling.is_greedy
-        if not self._is_greedy:
-            temperature = min(max(sampling.temperature, _MIN_TEMPERATURE), _MAX_TEMPERATURE)
-            self._warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
-            if sampling.top_p < 1:
-                self._warpers.append(TopPLogitsWarper(sampling.top_p))
-
-    def __call__(self, logits: Tensor, generators: Iterable[torch.Generator | None]) -> Tensor:
-        """(B, V) -> (B,), each sampled with its own generator."""
-        logits = logits.float().masked_fill(self._suppress_tokens, -math.inf)
-        if self._is_greedy:
-            return logits.argmax(-1)
-        logits = logits - logits.amax(-1, keepdim=True)  # a tiny temperature would overflow otherwise
-        warped = self._warpers(None, logits)  # type: ignore[arg-type]  # none of them looks at the ids
-        probabilities = warped.softmax(-1).cpu()
-        return torch.cat(
-            [
-                torch.multinomial(row, 1, generator=generator)
-                for row, generator in zip(probabilities, generators, strict=True)
-            ]
-        )
 
 
 def _as_stops(stop: Any) -> tuple[str, ...]:

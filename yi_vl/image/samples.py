@@ -12,13 +12,18 @@ neither 0..1 nor 0..255.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import ExifTags, Image
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from typing_extensions import TypeIs
 
 _CHANNELS = (1, 3, 4)
 _STRIP_PIXELS = 1 << 19
@@ -43,6 +48,11 @@ _FROM_THE_END = (
     _TURN.TRANSVERSE,
     _TURN.ROTATE_90,
 )  # the last come first
+
+
+def is_tensor(value: object) -> TypeIs[Tensor]:
+    """Whether it is a tensor; torch, which a check of files does not need, is not imported to find out."""
+    return isinstance(value, getattr(sys.modules.get("torch"), "Tensor", ()))
 
 
 class ImageError(ValueError):
@@ -107,7 +117,7 @@ def strips_of_array(array: np.ndarray | Tensor, name: str) -> RgbStrips:
 
     def samples(start: int, stop: int) -> np.ndarray:
         strip = array[start:stop]
-        if isinstance(strip, Tensor):
+        if is_tensor(strip):
             strip = strip.detach().cpu()
             strip = (strip.float() if strip.is_floating_point() else strip).numpy()
         return strip * np.uint8(255) if strip.dtype == bool else strip
@@ -144,17 +154,16 @@ def channels_last(array: np.ndarray | Tensor, name: str) -> np.ndarray | Tensor:
     Raises:
         ImageError: it has another shape, a tensor's may be either, or its values are no real numbers.
     """
-    is_tensor = isinstance(array, Tensor)
-    if array.dtype.is_complex if is_tensor else array.dtype.kind not in "biuf":  # type: ignore[union-attr]
+    if array.dtype.is_complex if is_tensor(array) else array.dtype.kind not in "biuf":
         raise ImageError(f"{name} holds {array.dtype} values; expected integers or floats.")
-    if is_tensor and array.ndim == 3 and array.shape[0] in _CHANNELS:
+    if is_tensor(array) and array.ndim == 3 and array.shape[0] in _CHANNELS:
         if array.shape[-1] in _CHANNELS:
             raise ImageError(
                 f"{name} has shape {tuple(array.shape)}, which may be (channels, height, width) or (height, width, "
                 "channels). Give an array, whose channels come last: tensor.permute(1, 2, 0).numpy() of the former, "
                 "tensor.numpy() of the latter."
             )
-        array = array.permute(1, 2, 0)  # type: ignore[union-attr]
+        array = array.permute(1, 2, 0)
     if array.ndim == 3 and array.shape[-1] == 1:
         array = array[..., 0]
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[-1] not in (3, 4)):

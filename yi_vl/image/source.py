@@ -12,15 +12,17 @@ import re
 import stat as file_types
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol, TypeGuard
+from typing import TYPE_CHECKING, Any, Protocol, TypeGuard, Union
 from urllib.parse import unquote_to_bytes, urlsplit
 
 import numpy as np
 from PIL import Image
-from torch import Tensor
 
 from ..arguments import as_path, one_line, stat
-from .samples import ImageError
+from .samples import ImageError, is_tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MAX_STREAM_BYTES = 1 << 28  # of an encoded image: what a pipe or a file object may give
 _CHUNK_BYTES = 1 << 20
@@ -34,7 +36,9 @@ class Readable(Protocol):
     def read(self, size: int = -1, /) -> bytes: ...
 
 
-ImageSource = str | os.PathLike | bytes | bytearray | memoryview | Readable | Image.Image | np.ndarray | Tensor
+ImageSource = Union[  # with |, a type in quotes (torch is not imported here) would be no type
+    str, os.PathLike, bytes, bytearray, memoryview, Readable, Image.Image, np.ndarray, "Tensor"
+]
 
 
 def resolve(source: ImageSource, allow_remote_images: bool = False) -> Path | bytes | Image.Image | np.ndarray | Tensor:
@@ -44,7 +48,7 @@ def resolve(source: ImageSource, allow_remote_images: bool = False) -> Path | by
     Raises:
         ImageError: there is no such file, it cannot be fetched, or what was handed over is no image's source.
     """
-    if isinstance(source, (Image.Image, np.ndarray, Tensor)):
+    if isinstance(source, (Image.Image, np.ndarray)) or is_tensor(source):
         return source
     name = describe(source)
     if is_url(source):
@@ -90,9 +94,8 @@ def is_stream(source: ImageSource) -> bool:
             return Path(source).expanduser().is_fifo()
         except (OSError, ValueError, RuntimeError, TypeError):
             return False
-    return not isinstance(source, (Image.Image, np.ndarray, Tensor, bytes, bytearray, memoryview)) and hasattr(
-        source, "read"
-    )
+    holds_all = isinstance(source, (Image.Image, np.ndarray, bytes, bytearray, memoryview)) or is_tensor(source)
+    return not holds_all and hasattr(source, "read")
 
 
 def read_stream(read: Callable[[int], Any], name: str) -> bytes:

@@ -30,7 +30,9 @@ from transformers.core_model_loading import ConversionOps
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ..linear import language_linears
 from ..runtime import trim_malloc
+from . import int4, int8
 from .int4 import Int4Linear, packed_rows
 from .int8 import Int8Linear
 from .packed import PackedLinear
@@ -125,16 +127,13 @@ def replace_linears_(model: nn.Module, config: PackedConfig) -> None:
     """
     if config.bits not in (8, 4):
         raise ValueError(f"quantization_config says {config.bits} bits; there are 8 and 4.")
-    is_tied = getattr(getattr(model, "config", None), "tie_word_embeddings", False)
-    for name, module in list(model.named_modules()):
-        is_language = "language_model." in name or (name == "lm_head" and not is_tied)
-        if is_language and isinstance(module, nn.Linear):
-            if config.bits == 8:
-                layer: PackedLinear = Int8Linear(module)
-            else:
-                assert config.group_size is not None
-                layer = Int4Linear(module, config.group_size)
-            model.set_submodule(name, layer)
+    for name, linear in list(language_linears(model)):
+        if config.bits == 8:
+            layer: PackedLinear = Int8Linear(linear)
+        else:
+            assert config.group_size is not None
+            layer = Int4Linear(linear, config.group_size)
+        model.set_submodule(name, layer)
 
 
 def packed_layers(model: nn.Module) -> Iterator[tuple[str, PackedLinear]]:
@@ -142,6 +141,15 @@ def packed_layers(model: nn.Module) -> Iterator[tuple[str, PackedLinear]]:
     for name, module in model.named_modules():
         if isinstance(module, PackedLinear):
             yield name, module
+
+
+def describe_quantized_kernels(dtype: torch.dtype) -> list[str]:
+    """The kernels that were measured to be the fastest on this processor, one line for each scheme."""
+    if int8.uses_fbgemm(dtype):
+        lines = ["int8: FBGEMM"]
+    else:
+        lines = [f"int8: torch's kernel for up to {int8.max_kernel_rows(dtype)} rows, dequantized for more"]
+    return [*lines, f"int4: torch's kernel for up to {int4.max_kernel_rows(dtype)} rows, dequantized for more"]
 
 
 def num_bytes(model: nn.Module) -> int:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .packed import CHUNK_ROWS, PackedLinear
+from .packed import CHUNK_ROWS, PackedLinear, most_kernel_rows, random_linear
 
 _ROW_MULTIPLE = 64  # rows are padded to it, so that torch packs all of them alike
 _PACKED_ROWS = {"AVX512": 64, "AVX2": 32}  # rows that torch packs together on such a processor
@@ -22,7 +22,6 @@ class Int4Linear(PackedLinear):
     """
 
     weight_dtype = torch.uint8
-    max_kernel_rows = 48  # for more rows dequantizing is faster than torch's kernel
 
     def __init__(self, like: nn.Linear, group_size: int) -> None:
         self.group_size = group_size
@@ -51,10 +50,12 @@ class Int4Linear(PackedLinear):
         return weight[: self.out_features], self.weight_scale[:, : self.out_features].contiguous()
 
     def _matmul(self, rows: Tensor) -> Tensor:
-        if len(rows) > self.max_kernel_rows:
-            return self._dequantized_matmul(rows)[:, : self.out_features]
-        y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.weight, self.group_size, self.weight_scale)
-        return y[:, : self.out_features]
+        is_few = len(rows) <= max_kernel_rows(rows.dtype)
+        return (self._kernel_matmul(rows) if is_few else self._dequantized_matmul(rows))[:, : self.out_features]
+
+    def _kernel_matmul(self, x: Tensor) -> Tensor:
+        y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.weight, self.group_size, self.weight_scale)
+        return y
 
     def _dequantized_matmul(self, x: Tensor) -> Tensor:
         """Output columns are computed in packed order: the low nibbles of some rows' bytes, then the high ones."""
@@ -75,6 +76,16 @@ class Int4Linear(PackedLinear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, group_size={self.group_size}"
+
+
+@cache
+def max_kernel_rows(dtype: torch.dtype) -> int:
+    """The most rows for which torch's kernel is measured to be faster than dequantizing."""
+    linear = random_linear(CHUNK_ROWS, 1024, dtype)
+    layer = Int4Linear(linear, group_size=64)
+    layer.load_state_dict(layer.quantize(linear.weight))
+    layer.pack_()
+    return most_kernel_rows(layer._kernel_matmul, layer._dequantized_matmul, layer.in_features, dtype)
 
 
 def _row_chunks(weight: Tensor) -> tuple[Tensor, ...]:

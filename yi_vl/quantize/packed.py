@@ -2,12 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..autotune import least_seconds
+
 CHUNK_ROWS = 512  # dequantized at once: they stay in the processor's cache
+
+
+_MEASURED_ROWS = (1, 8, 16, 32, 64, 128)
+Product = Callable[[Tensor], Tensor]  # (M, K) -> (M, N)
+
+
+def random_linear(num_rows: int, num_columns: int, dtype: torch.dtype) -> nn.Linear:
+    """A layer to measure kernels with."""
+    with torch.device("meta"):
+        linear = nn.Linear(num_columns, num_rows, bias=False, dtype=dtype)
+    weight = torch.randn(num_rows, num_columns, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
+    linear.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+    return linear
+
+
+@torch.inference_mode()
+def most_kernel_rows(kernel: Product, dequantized: Product, num_columns: int, dtype: torch.dtype) -> int:
+    """The number of rows up to which a kernel is faster than a product with dequantized weights: 0 if it never is."""
+    most = 0
+    for num_rows in _MEASURED_ROWS:
+        x = torch.ones(num_rows, num_columns, dtype=dtype, device="cpu")
+        seconds = least_seconds({"dequantized": lambda _, x=x: dequantized(x), "kernel": lambda _, x=x: kernel(x)})  # type: ignore[misc]
+        if seconds["kernel"] > seconds["dequantized"]:
+            break
+        most = num_rows
+    return most
 
 
 class PackedLinear(nn.Module):

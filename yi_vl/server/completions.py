@@ -6,9 +6,9 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable, Generator, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Hashable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, closing, contextmanager
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -17,19 +17,20 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from ..engine.running_batch import Prompts
+from ..engine.prompt import Prompt
 from ..engine.sampling import Sampling
 from ..predict import TooLongError, YiVL
 from .body import read_body
 from .conversation import merge_messages
+from .engine_loop import AdmissionLimit, BufferedStream, EngineLoop
 from .images import open_image, read_url
 from .metrics import Metrics
 from .protocol import FAILURE, SHUTDOWN, ApiError, ChatRequest, Limits, Reply, parse_request
-from .worker import AdmissionLimit, BufferedStream, Worker
 
 T = TypeVar("T")
 _logger = logging.getLogger(__name__)
 _NUM_BODIES = 32  # bodies read concurrently
+_NUM_DECODERS = 4  # images decoded concurrently, so that one that takes long delays no other
 
 
 @dataclass(frozen=True)
@@ -43,17 +44,18 @@ class Piece:
 
 
 class Completions:
-    """`/v1/chat/completions` over a ready model."""
+    """`/v1/chat/completions` over a ready model, whose engine it steps from now on."""
 
     def __init__(self, yi_vl: YiVL, name: str, limits: Limits, allow_remote_images: bool) -> None:
-        self.worker = Worker(limits.num_waiting)
-        self.metrics = Metrics(self.worker)
+        self.loop = EngineLoop(yi_vl.engine, limits.max_batch_size, limits.num_waiting)
+        self.metrics = Metrics(self.loop)
         self._yi_vl = yi_vl
         self._name = name
         self._limits = limits
         self._allow_remote_images = allow_remote_images
         self._body_limit = AdmissionLimit(_NUM_BODIES)
-        self._decoder = ThreadPoolExecutor(1, "yi-vl-images")  # one at a time: each may unpack to hundreds of megabytes
+        self._tokenizing = ThreadPoolExecutor(1, "yi-vl-tokenizer")
+        self._decoding = ThreadPoolExecutor(_NUM_DECODERS, "yi-vl-images")  # each may take hundreds of megabytes
 
     async def complete(self, request: Request) -> Response:
         """The answer to a request, or an `ApiError`; when the client leaves, the work for it stops within one step.
@@ -72,7 +74,7 @@ class Completions:
         chat = parse_request(body)
         self.check_name(chat.model)
         chat.check(self._limits)
-        pieces = BufferedStream(self._answer(chat, arrival))
+        pieces = BufferedStream(self._answer(chat, arrival, _client_of(request)))
         try:
             await _cancel_on_disconnect(request, anext(pieces))  # from here on nothing is wrong with the request
             if chat.stream:
@@ -89,60 +91,55 @@ class Completions:
             )
 
     def close(self) -> None:
-        self.worker.close()
-        self._decoder.shutdown(cancel_futures=True)
+        self.loop.close()
+        for pool in (self._tokenizing, self._decoding):
+            pool.shutdown(cancel_futures=True)
 
-    async def _answer(self, chat: ChatRequest, arrival: float) -> AsyncGenerator[Piece, None]:
+    async def _answer(self, chat: ChatRequest, arrival: float, client: Hashable) -> AsyncGenerator[Piece, None]:
         """An empty piece once the prompt is found to be good, then one for every token."""
-        with self.worker.admission:
+        with self.loop.admission:
             if chat.images:  # a conversation that is too long is refused before its images are decoded
-                await self.worker.call(self._encode, merge_messages(chat.as_messages([None] * len(chat.images))))
+                await self._call(self._encode, merge_messages(chat.as_messages([None] * len(chat.images))))
             images = [await self._load_image(url, param) for url, param in chat.images]
-            prompts = await self.worker.call(self._prepare, merge_messages(chat.as_messages(images)))
+            prompt = await self._call(self._prepare, merge_messages(chat.as_messages(images)))
             yield Piece(0, "", None, {})
-            is_first = True
-            try:
-                async with aclosing(self.worker.run(self._generate(chat, prompts))) as pieces:
-                    async for piece in pieces:
-                        if is_first:
-                            self.metrics.first_token_seconds.observe(time.perf_counter() - arrival)
-                            is_first = False
-                        yield piece
-            except Exception as error:
-                _logger.exception("An answer failed.")
-                self.metrics.failures.inc()
-                raise ApiError(500, FAILURE) from error
+            num_generated = [0] * chat.n
+            self.metrics.prompt_tokens.inc(len(prompt))
+            async with aclosing(self.loop.generate(prompt, self._samplings(chat), client)) as outputs:
+                async for choice, output in outputs:
+                    if output.error is not None:
+                        _logger.error("An answer failed.", exc_info=output.error)
+                        self.metrics.failures.inc()
+                        raise ApiError(500, FAILURE) from output.error
+                    if not any(num_generated):
+                        self.metrics.first_token_seconds.observe(time.perf_counter() - arrival)
+                    self.metrics.completion_tokens.inc(output.num_tokens - num_generated[choice])
+                    num_generated[choice] = output.num_tokens
+                    yield Piece(choice, output.text, output.finish_reason, _usage(len(prompt), sum(num_generated)))
 
     async def _load_image(self, url: str, param: str) -> Image.Image:
         data = await read_url(url, param, self._limits, self._allow_remote_images)
         prepare = self._yi_vl.processor.image_processor.prepare
-        return await asyncio.get_running_loop().run_in_executor(self._decoder, open_image, data, param, prepare)
+        return await asyncio.get_running_loop().run_in_executor(self._decoding, open_image, data, param, prepare)
+
+    async def _call(self, function: Callable[[list[dict[str, Any]]], T], messages: list[dict[str, Any]]) -> T:
+        """A function's result, from the thread that tokenizes."""
+        return await asyncio.get_running_loop().run_in_executor(self._tokenizing, function, messages)
 
     def _encode(self, messages: list[dict[str, Any]]) -> None:
         with _bad_messages():
-            self._yi_vl.engine.encode([messages])
+            self._yi_vl.engine.inputs.encode(messages)
 
-    def _prepare(self, messages: list[dict[str, Any]]) -> Prompts:
+    def _prepare(self, messages: list[dict[str, Any]]) -> Prompt:
         with _bad_messages():
-            return self._yi_vl.engine.prepare([messages])
+            return self._yi_vl.engine.prepare(messages)
 
-    def _generate(self, chat: ChatRequest, prompts: Prompts) -> Generator[Piece, None, None]:
-        """The choices, one after another; runs in the worker's thread."""
-        sampling, num_tokens = self._sampling(chat), 0
-        (num_prompt_tokens,) = prompts.num_tokens
-        self.metrics.prompt_tokens.inc(num_prompt_tokens)
-        for choice in range(chat.n):
-            drawn = sampling if sampling.seed is None else replace(sampling, seed=(sampling.seed + choice) % 2**63)
-            with closing(self._yi_vl.engine.generate(prompts, drawn)) as steps:
-                for (output,) in steps:
-                    self.metrics.completion_tokens.inc()
-                    num_tokens += 1
-                    usage = {
-                        "prompt_tokens": num_prompt_tokens,
-                        "completion_tokens": num_tokens,
-                        "total_tokens": num_prompt_tokens + num_tokens,
-                    }
-                    yield Piece(choice, output.text, output.finish_reason, usage)
+    def _samplings(self, chat: ChatRequest) -> list[Sampling]:
+        """The options of each choice."""
+        sampling = self._sampling(chat)
+        if sampling.seed is None:
+            return [sampling] * chat.n
+        return [replace(sampling, seed=(sampling.seed + choice) % 2**63) for choice in range(chat.n)]
 
     def _sampling(self, chat: ChatRequest) -> Sampling:
         limit = self._limits.max_tokens
@@ -176,7 +173,7 @@ class Completions:
     async def _events(
         self, chat: ChatRequest, pieces: BufferedStream[Piece], request: Request
     ) -> AsyncGenerator[str, None]:
-        reply, num_started, usage = Reply(self._name), 0, {}
+        reply, started, usage = Reply(self._name), set[int](), {}
         includes_usage = chat.stream_options is not None and chat.stream_options.include_usage
 
         def delta(piece: Piece, content: dict[str, str], finish_reason: str | None = None) -> str:
@@ -186,8 +183,8 @@ class Completions:
         try:
             async for piece in pieces:
                 usage = piece.usage
-                if piece.choice == num_started:
-                    num_started += 1
+                if piece.choice not in started and piece.usage:
+                    started.add(piece.choice)
                     yield delta(piece, {"role": "assistant", "content": ""})
                 if piece.text:
                     yield delta(piece, {"content": piece.text})
@@ -235,6 +232,19 @@ def _bad_messages() -> Iterator[None]:
         raise ApiError(400, str(error), "messages", "context_length_exceeded") from error
     except ValueError as error:
         raise ApiError(400, str(error), "messages") from error
+
+
+def _usage(num_prompt_tokens: int, num_generated: int) -> dict[str, int]:
+    return {
+        "prompt_tokens": num_prompt_tokens,
+        "completion_tokens": num_generated,
+        "total_tokens": num_prompt_tokens + num_generated,
+    }
+
+
+def _client_of(request: Request) -> Hashable:
+    """Whose request it is, for a fair share of the slots: a key's, or an address's."""
+    return request.headers.get("Authorization") or (request.client.host if request.client else None)
 
 
 def _event(content: dict[str, Any]) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .worker import Worker
+from .engine_loop import EngineLoop
 
 _SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
 CLIENT_CLOSED_REQUEST = 499  # nginx's status for a request whose client did not wait for the end
@@ -14,7 +16,7 @@ CLIENT_CLOSED_REQUEST = 499  # nginx's status for a request whose client did not
 class Metrics:
     """The numbers of one server, in a registry of their own."""
 
-    def __init__(self, worker: Worker) -> None:
+    def __init__(self, loop: EngineLoop) -> None:
         self.registry = CollectorRegistry()
         self.requests = self._counter(
             "requests", f"Ended chat requests; {CLIENT_CLOSED_REQUEST}: the client left.", "status"
@@ -28,16 +30,21 @@ class Metrics:
             buckets=_SECONDS,
             registry=self.registry,
         )
-        running = Gauge("yi_vl_requests_running", "Requests that are generating: 0 or 1.", registry=self.registry)
-        running.set_function(lambda: worker.num_running)
-        waiting = Gauge("yi_vl_requests_waiting", "Requests let in that do not generate yet.", registry=self.registry)
-        waiting.set_function(lambda: worker.num_waiting)
+        engine = loop.engine
+        self._gauge("requests_running", "Answers that have a slot.", lambda: engine.num_running)
+        self._gauge("requests_waiting", "Requests let in that have none yet.", lambda: loop.num_waiting)
+        self._gauge("slots", "Answers that can be generated at once.", lambda: engine.max_batch_size or 0)
+        self._gauge("batch_size", "Answers that the last step decoded together.", lambda: engine.batch_size)
+        self._gauge("tokens_per_second", "Generated, in the last ten seconds.", lambda: loop.tokens_per_second)
 
     def text(self) -> bytes:
         return generate_latest(self.registry)
 
     def _counter(self, name: str, help: str, *labels: str) -> Counter:
         return Counter(f"yi_vl_{name}_total", help, labels, registry=self.registry)
+
+    def _gauge(self, name: str, help: str, value: Callable[[], float]) -> None:
+        Gauge(f"yi_vl_{name}", help, registry=self.registry).set_function(value)
 
 
 class CountRequests:

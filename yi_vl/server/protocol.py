@@ -58,7 +58,8 @@ SHUTDOWN = "The server is shutting down, and its time for answers under way is o
 class Limits:
     """Limits of a request; images hold at most `image.MAX_PIXELS` besides."""
 
-    num_waiting: int = 16  # requests that wait while another is answered
+    max_batch_size: int = 16  # answers that are generated at once
+    num_waiting: int = 16  # requests beyond those
     max_tokens: int = 2048  # of an answer
     num_choices: int = 4  # n
     num_images: int = 8  # in a conversation

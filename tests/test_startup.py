@@ -1,0 +1,43 @@
+"""The start of a program: hidden packages come back, and garbage is collected again."""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import importlib.util
+import sys
+
+import pytest
+
+from yi_vl.startup import hidden, paused_garbage_collection
+
+
+def test_a_hidden_package_is_not_found_until_the_end() -> None:
+    sys.modules.pop("this", None)
+    with pytest.raises(RuntimeError, match="stopped"), hidden(["this"]):
+        assert importlib.util.find_spec("this") is None
+        with pytest.raises(ImportError):
+            importlib.import_module("this")
+        raise RuntimeError("stopped")
+    assert importlib.util.find_spec("this") is not None and "this" not in sys.modules
+
+
+def test_what_is_imported_already_is_not_hidden() -> None:
+    with hidden(["pytest"]):
+        assert importlib.import_module("pytest") is pytest
+    assert sys.modules["pytest"] is pytest
+
+
+def test_garbage_is_collected_again_unless_it_was_not_before() -> None:
+    assert gc.isenabled()
+    with pytest.raises(RuntimeError, match="stopped"), paused_garbage_collection():
+        assert not gc.isenabled()
+        raise RuntimeError("stopped")
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        with paused_garbage_collection():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()

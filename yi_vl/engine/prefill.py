@@ -1,0 +1,168 @@
+"""Prefill: the keys and values of prompts, computed together and in chunks, but for prefixes that are cached.
+
+B prompts, R remaining tokens of the longest of them, T tokens in the cache, V vocabulary, P patches, D language width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers.cache_utils import Cache
+
+from ..model import YiVLForConditionalGeneration
+from .image_features import ImageFeatures
+from .kv_cache import gather
+from .prefix_cache import PrefixCache, PrefixKey, shared_prefix_length
+from .request import Request
+from .running_batch import RunningBatch, forward
+
+
+class Prefill:
+    """Prompts on their way into the KV cache. A prefix that all of them share is computed once, and cached; then each
+    takes the longest prefix that is cached.
+
+    Call `encode_images` until nothing is missing, then `step` until it returns a batch.
+    """
+
+    def __init__(
+        self,
+        model: YiVLForConditionalGeneration,
+        features: ImageFeatures,
+        prefixes: PrefixCache,
+        requests: Sequence[Request],
+        device: torch.device,
+    ) -> None:
+        self.requests = list(requests)
+        self.num_computed = 0  # tokens so far, padding included
+        self._model, self._features, self._prefixes, self._device = model, features, prefixes, device
+        self._images = {
+            image.digest: pixels
+            for request in requests
+            for image, pixels in zip(request.prompt.key.images, request.prompt.images_uint8)
+        }
+        self._keys = [request.prompt.key for request in requests]
+        num_shared = shared_prefix_length(self._keys) if len(requests) > 1 else 0
+        self._shared_key = self._keys[0].head(num_shared)
+        self._rows = self._shared_rows() or self._all_rows()
+
+    @property
+    def num_remaining(self) -> int:
+        """Tokens of the longest prompt that are still to be computed."""
+        return self._rows.num_remaining
+
+    @property
+    def missing_images(self) -> list[bytes]:
+        """Digests of the images to encode before the next step."""
+        return self._rows.missing_images
+
+    def encode_images(self, digests: Sequence[bytes]) -> None:
+        """Encode some of the missing images."""
+        images = {digest: self._images[digest] for digest in digests}
+        self._rows.features |= self._features.encode(images, self._device)
+
+    def step(self, max_tokens: int) -> RunningBatch | None:
+        """Compute the next chunk, of at most so many tokens, and one of each prompt at least.
+
+        Returns:
+            When everything is computed, the requests in their slots; their first tokens are to be sampled.
+        """
+        rows = self._rows
+        num_columns = max(1, max_tokens // len(rows.keys))
+        self.num_computed += len(rows.keys) * min(num_columns, rows.num_remaining)
+        logits = rows.step(self._model, num_columns)
+        if rows.num_remaining:
+            return None
+        if rows.keys is not self._keys:
+            self._prefixes.put(self._shared_key, rows.cache)
+            self._rows = self._all_rows(rows.cache)
+            return None
+        for row, key in enumerate(self._keys):
+            self._prefixes.put(key, rows.cache, row, rows.attention_mask)
+        return RunningBatch(self._model, self.requests, rows.cache, rows.attention_mask, logits)
+
+    def _shared_rows(self) -> _PaddedPrompts | None:
+        """What all prompts share, as one row; None where it is cached, or nothing is shared."""
+        cached = self._prefixes.find(self._shared_key)
+        if cached.get_seq_length() == len(self._shared_key):
+            return None
+        return _PaddedPrompts([self._shared_key], [cached], self._features, self._device)
+
+    def _all_rows(self, shared: Cache | None = None) -> _PaddedPrompts:
+        """All prompts, each after its own longest cached prefix."""
+        prefixes = [self._prefixes.find(key.head(key.reusable(len(key) - 1))) for key in self._keys]
+        if shared is not None:  # it may have been too large to be cached
+            length = shared.get_seq_length()
+            prefixes = [prefix if prefix.get_seq_length() >= length else shared for prefix in prefixes]
+        return _PaddedPrompts(self._keys, prefixes, self._features, self._device)
+
+
+class _PaddedPrompts:
+    """B prompts, or what they share, each after its own prefix; padded on the left.
+
+    Args:
+        prefixes: a KV cache of one row for each.
+    """
+
+    def __init__(
+        self, keys: list[PrefixKey], prefixes: Sequence[Cache], features: ImageFeatures, device: torch.device
+    ) -> None:
+        self.keys = keys
+        self._device = device
+        self._starts = [prefix.get_seq_length() for prefix in prefixes]
+        masks = [torch.ones(1, start, dtype=torch.bool, device="cpu") for start in self._starts]
+        if len(keys) == 1:
+            self.cache, mask = prefixes[0], masks[0]
+        else:
+            self.cache, mask = gather([(prefix, mask, [0]) for prefix, mask in zip(prefixes, masks, strict=True)])
+        self.attention_mask = mask.to(device)  # (B, T) bool
+        self._digests = dict.fromkeys(
+            image.digest
+            for key, start in zip(keys, self._starts, strict=True)
+            for image in key.images
+            if image.start >= start
+        )
+        self.features = features.cached(list(self._digests))  # digest -> (P, D)
+        self._num_done = 0
+        self._num_columns = max(len(key) - start for key, start in zip(keys, self._starts, strict=True))  # R
+        self._inputs: tuple[Tensor, Tensor, Tensor] | None = None
+
+    @property
+    def num_remaining(self) -> int:
+        return self._num_columns - self._num_done
+
+    @property
+    def missing_images(self) -> list[bytes]:
+        return [digest for digest in self._digests if digest not in self.features]
+
+    def step(self, model: YiVLForConditionalGeneration, num_columns: int) -> Tensor:
+        """Logits (B, V) after the next chunk, of so many tokens of each row."""
+        if self._inputs is None:
+            self._inputs = self._padded(model)
+        stop = self._num_done + num_columns
+        embeddings, mask, position_ids = (columns[:, self._num_done : stop] for columns in self._inputs)
+        self.attention_mask = torch.cat([self.attention_mask, mask], dim=1)
+        logits = forward(model, self.cache, self.attention_mask, position_ids, inputs_embeds=embeddings)[:, -1]
+        self._num_done += embeddings.shape[1]
+        return logits
+
+    def _padded(self, model: YiVLForConditionalGeneration) -> tuple[Tensor, Tensor, Tensor]:
+        """Embeddings (B, R, D), which of them are tokens (B, R) bool, and position ids (B, R); padded on the left."""
+        rows = [self._embed(model, key, start) for key, start in zip(self.keys, self._starts, strict=True)]
+        embeddings = pad_sequence(rows, batch_first=True, padding_side="left")
+        lengths = torch.tensor([len(row) for row in rows], device=self._device).unsqueeze(1)
+        starts = torch.tensor(self._starts, device=self._device).unsqueeze(1)
+        offsets = torch.arange(self._num_columns, device=self._device) - self._num_columns + lengths  # (B, R)
+        is_token = offsets >= 0
+        return embeddings, is_token, (offsets + starts).masked_fill(~is_token, 0)
+
+    def _embed(self, model: YiVLForConditionalGeneration, key: PrefixKey, start: int) -> Tensor:
+        """(S - start, D): embeddings of a row's tokens after its prefix, image features included."""
+        input_ids = torch.from_numpy(key.token_ids[start:]).unsqueeze(0).to(self._device)
+        embeddings = model.get_input_embeddings()(input_ids).to(self._device)
+        features = [self.features[image.digest] for image in key.images if image.start >= start]
+        if features:
+            embeddings = model.model.insert_images(embeddings, input_ids, torch.stack(features))
+        return embeddings[0]

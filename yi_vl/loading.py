@@ -1,0 +1,80 @@
+"""A model for a program of this project: what is missing is refused at once, the rest is loaded quickly and quietly."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from .startup import NEVER_USED, QUANTIZERS, hidden, quick_start
+
+if TYPE_CHECKING:
+    from .predict import YiVL
+
+
+def check(
+    model: str | None,
+    images: Iterable[Any] = (),
+    allow_remote_images: bool = False,
+    options: Mapping[str, Any] | None = None,
+) -> None:
+    """Refuse a model or an image that is not there, and wrong options of `Sampling`, before torch and the model are
+    loaded, which takes seconds.
+
+    Raises:
+        ValueError: there is no such folder, and the name is no hub id; an image cannot be opened; an option is wrong.
+    """
+    from .checkpoint.find import find
+    from .engine.sampling import Sampling
+
+    Sampling(**options or {})
+    find(model)
+    for image in images:
+        from .image import check_source  # numpy and Pillow, where there are images
+
+        check_source(image, allow_remote_images)
+
+
+def load_quickly(
+    model: str | None,
+    quantize: Literal["int8", "int4"] | None,
+    device: str | None = None,
+    dtype: str | None = None,
+    allow_remote_images: bool = False,
+) -> YiVL:
+    """`predict.load`, within `quick_imports`."""
+    with quick_start():
+        with quick_imports(quantizers=quantize is not None or _may_be_quantized(model)):
+            from .predict import load
+
+        return load(model, device=device, dtype=dtype, quantize=quantize, allow_remote_images=allow_remote_images)
+
+
+@contextmanager
+def quick_imports(quantizers: bool = True) -> Iterator[None]:
+    """Imports within find no optional package that is not used, and warn of nothing; a user is told of errors only.
+
+    Args:
+        quantizers: whether packages that quantize are found.
+    """
+    with quick_start(), hidden(NEVER_USED if quantizers else (*NEVER_USED, *QUANTIZERS)):
+        warnings.simplefilter("ignore", FutureWarning)
+        logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # what torchao makes torch say
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+        yield
+
+
+def _may_be_quantized(model: str | None) -> bool:
+    """Whether a model is, or is not known not to be, saved in a quantization that another library reads."""
+    if model is None:
+        return False
+    try:
+        return b'"quantization_config"' in Path(model).expanduser().joinpath("config.json").read_bytes()
+    except (OSError, ValueError, RuntimeError):  # a hub id, adapters, or a path that is refused later
+        return True
