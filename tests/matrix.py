@@ -6,6 +6,8 @@
     newest    the highest that the package index has, on this Python
     lock      constraints.txt, on each Python from 3.10 to 3.13 that is found
 
+    sglang    the transformers that SGLang pins, on this Python: what inference servers ask of us
+
 `--short` is for CI: this Python only, and only transformers differs; torch and everything else are those of the
 environment that runs this file.
 """
@@ -28,7 +30,9 @@ ROOT = Path(__file__).parents[1]
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 # torchvision has a release for every torch; this one is for the lowest torch allowed.
 LOWEST = ("torch", "torchvision", "transformers")
-TESTS = ["-m", "pytest", "-q", "-m", "core", "-p", "no:cacheprovider", "tests"]
+TESTS = ["-m", "pytest", "-q", "-m", "core", "-p", "no:cacheprovider"]
+SGLANG_TRANSFORMERS = "transformers==5.19.0"  # of SGLang 0.5.23; vLLM 0.32 takes 5.16.1 to 5.19
+SERVING_TESTS = ("tests/test_serving_engines.py", "tests/test_native.py")
 VERSIONS = (
     "import platform, torch, transformers;"
     "print(f'Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}')"
@@ -43,6 +47,7 @@ class Row:
     python: str
     install: list[list[str]]  # commands, with {python} for the environment's own
     is_overlay: bool = False  # whether it also sees the packages of the environment that runs this file
+    tests: tuple[str, ...] = ("tests",)
 
 
 def lowest_requirements() -> list[str]:
@@ -56,17 +61,23 @@ def lowest_requirements() -> list[str]:
 
 
 def short_rows() -> Iterator[Row]:
-    """The lowest and the highest transformers over the packages of this environment."""
+    """The lowest and the highest transformers, and SGLang's, over the packages of this environment."""
     allowed = re.search(r'"(transformers>=[^"]+)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     assert allowed is not None
     oldest = next(name for name in lowest_requirements() if name.startswith("transformers"))
     for name, requirement in (("oldest", oldest), ("newest", allowed[1])):
-        # pip, unlike uv, takes what the overlay sees for installed, and brings only what has to differ.
-        yield Row(name, sys.executable, [["{python}", "-m", "pip", "install", "-q", "--upgrade", requirement]], True)
+        yield _overlay(name, requirement, ("tests",))
+    yield _overlay("sglang", SGLANG_TRANSFORMERS, SERVING_TESTS)
+
+
+def _overlay(name: str, requirement: str, tests: tuple[str, ...]) -> Row:
+    # pip, unlike uv, takes what the overlay sees for installed, and brings only what has to differ.
+    install = [["{python}", "-m", "pip", "install", "-q", "--upgrade", requirement]]
+    return Row(name, sys.executable, install, is_overlay=True, tests=tests)
 
 
 def long_rows() -> Iterator[Row]:
-    """Oldest, newest, and the lock on each Python."""
+    """Oldest, newest, SGLang's, and the lock on each Python."""
     install = [
         "uv",
         "pip",
@@ -80,6 +91,7 @@ def long_rows() -> Iterator[Row]:
     ]
     yield Row("oldest", sys.executable, [[*install, *lowest_requirements()]])
     yield Row("newest", sys.executable, [[*install, "--upgrade"]])
+    yield Row("sglang", sys.executable, [[*install, SGLANG_TRANSFORMERS]], tests=SERVING_TESTS)
     for version in PYTHONS:
         if python := _find_python(version):
             yield Row("lock", python, [[*install, "--constraint", "constraints.txt"]])
@@ -101,7 +113,7 @@ def run(row: Row) -> bool:
             full = [part.format(python=python) for part in command]
             subprocess.run(_uv() + full[1:] if full[0] == "uv" else full, check=True, cwd=ROOT, env=environment)
         versions = subprocess.run([python, "-W", "ignore", "-c", VERSIONS], capture_output=True, text=True, check=True)
-        tests = subprocess.run([python, *TESTS], cwd=ROOT, env=environment, capture_output=True, text=True)
+        tests = subprocess.run([python, *TESTS, *row.tests], cwd=ROOT, env=environment, capture_output=True, text=True)
         seconds = time.monotonic() - started
         lines = tests.stdout.strip().splitlines() or [tests.stderr.strip()[-500:]]
         print(f"{row.name:9} {versions.stdout.strip()}: {lines[-1]}, {seconds:.0f} s with the installation", flush=True)

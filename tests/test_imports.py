@@ -26,7 +26,7 @@ LAYERS = (
     {"checkpoint"},
     {"predict"},
     {"server", "conversion", "info", "terminal", "loading"},
-    {"cli"},
+    {"cli", "vllm_plugin"},
     {"__main__"},
 )
 # Inside train/nano likewise.

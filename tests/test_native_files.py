@@ -126,28 +126,6 @@ def test_a_refused_conversation_is_a_value_error_of_the_processor(messages: Any)
             tiny_processor().apply_chat_template(messages, tokenize=tokenize, add_generation_prompt=True)
 
 
-def test_vllm_can_follow_the_template() -> None:
-    """Its detector wants `for X in messages`, sliced or not, and in it `for Y in X['content']`."""
-    tree = _compile_jinja_template(CHAT_TEMPLATE).environment.parse(CHAT_TEMPLATE)
-    names = set()
-    for loop in tree.find_all(jinja2.nodes.For):
-        source = loop.iter
-        if isinstance(source, jinja2.nodes.Getitem) and isinstance(source.arg, jinja2.nodes.Slice):
-            source = source.node
-        if isinstance(source, jinja2.nodes.Name) and source.name == "messages":
-            assert isinstance(loop.target, jinja2.nodes.Name)
-            names.add(loop.target.name)
-    assert names == {"message"}
-    inner = [loop.iter for loop in tree.find_all(jinja2.nodes.For) if isinstance(loop.iter, jinja2.nodes.Getitem)]
-    assert any(
-        isinstance(source.node, jinja2.nodes.Name)
-        and source.node.name in names
-        and isinstance(source.arg, jinja2.nodes.Const)
-        and source.arg.value == "content"
-        for source in inner
-    )
-
-
 def test_the_assistant_mask_is_the_loss_mask() -> None:
     processor = tiny_processor()
     conversations = [_shown([*messages, assistant("An answer, 一个回答。")]) for messages in CONVERSATIONS.values()]

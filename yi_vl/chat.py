@@ -26,6 +26,7 @@ SYSTEM_PROMPT = (
     "并对人类的问题做出信息丰富、有帮助、详细的和礼貌的回答。"
 )
 _ROLES = {"user": " Human:", "assistant": " Assistant:"}
+ANSWER_HEADER = f"\n{STOP_STRING}{_ROLES['assistant']}"  # the end of a prompt
 
 # The same walk, with the same refusals, for tools that only know templates (transformers' pipelines, vLLM, TRL's
 # assistant mask); test_chat.py compares it with `render`. vLLM reads the form of messages from the template's syntax
@@ -288,7 +289,7 @@ def strip_separator(text: str) -> str:
 
 def strip_answer(text: str) -> str:
     """A generated text without its end and the white space around it; one blank after the header, if that is in it."""
-    prompt, header, answer = strip_separator(text).rpartition(f"\n{STOP_STRING}{_ROLES['assistant']}")
+    prompt, header, answer = strip_separator(text).rpartition(ANSWER_HEADER)
     return f"{prompt}{header} {answer.strip()}" if header else answer.strip()
 
 

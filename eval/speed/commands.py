@@ -166,6 +166,26 @@ def lookup(
     show(compare_lookup(make(preset), image, new_tokens) | {"model": preset}, as_json)
 
 
+@app.command()
+def engines(
+    preset: PresetOption = "nano",
+    num_questions: Annotated[int, typer.Option(min=1, help="Asked in every round.")] = 32,
+    new_tokens: Annotated[int, typer.Option(min=2, help="At most, for every answer.")] = 32,
+    num_rounds: Annotated[int, typer.Option("--rounds", min=1, help="The median of so many.")] = 3,
+    with_images: Annotated[
+        bool, typer.Option("--images/--no-images", help="About an image each, or text only.")
+    ] = True,
+    as_json: AsJson = False,
+) -> None:
+    """yi_vl, transformers, vLLM and llama.cpp, as far as they are installed, on the same questions."""
+    from .engines import compare_engines
+    from .quantize import checkpoint_of
+
+    with checkpoint_of(preset) as folder:
+        measured = compare_engines(folder, num_questions, new_tokens, num_rounds, with_images)
+    show(measured | {"model": preset}, as_json)
+
+
 def show(measured: dict[str, Any], as_json: bool) -> None:
     """Print a measurement as a table of its variants, or as JSON, and the machine that it was taken on."""
     measured = {"machine": machine(), **measured}

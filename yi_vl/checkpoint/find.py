@@ -7,12 +7,13 @@ from pathlib import Path
 from stat import S_ISDIR
 
 from ..arguments import as_path, shown, stat
+from .modelscope import check_modelscope, is_modelscope
 
 _BUNDLED = Path(__file__).parents[1] / "nano"
 
 
 def find(path: str | os.PathLike | None) -> str:
-    """A model folder, or a hub id; the bundled model's folder for None."""
+    """A model folder, or a hub id, `ms://owner/name` on ModelScope; the bundled model's folder for None."""
     if path is None:
         if not (_BUNDLED / "config.json").exists():
             raise ValueError(
@@ -20,6 +21,8 @@ def find(path: str | os.PathLike | None) -> str:
                 "(`python -m train.nano`), or name another model."
             )
         return str(_BUNDLED)
+    if is_modelscope(path):
+        return check_modelscope(str(path))
     folder = as_path(path, "the model")
     status = stat(folder, str(path))
     if status is not None and S_ISDIR(status.st_mode):

@@ -20,6 +20,7 @@ from ..quantize import METHOD, Scheme, make_config
 from . import Checkpoint, TowerFrom, base_of, holds_adapters, merge, open_checkpoint, read_configuration, read_processor
 from .find import find as find
 from .json_files import read_json
+from .modelscope import fetch_modelscope, is_modelscope
 
 _HUB_FILES = ("*.json", "*.model", "*.jinja", "vit/*/*.json")
 _HUB_WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "vit/*/pytorch_model*.bin")
@@ -156,6 +157,8 @@ def fetch(source: str, with_weights: bool) -> Path:
             raise ValueError(f"{source} cannot be opened: there is no permission to read this folder.")
         return Path(source)
     patterns = [*_HUB_FILES, *(_HUB_WEIGHTS if with_weights else ())]
+    if is_modelscope(source):
+        return fetch_modelscope(source, patterns)
     try:
         return Path(snapshot_download(source, allow_patterns=patterns))
     except (OSError, ValueError, HfHubHTTPError) as error:
