@@ -196,7 +196,7 @@ def test_a_release_is_converted_and_its_towers_are_compared(
     assert (code, out, err.count("\n")) == (2, "", 1) and "say where to write to" in err
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     code, out, err = run("convert", "no/such", str(tmp_path / "other"))
-    assert (code, out, err.count("\n")) == (2, "", 1) and "no folder here" in err
+    assert (code, out, err.count("\n")) == (2, "", 1) and "not a local folder" in err
 
 
 def test_wrong_usage_exits_with_2(run: Run) -> None:

@@ -226,6 +226,7 @@ def test_load_tunes_what_it_makes_and_saves_it_whole(packs: None, tmp_path: Path
     loaded = yi_vl.load(tmp_path / "saved", device="cpu", dtype=BF16)
     assert type(loaded.model.lm_head) is TunedLinear and loaded.model.lm_head.is_packed
     loaded.save(tmp_path / "again")
+    assert loaded.model.lm_head.is_packed  # as before
     again = yi_vl.load(tmp_path / "again", device="cpu", dtype=BF16)
     expected = model.state_dict()
     for name, tensor in again.model.state_dict().items():

@@ -214,6 +214,13 @@ def tune_linears_(model: nn.Module) -> None:
                 model.set_submodule(name, layer)
 
 
+def repack_linears_(model: nn.Module) -> None:
+    """Bring the weights of tuned layers into their layout again, which a state dict has undone."""
+    for layer in model.modules():
+        if type(layer) is TunedLinear:
+            layer.pack_()
+
+
 def untune_linears_(model: nn.Module) -> None:
     """Put ordinary `nn.Linear` layers in the place of tuned ones, with the same parameters."""
     for name, layer in list(model.named_modules()):

@@ -25,6 +25,7 @@ from .engine.request_queue import Generation as Generation
 from .engine.sampling import Sampling
 from .generation import set_end_tokens_
 from .image import ImageSource
+from .linear import repack_linears_
 from .messages import Message, as_images, as_messages, conversation, system_message, user_message
 from .model import YiVLForConditionalGeneration
 from .processor import YiVLProcessor
@@ -92,6 +93,7 @@ class YiVL:
                 self.model.save_pretrained(complete)
                 self.processor.save_pretrained(complete)
                 os.replace(complete, target)
+            repack_linears_(self.model)
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{target} cannot be written: {one_line(error)}.") from error
 

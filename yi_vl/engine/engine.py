@@ -124,7 +124,7 @@ class Engine:
     @property
     def num_waiting(self) -> int:
         """Requests that wait for a slot."""
-        return sum(not request.is_cancelled for request in (*self._arrivals, *self.scheduler.waiting))
+        return len(self._arrivals) + sum(not request.is_cancelled for request in self.scheduler.waiting)
 
     def clear_cache(self) -> None:
         """Drop the cached prefixes and image features."""
@@ -173,14 +173,12 @@ class Engine:
         """Give up a request; its slot is free at the next step. Nothing happens if it is done."""
         with self._lock:
             request = self._requests.pop(request_id, None)
-        if request is None:
-            return
-        request.is_cancelled = True
-        if self._step_lock.acquire(blocking=False):  # else the step under way is followed by another
-            try:
-                self._release()
-            finally:
-                self._step_lock.release()
+            if request is None:
+                return
+            request.is_cancelled = True
+            if request in self._arrivals:
+                self._arrivals.remove(request)
+        self._release_cancelled()
 
     def wait_for_work(self, timeout: float) -> bool:
         """Whether there is something to do, after at most so many seconds."""
@@ -225,6 +223,7 @@ class Engine:
             with self._step_lock:
                 if not received:
                     self._step()
+            self._release_cancelled()
 
     def _new_request(
         self, prompt: Prompt, sampling: Sampling, on_output: OnOutput, client: Hashable, ignore_eos: bool
@@ -248,7 +247,9 @@ class Engine:
             it concerns.
         """
         with self._step_lock:
-            return self._step()
+            outputs = self._step()
+        self._release_cancelled()
+        return outputs
 
     @torch.inference_mode()
     def _step(self) -> list[StepOutput]:
@@ -328,6 +329,15 @@ class Engine:
     def _finish(self, outputs: list[StepOutput]) -> list[StepOutput]:
         self._remove(output.request_id for output in outputs if output.is_last)
         return outputs
+
+    def _release_cancelled(self) -> None:
+        """Free the slots of cancelled requests, unless a step is under way: whoever computes it calls this after it."""
+        started = (*(self._batch.requests if self._batch else ()), *self.scheduler.requests)
+        if any(request.is_cancelled for request in started) and self._step_lock.acquire(blocking=False):
+            try:
+                self._release()
+            finally:
+                self._step_lock.release()
 
     def _release(self) -> None:
         """Free the slots of requests that are done, and cache their prefixes."""

@@ -30,6 +30,11 @@ class Scheduler:
         self._is_oldest_turn = False
 
     @property
+    def requests(self) -> list[Request]:
+        """All that wait, or are being prefilled."""
+        return [*self.waiting, *(request for prefill in self.prefills for request in prefill.requests)]
+
+    @property
     def num_prefilling(self) -> int:
         return sum(len(prefill.requests) for prefill in self.prefills)
 
