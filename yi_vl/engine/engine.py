@@ -5,6 +5,7 @@ are prefilled by one token.
 from __future__ import annotations
 
 import itertools
+import sys
 import threading
 import time
 from collections import deque
@@ -198,6 +199,7 @@ class Engine:
         """
         received: deque[StepOutput] = deque()
         index_of: dict[int, int] = {}
+        is_exiting = sys.is_finalizing  # a local name: at Python's exit those of modules may be gone
         try:
             for index, prompt in enumerate(prompts):
                 index_of[self.admit(prompt, sampling, received.append, ignore_eos=ignore_eos)] = index
@@ -214,7 +216,7 @@ class Engine:
                         raise output.error
                 yield outputs
         finally:
-            for request_id in index_of:
+            for request_id in () if is_exiting() else index_of:
                 self.cancel(request_id)
 
     def step_until(self, received: Sequence[StepOutput]) -> None:
