@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from yi_vl import startup
 from yi_vl.startup import hidden, paused_garbage_collection
 
 
@@ -41,3 +42,13 @@ def test_garbage_is_collected_again_unless_it_was_not_before() -> None:
         assert not gc.isenabled()
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("version", ["5.16.1", "5.23.4", "5.25.0", "6.0.0"])
+def test_nothing_is_hidden_from_a_transformers_that_was_not_tried(
+    version: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(startup.metadata, "version", lambda _: version)
+    assert startup.hidden_packages(quantizers=False) == ()
+    monkeypatch.setattr(startup.metadata, "version", lambda _: "5.24.1")
+    assert "torchvision" in startup.hidden_packages(quantizers=True)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from .startup import NEVER_USED, QUANTIZERS, hidden, quick_start
+from .startup import hidden, hidden_packages, quick_start
 
 if TYPE_CHECKING:
     from .predict import YiVL
@@ -60,7 +60,7 @@ def quick_imports(quantizers: bool = True) -> Iterator[None]:
     Args:
         quantizers: whether packages that quantize are found.
     """
-    with quick_start(), hidden(NEVER_USED if quantizers else (*NEVER_USED, *QUANTIZERS)):
+    with quick_start(), hidden(hidden_packages(quantizers)):
         warnings.simplefilter("ignore", FutureWarning)
         logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # what torchao makes torch say
         from transformers.utils import logging as transformers_logging

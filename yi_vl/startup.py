@@ -6,6 +6,9 @@ import gc
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from importlib import metadata
+
+TRIED_TRANSFORMERS = "5.24."  # nothing is hidden from other versions: 5.16 needs torchvision, new ones are not known
 
 # transformers imports these wherever they are installed: scipy for the losses of detectors, torchvision for its own
 # image processors, torchao for the quantization of that name, triton for GPU kernels.
@@ -34,6 +37,17 @@ def quick_start() -> Iterator[None]:
     with paused_garbage_collection():
         yield
         gc.freeze()
+
+
+def hidden_packages(quantizers: bool) -> tuple[str, ...]:
+    """What the installed transformers does not have to find.
+
+    Args:
+        quantizers: whether packages that quantize have to be found.
+    """
+    if not metadata.version("transformers").startswith(TRIED_TRANSFORMERS):
+        return ()
+    return NEVER_USED if quantizers else (*NEVER_USED, *QUANTIZERS)
 
 
 @contextmanager
