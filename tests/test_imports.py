@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from yi_vl.startup import hidden_packages
+
 ROOT = Path(__file__).parents[1]
 
 # Inside yi_vl a module imports only modules of earlier lines, and of its own entry: a module, or a package, that stands
@@ -44,7 +46,7 @@ HEAVY = ("torch", "transformers", "open_clip", "numpy", "rich.table")
 # A program's command line, its exit code, and what it must not have imported by its end.
 FRAMEWORKS = ("torch", "transformers", "open_clip", "torchvision")
 WEB = ("fastapi", "uvicorn", "gradio")
-UNUSED = ("open_clip", "timm", "torchvision", "scipy", "torchao", "triton", "peft", "pandas", *WEB)
+UNUSED = ("open_clip", "timm", *hidden_packages(quantizers=False), "peft", "pandas", *WEB)
 STARTS = (
     (["yi_vl", "--version"], 0, (*FRAMEWORKS, *WEB, "numpy", "PIL", "rich")),
     *(
