@@ -333,7 +333,7 @@ class Engine:
         return outputs
 
     def _release_cancelled(self) -> None:
-        """Free the slots of cancelled requests, unless a step is under way: whoever computes it calls this after it."""
+        """Free the slots of cancelled requests; while a step is under way, its thread does so afterwards."""
         started = (*(self._batch.requests if self._batch else ()), *self.scheduler.requests)
         if any(request.is_cancelled for request in started) and self._step_lock.acquire(blocking=False):
             try:
