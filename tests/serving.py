@@ -22,10 +22,11 @@ from fastapi import FastAPI
 from openai import OpenAI
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
-from tiny import OFFICIAL, grow_cache
+from tiny import OFFICIAL, grow_cache, tiny_yi_vl
 
 from yi_vl.engine.sampling import Sampling
 from yi_vl.predict import YiVL
+from yi_vl.server import create_app
 
 WIDE, TALL = OFFICIAL / "wide.png", OFFICIAL / "tall.png"
 Turns = list[tuple[str, list[Path], str]]  # role, images, words
@@ -127,6 +128,30 @@ class Gate:
     def open(self) -> None:
         self._is_open = True
         self.let(1)
+
+
+@pytest.fixture(scope="module")
+def yi_vl() -> YiVL:
+    return tiny_yi_vl()
+
+
+@pytest.fixture(scope="module")
+def address(yi_vl: YiVL) -> Iterator[str]:
+    with serving(create_app(yi_vl, "tiny")) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def client(address: str) -> Iterator[OpenAI]:
+    with client_of(address) as client:
+        yield client
+
+
+@pytest.fixture
+def gate(yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
+    gate = Gate(yi_vl, monkeypatch)
+    yield gate
+    gate.open()
 
 
 def make_model_generate(yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch, text: str, then: int | Exception = 2) -> None:

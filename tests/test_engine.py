@@ -134,9 +134,27 @@ def test_a_cancelled_request_frees_its_slot_and_its_memory_at_once(engine: Engin
     assert set(run(engine)) == {second}
 
 
+def test_requests_cancelled_at_the_same_time_are_all_released(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second is cancelled by another thread while the first one's slot is being freed, and no step follows."""
+    first, second = (engine.admit(prompt_of(engine, text), Sampling(max_new_tokens=50)) for text in ("Hi", "What?"))
+    while engine.batch_size < 2:
+        engine.step()
+    release = engine.core.release
+
+    def cancel_meanwhile() -> None:
+        release()
+        thread = threading.Thread(target=engine.cancel, args=(second,))
+        thread.start()
+        thread.join(60)
+
+    monkeypatch.setattr(engine.core, "release", cancel_meanwhile)
+    engine.cancel(first)
+    assert engine.num_running == 0 and not engine.wait_for_work(0)
+
+
 def test_a_short_prompt_does_not_wait_for_long_ones(engine: Engine) -> None:
     """Long prompts are prefilled in chunks, and a short one comes first."""
-    engine._prefill_pace = Pace(1.0, least=16, most=16, first=16)
+    engine.core.prefill_pace = Pace(1.0, least=16, most=16, first=16)
     long_ids = [
         engine.admit(prompt_of(engine, "a cat " * 40, system=f"{n} ."), Sampling(max_new_tokens=3)) for n in "ab"
     ]
@@ -151,7 +169,7 @@ def test_a_short_prompt_does_not_wait_for_long_ones(engine: Engine) -> None:
 
 
 def test_a_running_answer_gets_a_token_at_every_second_step_while_a_long_prompt_is_prefilled(engine: Engine) -> None:
-    engine._prefill_pace = Pace(1.0, least=16, most=16, first=16)
+    engine.core.prefill_pace = Pace(1.0, least=16, most=16, first=16)
     running = engine.admit(prompt_of(engine, "Hi", system="."), Sampling(max_new_tokens=40))
     while not engine.step():
         pass
@@ -162,7 +180,7 @@ def test_a_running_answer_gets_a_token_at_every_second_step_while_a_long_prompt_
 
 def test_long_prompts_are_not_starved_by_short_ones(engine: Engine) -> None:
     engine.max_batch_size = 4
-    engine._prefill_pace = Pace(1.0, least=16, most=16, first=16)
+    engine.core.prefill_pace = Pace(1.0, least=16, most=16, first=16)
     long_id = engine.admit(prompt_of(engine, "a cat " * 40), Sampling(max_new_tokens=1))
     for number in range(200):
         engine.admit(prompt_of(engine, "?", system=str(number)), Sampling(max_new_tokens=1))

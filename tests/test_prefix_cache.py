@@ -179,3 +179,24 @@ def test_prefixes_are_found_by_blocks_and_dropped_with_them() -> None:
         assert prefixes.num_bytes == sum(8 * len(entry.key) for entry in entries) <= prefixes.max_bytes
     assert {id(entry) for entries in prefixes._by_hash.values() for entry in entries} == set(prefixes._entries)
     assert 10 < len(prefixes) < 60
+
+
+def test_a_lookup_does_not_take_longer_the_more_prefixes_are_stored(monkeypatch: pytest.MonkeyPatch) -> None:
+    prefixes, count = PrefixCache(max_bytes=1 << 20), 0
+    num_common = PrefixKey.num_common
+
+    def watch(key: PrefixKey, other: PrefixKey) -> int:
+        nonlocal count
+        count += 1
+        return num_common(key, other)
+
+    monkeypatch.setattr(PrefixKey, "num_common", watch)
+    for number in range(300):  # all begin with the same block, as with one system prompt
+        key = PrefixKey(np.array([7] * 20 + [number] * 20, dtype=np.int64))
+        count = 0
+        assert prefixes.num_cached(key) == (20 if number else 0)
+        assert count <= 64
+        cache = new_cache()
+        cache.update(torch.zeros(1, 1, 40, 1), torch.zeros(1, 1, 40, 1), 0)
+        prefixes.put(key, cache)
+    assert len(prefixes) == 300 and prefixes.num_cached(key) == 40

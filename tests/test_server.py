@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,44 +17,24 @@ from serving import (
     HI,
     Gate,
     Turns,
+    address,
     ask,
+    client,
     client_of,
     direct,
+    gate,
     make_model_generate,
     metric,
     openai_messages,
     serving,
     wait_until,
+    yi_vl,
 )
-from tiny import NUM_PATCHES, tiny_yi_vl
+from tiny import NUM_PATCHES
 
 from yi_vl import cli
 from yi_vl.predict import YiVL
 from yi_vl.server import create_app
-
-
-@pytest.fixture(scope="module")
-def yi_vl() -> YiVL:
-    return tiny_yi_vl()
-
-
-@pytest.fixture(scope="module")
-def address(yi_vl: YiVL) -> Iterator[str]:
-    with serving(create_app(yi_vl, "tiny")) as address:
-        yield address
-
-
-@pytest.fixture(scope="module")
-def client(address: str) -> Iterator[OpenAI]:
-    with client_of(address) as client:
-        yield client
-
-
-@pytest.fixture
-def gate(yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
-    gate = Gate(yi_vl, monkeypatch)
-    yield gate
-    gate.open()
 
 
 @pytest.mark.core

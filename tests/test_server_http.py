@@ -19,8 +19,7 @@ from typing import Any
 import httpx
 import pytest
 import uvicorn
-from serving import PATIENCE_SECONDS, Gate, ask, metric, serving, wait_until
-from tiny import tiny_yi_vl
+from serving import PATIENCE_SECONDS, Gate, ask, gate, metric, serving, wait_until, yi_vl
 
 from yi_vl.predict import YiVL
 from yi_vl.server import Limits, create_app
@@ -37,21 +36,9 @@ CERTIFICATE = Path(__file__).parent / "localhost.pem"  # signed by itself, with 
 
 
 @pytest.fixture(scope="module")
-def yi_vl() -> YiVL:
-    return tiny_yi_vl()
-
-
-@pytest.fixture(scope="module")
 def address(yi_vl: YiVL) -> Iterator[str]:
     with serving(create_app(yi_vl, "tiny", limits=Limits(body_bytes=100_000))) as address:
         yield address
-
-
-@pytest.fixture
-def gate(yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
-    gate = Gate(yi_vl, monkeypatch)
-    yield gate
-    gate.open()
 
 
 def post(address: str, content: bytes = BODY, path: str = COMPLETIONS, **headers: str) -> httpx.Response:

@@ -4,31 +4,16 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterator
 
 import pytest
 from openai import OpenAI
 from PIL import Image, features
-from serving import WIDE, answer, chat_message, client_of, serving
-from tiny import tiny_yi_vl
+from serving import WIDE, address, answer, chat_message, client, yi_vl
 
 from yi_vl.image import WEB_FORMATS
 from yi_vl.predict import YiVL
-from yi_vl.server import create_app
 from yi_vl.server.images import _decode_data_url
 from yi_vl.server.protocol import ApiError
-
-
-@pytest.fixture(scope="module")
-def yi_vl() -> YiVL:
-    return tiny_yi_vl()
-
-
-@pytest.fixture(scope="module")
-def client(yi_vl: YiVL) -> Iterator[OpenAI]:
-    with serving(create_app(yi_vl, "tiny")) as address, client_of(address) as client:
-        yield client
-
 
 ENCODED = base64.b64encode(bytes(range(256)) * 3 + b"\xff").decode()
 

@@ -19,8 +19,10 @@ from serving import (
     PATIENCE_SECONDS,
     TALL,
     WIDE,
+    address,
     ask,
     bomb,
+    client,
     client_of,
     data_url,
     direct,
@@ -28,31 +30,14 @@ from serving import (
     openai_messages,
     serving,
     show,
+    yi_vl,
 )
 from test_image_hostile import bmp_in_rle, gif_with, icon, jpeg_of_scans, png
-from tiny import tiny_yi_vl
 from web import serving_images
 
 from yi_vl.image import MAX_PIXELS
 from yi_vl.predict import YiVL
 from yi_vl.server import Limits, create_app
-
-
-@pytest.fixture(scope="module")
-def yi_vl() -> YiVL:
-    return tiny_yi_vl()
-
-
-@pytest.fixture(scope="module")
-def address(yi_vl: YiVL) -> Iterator[str]:
-    with serving(create_app(yi_vl, "tiny")) as address:
-        yield address
-
-
-@pytest.fixture(scope="module")
-def client(address: str) -> Iterator[OpenAI]:
-    with client_of(address) as client:
-        yield client
 
 
 def with_text(request: dict[str, Any], text: str) -> dict[str, Any]:

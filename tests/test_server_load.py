@@ -7,7 +7,7 @@ import gc
 import random
 import threading
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
 from typing import Any
 
@@ -25,32 +25,23 @@ from serving import (
     client_of,
     data_url,
     direct,
+    gate,
     metric,
     openai_messages,
     serving,
     show,
     wait_until,
+    yi_vl,
 )
 from test_image_hostile import bmp_in_rle, gif_with
-from tiny import tiny_yi_vl
 from transformers import Cache
 
 from yi_vl.engine.prompt import Prompt
+from yi_vl.engine.sampling import Sampling
 from yi_vl.predict import YiVL
 from yi_vl.server import Limits, create_app
-from yi_vl.server.engine_loop import BufferedStream
-
-
-@pytest.fixture(scope="module")
-def yi_vl() -> YiVL:
-    return tiny_yi_vl()
-
-
-@pytest.fixture
-def gate(yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
-    gate = Gate(yi_vl, monkeypatch)
-    yield gate
-    gate.open()
+from yi_vl.server.engine_loop import BufferedStream, EngineLoop
+from yi_vl.server.protocol import ApiError
 
 
 def start(address: str, **fields: Any) -> threading.Thread:
@@ -275,3 +266,60 @@ def test_an_image_that_takes_long_to_decode_delays_no_other(yi_vl: YiVL, monkeyp
         is_released.set()
         slow.join(PATIENCE_SECONDS)
         assert slow.text == direct(yi_vl, [("user", [WIDE], "What?")], max_new_tokens=2)[0]  # type: ignore[attr-defined]
+
+
+def test_slots_are_shared_among_addresses_or_keys_and_not_among_what_a_client_claims(
+    yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clients, admit = [], yi_vl.engine.admit
+
+    def watch(prompt: Prompt, sampling: Any, on_output: Any, client: Any) -> int:
+        clients.append(client)
+        return admit(prompt, sampling, on_output, client)
+
+    monkeypatch.setattr(yi_vl.engine, "admit", watch)
+    for api_keys in ([], ["first", "second"]):
+        with serving(create_app(yi_vl, "tiny", api_keys=api_keys)) as address:
+            for key in ("first", "second", "first"):
+                with client_of(address, key=key) as client:
+                    client.chat.completions.create(**ask())
+    open_to_all, keyed = clients[:3], clients[3:]
+    assert open_to_all == ["127.0.0.1"] * 3
+    assert keyed[0] == keyed[2] != keyed[1]
+
+
+def test_a_closed_loop_ends_answers_with_an_error(yi_vl: YiVL, gate: Gate) -> None:
+    async def run() -> int:
+        loop = EngineLoop(yi_vl.engine, max_batch_size=1, num_waiting=1)
+        prompt = yi_vl.engine.prepare([{"role": "user", "content": "Hi"}])
+        outputs = loop.generate(prompt, [Sampling(max_new_tokens=9)], None)
+        gate.let(1)
+        await anext(outputs)
+        closing = asyncio.create_task(asyncio.to_thread(loop.close))
+        await asyncio.to_thread(wait_until, lambda: loop._is_closed)
+        gate.open()
+        await closing
+        with pytest.raises(ApiError) as caught:
+            while True:
+                await anext(outputs)
+        return caught.value.status
+
+    assert asyncio.run(run()) == 503
+
+
+def test_a_failure_between_steps_does_not_stop_the_loop(
+    yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    step, num_failures = yi_vl.engine.step, 0
+
+    def fail_once() -> Any:
+        nonlocal num_failures
+        if not num_failures:
+            num_failures += 1
+            raise RuntimeError("no memory to cache a prefix")
+        return step()
+
+    monkeypatch.setattr(yi_vl.engine, "step", fail_once)
+    with serving(create_app(yi_vl, "tiny")) as address, client_of(address) as client:
+        assert client.chat.completions.create(**ask()).choices
+    assert num_failures == 1 and "A step failed" in caplog.text

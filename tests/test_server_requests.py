@@ -5,17 +5,14 @@ from __future__ import annotations
 import base64
 import json
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from openai import OpenAI
-from serving import HI, WIDE, answer, ask, chat_message, client_of, direct, serving
-from tiny import tiny_yi_vl
+from serving import HI, WIDE, address, answer, ask, chat_message, client, direct, yi_vl
 
 from yi_vl.chat import SYSTEM_PROMPT, render, to_text
 from yi_vl.predict import YiVL
-from yi_vl.server import create_app
 from yi_vl.server.conversation import merge_messages
 from yi_vl.server.images import _decode_data_url
 from yi_vl.server.protocol import ApiError, ChatRequest, parse_request
@@ -340,17 +337,6 @@ def test_many_messages_are_merged_in_linear_time() -> None:
 
 def test_a_body_may_begin_with_a_byte_order_mark() -> None:
     assert parse_request(b"\xef\xbb\xbf" + json.dumps({"model": "tiny", "messages": HI}).encode()).model == "tiny"
-
-
-@pytest.fixture(scope="module")
-def yi_vl() -> YiVL:
-    return tiny_yi_vl()
-
-
-@pytest.fixture(scope="module")
-def client(yi_vl: YiVL) -> Iterator[OpenAI]:
-    with serving(create_app(yi_vl, "tiny")) as address, client_of(address) as client:
-        yield client
 
 
 def test_what_is_accepted_is_answered_as_it_should_be(client: OpenAI, yi_vl: YiVL) -> None:

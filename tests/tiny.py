@@ -92,7 +92,7 @@ def prefill(yi_vl: YiVL, prompts: Sequence[Prompt], max_tokens: int = 4096) -> R
     """Prompts in their slots, apart from whatever else the engine does; in chunks of so many tokens."""
     engine, batch = yi_vl.engine, None
     with torch.inference_mode():
-        group = engine._new_prefill(
+        group = engine.core.new_prefill(
             [engine._new_request(prompt, Sampling(), lambda _: None, None, False) for prompt in prompts]
         )
         while batch is None:

@@ -24,6 +24,16 @@ def as_list(eos_token_id: int | list[int] | None) -> list[int]:
     return list(eos_token_id) if isinstance(eos_token_id, (list, tuple)) else [int(eos_token_id)]
 
 
+def stop_token_ids(generation_config: GenerationConfig | None, tokenizer: Any) -> set[int]:
+    """The generation config's end tokens, the tokenizer's, and Yi's two where the tokenizer has them.
+
+    Not the separator's: the engine's detokenizer finds it in the text, whatever tokens it is made of.
+    """
+    configured = as_list(generation_config.eos_token_id) if generation_config else []
+    ids = {*configured, *as_list(tokenizer.eos_token_id), *end_token_ids(tokenizer)}
+    return ids - {tokenizer.get_vocab().get(STOP_STRING)}
+
+
 def set_end_tokens_(generation_config: GenerationConfig, tokenizer: Any) -> None:
     """Make engines that take their defaults from `generation_config` stop where an answer ends.
 

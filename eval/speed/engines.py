@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import base64
 import io
 import json
 import os
@@ -26,6 +25,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, ContinuousBatchingConfig
 
 import yi_vl
+from yi_vl.image.data_url import data_url, png_bytes
 
 _BATCH_SIZES = (1, 8, 32)
 _LLAMA_CPP_SLOTS = 8
@@ -117,9 +117,7 @@ def _question(number: int, with_image: bool) -> Question:
     image = Image.open(_IMAGES[number % len(_IMAGES)]).convert("RGB")
     for bit in range(20):  # the number, in the image's corner
         image.putpixel((bit, 0), (255, 255, 255) if number >> bit & 1 else (0, 0, 0))
-    file = io.BytesIO()
-    image.save(file, format="PNG")
-    return Question(_QUESTIONS[number % len(_QUESTIONS)], file.getvalue())
+    return Question(_QUESTIONS[number % len(_QUESTIONS)], png_bytes(image))
 
 
 def _make_variants(folder: Path, with_images: bool) -> tuple[dict[str, Variant], dict[str, str]]:
@@ -217,8 +215,7 @@ def _vllm(folder: Path) -> Answer:
 def _openai_messages(question: Question) -> list[dict[str, Any]]:
     parts: list[dict[str, Any]] = []
     if question.image is not None:
-        url = "data:image/png;base64," + base64.b64encode(question.image).decode()
-        parts.append({"type": "image_url", "image_url": {"url": url}})
+        parts.append({"type": "image_url", "image_url": {"url": data_url(question.image, "image/png")}})
     return [{"role": "user", "content": [*parts, {"type": "text", "text": question.text}]}]
 
 

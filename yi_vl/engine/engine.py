@@ -7,7 +7,6 @@ from __future__ import annotations
 import itertools
 import sys
 import threading
-import time
 from collections import deque
 from collections.abc import Generator, Hashable, Iterable, Sequence
 from dataclasses import replace
@@ -16,30 +15,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..chat import STOP_STRING
-from ..generation import as_list as as_id_list
-from ..generation import end_token_ids
+from ..generation import stop_token_ids
 from ..messages import Message
 from ..model import YiVLForConditionalGeneration
 from ..processor import YiVLProcessor
+from .core import EngineCore, fail
 from .detokenizer import IncrementalDetokenizer
-from .fingerprint import fingerprint
-from .image_features import ImageFeatures
-from .pace import Pace
-from .prefill import Prefill
 from .prefix_cache import PrefixCache
 from .prompt import InputProcessor, Prompt
 from .prompt_lookup import PromptLookup
 from .request import OnOutput, Request, StepOutput
-from .running_batch import RunningBatch
 from .sampler import Sampler
 from .sampling import Sampling
-from .scheduler import Scheduler
 
-_MAX_PREFIX_BYTES = 1 << 30  # of recent conversations: 16,000 tokens of the 6B's, 4,000 of the 34B's, in bf16
-_PREFILL_SECONDS = 0.1  # of one step while other requests are under way; four times as long for a single one
-_IDLE_FACTOR = 4
-_MAX_DECODE_TOKENS = 16  # of all requests in a step with drafts: so many cost little more than one
+_KEPT = ("model", "processor", "max_batch_size", "max_draft_tokens", "max_prompt_tokens", "inputs", "stop_ids")
 
 
 class Engine:
@@ -68,7 +57,7 @@ class Engine:
         self.max_draft_tokens = max_draft_tokens
         self.max_prompt_tokens = model.config.text_config.max_position_embeddings - 1  # an answer takes one at least
         self.inputs = InputProcessor(processor, self.max_prompt_tokens, allow_remote_images)
-        self.stop_ids = _stop_ids(model, processor.tokenizer)
+        self.stop_ids = stop_token_ids(model.generation_config, processor.tokenizer)
         token_ids = torch.arange(model.config.text_config.vocab_size, device="cpu")
         is_unused = token_ids >= len(processor.tokenizer)  # rows that pad the table
         suppress_tokens = is_unused | (token_ids == model.config.image_token_id)  # (V,)
@@ -76,62 +65,44 @@ class Engine:
         self._start()
 
     def _start(self) -> None:
-        self.scheduler = Scheduler(self._new_prefill, self._num_uncached)
-        self._step_lock = threading.Lock()  # held while the model computes
+        self.core = EngineCore(self.model, self.processor, self._sampler)
+        self._step_lock = threading.Lock()  # of `core`; held while the model computes
         self._lock = threading.Lock()  # of what follows; held for moments
         self._has_arrivals = threading.Condition(self._lock)
         self._arrivals: deque[Request] = deque()  # since the last step
         self._requests: dict[int, Request] = {}  # that are not done
         self._ids = itertools.count()
-        self._batch: RunningBatch | None = None
-        self._is_prefill_turn = True
-        self._prefill_pace = Pace(_PREFILL_SECONDS, least=64, most=4096, first=256)
-        self._image_pace = Pace(_PREFILL_SECONDS, least=1, most=64, first=1)
-        self.clear_cache()
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = (
-            "model",
-            "processor",
-            "max_batch_size",
-            "max_draft_tokens",
-            "max_prompt_tokens",
-            "inputs",
-            "stop_ids",
-            "_sampler",
-        )
-        return {name: vars(self)[name] for name in kept}
+        return {name: vars(self)[name] for name in (*_KEPT, "_sampler")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self._start()
 
     @property
-    def device(self) -> torch.device:
-        """Of inputs and logits: the CPU for offloaded weights, to which accelerate brings inputs as needed."""
-        device = self.model.device
-        return torch.device("cpu") if device.type == "meta" else device
+    def prefixes(self) -> PrefixCache:
+        """The KV caches of recent conversations."""
+        return self.core.prefixes
 
     @property
     def num_running(self) -> int:
         """Requests that have a slot, those whose prompt is being prefilled included."""
-        return self.batch_size + self.scheduler.num_prefilling
+        return self.batch_size + self.core.scheduler.num_prefilling
 
     @property
     def batch_size(self) -> int:
         """Requests that are decoded together at the moment."""
-        return len(self._batch or ())
+        return len(self.core.running)
 
     @property
     def num_waiting(self) -> int:
         """Requests that wait for a slot."""
-        return len(self._arrivals) + sum(not request.is_cancelled for request in self.scheduler.waiting)
+        return len(self._arrivals) + sum(not request.is_cancelled for request in self.core.scheduler.waiting)
 
     def clear_cache(self) -> None:
         """Drop the cached prefixes and image features."""
-        self.prefixes = PrefixCache(_MAX_PREFIX_BYTES)
-        self._features = ImageFeatures(self.model, self.processor)
-        self._weights: int | None = None  # fingerprint of the weights that the cached values were computed with
+        self.core.clear_cache()
 
     def prepare(self, messages: Sequence[Message]) -> Prompt:
         """A conversation that awaits an answer as a prompt; see `InputProcessor.prepare`."""
@@ -140,10 +111,10 @@ class Engine:
     def model_inputs(self, prompt: Prompt) -> dict[str, Tensor]:
         """A prompt as the model's own `forward` and `generate` take it: `input_ids`, and `pixel_values` if it has
         images."""
-        inputs = {"input_ids": prompt.input_ids.to(self.device)}
+        inputs = {"input_ids": prompt.input_ids.to(self.core.device)}
         if prompt.images_uint8:
             pixels = self.processor.image_processor.to_pixel_values(torch.stack(prompt.images_uint8))
-            inputs["pixel_values"] = pixels.to(self.device, self.model.dtype)
+            inputs["pixel_values"] = pixels.to(self.core.device, self.model.dtype)
         return inputs
 
     # Requests
@@ -253,145 +224,39 @@ class Engine:
         self._release_cancelled()
         return outputs
 
-    @torch.inference_mode()
     def _step(self) -> list[StepOutput]:
         with self._lock:
-            self.scheduler.waiting += self._arrivals
+            self.core.scheduler.waiting += self._arrivals
             self._arrivals.clear()
+            is_single = len(self._requests) == 1
         try:
-            self._release()
-            prefill = self._next_prefill()
-            outputs = self._decode() if prefill is None else self._prefill(prefill)
-            self._release()
-            return outputs
+            outputs = self.core.step(is_single, self.max_batch_size, self.max_draft_tokens)
         except BaseException as error:  # the KV cache may not be valid: Ctrl-C, no memory
-            failed = RuntimeError(f"a step of the model was interrupted: {type(error).__name__}: {error}")
-            outputs = self._fail_all(error if isinstance(error, Exception) else failed)
-            if isinstance(error, Exception):
-                return outputs
-            raise
-
-    def _next_prefill(self) -> Prefill | None:
-        """What to prefill in this step; None when it is for decoding. Both take turns when there is work for both."""
-        running = self._batch.requests if self._batch else []
-        if running and self._is_prefill_turn:
-            self._is_prefill_turn = False
-            return None
-        prefill = self.scheduler.next_prefill(running, self._max_prefill_tokens, self.max_batch_size)
-        self._is_prefill_turn = prefill is not None
-        return prefill
-
-    @property
-    def _max_prefill_tokens(self) -> int:
-        return self._prefill_pace.num_units * (_IDLE_FACTOR if len(self._requests) == 1 else 1)
-
-    def _prefill(self, prefill: Prefill) -> list[StepOutput]:
-        try:
-            batch = self._compute(prefill)
-        except Exception as error:
-            self.scheduler.prefills.remove(prefill)
-            if len(prefill.requests) == 1:
-                return self._fail(prefill.requests, error)
-            for request in prefill.requests:  # one of them is at fault: let it fail alone
-                self.scheduler.add([request])
-            return []
-        if batch is None:
-            return []
-        self.scheduler.prefills.remove(prefill)
-        outputs = self._finish(batch.sample(self._sampler))
-        if self._batch is None:
-            self._batch = batch
-        else:
-            self._batch.extend(batch)
+            outputs = self._fail_begun(error)
+            if not isinstance(error, Exception):
+                raise
+        with self._lock:
+            for output in outputs:
+                if output.is_last:
+                    self._requests.pop(output.request_id, None)
         return outputs
 
-    def _compute(self, prefill: Prefill) -> RunningBatch | None:
-        """Encode some images of a prefill, or compute its next chunk; the batch when that was the last."""
-        started = time.perf_counter()
-        if missing := prefill.missing_images[: self._image_pace.num_units]:
-            prefill.encode_images(missing)
-            self._image_pace.record(len(missing), time.perf_counter() - started)
-            return None
-        num_computed = prefill.num_computed
-        batch = prefill.step(self._max_prefill_tokens)
-        self._prefill_pace.record(prefill.num_computed - num_computed, time.perf_counter() - started)
-        return batch
-
-    def _decode(self) -> list[StepOutput]:
-        batch = self._batch
-        if batch is None:
-            return []
-        max_drafted = min(self.max_draft_tokens, _MAX_DECODE_TOKENS // len(batch) - 1)
-        drafts = [request.draft(max_drafted) if max_drafted > 0 else [] for request in batch.requests]
-        if any(drafts):
-            return self._finish(batch.verify(drafts, self._sampler))
-        batch.decode()
-        return self._finish(batch.sample(self._sampler))
-
-    def _finish(self, outputs: list[StepOutput]) -> list[StepOutput]:
-        self._remove(output.request_id for output in outputs if output.is_last)
-        return outputs
+    def _fail_begun(self, error: BaseException) -> list[StepOutput]:
+        """End all requests but those that wait."""
+        if not isinstance(error, Exception):
+            error = RuntimeError(f"a step of the model was interrupted: {type(error).__name__}")
+        self.core.reset()
+        with self._lock:
+            not_begun = {request.id for request in (*self.core.scheduler.waiting, *self._arrivals)}
+            begun = [request for request in self._requests.values() if request.id not in not_begun]
+            for request in begun:
+                del self._requests[request.id]
+        return fail(begun, error)
 
     def _release_cancelled(self) -> None:
-        """Free the slots of cancelled requests; while a step is under way, its thread does so afterwards."""
-        started = (*(self._batch.requests if self._batch else ()), *self.scheduler.requests)
-        if any(request.is_cancelled for request in started) and self._step_lock.acquire(blocking=False):
+        """Free the slots of cancelled requests. A thread that holds the lock checks again after it: hence the loop."""
+        while self.core.has_cancelled and self._step_lock.acquire(blocking=False):
             try:
-                self._release()
+                self.core.release()
             finally:
                 self._step_lock.release()
-
-    def _release(self) -> None:
-        """Free the slots of requests that are done, and cache their prefixes."""
-        self.scheduler.drop_cancelled()
-        if self._batch is None:
-            return
-        slots = [slot for slot, request in enumerate(self._batch.requests) if not request.is_done]
-        if len(slots) == len(self._batch):
-            return
-        for slot, request in enumerate(self._batch.requests):
-            if request.is_done:
-                num_cached = int(self._batch.attention_mask[slot].sum())
-                self.prefixes.put(request.key.head(num_cached), self._batch.cache, slot, self._batch.attention_mask)
-        if slots:
-            self._batch.select(slots)
-        else:
-            self._batch = None
-
-    def _fail(self, requests: Iterable[Request], error: Exception) -> list[StepOutput]:
-        failed = [request for request in requests if not request.is_done]
-        self._remove(request.id for request in failed)
-        return [request.fail(error) for request in failed]
-
-    def _fail_all(self, error: Exception) -> list[StepOutput]:
-        """End all requests that have begun."""
-        with self._lock:
-            not_begun = {request.id for request in (*self.scheduler.waiting, *self._arrivals)}
-            begun = [request for request in self._requests.values() if request.id not in not_begun]
-        self._batch, self.scheduler.prefills = None, []
-        return self._fail(begun, error)
-
-    def _remove(self, request_ids: Iterable[int]) -> None:
-        with self._lock:
-            for request_id in request_ids:
-                self._requests.pop(request_id, None)
-
-    def _num_uncached(self, request: Request) -> int:
-        return max(1, len(request.prompt) - self.prefixes.num_cached(request.prompt.key))
-
-    def _new_prefill(self, requests: Sequence[Request]) -> Prefill:
-        weights = fingerprint(self.model)
-        if weights != self._weights:  # another adapter, another dtype, an edit
-            self.clear_cache()
-            self._weights = weights
-        return Prefill(self.model, self._features, self.prefixes, requests, self.device)
-
-
-def _stop_ids(model: YiVLForConditionalGeneration, tokenizer: Any) -> set[int]:
-    """The generation config's end tokens, the tokenizer's, and Yi's two where the tokenizer has them.
-
-    Not the separator's: the detokenizer finds it in the text, whatever tokens it is made of.
-    """
-    configured = as_id_list(model.generation_config.eos_token_id) if model.generation_config else []
-    ids = {*configured, *as_id_list(tokenizer.eos_token_id), *end_token_ids(tokenizer)}
-    return ids - {tokenizer.get_vocab().get(STOP_STRING)}

@@ -12,7 +12,7 @@ class Pace:
     """
 
     def __init__(self, seconds: float, least: int, most: int, first: int) -> None:
-        self.seconds = seconds
+        self._seconds = seconds
         self._first = first
         self._least = least
         self._most = most
@@ -30,5 +30,5 @@ class Pace:
         """For the next step; `first` before anything was measured."""
         if self._rate is None:
             return self._first
-        fitting = int(self._rate * self.seconds)
+        fitting = int(self._rate * self._seconds)
         return min(max(self._least, 1 << max(fitting.bit_length() - 1, 0)), self._most)

@@ -21,6 +21,7 @@ from .kv_cache import new_cache, row_of
 
 Value = TypeVar("Value")
 _BLOCK_TOKENS = 16
+_MAX_COMPARED = 64
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,8 @@ class PrefixCache:
     """Keys and values of recent conversations, so that a common prefix is prefilled once. Safe between threads.
 
     Entries are copies without the reserve of a growing cache, and so are what `find` returns. They are found by hashes
-    of blocks of 16 tokens, so that a lookup takes as long as the prompt is, however many entries there are.
+    of blocks of 16 tokens; of those that share the most blocks with a prompt, the 64 newest are compared, so that a
+    lookup does not take longer the more there are.
 
     Args:
         max_bytes: of all keys and values together; the least recently used are dropped first.
@@ -194,9 +196,10 @@ class PrefixCache:
         """The entry that has the most tokens in common with a key, and how many."""
         for block_hash in reversed(key.block_hashes):
             if entries := self._by_hash.get(block_hash):
-                lengths = [entry.key.num_common(key) for entry in entries]
+                newest = entries[-_MAX_COMPARED:]
+                lengths = [entry.key.num_common(key) for entry in newest]
                 longest = max(lengths)
-                return longest, entries[lengths.index(longest)]
+                return longest, newest[lengths.index(longest)]
         return 0, None
 
     def _remove(self, entry: _Entry) -> None:

@@ -1,7 +1,7 @@
 """Prompt-lookup decoding: drafts of the next tokens, copied from where the last few stood before.
 
-It pays where answers repeat the prompt or themselves: text that is read off, JSON, lists. A draft that is verified in
-one forward pass costs little more than a single token; one that is rejected costs nothing but that.
+It pays where answers repeat the prompt or themselves. A draft is verified in one forward pass, which costs little more
+than a single token's where reading the weights takes longest.
 """
 
 from __future__ import annotations

@@ -76,14 +76,15 @@ class RunningBatch:
                 outputs.append(request.add(*draft[:num_accepted], tokens[-1]))
             num_kept.append(1 + min(num_accepted, request.detokenizer.num_tokens - before))
         self._tokens = torch.tensor(tokens, device=self._tokens.device)
-        self.logits = logits[torch.arange(len(tokens)), torch.tensor(num_kept) - 1]
+        last = torch.tensor(num_kept, device=logits.device) - 1
+        self.logits = logits[torch.arange(len(tokens), device=logits.device), last]
         self._keep_columns(num_cached, num_kept)
         return outputs
 
     def _forward_drafts(self, drafts: Sequence[Sequence[int]]) -> Tensor:
         """Logits (B, 1 + K, V) after the newest tokens and the drafts, which are padded on the right."""
         device, num_drafted = self.attention_mask.device, max(map(len, drafts))  # K
-        padded = torch.tensor([[*draft, *[0] * (num_drafted - len(draft))] for draft in drafts])
+        padded = torch.tensor([[*draft, *[0] * (num_drafted - len(draft))] for draft in drafts], device="cpu")
         input_ids = torch.cat([self._tokens.cpu().unsqueeze(1), padded], dim=1).to(device)  # (B, 1 + K)
         columns = torch.arange(1 + num_drafted, device=device)
         is_token = columns <= torch.tensor([len(draft) for draft in drafts], device=device).unsqueeze(1)

@@ -30,9 +30,9 @@ class Scheduler:
         self._is_oldest_turn = False
 
     @property
-    def requests(self) -> list[Request]:
-        """All that wait, or are being prefilled."""
-        return [*self.waiting, *(request for prefill in self.prefills for request in prefill.requests)]
+    def has_cancelled(self) -> bool:
+        """Whether `drop_cancelled` has something to drop."""
+        return any(request.is_cancelled for request in self.waiting) or any(map(_is_cancelled, self.prefills))
 
     @property
     def num_prefilling(self) -> int:
@@ -80,9 +80,7 @@ class Scheduler:
     def drop_cancelled(self) -> None:
         """Forget the waiting requests that were cancelled, and prefills of which no request is left."""
         self.waiting = [request for request in self.waiting if not request.is_cancelled]
-        self.prefills = [
-            prefill for prefill in self.prefills if not all(request.is_cancelled for request in prefill.requests)
-        ]
+        self.prefills = [prefill for prefill in self.prefills if not _is_cancelled(prefill)]
 
     def _startable(self, num_free: int | None, started: Sequence[Request]) -> list[Request]:
         """As many waiting requests as there are free slots, of those clients first that hold the fewest."""
@@ -112,3 +110,7 @@ def _group(first: Request, lengths: Mapping[Request, int], max_tokens: int) -> l
 
 def _arrival(prefill: Prefill) -> int:
     return min(request.id for request in prefill.requests)
+
+
+def _is_cancelled(prefill: Prefill) -> bool:
+    return all(request.is_cancelled for request in prefill.requests)

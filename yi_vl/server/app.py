@@ -93,6 +93,7 @@ def _bearer_auth(api_keys: Sequence[str]) -> Callable[[Request], Awaitable[None]
         if not any([secrets.compare_digest(key_bytes, key) for key in keys]) or scheme.lower() != "bearer":
             message = "The API key is missing or wrong; send `Authorization: Bearer KEY`."
             raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+        request.state.client = key_bytes
 
     return authorize
 

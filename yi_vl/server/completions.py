@@ -243,8 +243,8 @@ def _usage(num_prompt_tokens: int, num_generated: int) -> dict[str, int]:
 
 
 def _client_of(request: Request) -> Hashable:
-    """Whose request it is, for a fair share of the slots: a key's, or an address's."""
-    return request.headers.get("Authorization") or (request.client.host if request.client else None)
+    """Whose request it is, for a fair share of the slots: the checked key's owner's, or an address's."""
+    return getattr(request.state, "client", None) or (request.client and request.client.host)
 
 
 def _event(content: dict[str, Any]) -> str:

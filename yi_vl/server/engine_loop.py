@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import threading
 import time
@@ -18,6 +19,7 @@ from ..engine.sampling import Sampling
 from .protocol import SHUTDOWN, ApiError
 
 T = TypeVar("T")
+_logger = logging.getLogger(__name__)
 _MAX_RETRY_SECONDS = 60  # OpenAI's client heeds no longer ones
 _NEWEST_SHARE = 0.3  # of the latest interval in the mean
 _RATE_SECONDS = 10
@@ -70,6 +72,7 @@ class EngineLoop:
         self._last_end = 0.0
         self._tokens: deque[tuple[float, int]] = deque()  # when, and how many, of the last seconds
         self._queues: set[asyncio.Queue[tuple[int, StepOutput] | None]] = set()
+        self._event_loop: asyncio.AbstractEventLoop | None = None
         self._is_closed = False
         self._thread = threading.Thread(target=self._run, name="yi-vl-engine", daemon=True)
 
@@ -88,7 +91,7 @@ class EngineLoop:
         oldest = time.monotonic() - _RATE_SECONDS
         while self._tokens and self._tokens[0][0] < oldest:
             self._tokens.popleft()
-        return sum(num_tokens for _, num_tokens in list(self._tokens)) / _RATE_SECONDS
+        return sum(num_tokens for _, num_tokens in self._tokens) / _RATE_SECONDS
 
     async def generate(
         self, prompt: Prompt, samplings: Sequence[Sampling], client: Hashable
@@ -97,7 +100,7 @@ class EngineLoop:
 
         Closing the generator cancels what is not finished.
         """
-        loop = asyncio.get_running_loop()
+        self._event_loop = loop = asyncio.get_running_loop()
         queue: asyncio.Queue[tuple[int, StepOutput] | None] = asyncio.Queue()
 
         def receiver(choice: int) -> Callable[[StepOutput], None]:
@@ -133,8 +136,12 @@ class EngineLoop:
     def close(self) -> None:
         """Wait until the step under way is over; none begins after it, and unfinished answers end with an error."""
         self._is_closed = True
-        if self._thread.ident is not None:
+        if self._event_loop is not None:
             self._thread.join()
+            with suppress(RuntimeError):  # the event loop is closed
+                self._event_loop.call_soon_threadsafe(self._end_all)
+
+    def _end_all(self) -> None:
         for queue in self._queues:
             queue.put_nowait(None)
 
@@ -145,7 +152,10 @@ class EngineLoop:
     def _run(self) -> None:
         while not self._is_closed:
             if self.engine.wait_for_work(_IDLE_SECONDS) and not self._is_closed:
-                self.engine.step()
+                try:
+                    self.engine.step()
+                except Exception:  # of no request, else it is an output: the others are to be answered
+                    _logger.exception("A step failed.")
 
     def _note_interval(self, interval: float) -> None:
         mean = interval if self._mean_interval is None else self._mean_interval
