@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import os
+import random
+import sys
 import tarfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -20,6 +22,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # tests ask no hub
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 180, 60), "blue": (40, 60, 220), "yellow": (230, 220, 40)}
 Members = dict[str, bytes]  # member name -> content, of one sample
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed() -> None:
+    """What a test draws does not depend on the tests that ran before it in the same process."""
+    random.seed(0)
+    if "torch" in sys.modules:  # the seed of a torch that is not yet imported is fixed too
+        sys.modules["torch"].manual_seed(0)
 
 
 @pytest.fixture(scope="session")
