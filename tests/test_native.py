@@ -125,7 +125,8 @@ def test_lora_attaches_trains_merges_saves_and_loads(tmp_path: Path, inputs: dic
     before = base(**inputs).logits.detach()
     targets = r"model\.language_model\..*\.(q_proj|v_proj)"
     model = get_peft_model(copy.deepcopy(base), LoraConfig(r=4, target_modules=targets))
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)  # falls for any of the first matrices that LoRA draws
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=1.0)  # falls for any of the first matrices that LoRA draws
     losses = []
     for _ in range(4):
         loss = model(**inputs, labels=inputs["input_ids"].clone().masked_fill_(inputs["input_ids"] == 900, -100)).loss

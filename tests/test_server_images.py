@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
+import threading
+from typing import Any
 
 import pytest
+import torch
 from openai import OpenAI
 from PIL import Image, features
-from serving import WIDE, address, answer, chat_message, client, yi_vl
+from serving import TALL, WIDE, address, answer, chat_message, client, yi_vl
 
-from yi_vl.image import WEB_FORMATS
+from yi_vl.image import WEB_FORMATS, YiVLImageProcessor
 from yi_vl.predict import YiVL
-from yi_vl.server.images import _decode_data_url
+from yi_vl.server.images import ImageDecoder, _decode_data_url
 from yi_vl.server.protocol import ApiError
 
 ENCODED = base64.b64encode(bytes(range(256)) * 3 + b"\xff").decode()
@@ -66,3 +70,45 @@ def test_formats_of_images(client: OpenAI, yi_vl: YiVL, format: str) -> None:
     assert answer(client, messages=[message], max_tokens=3) == yi_vl.answer(
         [chat_message("user", [{"type": "image", "image": file.getvalue()}])], max_new_tokens=3
     )
+
+
+class CountingProcessor(YiVLImageProcessor):
+    """Counts the images that it prepares, once `may_go` is set."""
+
+    def __init__(self) -> None:
+        super().__init__(size_px=28)
+        self.num_prepared, self.may_go = 0, threading.Event()
+
+    def prepare(self, *arguments: Any, **options: Any) -> Image.Image:
+        assert self.may_go.wait(60)
+        self.num_prepared += 1
+        return super().prepare(*arguments, **options)
+
+
+def test_an_image_is_decoded_once_for_all_who_send_it() -> None:
+    """Also when the first of them leaves; a broken one is refused each time, by its own name."""
+    processor, content = CountingProcessor(), WIDE.read_bytes()
+    decoder = ImageDecoder(processor, num_threads=2, max_images=2)
+
+    async def refuse(param: str) -> str:
+        with pytest.raises(ApiError) as caught:
+            await decoder.decode(b"no image", param)
+        assert caught.value.status == 422
+        return str(caught.value)
+
+    async def run() -> None:
+        leaving, staying = (asyncio.create_task(decoder.decode(content, "")) for _ in range(2))
+        await asyncio.sleep(0)
+        leaving.cancel()
+        processor.may_go.set()
+        expected = YiVLImageProcessor(size_px=28).to_uint8(content)
+        assert torch.equal(await staying, expected) and torch.equal(await decoder.decode(content, ""), expected)
+        assert processor.num_prepared == 1
+        assert [error.partition(":")[0] for error in await asyncio.gather(refuse("a"), refuse("b"))] == ["a", "b"]
+        assert await refuse("c") and processor.num_prepared == 3  # the two at once are one
+        for path in (TALL, WIDE, TALL, WIDE):
+            await decoder.decode(path.read_bytes(), "")
+        assert processor.num_prepared == 5  # only the two latest are kept
+
+    asyncio.run(run())
+    decoder.close()

@@ -1,12 +1,10 @@
 """The server under load: throughput of concurrent requests, and time to first token of a short one beside long ones.
 
-Requests go over HTTP to a server on a loopback address, in this process.
+Requests go over HTTP from another process to a server on a loopback address, in this one.
 """
 
 from __future__ import annotations
 
-import asyncio
-import json
 import threading
 import time
 from collections.abc import Iterator
@@ -14,12 +12,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import httpx
 import uvicorn
 
 from yi_vl.image.data_url import data_url
 from yi_vl.server import Limits, create_app
 
+from .client import client_process, first_token_seconds, tokens_per_second
 from .rounds import measure_rounds, median_ratio, spread
 
 if TYPE_CHECKING:
@@ -40,9 +38,9 @@ def compare_server(yi_vl: YiVL, num_requests: int, new_tokens: int, has_images: 
 
     def rate(concurrency: int) -> float:
         yi_vl.clear_cache()
-        return asyncio.run(_tokens_per_second(address, bodies, concurrency))
+        return call(tokens_per_second, address, bodies, concurrency)
 
-    with serving(yi_vl, num_requests) as address:
+    with serving(yi_vl, num_requests) as address, client_process() as call:
         rate(2)  # warm-up
         rounds = measure_rounds({"one by one": lambda: rate(1), f"{num_requests} at once": lambda: rate(num_requests)})
     alone, together = rounds.values()
@@ -65,9 +63,9 @@ def compare_first_token(yi_vl: YiVL, num_long: int, long_tokens: int) -> dict[st
 
     def seconds(others: list[dict[str, Any]]) -> float:
         yi_vl.clear_cache()
-        return asyncio.run(_first_token_seconds(address, short, others))
+        return call(first_token_seconds, address, short, others)
 
-    with serving(yi_vl, num_long + 1) as address:
+    with serving(yi_vl, num_long + 1) as address, client_process() as call:
         seconds([])  # warm-up
         rounds = measure_rounds(
             {
@@ -100,38 +98,6 @@ def serving(yi_vl: YiVL, max_batch_size: int) -> Iterator[str]:
     finally:
         server.should_exit = True
         thread.join()
-
-
-async def _tokens_per_second(address: str, bodies: list[dict[str, Any]], concurrency: int) -> float:
-    """Tokens per second of all requests together."""
-    semaphore = asyncio.Semaphore(concurrency)
-
-    async def ask(client: httpx.AsyncClient, body: dict[str, Any]) -> int:
-        async with semaphore:
-            answer = await client.post(address, json=body)
-            return int(answer.raise_for_status().json()["usage"]["completion_tokens"])
-
-    async with httpx.AsyncClient(timeout=None) as client:
-        started = time.perf_counter()
-        num_tokens = sum(await asyncio.gather(*(ask(client, body) for body in bodies)))
-        return num_tokens / (time.perf_counter() - started)
-
-
-async def _first_token_seconds(address: str, body: dict[str, Any], others: list[dict[str, Any]]) -> float:
-    async with httpx.AsyncClient(timeout=None) as client:
-        tasks = [asyncio.create_task(client.post(address, json=other)) for other in others]
-        if tasks:
-            await asyncio.sleep(1)  # all are let in, and some are under way
-        started = time.perf_counter()
-        async with client.stream("POST", address, json=body | {"stream": True}) as answer:
-            async for line in answer.aiter_lines():
-                if line.startswith("data: {") and "role" in json.loads(line[6:])["choices"][0]["delta"]:
-                    seconds = time.perf_counter() - started
-                    break
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-    return seconds
 
 
 def _body(parts: list[dict[str, Any]], text: str, max_tokens: int) -> dict[str, Any]:

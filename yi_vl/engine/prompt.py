@@ -100,4 +100,4 @@ class InputProcessor:
         return Prompt(PrefixKey(np.array(encoded.input_ids, dtype=np.int64), keys), tuple(images_uint8))
 
     def _decode_image(self, image: ImageSource) -> Tensor:
-        return self.processor.image_processor.to_uint8(image, self.allow_remote_images)
+        return self.processor.image_processor.to_uint8(image, allow_remote_images=self.allow_remote_images)

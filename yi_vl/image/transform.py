@@ -68,9 +68,11 @@ class YiVLImageProcessor(BaseImageProcessor):
         with open_strips(image, formats, allow_remote_images) as strips:
             return resize_strips(strips.size, strips.read, self.size_px)
 
-    def to_uint8(self, image: ImageSource, allow_remote_images: bool = False) -> Tensor:
+    def to_uint8(
+        self, image: ImageSource, formats: Sequence[str] | None = None, allow_remote_images: bool = False
+    ) -> Tensor:
         """`prepare` as a tensor (H, W, 3) uint8, a quarter of the bytes of `pixel_values`."""
-        return torch.from_numpy(np.array(self.prepare(image, allow_remote_images=allow_remote_images)))
+        return torch.from_numpy(np.array(self.prepare(image, formats, allow_remote_images)))
 
     def to_pixel_values(self, images_uint8: Tensor) -> Tensor:
         """(N, H, W, 3) uint8 -> pixel_values (N, 3, H, W) float32"""

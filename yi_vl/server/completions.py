@@ -6,24 +6,24 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Hashable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from PIL import Image
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
+from torch import Tensor
 
-from ..engine.prompt import Prompt
+from ..chat import Encoded
 from ..engine.sampling import Sampling
 from ..predict import TooLongError, YiVL
 from .body import read_body
 from .conversation import merge_messages
 from .engine_loop import AdmissionLimit, BufferedStream, EngineLoop
-from .images import open_image, read_url
+from .images import ImageDecoder, read_url
 from .metrics import Metrics
 from .protocol import FAILURE, SHUTDOWN, ApiError, ChatRequest, Limits, Reply, parse_request
 
@@ -31,6 +31,7 @@ T = TypeVar("T")
 _logger = logging.getLogger(__name__)
 _NUM_BODIES = 32  # bodies read concurrently
 _NUM_DECODERS = 4  # images decoded concurrently, so that one that takes long delays no other
+_NUM_IMAGES = 64  # of the latest requests, kept decoded
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Completions:
         self._allow_remote_images = allow_remote_images
         self._body_limit = AdmissionLimit(_NUM_BODIES)
         self._tokenizing = ThreadPoolExecutor(1, "yi-vl-tokenizer")
-        self._decoding = ThreadPoolExecutor(_NUM_DECODERS, "yi-vl-images")  # each may take hundreds of megabytes
+        self._images = ImageDecoder(yi_vl.processor.image_processor, _NUM_DECODERS, _NUM_IMAGES)
 
     async def complete(self, request: Request) -> Response:
         """The answer to a request, or an `ApiError`; when the client leaves, the work for it stops within one step.
@@ -92,16 +93,15 @@ class Completions:
 
     def close(self) -> None:
         self.loop.close()
-        for pool in (self._tokenizing, self._decoding):
-            pool.shutdown(cancel_futures=True)
+        self._tokenizing.shutdown(cancel_futures=True)
+        self._images.close()
 
     async def _answer(self, chat: ChatRequest, arrival: float, client: Hashable) -> AsyncGenerator[Piece, None]:
         """An empty piece once the prompt is found to be good, then one for every token."""
         with self.loop.admission:
-            if chat.images:  # a conversation that is too long is refused before its images are decoded
-                await self._call(self._encode, merge_messages(chat.as_messages([None] * len(chat.images))))
+            encoded = await self._encode(chat)  # what is too long is refused before its images are decoded
             images = [await self._load_image(url, param) for url, param in chat.images]
-            prompt = await self._call(self._prepare, merge_messages(chat.as_messages(images)))
+            prompt = await self._in_thread(self._yi_vl.engine.inputs.to_prompt, encoded, images)
             yield Piece(0, "", None, {})
             num_generated = [0] * chat.n
             self.metrics.prompt_tokens.inc(len(prompt))
@@ -117,22 +117,24 @@ class Completions:
                     num_generated[choice] = output.num_tokens
                     yield Piece(choice, output.text, output.finish_reason, _usage(len(prompt), sum(num_generated)))
 
-    async def _load_image(self, url: str, param: str) -> Image.Image:
+    async def _load_image(self, url: str, param: str) -> Tensor:
         data = await read_url(url, param, self._limits, self._allow_remote_images)
-        prepare = self._yi_vl.processor.image_processor.prepare
-        return await asyncio.get_running_loop().run_in_executor(self._decoding, open_image, data, param, prepare)
+        return await self._images.decode(data, param)
 
-    async def _call(self, function: Callable[[list[dict[str, Any]]], T], messages: list[dict[str, Any]]) -> T:
+    async def _encode(self, chat: ChatRequest) -> Encoded:
+        """The conversation's tokens."""
+        messages = merge_messages(chat.as_messages([None] * len(chat.images)))
+        encode = self._yi_vl.engine.inputs.encode
+        try:
+            return await self._in_thread(encode, messages)
+        except TooLongError as error:
+            raise ApiError(400, str(error), "messages", "context_length_exceeded") from error
+        except ValueError as error:
+            raise ApiError(400, str(error), "messages") from error
+
+    async def _in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
         """A function's result, from the thread that tokenizes."""
-        return await asyncio.get_running_loop().run_in_executor(self._tokenizing, function, messages)
-
-    def _encode(self, messages: list[dict[str, Any]]) -> None:
-        with _bad_messages():
-            self._yi_vl.engine.inputs.encode(messages)
-
-    def _prepare(self, messages: list[dict[str, Any]]) -> Prompt:
-        with _bad_messages():
-            return self._yi_vl.engine.prepare(messages)
+        return await asyncio.get_running_loop().run_in_executor(self._tokenizing, function, *arguments)
 
     def _samplings(self, chat: ChatRequest) -> list[Sampling]:
         """The options of each choice."""
@@ -221,17 +223,6 @@ class _EventStream(StreamingResponse):
             await send({"type": "http.response.body", "body": event.encode(), "more_body": False})
         finally:
             self._pieces.cancel()
-
-
-@contextmanager
-def _bad_messages() -> Iterator[None]:
-    """What is wrong with a conversation, as an `ApiError`."""
-    try:
-        yield
-    except TooLongError as error:
-        raise ApiError(400, str(error), "messages", "context_length_exceeded") from error
-    except ValueError as error:
-        raise ApiError(400, str(error), "messages") from error
 
 
 def _usage(num_prompt_tokens: int, num_generated: int) -> dict[str, int]:

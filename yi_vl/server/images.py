@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import asyncio
+import hashlib
+from collections import OrderedDict
+from concurrent.futures import Future, ThreadPoolExecutor
 
-from PIL import Image
+from torch import Tensor
 
-from ..image import WEB_FORMATS
+from ..image import WEB_FORMATS, YiVLImageProcessor
 from ..image.remote import TooLargeError, UnavailableError, fetch
 from ..image.source import decode_data_url
 from .protocol import ApiError, Limits
@@ -38,16 +41,48 @@ async def read_url(url: str, param: str, limits: Limits, allow_remote: bool) -> 
         raise ApiError(422, str(error), param, "image_unavailable") from error
 
 
-def open_image(data: bytes, param: str, prepare: Callable[[bytes, Sequence[str]], Image.Image]) -> Image.Image:
-    """The prepared image in encoded bytes; an `ApiError` 422 if it is broken, of another format or too large.
+class ImageDecoder:
+    """Decodes images in a few threads. Those of the latest requests are kept, as each turn of a chat sends them again.
 
     Args:
-        prepare: `YiVLImageProcessor.prepare`.
+        num_threads: images decoded concurrently, each of which may take hundreds of megabytes.
+        max_images: that are kept, 0.6 MB each at 448 px.
     """
-    try:
-        return prepare(data, WEB_FORMATS)
-    except ValueError as error:
-        raise ApiError(422, f"{param}: {error}", param, "invalid_image") from error
+
+    def __init__(self, processor: YiVLImageProcessor, num_threads: int, max_images: int) -> None:
+        self._processor = processor
+        self._max_images = max_images
+        self._threads = ThreadPoolExecutor(num_threads, "yi-vl-images")
+        self._images: OrderedDict[bytes, Future[Tensor]] = OrderedDict()  # by the hash of the encoded bytes
+
+    async def decode(self, data: bytes, param: str) -> Tensor:
+        """The image in encoded bytes as the model sees it, (H, W, 3) uint8, not to be modified.
+
+        Args:
+            param: where in the request the image is, for errors.
+
+        Raises:
+            ApiError: 422: it is broken, of another format or too large.
+        """
+        digest = hashlib.sha256(data).digest()
+        image = self._images.pop(digest, None)
+        if image is None or image.cancelled() or (image.done() and image.exception()):
+            image = self._threads.submit(self._processor.to_uint8, data, WEB_FORMATS)
+        self._images[digest] = image
+        while len(self._images) > self._max_images:
+            self._images.popitem(last=False)
+        waiting = asyncio.wrap_future(image)
+        waiting.add_done_callback(
+            lambda done: done.cancelled() or done.exception()
+        )  # or asyncio logs what nobody awaits
+        try:
+            # other requests may wait for the same image: a client that leaves does not cancel it
+            return await asyncio.shield(waiting)
+        except ValueError as error:
+            raise ApiError(422, f"{param}: {error}", param, "invalid_image") from error
+
+    def close(self) -> None:
+        self._threads.shutdown(cancel_futures=True)
 
 
 def _decode_data_url(url: str, param: str, max_bytes: int) -> bytes:
