@@ -265,7 +265,7 @@ def test_the_time_left_is_by_samples(configure: Configure, monkeypatch: pytest.M
         assert reporter._time_left(10) == "8 days, 0:01:20 left"
 
 
-def test_the_picture_has_rates_and_sizes() -> None:
+def test_the_plot_has_rates_and_sizes() -> None:
     rows = [
         {"step": 10, "lr": {"vision": 1.0, "projector": 2.0, "language": 2.0}, "batch_size": 8},
         {"step": 20, "lr": {"vision": 0.5, "projector": 1.0, "language": 1.0}, "batch_size": 16},

@@ -190,8 +190,8 @@ def _check_schedule(config: TrainConfig, require: _Require) -> None:
         else:
             require(0 <= value <= 1, f"{key} is {value:g}; expected 0 to 1.")
     for component in COMPONENTS:
-        own = component_schedule(schedule, component)
-        warmup, decay = num_warmup_steps(own, steps), num_decay_steps(own, steps)
+        adjusted = component_schedule(schedule, component)
+        warmup, decay = num_warmup_steps(adjusted, steps), num_decay_steps(adjusted, steps)
         require(
             warmup <= steps,
             f"schedule: the warm-up of {component} takes {warmup} steps, the run has {steps}; lower schedule.warmup.",

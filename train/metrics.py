@@ -264,7 +264,9 @@ def draw_schedule(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
     right.set_ylabel("batch size")
     right.set_ylim(bottom=0)
     lines = [*axes.get_lines(), *right.get_lines()]
-    right.legend(handles=lines, fontsize="small")
+    axes.legend(
+        handles=lines, fontsize="small", ncols=len(lines), frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0)
+    )
 
 
 def _equal_ones(rates: dict[str, list[float]]) -> list[tuple[list[str], list[float]]]:

@@ -134,8 +134,8 @@ def gradient_norms(optimizer: torch.optim.Optimizer) -> dict[str, float]:
 def set_learning_rates_(optimizer: torch.optim.Optimizer, step: int, num_steps: int, schedule: ScheduleConfig) -> None:
     """Before step `step` of `num_steps` (from 0). The schedule has no state."""
     for group in optimizer.param_groups:
-        own = component_schedule(schedule, group["name"].removesuffix(", no decay"))
-        group["lr"] = group["peak_lr"] * learning_rate_factor(step, num_steps, own)
+        adjusted = component_schedule(schedule, group["name"].removesuffix(", no decay"))
+        group["lr"] = group["peak_lr"] * learning_rate_factor(step, num_steps, adjusted)
 
 
 def learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:

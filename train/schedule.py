@@ -23,8 +23,8 @@ COSINE, LINEAR, CONSTANT, WSD = SHAPES = ("cosine", "linear", "constant", "wsd")
 
 def component_schedule(schedule: ScheduleConfig, component: str) -> ScheduleConfig:
     """The run's schedule with what differs for one of `COMPONENTS`."""
-    own = getattr(schedule, component)
-    values = {field.name: getattr(own, field.name) for field in fields(own)}
+    changes = getattr(schedule, component)
+    values = {field.name: getattr(changes, field.name) for field in fields(changes)}
     return replace(schedule, **{name: value for name, value in values.items() if value is not None})
 
 

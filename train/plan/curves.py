@@ -1,4 +1,4 @@
-"""A picture of what changes over runs, before they start: learning rates, batch sizes, the mixture of sources."""
+"""Plots of what changes over runs, before they start: learning rates, batch sizes, the mixture of sources."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def draw_curves(configs: Mapping[str, TrainConfig], path: Path) -> None:
     for (name, config), (above, below) in zip(configs.items(), columns.T):
         steps = num_steps(config)
         drawn = np.unique(np.linspace(0, steps - 1, min(steps, _MAX_POINTS)).round().astype(int)).tolist()
-        above.set_title(name)
+        above.set_title(name, pad=24)  # above the legend
         draw_schedule(above, [_row(config, step, steps) for step in drawn])
         above.set_xlabel("")
         _draw_mixture(below, config, drawn, steps)
@@ -68,4 +68,4 @@ def _draw_mixture(axes: Axes, config: TrainConfig, drawn: list[int], steps: int)
     axes.set_ylabel("fraction of the samples")
     axes.set_ylim(0, 1)
     axes.margins(x=0)
-    axes.legend(fontsize="small", loc="center right")
+    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
