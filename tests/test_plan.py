@@ -25,11 +25,13 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from train.config import InitConfig, LoraConfig, TrainableConfig, TrainConfig
+from train.config_file import load_config
 from train.lora import add_adapters_
 from train.loss import Objective
 from train.optim import build_optimizer, cast_frozen_, checkpoint_activations_, set_trainable_
-from train.plan.__main__ import USABLE, Hardware, Plan, app, make_plan, verdict
+from train.plan.__main__ import USABLE, Hardware, Plan, app, describe, make_plan, verdict
 from train.plan.count import SavedBytes, count_flops, count_saved_bytes
+from train.plan.curves import draw_curves
 from train.plan.estimate import count_parameters, logit_bytes, step_memory, strategies
 from train.plan.flops import Row, batch_flops, step_flops
 from train.qlora import read_int4
@@ -388,6 +390,37 @@ def test_hours_follow_from_operations(chat_6b: Plan) -> None:
     assert hardware.gpu_hours(50e12 * 3600 * 7) == pytest.approx(7)
 
 
+def test_a_ramp_changes_the_hours_and_not_the_memory() -> None:
+    def planned(*overrides: str) -> Plan:
+        return make_plan(ROOT / "train/configs/nano/align-224.yaml", overrides, "nano", 32, 256)
+
+    hardware = Hardware(num_gpus=2, memory_bytes=80e9, tflops=100, utilisation=0.5)
+    sources = "data.sources=[{name: a, shards: x, weight: [1, 0]}, {name: b, shards: y, weight: [0, 1], format: chat}]"
+    plain = planned("micro_batch=8")
+    ramped = planned("micro_batch=8", "batch_ramp=[[200, 64], [500, 16]]", "schedule={shape: wsd, warmup: 60}")
+    assert plain.num_samples == 600 * 32 and ramped.num_samples == 200 * 32 + 300 * 64 + 100 * 16
+    assert ramped.flops(False) / plain.flops(False) == ramped.num_samples / plain.num_samples
+    strategy = strategies("bf16")[0]
+    assert ramped.memory(hardware, strategy, ROW, False) == plain.memory(hardware, strategy, ROW, False)
+    assert planned("micro_batch=64", "batch_ramp=[[200, 64]]").rows_per_gpu(hardware) == 32, "of the largest step"
+    lines = [line.strip() for line in describe(ramped, hardware)]
+    batches = "600 steps: 200 of 32 samples, 300 of 64, 100 of 16, 8 at once on a GPU; "
+    assert any(line.startswith(batches) for line in lines)
+    assert "learning rate: 60 steps of warm-up, constant, linear to 0 in the last 60 steps" in lines
+    assert planned(sources).row.supervised == (32 + 256) / 2  # on average over the run
+    # 10 of 11 samples are of the second half, of which three quarters are chats
+    assert planned(sources, "batch_ramp=[[300, 320]]").row.supervised == round(32 + 224 * (10 * 0.75 + 0.25) / 11)
+
+
+def test_curves_are_drawn(tmp_path: Path) -> None:
+    config = load_config(ROOT / "train/configs/nano/align-224.yaml", ["data.sources.0.weight=[1, 2]"])
+    draw_curves({"one": config, "two": config}, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 5000
+    for name in ("curves.xyz", "no/curves.png"):
+        with pytest.raises(ValueError, match=f"{name}: the curves cannot be written"):
+            draw_curves({"one": config}, tmp_path / name)
+
+
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
@@ -395,6 +428,8 @@ def test_hours_follow_from_operations(chat_6b: Plan) -> None:
         (("gpus=3",), "name at least one config file"),
         (("train/configs/nano/signs.yaml", "init_from.checkpoint=no/such", "--gpus", "1"), "no/such is not there yet"),
         (("train/configs/6b/chat-448.yaml", "--gpus", "100"), "global_batch 256 does not divide by 100 GPUs"),
+        (("train/configs/6b/chat-448.yaml", "batch_ramp=[[9, 200]]"), "448.yaml: batch_ramp: 200 does not divide by"),
+        (("train/configs/6b/chat-448.yaml", "data.sources.1.format=text"), "the format of 'vizwiz-vqa' is text; only"),
         (("train/configs/6b/chat-448.yaml", "--model", "7b"), "7b"),
         (("train/configs/6b/chat-448.yaml", "max_tokens=1100"), "exceed max_tokens 1100"),
         (("train/configs/6b/align-224.yaml", "init_from.tower.name=ViT-none"), "no model named 'ViT-none'"),

@@ -49,7 +49,6 @@ NANO = ROOT / "train/configs/nano/align-224.yaml"
         ("optimizer.betas=[.nan, 0.9]", "optimizer.betas is nan"),
         ("optimizer.eps=0", "optimizer.eps is 0.0"),
         ("clip_norm=.inf", "clip_norm is inf"),
-        ("warmup_ratio=.nan", "warmup_ratio is nan"),
         ("data.sources.0.weight=.inf", "data.sources.captions.weight is inf"),
         ("data.max_broken_fraction=1.5", "data.max_broken_fraction is 1.5; expected 0 to 1"),
         ("seed=-1", "seed is -1"),

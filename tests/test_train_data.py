@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from conftest import caption_sample, chat_sample, png
 
 from train.config import DataConfig, SourceConfig
 from train.data.loader import IGNORE, SampleEncoder, StepLoader, TooLong, collate, num_supervised
+from train.schedule import BatchSizes
 from yi_vl.image import YiVLImageProcessor
 from yi_vl.processor import YiVLProcessor, prepare_tokenizer
 
@@ -47,8 +49,8 @@ def chat_json(*values: str) -> bytes:
     return json.dumps({"conversations": turns}).encode()
 
 
-def loader(processor: YiVLProcessor, data: DataConfig, *states: dict[str, Any], **layout: int) -> StepLoader:
-    defaults = {"rank": 0, "world_size": 1, "samples_per_step": 6, "micro_batch": 4} | layout
+def loader(processor: YiVLProcessor, data: DataConfig, *states: dict[str, Any], **layout: Any) -> StepLoader:
+    defaults: dict[str, Any] = {"rank": 0, "world_size": 1, "samples_per_step": 6, "micro_batch": 4} | layout
     return StepLoader(processor, data, 400, 0, **defaults, states=states if states else None)
 
 
@@ -232,6 +234,41 @@ def test_other_ranks_and_workers_go_on(processor: YiVLProcessor, tmp_path: Path,
     seen += [name for _, batch in zip(range(5), resumed) for name in batch.names]  # 24 + 30, and 4 of 48 come again
     assert len(seen) == 54 and len(set(seen[:52])) == 48
     assert resumed.counts()["seen"] == 54
+
+
+@pytest.mark.parametrize(("workers", "num_done"), [(0, 3), (2, 1), (2, 4), (1, 5)])
+def test_sizes_and_weights_are_of_the_step(
+    processor: YiVLProcessor, tmp_path: Path, write_shard: Writer, workers: int, num_done: int
+) -> None:
+    """Also of steps that workers make ahead, after a stop, and on other ranks and workers."""
+    for name in "ab":
+        write_shard(tmp_path / f"{name}.tar", [(f"{name}{i}", caption_sample(i)[1]) for i in range(60)])
+    sources = [SourceConfig(name=name, shards=f"{tmp_path}/{name}.tar") for name in "ab"]
+    sources[0].weight, sources[1].weight = [1.0, 0.0], [0.0, 1.0]
+    data = DataConfig(format="caption", sources=sources, workers=workers, shuffle_buffer=7)
+    expected = [6, 6, 4, 4, 4, 10, 10, 2]
+    sizes = BatchSizes(6, ((2, 4), (5, 10), (7, 2)))
+
+    def steps(stream: StepLoader, first: int) -> list[list[str]]:
+        return [batch.names for _, batch in zip(range(8 - first), stream)]
+
+    def resumed(data: DataConfig, first: int, *states: Any, **layout: Any) -> StepLoader:
+        return loader(processor, data, *states, first_step=first, num_steps=8, samples_per_step=sizes, **layout)
+
+    whole = steps(resumed(data, 0), 0)
+    assert [len(names) for names in whole] == expected
+    assert all(" a" in name for name in whole[0]) and all(" b" in name for name in whole[-1])
+    first = resumed(data, 0)
+    assert [batch.names for _, batch in zip(range(num_done), first)] == whole[:num_done]
+    state = torch_save_and_load(first.state_dict())
+    assert steps(resumed(data, num_done, state), num_done) == whole[num_done:]
+    elsewhere = [
+        steps(resumed(replace(data, workers=1), num_done, state, rank=rank, world_size=2), num_done)
+        for rank in range(2)
+    ]  # each given the sizes of one rank
+    for names in elsewhere:
+        assert [len(step) for step in names] == expected[num_done:]
+        assert all(" b" in name for name in names[-1])
 
 
 def torch_save_and_load(state: Any) -> Any:

@@ -18,11 +18,12 @@ from toy_runs import losses, step_once, trainer
 from train import loss as objective
 from train import setup
 from train.attention.packing import Packing
-from train.config import TrainConfig
+from train.config import ScheduleConfig, TrainConfig
 from train.config_file import load_config
 from train.data.loader import num_supervised
 from train.loss import Objective
-from train.optim import components, parameter_groups, schedule, set_learning_rates_
+from train.metrics import METRICS_FILE, read_metrics
+from train.optim import components, parameter_groups, set_learning_rates_
 from train.trainer import train
 from yi_vl.model import YiVLForConditionalGeneration
 
@@ -62,7 +63,7 @@ def test_three_stages(configure: Callable[..., TrainConfig], tmp_path: Path) -> 
 def test_frozen_parts_stay_to_the_last_bit(configure: Callable[..., TrainConfig], frozen: str) -> None:
     run = trainer(configure(f"trainable.{frozen}=false"))
     before = weights(run.model)
-    set_learning_rates_(run.optimizer, 0, 6, 0.0)
+    set_learning_rates_(run.optimizer, 0, 6, ScheduleConfig(warmup=0.0))
     step_once(run)
     moved = {name for name, tensor in run.model.state_dict().items() if not torch.equal(tensor, before[name])}
     for component, modules in components(run.model).items():
@@ -232,10 +233,20 @@ def gradients_of(model: YiVLForConditionalGeneration, loss: torch.Tensor) -> dic
     return gradients
 
 
+# what changes over a run, also behind the checkpoint at step 4
+CHANGES = (
+    "schedule={shape: wsd, warmup: 1, decay_fraction: 0.5, vision: {shape: constant}}",
+    "batch_ramp=[[2, 12], [5, 4]]",
+    "data.sources.0.weight=[2, 0]",
+)
+
+
 @pytest.mark.core
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_stopped_run_goes_on_exactly(configure: Callable[..., TrainConfig], tmp_path: Path, workers: int) -> None:
-    settings = (f"data.workers={workers}", "checkpoint={every_steps: 2, keep_last: 1}")
+@pytest.mark.parametrize(("workers", "changes"), [(0, ()), (2, CHANGES)])
+def test_a_stopped_run_goes_on_exactly(
+    configure: Callable[..., TrainConfig], tmp_path: Path, workers: int, changes: tuple[str, ...]
+) -> None:
+    settings = (f"data.workers={workers}", "checkpoint={every_steps: 2, keep_last: 1}", *changes)
     whole = configure(f"run_dir={tmp_path}/whole", *settings)
     train(whole)
 
@@ -256,6 +267,9 @@ def test_a_stopped_run_goes_on_exactly(configure: Callable[..., TrainConfig], tm
     (Path(stopped.run_dir) / ".step-00000006.tmp").mkdir()  # a save that was cut short
     train(stopped)
     assert losses(stopped) == losses(whole) and len(losses(whole)) == 6
+    for key in ("lr", "batch_size", "samples_seen"):
+        first, second = ([row[key] for row in read_metrics(Path(c.run_dir) / METRICS_FILE)] for c in (stopped, whole))
+        assert first == second
     whole_weights, resumed_weights = (
         YiVLForConditionalGeneration.from_pretrained(Path(config.run_dir) / "final").state_dict()
         for config in (whole, stopped)
@@ -270,20 +284,13 @@ def test_a_missing_start_is_one_line(configure: Callable[..., TrainConfig], tmp_
 
 
 def test_metrics_say_what_people_ask(configure: Callable[..., TrainConfig]) -> None:
-    config = configure("steps=3", "trainable.vision=false", "lr.language=2e-3", "warmup_ratio=0")
+    config = configure("steps=3", "trainable.vision=false", "lr.language=2e-3", "schedule.warmup=0")
     train(config)
     row = json.loads((Path(config.run_dir) / "metrics.jsonl").read_text().splitlines()[-1])
     assert row["step"] == 3 and set(row["loss_per_source"]) <= {"captions", "chats"}
     assert set(row["lr"]) == {"projector", "language"}
     assert row["lr"]["language"] == pytest.approx(2 * row["lr"]["projector"])
     assert row["samples_seen"] == 24 and row["samples_per_second"] > 0 and row["grad_norm"] > 0
-
-
-def test_the_schedule_warms_up_and_ends_at_zero() -> None:
-    factors = [schedule(step, 100, 0.1) for step in range(101)]
-    assert factors[0] == 0.1 and factors[9] == 1.0 and factors[10] == 1.0
-    assert factors == factors[:11] + sorted(factors[11:], reverse=True)
-    assert factors[100] == pytest.approx(0)
 
 
 @pytest.mark.parametrize("stem_widths", [None, [8, 16]])

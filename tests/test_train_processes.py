@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -56,10 +57,16 @@ def assert_same(config: TrainConfig, whole: TrainConfig, num_ranks: int = 1) -> 
 
 
 def test_killed_at_any_moment_it_goes_on_exactly(configure_saved: Configure, tmp_path: Path) -> None:
-    settings = ("steps=12", "data.workers=2", "log_every=3", "checkpoint={every_steps: 2, keep_last: 2}")
+    settings = (
+        "steps=12", "data.workers=2", "log_every=3", "checkpoint={every_steps: 2, keep_last: 2}",
+        "schedule={shape: wsd, warmup: 2, decay_fraction: 0.5}", "batch_ramp=[[3, 4], [7, 12], [10, 6]]",
+        "data.sources.0.weight=[4, 0]",
+    )  # fmt: skip
     whole = configure_saved(f"run_dir={tmp_path}/whole", *settings)
     assert finish(start(whole)) == [0]
     assert [row["step"] for row in rows(whole, "samples-0.jsonl")] == list(range(1, 13)) and len(rows(whole)) == 4
+    sizes = [len(row["samples"]) for row in rows(whole, "samples-0.jsonl")]
+    assert sizes == [8, 8, 8, 4, 4, 4, 4, 12, 12, 12, 6, 6]
 
     config = configure_saved(*settings)
     run_dir = Path(config.run_dir)
@@ -103,7 +110,7 @@ def one_process(config: TrainConfig) -> list[float]:
     ]
     numbers = []
     for step in range(config.steps or 0):
-        set_learning_rates_(run.optimizer, step, run.num_steps, config.warmup_ratio)
+        set_learning_rates_(run.optimizer, step, run.num_steps, config.schedule)
         first, second = (next(loader) for loader in loaders)
         batch = StepBatch([*first.micro_batches, *second.micro_batches], [], 0, {}, [])
         per_source, norm = run.step(batch, batch.num_supervised)
@@ -155,7 +162,8 @@ def test_two_ranks_adapt_an_int4_base_as_one(two_ranks: Configure, tmp_path: Pat
 
 
 def test_a_signal_to_one_rank_stops_all_and_one_process_goes_on(two_ranks: Configure) -> None:
-    config = two_ranks("uneven", "steps=60", "checkpoint={every_steps: 1000, keep_last: 2}")
+    ramp = "batch_ramp=[[1, 4], [2, 12]]"
+    config = two_ranks("uneven", "steps=60", "checkpoint={every_steps: 1000, keep_last: 2}", ramp)
     run_dir = Path(config.run_dir)
     ranks = start(config, 2)
     wait_for(run_dir, "metrics.jsonl", ranks[0])
@@ -168,6 +176,10 @@ def test_a_signal_to_one_rank_stops_all_and_one_process_goes_on(two_ranks: Confi
     assert "2 ranks x 2 workers, this run has 1 x 2" in output_path(again).read_text()
     assert [row["step"] for row in rows(again)] == list(range(1, step + 3))
     assert [row["step"] for row in rows(again, "samples-1.jsonl")] == list(range(1, step + 1))
+    sizes: Counter[int] = Counter()
+    for rank in range(2):
+        sizes.update({row["step"]: len(row["samples"]) for row in rows(again, f"samples-{rank}.jsonl")})
+    assert [sizes[number + 1] for number in range(step + 2)] == [8, 4, *[12] * step][: step + 2]
 
 
 def test_a_rank_without_samples_stops_all_with_one_line(two_ranks: Configure, tmp_path: Path, write_shard: Any) -> None:

@@ -99,3 +99,21 @@ def test_caps_are_kept(data: DataConfig) -> None:
     after, num_again = go_on(before, 2, data)
     seen += up_to_epoch(after, 0)
     assert len(seen) == 50 + num_again and len(set(seen)) >= 50
+
+
+def test_weights_that_change_are_kept(tmp_path: Path, write_shard: Writer) -> None:
+    """What other streams drew is behind: each new stream follows the weights of the steps that it makes."""
+    for name in "ab":
+        write_shard(tmp_path / f"{name}.tar", [(f"{name}{i}", {"txt": b"x"}) for i in range(300)])
+    sources = [SourceConfig(name=name, shards=f"{tmp_path}/{name}.tar") for name in "ab"]
+    sources[0].weight, sources[1].weight = [3.0, 0.0], [0.0, 1.0]
+    data = DataConfig(sources=sources)
+    before = mixtures(data, 2)
+    seen = [key["__key__"] for stream in before for key in (stream.next_sample(0.0)[1] for _ in range(20))]
+    assert {key[0] for key in seen} == {"a"}
+    after, _ = go_on(before, 3, data)
+    for progress, expected in ((0.5, 20 * 3 / 4), (0.75, 20 / 2)):  # weights 1.5 and 0.5; 0.75 and 0.75
+        for stream in after:
+            drawn = Counter(stream.next_sample(progress)[0] for _ in range(20))
+            assert drawn[0] == pytest.approx(expected, abs=1)
+    assert {stream.next_sample(1.0)[0] for stream in after for _ in range(5)} == {1}

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from conftest import chat_sample
 from rich.console import Console
 from toy_runs import losses, stop_after, trainer
 
 from train import checkpoint
 from train.config import TrainConfig
+from train.metrics import METRICS_FILE, read_metrics
+from train.resume import check_resumed
 from train.trainer import Trainer, train
 
 Configure = Callable[..., TrainConfig]
@@ -42,6 +46,8 @@ def stopped(configure: Configure) -> Configure:
         (["init_from={checkpoint: x, tower: null, language_model: null}"], "init_from.checkpoint null, .* has x"),
         (["steps=3"], "is at step 4, but this run has 3 steps"),
         (["steps=null", "epochs=1", "samples=80", "global_batch=16"], "global_batch 8, .* but the steps already done"),
+        (["steps=null", "epochs=1", "samples=80", "batch_ramp=[[3, 4]]"], r"batch_ramp \[\], .* but the steps already"),
+        (["data.sources.0.weight=[1, 2]"], r"captions.weight 1.0, this run has \[1.0, 2.0\], which changes the order"),
     ],
 )  # fmt: skip
 def test_what_would_lose_samples_or_cannot_apply_is_refused(
@@ -73,6 +79,44 @@ def test_what_applies_does_and_is_reported(stopped: Configure, capsys: pytest.Ca
     assert groups["vision"]["weight_decay"] == 0.25 and groups["vision, no decay"]["weight_decay"] == 0
     assert all(tuple(group["betas"]) == (0.8, 0.9) for group in groups.values())
     assert run.run() == 0 and len(losses(config)) == 8
+
+
+def test_what_changes_later_may_be_added(stopped: Configure, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also with `epochs`: the steps already done have the size that they had."""
+    config = stopped(
+        EVERY, "steps=null", "epochs=1", "samples=60", "batch_ramp=[[5, 4]]",
+        "schedule={shape: wsd, warmup: 0, decay_fraction: 0.25}",
+    )  # fmt: skip
+    run = Trainer(config, Console(stderr=True, width=400))
+    output = capsys.readouterr().err
+    assert "From step 5 on:" in output and "schedule.shape wsd instead of cosine" in output
+    assert "batch_ramp [[5, 4]] instead of []" in output and "steps 10 instead of 6" in output  # 5 x 8 + 5 x 4 samples
+    assert run.run() == 0
+    rows = read_metrics(Path(config.run_dir) / METRICS_FILE)
+    assert [row["batch_size"] for row in rows] == [8] * 5 + [4] * 5
+    assert [row["lr"]["vision"] for row in rows][4:] == pytest.approx([1e-3] * 5 + [0.5e-3])
+
+
+def test_a_run_that_began_with_the_old_key_of_warmup_resumes(stopped: Configure, tmp_path: Path) -> None:
+    config = stopped(EVERY)
+    (saved,) = (path for path in checkpoint.checkpoints(Path(config.run_dir)) if path.name.endswith("4"))
+    content = yaml.safe_load((saved / "config.yaml").read_text())
+    del content["schedule"], content["batch_ramp"]
+    for ratio, lines in ((0.03, []), (0.1, ["From step 5 on: schedule.warmup 0.03 instead of 0.1."])):
+        (saved / "config.yaml").write_text(yaml.safe_dump(content | {"warmup_ratio": ratio}))
+        assert check_resumed(saved, 4, config) == lines
+
+
+def test_a_branch_of_a_constant_run_is_the_run_that_decays(configure: Configure, tmp_path: Path) -> None:
+    """With the warm-up in steps, what is before the decay does not depend on the length of the run."""
+    constant = configure(EVERY, f"run_dir={tmp_path}/constant", "schedule={shape: constant, warmup: 2}", "steps=100")
+    stop_after(trainer(constant), 5)
+    wsd = "schedule={shape: wsd, warmup: 2, decay_fraction: 0.34}"
+    whole, branch = (configure(EVERY, f"run_dir={tmp_path}/{name}", wsd, "steps=6") for name in ("whole", "branch"))
+    train(whole)
+    shutil.copytree(tmp_path / "constant/step-00000004", tmp_path / "branch/step-00000004")
+    train(branch)
+    assert losses(branch) == losses(whole)[4:] and losses(constant)[:4] == losses(whole)[:4]
 
 
 def test_the_same_settings_say_nothing(stopped: Configure, capsys: pytest.CaptureFixture[str]) -> None:

@@ -87,6 +87,53 @@ def test_a_loaded_place_goes_on_with_the_very_next_sample(tmp_path: Path, write_
     assert names(second, 40) == whole[num_done:]
 
 
+def changing_sources(write_shard: Writer, folder: Path) -> list[SourceConfig]:
+    sources = [text_shards(write_shard, folder, name, [5, 4]) for name in "abc"]
+    sources[0].weight, sources[1].weight, sources[2].weight = [3.0, 0.0], [0.0, 2.0], 1.0
+    return sources
+
+
+def test_counts_follow_weights_that_change(tmp_path: Path, write_shard: Writer) -> None:
+    """At every sample within two of the sum of the fractions so far: one, and one for the order of the sources."""
+    for stream in range(4):
+        mixture = Mixture(changing_sources(write_shard, tmp_path), 8, seed=0, stream=stream, num_streams=4)
+        targets, drawn = [0.0, 0.0, 0.0], [0, 0, 0]
+        for number in range(401):
+            weights = (3 - 3 * number / 400, 2 * number / 400, 1.0)
+            source, _ = mixture.next_sample(number / 400)
+            drawn[source] += 1
+            targets = [target + weight / sum(weights) for target, weight in zip(targets, weights)]
+            assert max(abs(count - target) for count, target in zip(drawn, targets)) < 2
+            assert weights[source] > 0, "never of a source whose weight is 0"
+        assert 80 < drawn[1] < 160
+
+
+@pytest.mark.parametrize("num_done", [0, 1, 29, 60])
+def test_weights_that_change_resume_exactly(tmp_path: Path, write_shard: Writer, num_done: int) -> None:
+    sources = changing_sources(write_shard, tmp_path)
+
+    def names(mixture: Mixture, first: int, last: int) -> list[str]:
+        return [mixture.next_sample(number / 99)[1]["__key__"] for number in range(first, last)]
+
+    whole = names(Mixture(sources, 6, seed=1), 0, 100)
+    first, second = Mixture(sources, 6, seed=1), Mixture(sources, 6, seed=1)
+    assert names(first, 0, num_done) == whole[:num_done]
+    second.load_state_dict(first.state_dict())
+    assert names(second, num_done, 100) == whole[num_done:]
+
+
+def test_a_state_without_targets_is_of_weights_that_could_not_change(tmp_path: Path, write_shard: Writer) -> None:
+    sources = [text_shards(write_shard, tmp_path, name, [5, 4]) for name in "abc"]
+    sources[0].weight, sources[1].weight = 0.7, 0.9
+    first, second = Mixture(sources, 6, seed=1), Mixture(sources, 6, seed=1)
+    for _ in range(31):
+        first.next_sample()
+    state = first.state_dict()
+    del state["target"]
+    second.load_state_dict(state)
+    assert [second.next_sample() for _ in range(60)] == [first.next_sample() for _ in range(60)]
+
+
 def test_slices_of_many_streams_read_one_shard_more_at_most() -> None:
     slices = [ShardSlice(number) for number in range(1000)]
     parts = [split_slices(slices, stream, 512) for stream in range(512)]
@@ -133,3 +180,39 @@ def test_a_source_without_samples_is_left_out(tmp_path: Path, write_shard: Write
     assert {mixture.next_sample()[0] for _ in range(10)} == {0}
     with pytest.raises(ValueError, match="b hold no sample"):
         Mixture(sources[1:], 4, seed=0).next_sample()
+
+
+def test_the_others_keep_their_weights_beside_a_source_without_samples(tmp_path: Path, write_shard: Writer) -> None:
+    sources = [text_shards(write_shard, tmp_path, name, sizes) for name, sizes in (("a", [3]), ("b", [0]), ("c", [9]))]
+    sources[0].weight, sources[1].weight = 4.0, 5.0
+    mixture = Mixture(sources, 4, seed=0)
+    drawn = Counter(mixture.next_sample()[0] for _ in range(500))
+    assert drawn[0] == pytest.approx(400, abs=2) and drawn[2] == pytest.approx(100, abs=2)
+    sources[2].weight = [0.0, 0.0]
+    only = Mixture([sources[1], sources[2]], 4, seed=0)
+    assert {only.next_sample()[0] for _ in range(5)} == {1}, "better a source whose weight is 0 than none"
+
+
+@pytest.mark.parametrize("num_done", [0, 1, 5, 40])
+@pytest.mark.parametrize("max_samples", [None, 1])
+def test_a_source_without_samples_resumes_exactly(
+    tmp_path: Path, write_shard: Writer, num_done: int, max_samples: int | None
+) -> None:
+    """It has none at all, or none for the second stream; its turn comes late."""
+    sources = [text_shards(write_shard, tmp_path, "a", [9]), text_shards(write_shard, tmp_path, "c", [9])]
+    empty = text_shards(write_shard, tmp_path, "b", [0 if max_samples is None else 4])
+    empty.weight, empty.max_samples = 0.05, max_samples
+    sources.insert(1, empty)
+
+    def names(mixture: Mixture, count: int) -> list[str]:
+        return [mixture.next_sample()[1]["__key__"] for _ in range(count)]
+
+    whole = names(Mixture(sources, 4, 0, stream=1, num_streams=2), 80)
+    first = Mixture(sources, 4, 0, stream=1, num_streams=2)
+    second = Mixture(sources, 4, 0, stream=1, num_streams=2)
+    assert names(first, num_done) == whole[:num_done]
+    second.load_state_dict(first.state_dict())
+    assert names(second, 80 - num_done) == whole[num_done:]
+    third = Mixture(sources, 4, 0, stream=1, num_streams=2)
+    third.load_state_dict(second.state_dict())
+    assert names(third, 20) == names(second, 20)

@@ -7,6 +7,8 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from .schedule import COSINE, BatchSizes
+
 SAMPLE_FORMATS = ("caption", "chat", "text")
 LORA = "lora"
 INT4 = "int4"
@@ -69,6 +71,37 @@ class LearningRateConfig:
 
 
 @dataclass
+class ComponentScheduleConfig:
+    """What differs from the run's schedule for one component; null: nothing."""
+
+    shape: str | None = None
+    warmup: float | None = None
+    decay_fraction: float | None = None
+    final: float | None = None
+
+
+@dataclass
+class ScheduleConfig:
+    """The learning rate over the run: a factor on the peak rates of `lr`; see schedule.py.
+
+    shape: after warm-up, `cosine` or `linear` to `final` at the end; `constant`: 1 to the end; or `wsd`
+        (warmup-stable-decay, arXiv 2404.06395): 1, then linear to `final` over the last steps.
+    warmup: linear from 0; a fraction of the steps below 1, else a number of steps.
+    decay_fraction: of the steps, which `wsd` decays over.
+    final: the factor after the last step.
+    vision, projector, language: the same settings for one component where it differs.
+    """
+
+    shape: str = COSINE
+    warmup: float = 0.03
+    decay_fraction: float = 0.1
+    final: float = 0.0
+    vision: ComponentScheduleConfig = field(default_factory=ComponentScheduleConfig)
+    projector: ComponentScheduleConfig = field(default_factory=ComponentScheduleConfig)
+    language: ComponentScheduleConfig = field(default_factory=ComponentScheduleConfig)
+
+
+@dataclass
 class OptimizerConfig:
     """AdamW. One-dimensional parameters (norms, biases) have no weight decay."""
 
@@ -82,16 +115,23 @@ class SourceConfig:
     """A set of shards.
 
     shards: paths, globs, URLs or `pipe:` commands with {000..999} braces; several joined by `::`, as in webdataset.
-    weight: sampling weight, relative to the other sources.
+    weight: sampling weight, relative to the other sources; or [start, end]: linear from the run's first to its last
+        step.
     max_samples: samples per epoch of this source; each epoch has another order.
     format: null: data.format.
     """
 
     name: str = MISSING
     shards: str = MISSING
-    weight: float = 1.0
+    weight: Any = 1.0  # float | list[float], which OmegaConf has no type for; checked in config_file.py
     max_samples: int | None = None
     format: str | None = None
+
+    @property
+    def weights(self) -> tuple[float, float]:
+        """The weight at the run's first and last step."""
+        start, end = self.weight if isinstance(self.weight, list) else (self.weight, self.weight)
+        return start, end
 
 
 @dataclass
@@ -165,9 +205,10 @@ class TrainConfig:
     lora: LoraConfig = field(default_factory=LoraConfig)  # with trainable.language: lora
     lr: LearningRateConfig = field(default_factory=LearningRateConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    warmup_ratio: float = 0.03  # of the steps, linear from 0; then cosine to 0
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     clip_norm: float | None = 1.0
     global_batch: int = MISSING  # samples per optimizer step, over all ranks
+    batch_ramp: list[list[int]] = field(default_factory=list)  # [[step, size], ...]: global_batch after `step` steps
     micro_batch: int = MISSING  # samples per forward pass on one rank
     steps: int | None = None
     epochs: float | None = None
@@ -200,9 +241,14 @@ def flat_settings(config: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def batch_sizes(config: TrainConfig) -> BatchSizes:
+    """The samples of each step, over all ranks."""
+    return BatchSizes(config.global_batch, tuple((step, size) for step, size in config.batch_ramp))
+
+
 def num_steps(config: TrainConfig) -> int:
     """Optimiser steps of the run."""
     if config.steps is not None:
         return config.steps
     assert config.epochs is not None and config.samples is not None
-    return max(1, int(config.samples * config.epochs) // config.global_batch)
+    return max(1, batch_sizes(config).num_steps(int(config.samples * config.epochs)))

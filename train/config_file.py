@@ -21,12 +21,21 @@ from .config import (
     SAMPLE_FORMATS,
     DataConfig,
     GenerationsConfig,
+    SourceConfig,
     TrainConfig,
     flat_settings,
+    num_steps,
 )
+from .schedule import COMPONENTS, SHAPES, component_schedule, num_decay_steps, num_warmup_steps
 
 # old key -> new key
-_RENAMED = {"optimiser": "optimizer", "bad_steps": "spike_guard", "answers": "generations", "form": "format"}
+_RENAMED = {
+    "optimiser": "optimizer",
+    "bad_steps": "spike_guard",
+    "answers": "generations",
+    "form": "format",
+    "warmup_ratio": "schedule.warmup",
+}
 _Require = Callable[[bool, str], None]
 
 
@@ -36,13 +45,34 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     Raises:
         ValueError: no such file, not YAML, an unknown key, a wrong type, a missing value or a contradiction; one line.
     """
+    return _resolve(_read(path), overrides, str(path))
+
+
+def load_saved_config(path: str | Path) -> TrainConfig:
+    """The config beside a checkpoint, also of a run that began when `schedule.warmup` was called `warmup_ratio`.
+
+    Raises:
+        ValueError: as `load_config`.
+    """
+    content = _read(path)
+    if "warmup_ratio" in content:
+        OmegaConf.update(content, "schedule.warmup", content.pop("warmup_ratio"))
+    return _resolve(content, (), str(path))
+
+
+def _read(path: str | Path) -> DictConfig:
     if not Path(path).is_file():
         raise ValueError(f"{path}: there is no such config file; the recipes are in train/configs/.")
-    merged = OmegaConf.structured(TrainConfig)
     content = _parse(lambda: OmegaConf.load(path), str(path))
     if not isinstance(content, DictConfig):
         raise ValueError(f"{path}: expected keys and values at the top, found {type(content).__name__}.")
-    with _named_errors(str(path)):
+    return content
+
+
+def _resolve(content: DictConfig, overrides: Sequence[str], path: str) -> TrainConfig:
+    """The config that a file's content and overrides make, checked."""
+    merged = OmegaConf.structured(TrainConfig)
+    with _named_errors(path):
         merged = cast(DictConfig, OmegaConf.merge(merged, content))
     for override in overrides:
         key, equals, text = override.partition("=")
@@ -58,7 +88,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     except (MissingMandatoryValue, OmegaConfBaseException) as error:
         raise ValueError(f"{path}: {getattr(error, 'full_key', '')} is missing; {one_line(error)}.") from error
     config.run_dir = str(as_path(config.run_dir, f"{path}: run_dir"))
-    _check(config, str(path))
+    for source in config.data.sources:
+        source.weight = _as_weight(source, path)
+    _check(config, path)
     return config
 
 
@@ -104,6 +136,8 @@ def _check(config: TrainConfig, where: str) -> None:
     _check_init(config, require)
     require((config.steps is None) != (config.epochs is None), "give exactly one of steps and epochs.")
     require(config.epochs is None or config.samples is not None, "epochs needs samples, the number in one epoch.")
+    _check_batch_ramp(config.batch_ramp, require)
+    _check_schedule(config, require)
     precisions = ", ".join(PRECISIONS)
     require(config.precision in PRECISIONS, f"precision is {config.precision!r}; expected one of {precisions}.")
     _check_trainable(config, require)
@@ -126,12 +160,47 @@ def _check_numbers(config: TrainConfig, require: _Require) -> None:
     ):  # fmt: skip
         require(settings[key] is None or settings[key] > 0, f"{key} is {settings[key]}; it must be positive.")
     require(0 <= config.seed < 1 << 31, f"seed is {config.seed}; expected 0 to {(1 << 31) - 1}.")
-    require(0 <= config.warmup_ratio < 1, f"warmup_ratio is {config.warmup_ratio}; expected 0 to 1.")
     betas = config.optimizer.betas
     require(len(betas) == 2, f"optimizer.betas is {betas}; expected two numbers.")
     require(all(0 <= beta < 1 for beta in betas), f"optimizer.betas is {betas}; each is 0 to below 1.")
     ratio = config.spike_guard.max_norm_ratio
     require(ratio is None or ratio > 1, f"spike_guard.max_norm_ratio is {ratio}; expected more than 1, or null.")
+
+
+def _check_batch_ramp(ramp: list[list[int]], require: _Require) -> None:
+    expected = "expected [[step, size], ...] with increasing steps above 0 and positive sizes"
+    require(all(len(entry) == 2 for entry in ramp), f"batch_ramp is {ramp}; {expected}.")
+    steps = [step for step, _ in ramp]
+    is_increasing = all(before < after for before, after in zip([0, *steps], steps))
+    require(is_increasing and all(size > 0 for _, size in ramp), f"batch_ramp is {ramp}; {expected}.")
+
+
+def _check_schedule(config: TrainConfig, require: _Require) -> None:
+    schedule, steps = config.schedule, num_steps(config)
+    settings = {key: value for key, value in flat_settings(schedule, "schedule.").items() if value is not None}
+    for key, value in settings.items():
+        name = key.rpartition(".")[2]
+        if name == "shape":
+            require(value in SHAPES, f"{key} is {value!r}; expected one of {', '.join(SHAPES)}.")
+        elif name == "warmup":
+            is_known = 0 <= value < 1 or (value >= 1 and value == int(value))
+            require(is_known, f"{key} is {value:g}; expected a fraction of the steps below 1, or a number of steps.")
+        elif name == "decay_fraction":
+            require(0 < value <= 1, f"{key} is {value:g}; expected more than 0, to 1.")
+        else:
+            require(0 <= value <= 1, f"{key} is {value:g}; expected 0 to 1.")
+    for component in COMPONENTS:
+        adjusted = component_schedule(schedule, component)
+        warmup, decay = num_warmup_steps(adjusted, steps), num_decay_steps(adjusted, steps)
+        require(
+            warmup <= steps,
+            f"schedule: the warm-up of {component} takes {warmup} steps, the run has {steps}; lower schedule.warmup.",
+        )
+        require(
+            warmup + decay <= steps,
+            f"schedule: {component} has {warmup} steps of warm-up and {decay} of decay, the run has {steps}; lower "
+            "schedule.warmup or schedule.decay_fraction.",
+        )
 
 
 def _check_init(config: TrainConfig, require: _Require) -> None:
@@ -190,8 +259,35 @@ def _check_data(data: DataConfig, require: _Require) -> None:
             sample_format in SAMPLE_FORMATS,
             f"the format of source {source.name!r} is {sample_format!r}; expected one of {', '.join(SAMPLE_FORMATS)}.",
         )
-        require(source.weight > 0, f"the weight of source {source.name!r} is {source.weight}; it must be positive.")
+        require(
+            min(source.weights) >= 0 and max(source.weights) > 0,
+            f"the weight of source {source.name!r} is {source.weight}; it must be positive"
+            + ("." if source.weights[0] == source.weights[1] else ", or one end of it 0."),
+        )
         require(
             source.max_samples is None or source.max_samples > 0,
             f"max_samples of source {source.name!r} is {source.max_samples}; it must be positive.",
         )
+    for end, index in (("start", 0), ("end", 1)):
+        is_any = any(source.weights[index] > 0 for source in data.sources)
+        require(is_any, f"data.sources: all weights are 0 at the {end}; give one source a positive weight there.")
+
+
+def _as_weight(source: SourceConfig, where: str) -> float | list[float]:
+    """The weight as a number, or as a list of two."""
+    value = source.weight
+    try:
+        if isinstance(value, list):
+            start, end = map(_as_number, value)
+            return [start, end]
+        return _as_number(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{where}: the weight of source {source.name!r} is {value!r}; expected a number, or [start, end]."
+        ) from error
+
+
+def _as_number(value: Any) -> float:
+    if isinstance(value, bool):
+        raise TypeError
+    return float(value)

@@ -6,32 +6,39 @@ import json
 import math
 import time
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import Tensor
 
 from yi_vl.files import read_json_lines, write_json_lines
 from yi_vl.model import YiVLForConditionalGeneration
 
-from .config import TrainConfig
+from .config import TrainConfig, batch_sizes, num_steps
 from .data.loader import StepBatch
+from .describe import describe_batches, schedule_lines
 from .optim import component_parameters
 from .qlora import num_weights
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples-{}.jsonl"  # of a rank
 
 
 def component_table(model: YiVLForConditionalGeneration, config: TrainConfig) -> Table:
-    """Each component's parameters, trainable parameters and learning rate."""
-    table = Table(title=f"{config.run_dir}: trainable parameters")
+    """Each component's parameters, trainable parameters and peak learning rate; below it, what changes over the run."""
+    below = "\n".join([describe_batches(config), *schedule_lines(config)])
+    table = Table(title=f"{config.run_dir}: trainable parameters", caption=escape(below), caption_justify="left")
     for heading in ("component", "parameters", "trainable", "learning rate"):
         table.add_column(heading, justify="left" if heading == "component" else "right")
     for name, parameters in component_parameters(model).items():
@@ -46,7 +53,6 @@ class MetricsWindow:
 
     def __init__(self, config: TrainConfig, accelerator: Accelerator) -> None:
         self._names = [source.name for source in config.data.sources]
-        self._samples_per_step = config.global_batch
         self._accelerator = accelerator
         self._clear()
 
@@ -54,7 +60,7 @@ class MetricsWindow:
         self._per_source = torch.zeros(len(self._names), 2)
         self._grad_norm: float | None = None
         self.component_norms: dict[str, float] = {}  # before clipping, of the step that is logged
-        self.num_steps, self._num_timed_steps, self._num_tokens, self._flops = 0, 0, 0, 0
+        self.num_steps, self._num_samples, self._num_tokens, self._flops = 0, 0, 0, 0  # the last three: timed steps'
         self._since = time.perf_counter()
 
     def add(self, batch: StepBatch, per_source: Tensor, grad_norm: float, flops: int) -> None:
@@ -62,8 +68,8 @@ class MetricsWindow:
         self._grad_norm = grad_norm if math.isfinite(grad_norm) else None
         self._flops += flops
         self._num_tokens += sum(int(micro.attention_mask.sum()) for micro in batch.micro_batches)
+        self._num_samples += sum(len(micro.input_ids) for micro in batch.micro_batches)
         self.num_steps += 1
-        self._num_timed_steps += 1
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to log the loss of all steps since the last row."""
@@ -72,12 +78,20 @@ class MetricsWindow:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._per_source, self.num_steps = state["per_source"], state["num_steps"]
 
-    def metrics(self, step: int, lr: dict[str, float], counts: dict[str, int], steps_skipped: int) -> dict[str, Any]:
-        """A row of metrics.jsonl, over all ranks; clears the window."""
-        numbers = [self._num_tokens, self._flops, counts["seen"], counts["broken"], counts["too_long"]]
+    def metrics(
+        self, step: int, lr: dict[str, float], batch_size: int, counts: dict[str, int], steps_skipped: int
+    ) -> dict[str, Any]:
+        """A row of metrics.jsonl, over all ranks; clears the window.
+
+        Args:
+            lr, batch_size: of the step that is logged.
+        """
+        numbers = [
+            self._num_samples, self._num_tokens, self._flops, counts["seen"], counts["broken"], counts["too_long"]
+        ]  # fmt: skip
         device = self._per_source.device
         sums = self._accelerator.reduce(torch.tensor(numbers, device=device), "sum").tolist()
-        tokens, flops, seen, broken, too_long = sums
+        samples, tokens, flops, seen, broken, too_long = sums
         per_source = self._accelerator.reduce(self._per_source, "sum").tolist()
         seconds = time.perf_counter() - self._since
         metrics = {
@@ -85,9 +99,10 @@ class MetricsWindow:
             "loss": sum(loss for loss, _ in per_source) / sum(count for _, count in per_source),
             "loss_per_source": {name: loss / count for name, (loss, count) in zip(self._names, per_source) if count},
             "lr": lr,
+            "batch_size": batch_size,
             "grad_norm": self._grad_norm,
             "grad_norm_per_component": self.component_norms,
-            "samples_per_second": self._num_timed_steps * self._samples_per_step / seconds,
+            "samples_per_second": samples / seconds,
             "tokens_per_second": tokens / seconds,
             "tflops_per_device": flops / seconds / self._accelerator.num_processes / 1e12,
             "samples_seen": seen,
@@ -119,7 +134,9 @@ class Reporter:
         done_steps: steps done when the run resumes; rows of later steps are dropped.
     """
 
-    def __init__(self, run_dir: Path, num_steps: int, done_steps: int, rank: int, console: Console) -> None:
+    def __init__(self, config: TrainConfig, done_steps: int, rank: int, console: Console) -> None:
+        run_dir = Path(config.run_dir)
+        self._num_steps, self._batch_sizes = num_steps(config), batch_sizes(config)
         self._path = run_dir / METRICS_FILE
         self._samples_path = run_dir / SAMPLES_FILE.format(rank)
         is_main = self._is_main = rank == 0
@@ -130,12 +147,11 @@ class Reporter:
             MofNCompleteColumn(),
             TextColumn("{task.fields[numbers]}"),
             TimeElapsedColumn(),
-            TimeRemainingColumn(),
+            TextColumn("{task.fields[left]}"),
             console=console,
             disable=not is_main or not console.is_terminal,
         )
-        self._task = self._bar.add_task("training", total=num_steps, completed=done_steps, numbers="")
-        self._num_steps = num_steps
+        self._task = self._bar.add_task("training", total=self._num_steps, completed=done_steps, numbers="", left="")
         self._started, self._done_at_start = time.monotonic(), done_steps
         if is_main:  # other ranks write after their first exchange with this one
             for path in (self._path, *run_dir.glob(SAMPLES_FILE.format("*"))):
@@ -152,24 +168,27 @@ class Reporter:
 
     def step(self, step: int, metrics: dict[str, Any] | None) -> None:
         """Move the bar to `step`, and log metrics if given."""
+        left = self._time_left(step)
+        self._bar.update(self._task, completed=step, left=left)
         if metrics is None:
-            self._bar.update(self._task, completed=step)
             return
         numbers = (
             f"loss {metrics['loss']:.4f}  {metrics['samples_per_second']:.1f} samples/s  "
             f"{metrics['tokens_per_second']:,.0f} tokens/s"
         )
-        self._bar.update(self._task, completed=step, numbers=numbers)
+        self._bar.update(self._task, numbers=numbers)
         if not self._is_main:
             return
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(metrics) + "\n")
         if not self._console.is_terminal:
-            per_step = (time.monotonic() - self._started) / max(1, step - self._done_at_start)
-            remaining = time.strftime("%H:%M:%S", time.gmtime((self._num_steps - step) * per_step))
-            self._console.print(
-                f"step {step}/{self._num_steps}  {numbers}  {remaining} left", highlight=False, soft_wrap=True
-            )
+            self._console.print(f"step {step}/{self._num_steps}  {numbers}  {left}", highlight=False, soft_wrap=True)
+
+    def _time_left(self, step: int) -> str:
+        """As in `1 day, 0:03:12 left`, at the samples per second since the start."""
+        at_start, done, total = map(self._batch_sizes.num_samples, (self._done_at_start, step, self._num_steps))
+        seconds = (time.monotonic() - self._started) * (total - done) / max(1, done - at_start)
+        return f"{timedelta(seconds=round(seconds))} left"
 
     def note(self, lines: Sequence[str]) -> None:
         """Print lines above the progress bar."""
@@ -195,7 +214,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def draw_loss_curve(run_dir: Path) -> None:
-    """loss.png from metrics.jsonl: the loss, and faintly that of each source."""
+    """loss.png from metrics.jsonl: the loss, faintly that of each source, and below it learning rate and batch size."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -205,18 +224,54 @@ def draw_loss_curve(run_dir: Path) -> None:
     rows = read_metrics(path) if path.exists() else []
     if not rows:
         return
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    figure, (axes, below) = pyplot.subplots(
+        2, 1, figsize=(8, 6), height_ratios=(3, 1), sharex=True, layout="constrained"
+    )
     names = sorted({name for row in rows for name in row["loss_per_source"]})
     for name in names if len(names) > 1 else ():
         points = [(row["step"], row["loss_per_source"][name]) for row in rows if name in row["loss_per_source"]]
         axes.plot(*zip(*points), linewidth=0.8, alpha=0.6, label=name)
     axes.plot([row["step"] for row in rows], [row["loss"] for row in rows], linewidth=1.6, color="black", label="all")
-    axes.set_xlabel("step")
     axes.set_ylabel("loss per supervised token")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     if len(names) > 1:
         axes.legend(fontsize="small", ncols=2)
     axes.set_title(str(run_dir))
+    draw_schedule(below, rows)
     figure.savefig(run_dir / "loss.png", dpi=120)
     pyplot.close(figure)
+
+
+def draw_schedule(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
+    """The learning rate of each component, and on a second axis the batch size.
+
+    Args:
+        rows: with `step`, `lr` and, unless they are of an earlier version, `batch_size`.
+    """
+    steps = [row["step"] for row in rows]
+    components = dict.fromkeys(name for row in rows for name in row["lr"])
+    rates = {name: [row["lr"].get(name, math.nan) for row in rows] for name in components}
+    for names, values in _equal_ones(rates):
+        axes.plot(steps, values, linewidth=1.2, label=f"learning rate: {', '.join(names)}")
+    axes.set_xlabel("step")
+    axes.set_ylabel("learning rate")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    sizes = [row.get("batch_size", math.nan) for row in rows]
+    right = axes.twinx()
+    right.plot(steps, sizes, linewidth=1.2, color="grey", linestyle="--", drawstyle="steps-pre", label="batch size")
+    right.set_ylabel("batch size")
+    right.set_ylim(bottom=0)
+    lines = [*axes.get_lines(), *right.get_lines()]
+    axes.legend(
+        handles=lines, fontsize="small", ncols=len(lines), frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0)
+    )
+
+
+def _equal_ones(rates: dict[str, list[float]]) -> list[tuple[list[str], list[float]]]:
+    """Components whose rates are equal at every step, with these rates."""
+    groups: dict[tuple[float, ...], list[str]] = {}
+    for name, values in rates.items():
+        groups.setdefault(tuple(values), []).append(name)
+    return [(names, list(values)) for values, names in groups.items()]

@@ -1,4 +1,4 @@
-"""Trainable components, AdamW parameter groups named after them, and the learning-rate schedule."""
+"""Trainable components, AdamW parameter groups named after them, and their learning rates."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch.distributed.tensor import DTensor
 
 from yi_vl.model import YiVLForConditionalGeneration
 
-from .config import TrainConfig
+from .config import ScheduleConfig, TrainConfig
+from .schedule import component_schedule, learning_rate_factor
 
 LOW_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # by precision: autocast's
-COMPONENTS = ("vision", "projector", "language")
 
 
 def components(model: YiVLForConditionalGeneration) -> dict[str, list[nn.Module]]:
@@ -131,19 +131,11 @@ def gradient_norms(optimizer: torch.optim.Optimizer) -> dict[str, float]:
     return {name: math.sqrt(squared_norm) for name, squared_norm in squared_norms.items()}
 
 
-def set_learning_rates_(optimizer: torch.optim.Optimizer, step: int, num_steps: int, warmup_ratio: float) -> None:
-    """Before step `step` of `num_steps` (from 0): linear warm-up, then cosine to 0. The schedule has no state."""
+def set_learning_rates_(optimizer: torch.optim.Optimizer, step: int, num_steps: int, schedule: ScheduleConfig) -> None:
+    """Before step `step` of `num_steps` (from 0). The schedule has no state."""
     for group in optimizer.param_groups:
-        group["lr"] = group["peak_lr"] * schedule(step, num_steps, warmup_ratio)
-
-
-def schedule(step: int, num_steps: int, warmup_ratio: float) -> float:
-    """The factor on the peak learning rate; 1 at the end of warm-up, 0 after the last step."""
-    num_warmup = int(num_steps * warmup_ratio)
-    if step < num_warmup:
-        return (step + 1) / num_warmup
-    progress = (step - num_warmup) / max(1, num_steps - num_warmup)
-    return 0.5 * (1 + math.cos(math.pi * progress))
+        adjusted = component_schedule(schedule, group["name"].removesuffix(", no decay"))
+        group["lr"] = group["peak_lr"] * learning_rate_factor(step, num_steps, adjusted)
 
 
 def learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:

@@ -18,8 +18,10 @@ from .config_file import load_config
 from .data.loader import Sample, SampleEncoder, TooLong
 from .data.samples import sample_name
 from .data.stream import Mixture
+from .describe import describe_sources
 from .html_page import html_page, image_tag
 from .init import initial_processor
+from .schedule import run_progress
 
 _STYLE = """
 
@@ -33,6 +35,8 @@ article.skipped { border-color: #d99; background: #fff6f5; }
 def preview(config: TrainConfig, num_samples: int) -> str:
     """The HTML page of the first samples of the run's first stream, in their order.
 
+    Weights that change go from their start to their end on the page, as if it were the whole run.
+
     Raises:
         ValueError: there is no data, or no model whose tokenizer and image size to show it with.
     """
@@ -41,8 +45,8 @@ def preview(config: TrainConfig, num_samples: int) -> str:
     mixture = Mixture(config.data.sources, config.data.shuffle_buffer, config.seed)
     articles: list[str] = []
     counts: Counter[str] = Counter()
-    for _ in range(num_samples):
-        source, raw = mixture.next_sample()
+    for number in range(num_samples):
+        source, raw = mixture.next_sample(run_progress(number, num_samples))
         name = config.data.sources[source].name
         try:
             sample = encoder.encode(raw, source)
@@ -54,10 +58,11 @@ def preview(config: TrainConfig, num_samples: int) -> str:
         counts[name] += 1
         articles.append(_article(name, sample, processor.tokenizer, processor.image_token_id))
     summary = ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
+    changes = f"<p>{escape(line)}.</p>" if (line := describe_sources(config)) is not None else ""
     body = (
         f"<h1>{escape(config.run_dir)}</h1>"
         f"<p>{config.image_size} px, {processor.patches_per_image} tokens per image. "
-        f"<span class=supervised>Supervised</span>, <span class=image>image</span>. {escape(summary)}.</p>"
+        f"<span class=supervised>Supervised</span>, <span class=image>image</span>. {escape(summary)}.</p>{changes}"
         + "\n".join(articles)
     )
     return html_page(config.run_dir, body, _STYLE)

@@ -14,8 +14,8 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from .checkpoint import load_state, newest_good
-from .config import LORA, TrainConfig, flat_settings, num_steps
-from .config_file import load_config
+from .config import LORA, TrainConfig, batch_sizes, flat_settings, num_steps
+from .config_file import load_saved_config
 from .distributed import raise_on_all_ranks
 
 _ORDER = "which changes the order of the data: samples would be repeated or skipped"
@@ -86,7 +86,7 @@ def check_resumed(checkpoint: Path, done_steps: int, config: TrainConfig) -> lis
     differing = _differences(before, config)
     refused = []
     for key, (old, new) in differing.items():
-        reason = _refusal(key, before, config)
+        reason = _refusal(key, before, config, done_steps)
         if reason is not None:
             refused.append(f"{key} {_show(old)}, this run has {_show(new)}, {reason}")
     if refused:
@@ -118,7 +118,7 @@ def check_finished(final: Path, config: TrainConfig) -> None:
 
 def _read_config(checkpoint: Path) -> TrainConfig:
     try:
-        return load_config(checkpoint / "config.yaml")
+        return load_saved_config(checkpoint / "config.yaml")
     except ValueError as error:
         raise ValueError(f"The config of {checkpoint} cannot be read, take another run_dir: {error}") from error
 
@@ -147,12 +147,14 @@ def _is_same(key: str, old: Any, new: Any) -> bool:
     return bool(old == new)
 
 
-def _refusal(key: str, before: TrainConfig, config: TrainConfig) -> str | None:
+def _refusal(key: str, before: TrainConfig, config: TrainConfig, done_steps: int) -> str | None:
     """Why a key cannot change; None when it can."""
     if key == "init_from.checkpoint" and config.trainable.language == LORA == before.trainable.language:
         return None  # the base model is loaded again, and may have been moved
-    if key == "global_batch" and config.epochs is not None:
-        return "but the steps already done were of another size; give `steps` instead of `epochs`"
+    if key in ("global_batch", "batch_ramp") and config.epochs is not None:
+        done = [list(batch_sizes(run).stretches(done_steps)) for run in (before, config)]
+        if done[0] != done[1]:
+            return "but the steps already done were of another size; give `steps` instead of `epochs`"
     return next((reason for pattern, reason in _REFUSED.items() if fnmatch(key, pattern)), None)
 
 

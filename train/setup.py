@@ -12,7 +12,7 @@ from yi_vl.processor import YiVLProcessor
 
 from .attention.cpu import keep_memory, use_short_attention_
 from .attention.packing import use_varlen_attention_
-from .config import TrainConfig
+from .config import TrainConfig, batch_sizes, num_steps
 from .data.loader import StepLoader
 from .distributed import is_sharded
 from .generations import HeldOut
@@ -57,12 +57,11 @@ def build_loader(
         ValueError: the ranks cannot divide the batch, or the state is of other data.
     """
     world_size = accelerator.num_processes
-    if config.global_batch % world_size:
-        raise ValueError(f"global_batch {config.global_batch} does not divide by {world_size} ranks.")
     return StepLoader(
         processor, config.data, config.max_tokens, config.seed, accelerator.process_index, world_size,
-        config.global_batch // world_size, config.micro_batch,
+        batch_sizes(config).split(world_size, "ranks"), config.micro_batch,
         [rank_state["data"] for rank_state in state["ranks"]] if state is not None else None,
+        state["step"] if state is not None else 0, num_steps(config),
     )  # fmt: skip
 
 

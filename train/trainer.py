@@ -17,7 +17,7 @@ from torch import Tensor
 from yi_vl.arguments import one_line
 
 from . import checkpoint
-from .config import TrainConfig, num_steps
+from .config import TrainConfig, batch_sizes, num_steps
 from .config_file import to_yaml
 from .data.loader import IGNORE, MicroBatch, StepBatch
 from .data.stream import expand_shards
@@ -83,7 +83,7 @@ class Trainer:
         self.config = config
         self.run_dir = Path(config.run_dir)
         self.console = console
-        self.num_steps = num_steps(config)
+        self.num_steps, self.batch_sizes = num_steps(config), batch_sizes(config)
         self.accelerator = build_accelerator(config)
         self.guard = SpikeGuard(config.spike_guard)
         self.log = MetricsWindow(config, self.accelerator)
@@ -127,7 +127,7 @@ class Trainer:
         try:
             with (
                 StopSignals() as signals,
-                Reporter(self.run_dir, self.num_steps, self.done_steps, rank, self.console) as reporter,
+                Reporter(self.config, self.done_steps, rank, self.console) as reporter,
             ):
                 for batch, num_supervised in self._batches(signals):
                     self._train_on(batch, num_supervised, reporter)
@@ -176,7 +176,7 @@ class Trainer:
     def _train_on(self, batch: StepBatch, num_supervised: int, reporter: Reporter) -> None:
         """Do one step and log it."""
         reporter.note(batch.reports)
-        set_learning_rates_(self.optimizer, self.done_steps, self.num_steps, self.config.warmup_ratio)
+        set_learning_rates_(self.optimizer, self.done_steps, self.num_steps, self.config.schedule)
         per_source, norm = self.step(batch, num_supervised)
         self.done_steps += 1
         if self.config.log_samples:
@@ -187,8 +187,9 @@ class Trainer:
             self.log.add(batch, per_source, norm, self._flops(batch))
         metrics = None
         if self._is_logged(self.done_steps) and self.log.num_steps:
+            rates, size = learning_rates(self.optimizer), self.batch_sizes.size(self.done_steps - 1)
             counts, skipped = self.loader.counts(), self.guard.num_skipped
-            metrics = self.log.metrics(self.done_steps, learning_rates(self.optimizer), counts, skipped)
+            metrics = self.log.metrics(self.done_steps, rates, size, counts, skipped)
             self.accelerator.log(flatten(metrics), step=self.done_steps)
         reporter.step(self.done_steps, metrics)
         if self.guard.should_stop:

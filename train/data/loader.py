@@ -8,6 +8,7 @@ B samples of a micro-batch, S tokens, N images, H, W pixels.
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 import time
@@ -25,6 +26,7 @@ from yi_vl.chat import Encoded, Segment, TooLongError
 from yi_vl.processor import YiVLProcessor
 
 from ..config import DataConfig, SourceConfig
+from ..schedule import BatchSizes, run_progress
 from .fast_image import to_uint8
 from .reshard import reshard
 from .samples import read_sample, sample_name
@@ -116,34 +118,37 @@ class StepStream(IterableDataset[StepBatch]):
     """The endless steps of one stream; each DataLoader worker is a stream.
 
     Args:
-        states: of this rank's streams, by worker; `first` is the worker whose turn is next.
+        states: of this rank's streams, by worker; `first` is the worker whose turn is next, for step `first_step`.
     """
 
     def __init__(
         self, encoder: SampleEncoder, data: DataConfig, seed: int, rank: int, world_size: int,
-        samples_per_step: int, micro_batch: int, pad_id: int, states: dict[int, Any] | None = None, first: int = 0,
+        samples_per_step: BatchSizes, micro_batch: int, pad_id: int, states: dict[int, Any] | None = None,
+        first: int = 0, first_step: int = 0, num_steps: int = 1,
     ) -> None:  # fmt: skip
         self._encoder, self._data, self._seed = encoder, data, seed
         self._rank, self._num_workers = rank, max(1, data.workers)
         self._num_streams = world_size * self._num_workers
         self._samples_per_step, self._micro_batch, self._pad_id = samples_per_step, micro_batch, pad_id
         self._states, self._first = states if states is not None else {}, first
+        self._first_step, self._num_steps = first_step, num_steps
         self._noted: set[str] = set()  # shards whose note was reported
         self._last_broken = self._last_too_long = "before the run was stopped"
 
     def __iter__(self) -> Iterator[StepBatch]:
         worker = get_worker_info()
-        number = ((worker.id if worker else 0) + self._first) % self._num_workers
+        turn = worker.id if worker else 0
+        number = (turn + self._first) % self._num_workers
         stream = self._rank * self._num_workers + number
         mixture = Mixture(self._data.sources, self._data.shuffle_buffer, self._seed, stream, self._num_streams)
         counts: Counter[str] = Counter()
         if number in self._states:
             mixture.load_state_dict(self._states[number]["mixture"])
             counts.update(self._states[number]["counts"])
-        while True:
+        for step in itertools.count(self._first_step + turn, self._num_workers):
             reports: list[str] = []
             try:
-                samples = self._gather(mixture, counts, reports)
+                samples = self._gather(mixture, step, counts, reports)
             except ValueError as error:
                 yield StepBatch([], [], number, {}, reports, error=str(error))
                 return
@@ -154,15 +159,16 @@ class StepStream(IterableDataset[StepBatch]):
             state = {"mixture": mixture.state_dict(), "counts": dict(counts)}
             yield StepBatch(micro_batches, names, number, state, reports)
 
-    def _gather(self, mixture: Mixture, counts: Counter[str], reports: list[str]) -> list[Sample]:
-        """The samples of one step; broken ones are counted and reported.
+    def _gather(self, mixture: Mixture, step: int, counts: Counter[str], reports: list[str]) -> list[Sample]:
+        """The samples of a step; broken ones are counted and reported.
 
         Raises:
             ValueError: too many are broken, or there are none.
         """
         samples: list[Sample] = []
-        while len(samples) < self._samples_per_step:
-            source, raw = mixture.next_sample()
+        num_samples, progress = self._samples_per_step.size(step), run_progress(step, self._num_steps)
+        while len(samples) < num_samples:
+            source, raw = mixture.next_sample(progress)
             if (note := raw.get("__note__")) is not None and raw["__url__"] not in self._noted:
                 self._noted.add(raw["__url__"])
                 reports.append(note)
@@ -201,8 +207,9 @@ class StepLoader:
     """The steps of one rank, made by worker processes, with the cursor after the last one consumed.
 
     Args:
-        samples_per_step: this rank's part of the global batch.
+        samples_per_step: this rank's part of the global batch; a number: of every step.
         states: the `state_dict` of every rank to resume from.
+        first_step, num_steps: the steps done before, and those of the whole run, over which weights change.
 
     Attributes:
         note: the effects of resuming with another number of streams, for the user; or None.
@@ -213,7 +220,8 @@ class StepLoader:
 
     def __init__(
         self, processor: YiVLProcessor, data: DataConfig, max_tokens: int, seed: int, rank: int, world_size: int,
-        samples_per_step: int, micro_batch: int, states: Sequence[dict[str, Any]] | None = None,
+        samples_per_step: int | BatchSizes, micro_batch: int, states: Sequence[dict[str, Any]] | None = None,
+        first_step: int = 0, num_steps: int = 1,
     ) -> None:  # fmt: skip
         num_workers = max(1, data.workers)
         self._layout: dict[str, Any] = {
@@ -249,9 +257,10 @@ class StepLoader:
                     f"are repeated, from shuffle buffers of {data.shuffle_buffer}, and none is skipped."
                 )
         pad_id = processor.tokenizer.pad_token_id
+        sizes = samples_per_step if isinstance(samples_per_step, BatchSizes) else BatchSizes(samples_per_step)
         dataset = StepStream(
-            SampleEncoder(processor, data, max_tokens), data, seed, rank, world_size, samples_per_step, micro_batch,
-            pad_id if pad_id is not None else 0, dict(self._states), self._first,
+            SampleEncoder(processor, data, max_tokens), data, seed, rank, world_size, sizes, micro_batch,
+            pad_id if pad_id is not None else 0, dict(self._states), self._first, first_step, num_steps,
         )  # fmt: skip
         self._loader = DataLoader(
             dataset,
@@ -331,7 +340,7 @@ def _shared_prefix_length(samples: Sequence[Sample], input_ids: Tensor, labels: 
     return max(0, min(first, first_image, shortest) - 1)
 
 
-def _layout(sources: Sequence[SourceConfig]) -> list[tuple[str, str, float, int | None, str]]:
+def _layout(sources: Sequence[SourceConfig]) -> list[tuple[str, str, float | list[float], int | None, str]]:
     """The settings that a cursor is only valid for."""
     return [
         (source.name, source.shards, source.weight, source.max_samples, _fingerprint(expand_shards(source)))

@@ -39,7 +39,11 @@ def reshard(
         sources.append([_initial_state(remainder, stream, num_streams) for stream in range(num_streams)])
     after = [
         {
-            "mixture": {"drawn": [0] * len(data.sources), "sources": [source[stream] for source in sources]},
+            "mixture": {
+                "drawn": [0] * len(data.sources),
+                "target": [0.0] * len(data.sources),
+                "sources": [source[stream] for source in sources],
+            },
             "counts": {name: split_count(count, stream, num_streams) for name, count in counts.items()},
         }
         for stream in range(num_streams)

@@ -14,9 +14,11 @@ from itertools import islice
 from typing import Any, NamedTuple, overload
 
 import numpy as np
+from numpy.typing import NDArray
 from webdataset.shardlists import expand_urls
 
 from ..config import SourceConfig
+from ..schedule import source_weights
 from .shard_reader import RawSample, read_shard
 
 
@@ -188,10 +190,14 @@ class SourceStream:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._plan = replace(self._plan, remainder=load_remainder(state))
+        self.is_empty = state["is_empty"]
+        if self.is_empty:
+            return
         self._next = Cursor(**state["start"])
         self._reader = None
         self._fill()
         self._position = state["position"]
+        self.is_empty = False  # until `next_sample` is called, as in a run that was not stopped
 
     def _fill(self) -> None:
         """Read the next window. A window never reaches into the next epoch."""
@@ -236,37 +242,47 @@ def load_remainder(state: dict[str, Any]) -> Remainder | None:
 
 
 class Mixture:
-    """The sources of one stream, mixed by weight: the next sample is of the source furthest below its weight."""
+    """The sources of one stream, mixed by weight: the next sample is of the source furthest below its target.
+
+    A source's target is the sum of its fractions of the weights at the samples drawn so far: weights may change.
+    """
 
     def __init__(
         self, sources: Sequence[SourceConfig], shuffle_buffer: int, seed: int, stream: int = 0, num_streams: int = 1
     ) -> None:
-        weights = np.array([source.weight for source in sources])
-        self._fraction = weights / weights.sum()
+        self._weights = [source.weights for source in sources]
+        self._target = np.zeros(len(sources))
         self._drawn = np.zeros(len(sources), dtype=np.int64)
         self._phase = np.random.default_rng((seed, stream)).random(
             len(sources)
         )  # streams draw from sources in different orders
+        mean_weights = source_weights(self._weights, 0.5)
+        mean_fractions = mean_weights / mean_weights.sum()
         self.sources = [
             SourceStream(
                 index, source.name, expand_shards(source), source.max_samples,
-                max(1, round(shuffle_buffer * float(self._fraction[index]))), seed, stream, num_streams,
+                max(1, round(shuffle_buffer * float(mean_fractions[index]))), seed, stream, num_streams,
             )
             for index, source in enumerate(sources)
         ]  # fmt: skip
 
-    def next_sample(self) -> tuple[int, RawSample]:
+    def next_sample(self, progress: float = 0.0) -> tuple[int, RawSample]:
         """A source's index, and its next sample.
+
+        Args:
+            progress: the part of the run that is done, which weights depend on; see `schedule.run_progress`.
 
         Raises:
             ValueError: no source has a sample for this stream.
         """
         while not all(source.is_empty for source in self.sources):
-            deficit = self._fraction * (self._drawn.sum() + 1) + self._phase - self._drawn
-            deficit[[source.is_empty for source in self.sources]] = -np.inf
+            fractions = self._fractions(progress)
+            deficit = self._target + fractions + self._phase - self._drawn
+            deficit[fractions == 0] = -np.inf
             index = int(deficit.argmax())
             sample = self.sources[index].next_sample()
             if sample is not None:
+                self._target += fractions
                 self._drawn[index] += 1
                 return index, sample
         raise ValueError(
@@ -274,10 +290,26 @@ class Mixture:
             "give more shards or samples, or fewer workers."
         )
 
+    def _fractions(self, progress: float) -> NDArray[np.float64]:
+        """(num_sources,) Of the weights of the sources that have samples; equal ones if all those weights are 0."""
+        has_samples = np.array([not source.is_empty for source in self.sources], dtype=np.float64)
+        weights = source_weights(self._weights, progress) * has_samples
+        weights = weights if weights.any() else has_samples
+        return np.asarray(weights / weights.sum())
+
     def state_dict(self) -> dict[str, Any]:
-        return {"drawn": self._drawn.tolist(), "sources": [source.state_dict() for source in self.sources]}
+        return {
+            "drawn": self._drawn.tolist(),
+            "target": self._target.tolist(),
+            "sources": [source.state_dict() for source in self.sources],
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._drawn = np.array(state["drawn"], dtype=np.int64)
+        if "target" in state:
+            self._target = np.array(state["target"])
+        else:  # saved when weights could not change
+            weights = source_weights(self._weights, 0.0)
+            self._target = weights / weights.sum() * self._drawn.sum()
         for source, source_state in zip(self.sources, state["sources"], strict=True):
             source.load_state_dict(source_state)

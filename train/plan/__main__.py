@@ -1,7 +1,7 @@
 """Memory and time of runs: `python -m train.plan CONFIG... [key.sub=value ...] --gpus 128 --gpu-memory 80`.
 
-For each config what it trains, its steps and tokens, the memory of a GPU by what holds it under DDP, FSDP and ZeRO-3,
-and GPU-hours; then their sum. No weights are read.
+For each config what it trains, its steps, schedule and tokens, the memory of a GPU by what holds it under DDP, FSDP
+and ZeRO-3, and GPU-hours; then their sum. No weights are read.
 """
 
 from __future__ import annotations
@@ -25,9 +25,11 @@ from yi_vl.checkpoint.load import read_config
 from yi_vl.config import OpenClipVisionConfig, YiVLConfig, preset
 
 from ..checkpoint import FINAL
-from ..config import INT4, InitConfig, TrainConfig, num_steps
+from ..config import INT4, InitConfig, TrainConfig, batch_sizes, num_steps
 from ..config_file import load_config
+from ..describe import describe_batches, schedule_lines
 from ..qlora import BYTES_PER_WEIGHT
+from ..schedule import mean_fractions
 from .count import SavedBytes, count_flops, count_saved_bytes
 from .estimate import Memory, Parameters, Strategy, count_parameters, logit_bytes, step_memory, strategies
 from .flops import Row
@@ -66,15 +68,15 @@ class Plan:
 
     @property
     def num_samples(self) -> int:
-        return num_steps(self.config) * self.config.global_batch
+        return batch_sizes(self.config).num_samples(num_steps(self.config))
 
     def rows_per_gpu(self, hardware: Hardware) -> int:
-        """Of a micro-batch."""
-        if self.config.global_batch % hardware.num_gpus:
-            raise ValueError(
-                f"{self.path}: global_batch {self.config.global_batch} does not divide by {hardware.num_gpus} GPUs."
-            )
-        return min(self.config.micro_batch, self.config.global_batch // hardware.num_gpus)
+        """Of the largest micro-batch."""
+        try:
+            sizes = batch_sizes(self.config).split(hardware.num_gpus, "GPUs")
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {error}") from error
+        return min(self.config.micro_batch, max(size for _, size in sizes.stretches(num_steps(self.config))))
 
     def memory(self, hardware: Hardware, strategy: Strategy, row: Row, is_checkpointed: bool) -> Memory:
         """Of a GPU whose rows are all like `row`."""
@@ -110,6 +112,9 @@ def plan(
     caption_tokens: Annotated[int, typer.Option(min=1, help="Average text tokens per sample in caption format.")] = 32,
     chat_tokens: Annotated[int, typer.Option(min=1, help="Average text tokens per sample in chat format.")] = 256,
     model: Annotated[str | None, typer.Option(help="6b, 34b, nano or a model folder, instead of the config's.")] = None,
+    curves: Annotated[
+        Path | None, typer.Option(help="Draw learning rates, batch sizes and the mixture over the steps to this PNG.")
+    ] = None,
 ) -> None:
     """What runs will take: parameters, steps, tokens, memory and GPU-hours. No weights are read.
 
@@ -129,6 +134,10 @@ def plan(
     console.print(sum_table(plans, hardware))
     for line in assumptions(plans, hardware, caption_tokens, chat_tokens):
         console.print(line, highlight=False, soft_wrap=True)
+    if curves is not None:
+        from .curves import draw_curves  # takes a second
+
+        draw_curves({made.path: made.config for made in plans}, curves)
 
 
 def make_plan(
@@ -144,8 +153,10 @@ def make_plan(
     text_tokens = {"caption": caption_tokens, "chat": chat_tokens}
     sources = config.data.sources
     formats = [source.format if source.format is not None else config.data.format for source in sources]
-    weighted = sum(source.weight * text_tokens[each] for source, each in zip(sources, formats))
-    num_text = round(weighted / sum(source.weight for source in sources))
+    if unknown := [source.name for source, each in zip(sources, formats) if each not in text_tokens]:
+        raise ValueError(f"{path}: the format of {unknown[0]!r} is text; only samples with an image can be planned.")
+    fractions = mean_fractions([source.weights for source in sources], batch_sizes(config), num_steps(config))
+    num_text = round(sum(fraction * text_tokens[each] for fraction, each in zip(fractions.tolist(), formats)))
     row = Row(shape.vision_config.num_patches + num_text, num_text)
     if row.tokens > config.max_tokens:
         raise ValueError(f"{path}: an image and {num_text} tokens of text exceed max_tokens {config.max_tokens}.")
@@ -159,15 +170,15 @@ def describe(made: Plan, hardware: Hardware) -> list[str]:
     share = (
         f"{sum(parameters.trained.values()) / 1e6:,.1f} M of {sum(parameters.total.values()) / 1e6:,.1f} M parameters"
     )
-    steps, batch, rows = num_steps(config), config.global_batch, made.rows_per_gpu(hardware)
     bits = 8 * BYTES_PER_WEIGHT
     int4 = f"  {parameters.int4 / 1e6:,.1f} M frozen weights in {bits:.3f} bits each, which FSDP cannot spread"
     which = "the rows `checkpointed`" if config.activation_checkpointing else "the rows named by a strategy"
     return [
         f"\n{made.path}",
         f"  trains {trained}: {share}",
-        f"  {steps:,} steps of {batch:,} samples, {rows} at once on a GPU; {made.row.tokens:,} tokens a sample, "
-        f"{made.model.vision_config.num_patches:,} of them its image's",
+        f"  {describe_batches(config)}, {made.rows_per_gpu(hardware)} at once on a GPU; {made.row.tokens:,} tokens a "
+        f"sample, {made.model.vision_config.num_patches:,} of them its image's",
+        *(f"  {line}" for line in schedule_lines(config)),
         f"  activation_checkpointing: {str(config.activation_checkpointing).lower()}, so {which} hold",
         *([int4] if parameters.int4 else []),
     ]

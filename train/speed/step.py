@@ -25,7 +25,15 @@ from yi_vl.hardware import matrix_rate, synchronized_seconds
 from yi_vl.model import YiVLForConditionalGeneration
 from yi_vl.processor import YiVLProcessor
 
-from ..config import DataConfig, InitConfig, LearningRateConfig, SourceConfig, TrainableConfig, TrainConfig
+from ..config import (
+    DataConfig,
+    InitConfig,
+    LearningRateConfig,
+    ScheduleConfig,
+    SourceConfig,
+    TrainableConfig,
+    TrainConfig,
+)
 from ..data.loader import MicroBatch, Sample, StepBatch, collate, num_supervised
 from ..optim import build_optimizer, set_learning_rates_, set_trainable_
 from ..plan.flops import Row, step_flops
@@ -110,7 +118,7 @@ def make_work(
         global_batch=global_batch,
         micro_batch=micro_batch,
         steps=num_steps,
-        warmup_ratio=0.0,
+        schedule=ScheduleConfig(warmup=0.0),
         max_tokens=model_config.text_config.max_position_embeddings,
         precision=precision,
         compile=compiles,
@@ -174,7 +182,7 @@ def baseline(work: Work) -> Step:
     schedule = iter(range(config.steps or 0))
 
     def step(samples: Sequence[Sample]) -> float:
-        set_learning_rates_(optimizer, next(schedule), config.steps or 0, config.warmup_ratio)
+        set_learning_rates_(optimizer, next(schedule), config.steps or 0, config.schedule)
         micro_batches = _cut(samples, config.micro_batch)
         total = torch.tensor(sum(num_supervised(micro.labels) for micro in micro_batches), device=device)
         summed = 0.0
@@ -205,7 +213,7 @@ def yi_vl_step(work: Work) -> Step:
     trainer = Trainer(config, Console(quiet=True))
 
     def step(samples: Sequence[Sample]) -> float:
-        set_learning_rates_(trainer.optimizer, trainer.done_steps, trainer.num_steps, config.warmup_ratio)
+        set_learning_rates_(trainer.optimizer, trainer.done_steps, trainer.num_steps, config.schedule)
         by_length = sorted(samples, key=lambda sample: len(sample.encoded.input_ids))
         micro_batches = _cut(by_length, config.micro_batch)
         batch = StepBatch(micro_batches, [], 0, {}, [])
