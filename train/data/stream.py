@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from typing import Any, NamedTuple, overload
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, overload
 import numpy as np
 from webdataset.shardlists import expand_urls
 
-from ..config import SourceConfig
+from ..config import SourceConfig, ValidationSourceConfig
 from .shard_reader import RawSample, read_shard
 
 
@@ -83,8 +83,11 @@ class EpochPlan:
         return split_count(self.max_samples, self.stream, self.num_streams)
 
 
-def expand_shards(source: SourceConfig) -> list[str]:
+def expand_shards(source: SourceConfig | ValidationSourceConfig, key: str = "data.sources") -> list[str]:
     """The source's shards in a fixed order: braces, globs, URLs and pipes.
+
+    Args:
+        key: the setting that names the source, for errors.
 
     Raises:
         ValueError: a pattern matches nothing, or a local shard does not exist.
@@ -98,7 +101,7 @@ def expand_shards(source: SourceConfig) -> list[str]:
         missing = [path for path in matches if not os.path.isfile(os.path.expanduser(path))]
         if missing or not matches:
             raise ValueError(
-                f"data.sources: {source.name!r} names {missing[0] if missing else url}, and there is no such shard "
+                f"{key}: {source.name!r} names {missing[0] if missing else url}, and there is no such shard "
                 f"(looked from {os.getcwd()}); correct its `shards`."
             )
         shards += matches
@@ -261,12 +264,23 @@ class Mixture:
         Raises:
             ValueError: no source has a sample for this stream.
         """
+        index, sample = self.draw(lambda _: False)
+        assert sample is not None
+        return index, sample
+
+    def draw(self, is_ready: Callable[[int], bool]) -> tuple[int, RawSample | None]:
+        """The same for a source without anything ready: one with has its turn, and None instead of a sample.
+
+        Raises:
+            ValueError: no source has a sample for this stream.
+        """
         while not all(source.is_empty for source in self.sources):
             deficit = self._fraction * (self._drawn.sum() + 1) + self._phase - self._drawn
             deficit[[source.is_empty for source in self.sources]] = -np.inf
             index = int(deficit.argmax())
-            sample = self.sources[index].next_sample()
-            if sample is not None:
+            has_turn = is_ready(index)
+            sample = None if has_turn else self.sources[index].next_sample()
+            if has_turn or sample is not None:
                 self._drawn[index] += 1
                 return index, sample
         raise ValueError(
