@@ -24,7 +24,7 @@ from train import checkpoint
 from train.config import TrainConfig
 from train.config_file import load_config
 from train.data.loader import StepBatch, StepLoader
-from train.metrics import read_metrics
+from train.metrics import read_metrics, training_rows, validation_rows
 from train.optim import set_learning_rates_
 from train.trainer import Trainer
 
@@ -53,7 +53,10 @@ def assert_same(config: TrainConfig, whole: TrainConfig, num_ranks: int = 1) -> 
     for rank in range(num_ranks):
         assert rows(config, f"samples-{rank}.jsonl") == rows(whole, f"samples-{rank}.jsonl")
     keys = ("step", "loss", "loss_per_source", "grad_norm", "lr", "samples_seen")
-    assert [[row[key] for key in keys] for row in rows(config)] == [[row[key] for key in keys] for row in rows(whole)]
+    logged_rows, expected = (
+        [[row[key] for key in keys] for row in training_rows(rows(run))] for run in (config, whole)
+    )
+    assert logged_rows == expected
 
 
 def test_killed_at_any_moment_it_goes_on_exactly(configure_saved: Configure, tmp_path: Path) -> None:
@@ -121,7 +124,7 @@ def one_process(config: TrainConfig) -> list[float]:
 
 def logged(config: TrainConfig) -> list[float]:
     """The same of a run."""
-    return [row[key] for row in rows(config) for key in ("loss", "grad_norm")]
+    return [row[key] for row in training_rows(rows(config)) for key in ("loss", "grad_norm")]
 
 
 def test_two_ranks_learn_as_one_and_survive(two_ranks: Configure, tmp_path: Path) -> None:
@@ -180,6 +183,34 @@ def test_a_signal_to_one_rank_stops_all_and_one_process_goes_on(two_ranks: Confi
     for rank in range(2):
         sizes.update({row["step"]: len(row["samples"]) for row in rows(again, f"samples-{rank}.jsonl")})
     assert [sizes[number + 1] for number in range(step + 2)] == [8, 4, *[12] * step][: step + 2]
+
+
+def test_the_held_out_loss_does_not_depend_on_ranks_and_disturbs_none(
+    two_ranks: Configure, tmp_path: Path, write_shard: Any
+) -> None:
+    """On one rank, on two, and with weights spread over two; of seven samples, some without an image."""
+    write_shard(tmp_path / "held.tar", [chat_sample(500 + i) for i in range(9)])
+    settings = ("data.workers=1", "steps=4", "neftune=5")
+    validation = f"validation={{sources: [{{name: held, shards: {tmp_path}/held.tar}}], every_steps: 2, samples: 7}}"
+    measured = {}
+    for name, num_ranks, environment in (("one", 1, {}), ("two", 2, {}), ("spread", 2, launched("fsdp"))):
+        plain = two_ranks("halves", f"run_dir={tmp_path}/{name}-plain", *settings)
+        config = two_ranks(
+            "halves", f"run_dir={tmp_path}/{name}-held", *settings, validation,
+            "checkpoint={every_steps: 3, keep_last: 1, keep_best: true}",
+        )  # fmt: skip
+        for run in (plain, config):
+            assert finish(start(run, num_ranks, **environment)) == [0] * num_ranks, output_path(run).read_text()
+        assert_same(config, plain, num_ranks)
+        measured[name] = validation_rows(rows(config))
+        assert [row["step"] for row in measured[name]] == [0, 2, 4]
+        best = min(measured[name][1:], key=lambda row: row["validation_loss"])
+        assert checkpoint.best_checkpoint(Path(config.run_dir)) == checkpoint.checkpoint_path(
+            Path(config.run_dir), best["step"]
+        )
+    assert measured["one"][0] == measured["two"][0] == measured["spread"][0], "bit for bit, of the same weights"
+    for row, spread in zip(measured["two"], measured["spread"]):
+        assert row["validation_loss"] == pytest.approx(spread["validation_loss"], rel=1e-4)
 
 
 def test_a_rank_without_samples_stops_all_with_one_line(two_ranks: Configure, tmp_path: Path, write_shard: Any) -> None:

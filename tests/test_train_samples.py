@@ -17,7 +17,8 @@ from conftest import COLOURS, caption_sample, chat_sample, png
 from PIL import Image
 
 from train.config import DataConfig, SourceConfig
-from train.data.loader import SampleEncoder, StepLoader
+from train.data.encoder import SampleEncoder
+from train.data.loader import StepLoader
 from train.data.samples import read_sample
 from train.data.shard_reader import read_shard
 from train.shards.__main__ import build

@@ -12,8 +12,8 @@ from PIL import Image
 from tiny import tiny_model, tiny_processor
 
 from train.config import DataConfig, SourceConfig
+from train.data.encoder import SampleEncoder
 from train.data.fast_image import to_uint8
-from train.data.loader import SampleEncoder
 from train.speed.data import baseline, drift, make_shards, processor_for, resident_memory, yi_vl_loader
 from train.speed.step import SampleFormat, compare, make_work
 from yi_vl.image import YiVLImageProcessor

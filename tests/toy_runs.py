@@ -12,7 +12,7 @@ from torch import Tensor
 
 from train.config import TrainConfig
 from train.data.loader import StepBatch
-from train.metrics import read_metrics
+from train.metrics import read_metrics, training_rows
 from train.trainer import Trainer
 
 
@@ -21,7 +21,7 @@ def trainer(config: TrainConfig) -> Trainer:
 
 
 def losses(config: TrainConfig) -> list[float]:
-    return [row["loss"] for row in read_metrics(Path(config.run_dir) / "metrics.jsonl")]
+    return [row["loss"] for row in training_rows(read_metrics(Path(config.run_dir) / "metrics.jsonl"))]
 
 
 def step_once(run: Trainer, batches: Iterator[StepBatch] | None = None) -> tuple[Tensor, float]:

@@ -1,11 +1,13 @@
 """A run's checkpoints: written atomically, verified by checksums, and found by their step.
 
 `run_dir/step-00001000/` is a model directory that `from_pretrained` takes, or PEFT's for adapters, with `config.yaml`,
-`training_state.pt` and the SHA-256 of all files (`sha256sum -c SHA256SUMS`); `run_dir/final/` is the finished model.
+`training_state.pt` and the SHA-256 of all files (`sha256sum -c SHA256SUMS`); `run_dir/final/` is the finished model,
+and `run_dir/best` a link to the checkpoint with the lowest held-out loss.
 """
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 from pathlib import Path
@@ -17,7 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from yi_vl.arguments import one_line
-from yi_vl.files import atomic_path, sha256
+from yi_vl.files import atomic_path, sha256, sync_to_disk
 from yi_vl.generation import set_end_tokens_
 from yi_vl.model import YiVLForConditionalGeneration
 from yi_vl.processor import YiVLProcessor
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 STATE_FILE = "training_state.pt"
 SUMS_FILE = "SHA256SUMS"
 FINAL = "final"
+BEST = "best"
 _DAMAGED = "damaged-"  # prefix of a checkpoint that must not be resumed from
 
 
@@ -103,10 +106,65 @@ def checkpoint_path(run_dir: Path, step: int) -> Path:
     return run_dir / f"step-{step:08d}"
 
 
+def step_of(checkpoint: Path) -> int:
+    """The step of a `checkpoint_path`."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
 def delete_old(run_dir: Path, keep_last: int) -> None:
-    """Delete all but the newest `keep_last` checkpoints, and the remains of interrupted saves."""
-    for path in (*checkpoints(run_dir)[:-keep_last], *run_dir.glob(".*.tmp")):
+    """Delete all but the best and the newest `keep_last` checkpoints, and the remains of interrupted saves."""
+    best = best_checkpoint(run_dir)
+    old = [path for path in checkpoints(run_dir)[:-keep_last] if path != best]
+    for path in (*old, *run_dir.glob(".*.tmp")):
         shutil.rmtree(path, ignore_errors=True)
+
+
+def best_checkpoint(run_dir: Path) -> Path | None:
+    """The checkpoint that `run_dir/best` links to; None if there is none."""
+    link = run_dir / BEST
+    return run_dir / os.readlink(link) if link.is_symlink() and link.is_dir() else None
+
+
+def is_best(run_dir: Path, loss: float | None, validation: dict[int, dict[str, Any]]) -> bool:
+    """Whether a held-out loss is lower than that of the best checkpoint so far.
+
+    Args:
+        validation: the rows of earlier steps; see `metrics.validation_rows`.
+    """
+    best = best_checkpoint(run_dir)
+    before = validation.get(step_of(best), {}).get("validation_loss") if best is not None else None
+    return loss is not None and (before is None or loss < before)
+
+
+def mark_best(run_dir: Path, step: int, keep_last: int) -> None:
+    """Link `run_dir/best` to the checkpoint of a step, and delete old ones, the best before it among them.
+
+    The link is replaced in one step, so it always leads to a complete checkpoint.
+
+    Raises:
+        ValueError: the file system cannot hold the link.
+    """
+    link, temporary, directory = run_dir / BEST, run_dir / f".{BEST}.tmp", checkpoint_path(run_dir, step)
+    try:
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(directory.name)
+        if link.is_dir() and not link.is_symlink():  # a program that copied the run has followed the link
+            shutil.rmtree(link)
+        os.replace(temporary, link)
+        sync_to_disk(run_dir)
+    except OSError as error:
+        raise ValueError(
+            f"{link} cannot be linked to {directory.name}: {one_line(error)}; set checkpoint.keep_best to false."
+        ) from error
+    delete_old(run_dir, keep_last)
+
+
+def last_checkpoint_line(run_dir: Path) -> str:
+    """A line for the user about where a run would resume."""
+    saved = checkpoints(run_dir)
+    if not saved:
+        return "No checkpoint was saved yet; started again, the run begins from step 0."
+    return f"The last good checkpoint is {saved[-1]}; started again, the run resumes from it."
 
 
 def rng_state() -> dict[str, Any]:

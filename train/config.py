@@ -10,6 +10,7 @@ from omegaconf import MISSING
 from .schedule import COSINE, BatchSizes
 
 SAMPLE_FORMATS = ("caption", "chat", "text")
+LONG_TEXTS = SKIP, SPLIT, PACK = "skip", "split", "pack"
 LORA = "lora"
 INT4 = "int4"
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -141,6 +142,9 @@ class DataConfig:
     format: default of the sources': `caption` (images with KEY.txt, or the one answer of KEY.json; plain prompt),
         `chat` (KEY.json, `###` prompt) or `text` (KEY.txt alone, plain prompt).
     ignore: member suffixes and keys of KEY.json to ignore; other unknown ones make a sample a broken one.
+    long_text: what becomes of samples of the format text with more than max_tokens tokens: `skip` skips and counts
+        them, `split` cuts them into pieces, `pack` joins all documents into rows of max_tokens tokens, for continued
+        pre-training; see data/documents.py. A source's weight is then its share of the rows.
     workers: loading processes per rank; 0 loads in the training process.
     shuffle_buffer: samples per worker that are permuted together, divided among the sources by weight.
     max_broken_fraction: the run stops when a larger fraction of a worker's samples is broken.
@@ -150,6 +154,7 @@ class DataConfig:
 
     format: str = "caption"
     sources: list[SourceConfig] = MISSING
+    long_text: str = SKIP
     workers: int = 2
     shuffle_buffer: int = 1000
     max_broken_fraction: float = 0.01
@@ -159,10 +164,15 @@ class DataConfig:
 
 @dataclass
 class CheckpointConfig:
-    """When to save, and how many of the newest checkpoints to keep; the finished model is saved in any case."""
+    """When to save, and how many of the newest checkpoints to keep; the finished model is saved in any case.
+
+    keep_best: keep the checkpoint with the lowest `validation_loss` too; `run_dir/best` links to it. It is saved when
+        the loss is measured, so it costs no more saves where `validation.every_steps` is a multiple of `every_steps`.
+    """
 
     every_steps: int = 1000
     keep_last: int = 2
+    keep_best: bool = False
 
 
 @dataclass
@@ -193,6 +203,34 @@ class GenerationsConfig:
 
 
 @dataclass
+class ValidationSourceConfig:
+    """A set of shards held out from training.
+
+    shards: as in `SourceConfig`.
+    max_samples: use fewer than `ValidationConfig.samples` of this source.
+    format: null: data.format.
+    """
+
+    name: str = MISSING
+    shards: str = MISSING
+    max_samples: int | None = None
+    format: str | None = None
+
+
+@dataclass
+class ValidationConfig:
+    """The loss on held-out samples, at the start, at every `every_steps`th step, and at the end; see validation.py.
+
+    samples: how many of each source are used, the first in the order of its shards. They are kept in memory after the
+        image transform (0.6 MB per image of 448 px, divided among the ranks).
+    """
+
+    sources: list[ValidationSourceConfig] = MISSING
+    every_steps: int = 500
+    samples: int = 64
+
+
+@dataclass
 class TrainConfig:
     """A training run. Exactly one of `steps` and `epochs`; `epochs` needs `samples`, the length of one epoch."""
 
@@ -213,12 +251,14 @@ class TrainConfig:
     steps: int | None = None
     epochs: float | None = None
     samples: int | None = None
-    max_tokens: int = 2048  # longer samples are skipped and counted, never cut
+    max_tokens: int = 2048  # longer samples are skipped and counted, never cut; for texts see data.long_text
+    neftune: float | None = None  # alpha of the noise on text embeddings in training, such as 5; see neftune.py
     precision: str = "bf16"
     activation_checkpointing: bool = False  # recompute layers in the backward pass; see train.plan
     compile: bool = False  # the language model's layers; about a minute at the start, then 15% less time on a CPU
     data: DataConfig = MISSING
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    validation: ValidationConfig | None = None
     generations: GenerationsConfig | None = None
     spike_guard: SpikeGuardConfig = field(default_factory=SpikeGuardConfig)
     log_every: int = 10
@@ -233,7 +273,7 @@ def flat_settings(config: Any, prefix: str = "") -> dict[str, Any]:
         key, value = f"{prefix}{field_.name}", getattr(config, field_.name)
         if is_dataclass(value):
             flat |= flat_settings(value, f"{key}.")
-        elif key == "data.sources":
+        elif key in ("data.sources", "validation.sources"):
             for source in value:
                 flat |= flat_settings(source, f"{key}.{source.name}.")
         else:

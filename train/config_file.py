@@ -16,13 +16,16 @@ from yi_vl.arguments import as_path, one_line
 
 from .config import (
     INT4,
+    LONG_TEXTS,
     LORA,
     PRECISIONS,
     SAMPLE_FORMATS,
+    SKIP,
     DataConfig,
     GenerationsConfig,
     SourceConfig,
     TrainConfig,
+    ValidationConfig,
     flat_settings,
     num_steps,
 )
@@ -36,6 +39,7 @@ _RENAMED = {
     "form": "format",
     "warmup_ratio": "schedule.warmup",
 }
+_MIN_ROW_TOKENS = 4  # a piece of a document has two or more, of which all but the first are supervised
 _Require = Callable[[bool, str], None]
 
 
@@ -141,6 +145,17 @@ def _check(config: TrainConfig, where: str) -> None:
     precisions = ", ".join(PRECISIONS)
     require(config.precision in PRECISIONS, f"precision is {config.precision!r}; expected one of {precisions}.")
     _check_trainable(config, require)
+    require(
+        config.data.long_text == SKIP or config.max_tokens >= _MIN_ROW_TOKENS,
+        f"max_tokens is {config.max_tokens}; data.long_text: {config.data.long_text} needs {_MIN_ROW_TOKENS} or more.",
+    )
+    if config.validation is not None:
+        _check_validation(config.validation, config.data, require)
+    require(
+        config.validation is not None or not config.checkpoint.keep_best,
+        "checkpoint.keep_best is true, but there is no validation to choose the best checkpoint by; give validation, "
+        "or set checkpoint.keep_best to false.",
+    )
     if config.generations is not None:
         _check_generations(config.generations, config.data, require)
     _check_data(config.data, require)
@@ -155,7 +170,7 @@ def _check_numbers(config: TrainConfig, require: _Require) -> None:
     for key in ("lr.vision", "lr.projector", "lr.language", "optimizer.weight_decay"):
         require(settings[key] >= 0, f"{key} is {settings[key]}; it must not be negative.")
     for key in (
-        "steps", "epochs", "samples", "clip_norm", "image_size", "global_batch", "micro_batch", "max_tokens",
+        "steps", "epochs", "samples", "clip_norm", "neftune", "image_size", "global_batch", "micro_batch", "max_tokens",
         "log_every", "optimizer.eps", "checkpoint.every_steps", "checkpoint.keep_last", "spike_guard.stop_after",
     ):  # fmt: skip
         require(settings[key] is None or settings[key] > 0, f"{key} is {settings[key]}; it must be positive.")
@@ -231,6 +246,22 @@ def _check_trainable(config: TrainConfig, require: _Require) -> None:
         require(0 <= lora.dropout < 1, f"lora.dropout is {lora.dropout}; expected 0 to 1.")
 
 
+def _check_validation(validation: ValidationConfig, data: DataConfig, require: _Require) -> None:
+    sources = validation.sources
+    require(bool(sources), "validation.sources is empty; list at least one with name and shards, or omit validation.")
+    names = [source.name for source in sources]
+    require(len(set(names)) == len(names), f"validation.sources: names repeat ({', '.join(names)}).")
+    for key in ("every_steps", "samples"):
+        value = getattr(validation, key)
+        require(value > 0, f"validation.{key} is {value}; it must be positive.")
+    for source in sources:
+        key, limit = f"validation.sources.{source.name}", source.max_samples
+        require(limit is None or limit > 0, f"{key}.max_samples is {limit}; it must be positive.")
+        sample_format = source.format if source.format is not None else data.format
+        choices = ", ".join(SAMPLE_FORMATS)
+        require(sample_format in SAMPLE_FORMATS, f"{key}.format is {sample_format!r}; expected one of {choices}.")
+
+
 def _check_generations(generations: GenerationsConfig, data: DataConfig, require: _Require) -> None:
     for key in ("every_steps", "count", "max_new_tokens"):
         value = getattr(generations, key)
@@ -251,6 +282,8 @@ def _check_data(data: DataConfig, require: _Require) -> None:
     require(len(set(names)) == len(names), f"data.sources: names repeat ({', '.join(names)}).")
     require(data.workers >= 0, f"data.workers is {data.workers}; 0 or more.")
     require(data.shuffle_buffer >= 1, f"data.shuffle_buffer is {data.shuffle_buffer}; 1 (no shuffling) or more.")
+    choices = ", ".join(LONG_TEXTS)
+    require(data.long_text in LONG_TEXTS, f"data.long_text is {data.long_text!r}; expected one of {choices}.")
     fraction = data.max_broken_fraction
     require(0 <= fraction <= 1, f"data.max_broken_fraction is {fraction}; expected 0 to 1.")
     for source in data.sources:

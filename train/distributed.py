@@ -5,6 +5,7 @@ Checkpoints hold full, named tensors, so that a run can resume with another numb
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -99,6 +100,21 @@ def exchange(accelerator: Accelerator, numbers: list[int]) -> list[list[int]]:
         return [numbers]
     rows: list[list[int]] = accelerator.gather(torch.tensor([numbers], device=accelerator.device)).tolist()
     return rows
+
+
+def on_first_rank(accelerator: Accelerator, function: Callable[[], None]) -> None:
+    """Run a function on the first rank; all take part.
+
+    Raises:
+        ValueError: on every rank, what the function raised on the first.
+    """
+    error = ""
+    if accelerator.is_main_process:
+        try:
+            function()
+        except ValueError as first_error:
+            error = str(first_error)
+    raise_on_all_ranks(error)
 
 
 def raise_on_all_ranks(error: str) -> None:

@@ -62,7 +62,8 @@ class HeldOut:
         self.every_steps = config.every_steps
         sample_format = config.format if config.format is not None else data.format
         source = SourceConfig(name="generations", shards=config.shards)
-        raw_samples = itertools.chain.from_iterable(read_shard(shard) for shard in expand_shards(source))
+        shards = expand_shards(source, "generations.shards")
+        raw_samples = itertools.chain.from_iterable(read_shard(shard) for shard in shards)
         self.samples: list[HeldOutSample] = []
         for raw in itertools.islice(raw_samples, config.count):
             try:
@@ -87,11 +88,15 @@ class HeldOut:
 
     def generate(self, model: YiVLForConditionalGeneration, processor: YiVLProcessor) -> list[str]:
         """Greedy answers of a model in eval mode. No random state is used."""
+        language_model = model.model.language_model
+        attention = language_model.config._attn_implementation
+        language_model.set_attn_implementation("sdpa")  # packed attention only takes whole micro-batches
         engine = Engine(model, processor, max_draft_tokens=0)
         texts = []
         for sample in self.samples:
             prompt = engine.inputs.to_prompt(processor.encode(sample.prompt), sample.images)
             texts.append("".join(output.text for (output,) in engine.generate([prompt], self._sampling)))
+        language_model.set_attn_implementation(attention)
         return texts
 
     def record(self, step: int, texts: list[str]) -> None:

@@ -5,6 +5,7 @@ B samples, S tokens, T tokens when packed, N images, D language width, K supervi
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from itertools import chain
 from typing import Any
 
@@ -18,6 +19,7 @@ from yi_vl.model import YiVLForConditionalGeneration
 from .attention.cpu import PACKED, GroupedPacking, round_up
 from .attention.packing import VARLEN, Packing
 from .data.loader import IGNORE
+from .neftune import noise_scale, noisy_embeddings
 
 _CPU_TOKENS = 64  # K is rounded up to a multiple of this on a CPU; see attention/cpu.py
 # By attention implementation; rows stay padded with any other.
@@ -25,11 +27,16 @@ _PACKINGS: dict[str, type[Packing]] = {PACKED: GroupedPacking, VARLEN: Packing}
 
 
 class Objective(nn.Module):
-    """A model and its loss as one module, so that DDP and FSDP wrap both."""
+    """A model and its loss as one module, so that DDP and FSDP wrap both.
 
-    def __init__(self, model: YiVLForConditionalGeneration, num_sources: int) -> None:
+    Args:
+        neftune: the noise of neftune.py in training mode; None: no noise.
+    """
+
+    def __init__(self, model: YiVLForConditionalGeneration, num_sources: int, neftune: float | None = None) -> None:
         super().__init__()
         self.model = model
+        self._neftune = neftune
         self._num_sources = num_sources
         present = {type(module).__name__ for module in model.modules()}
         self._no_split_modules = [name for name in model._no_split_modules if name in present]  # FSDP shards by these
@@ -56,6 +63,9 @@ class Objective(nn.Module):
             pixel_values: (N, 3, H, W), or None.
             source_ids: (B,)
         """
+        noise = self._noise_scale(input_ids, attention_mask)
+        if noise is not None:
+            shared_prefix_length = 0  # every row has noise of its own
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE)  # (B, S): the next token
         token_sources = source_ids.unsqueeze(1).expand_as(targets)  # (B, S)
         inputs: dict[str, Any] = {"input_ids": input_ids}
@@ -63,8 +73,11 @@ class Objective(nn.Module):
             packing = self._packing.of(attention_mask, shared_prefix_length)
             inputs = packing.inputs(input_ids)
             targets, token_sources = packing.take(targets, IGNORE), packing.take(token_sources, 0)  # (1, T)
+            noise = packing.take(noise, 0) if noise is not None else None
         unused_vision = self._zero_of_vision(input_ids.device) if pixel_values is None else None
-        hidden = self.model.model(pixel_values=pixel_values, use_cache=False, **inputs).last_hidden_state  # (1, T, D)
+        with noisy_embeddings(self.model.model.language_model, noise) if noise is not None else nullcontext():
+            outputs = self.model.model(pixel_values=pixel_values, use_cache=False, **inputs)
+        hidden = outputs.last_hidden_state  # (1, T, D)
         supervised = (targets != IGNORE).flatten().nonzero().squeeze(1)  # (K,)
         num_pads = round_up(len(supervised), self._multiple) - len(supervised)
         hidden = hidden.flatten(0, 1).index_select(0, F.pad(supervised, (0, num_pads)))  # (K, D)
@@ -77,6 +90,13 @@ class Objective(nn.Module):
             )
         loss = losses.sum()
         return loss if unused_vision is None else loss + unused_vision, per_source
+
+    def _noise_scale(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor | None:
+        if self._neftune is None or not self.training:
+            return None
+        config = self.model.config
+        width = config.text_config.hidden_size
+        return noise_scale(input_ids, attention_mask, config.image_token_id, width, self._neftune)
 
     def _zero_of_vision(self, device: torch.device) -> Tensor | None:
         """A zero that depends on every vision parameter, for a micro-batch without images.

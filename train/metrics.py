@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -71,6 +72,13 @@ class MetricsWindow:
         self._num_samples += sum(len(micro.input_ids) for micro in batch.micro_batches)
         self.num_steps += 1
 
+    @contextmanager
+    def untimed(self) -> Iterator[None]:
+        """Leave the time of the block out of the throughput."""
+        start = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - start
+
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to log the loss of all steps since the last row."""
         return {"per_source": self._per_source.cpu(), "num_steps": self.num_steps}
@@ -132,6 +140,9 @@ class Reporter:
 
     Args:
         done_steps: steps done when the run resumes; rows of later steps are dropped.
+
+    Attributes:
+        validation: the row of each step with a held-out loss; of the first rank.
     """
 
     def __init__(self, config: TrainConfig, done_steps: int, rank: int, console: Console) -> None:
@@ -156,6 +167,8 @@ class Reporter:
         if is_main:  # other ranks write after their first exchange with this one
             for path in (self._path, *run_dir.glob(SAMPLES_FILE.format("*"))):
                 _drop_after(path, done_steps)
+        rows = read_metrics(self._path) if is_main and self._path.exists() else []
+        self.validation = {row["step"]: row for row in validation_rows(rows)}
 
     def __enter__(self) -> Reporter:
         self._bar.start()
@@ -190,6 +203,17 @@ class Reporter:
         seconds = (time.monotonic() - self._started) * (total - done) / max(1, done - at_start)
         return f"{timedelta(seconds=round(seconds))} left"
 
+    def validated(self, row: dict[str, Any]) -> None:
+        """Log a row with a held-out loss."""
+        if not self._is_main:
+            return
+        self.validation[row["step"]] = row
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        per_source = ", ".join(f"{name} {_shown(loss)}" for name, loss in row["validation_loss_per_source"].items())
+        line = f"step {row['step']}/{self._num_steps}  validation loss {_shown(row['validation_loss'])}  ({per_source})"
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
     def note(self, lines: Sequence[str]) -> None:
         """Print lines above the progress bar."""
         if self._is_main:
@@ -213,15 +237,31 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return read_json_lines(path, drops_partial=True)
 
 
+def training_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl about training steps: `MetricsWindow.metrics`."""
+    return [row for row in rows if "loss" in row]
+
+
+def validation_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl with a held-out loss: `step`, and what `Validation.measure` returns."""
+    return [row for row in rows if "validation_loss" in row]
+
+
+def _shown(loss: float | None) -> str:
+    return "NaN/Inf" if loss is None else f"{loss:.4f}"
+
+
 def draw_loss_curve(run_dir: Path) -> None:
-    """loss.png from metrics.jsonl: the loss, faintly that of each source, and below it learning rate and batch size."""
+    """loss.png from metrics.jsonl: the loss, faintly that of each source, dashed those held out; and below them learning
+    rate and batch size."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     path = run_dir / METRICS_FILE
-    rows = read_metrics(path) if path.exists() else []
+    all_rows = read_metrics(path) if path.exists() else []
+    rows = training_rows(all_rows)
     if not rows:
         return
     figure, (axes, below) = pyplot.subplots(
@@ -232,10 +272,11 @@ def draw_loss_curve(run_dir: Path) -> None:
         points = [(row["step"], row["loss_per_source"][name]) for row in rows if name in row["loss_per_source"]]
         axes.plot(*zip(*points), linewidth=0.8, alpha=0.6, label=name)
     axes.plot([row["step"] for row in rows], [row["loss"] for row in rows], linewidth=1.6, color="black", label="all")
+    _draw_validation(axes, validation_rows(all_rows))
     axes.set_ylabel("loss per supervised token")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
-    if len(names) > 1:
+    if len(axes.get_lines()) > 1:
         axes.legend(fontsize="small", ncols=2)
     axes.set_title(str(run_dir))
     draw_schedule(below, rows)
@@ -275,3 +316,14 @@ def _equal_ones(rates: dict[str, list[float]]) -> list[tuple[list[str], list[flo
     for name, values in rates.items():
         groups.setdefault(tuple(values), []).append(name)
     return [(names, list(values)) for values, names in groups.items()]
+
+
+def _draw_validation(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
+    """Held-out losses, dashed: their mean, and faintly each source."""
+    names = list(rows[-1]["validation_loss_per_source"]) if rows else []
+    for name in names if len(names) > 1 else ():
+        losses = [row["validation_loss_per_source"].get(name) for row in rows]
+        axes.plot([row["step"] for row in rows], losses, "--", linewidth=0.8, alpha=0.6, label=f"held out: {name}")
+    if rows:
+        losses = [row["validation_loss"] for row in rows]
+        axes.plot([row["step"] for row in rows], losses, "o--", color="crimson", markersize=3, label="held out")

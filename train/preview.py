@@ -15,7 +15,7 @@ from yi_vl import program
 
 from .config import TrainConfig
 from .config_file import load_config
-from .data.loader import Sample, SampleEncoder, TooLong
+from .data.encoder import Sample, SampleEncoder, TooLong, draw_turn
 from .data.samples import sample_name
 from .data.stream import Mixture
 from .describe import describe_sources
@@ -42,21 +42,21 @@ def preview(config: TrainConfig, num_samples: int) -> str:
     """
     processor = initial_processor(config)
     encoder = SampleEncoder(processor, config.data, config.max_tokens)
+    documents = encoder.new_documents()
     mixture = Mixture(config.data.sources, config.data.shuffle_buffer, config.seed)
     articles: list[str] = []
     counts: Counter[str] = Counter()
-    for number in range(num_samples):
-        source, raw = mixture.next_sample(run_progress(number, num_samples))
-        name = config.data.sources[source].name
-        try:
-            sample = encoder.encode(raw, source)
-        except ValueError as error:
-            counts["too long" if isinstance(error, TooLong) else "broken"] += 1
-            label, reason = escape(f"{name} · {sample_name(raw)}"), escape(str(error))
-            articles.append(f"<article class=skipped><div><small>{label}</small>skipped: {reason}</div></article>")
-            continue
-        counts[name] += 1
-        articles.append(_article(name, sample, processor.tokenizer, processor.image_token_id))
+    while len(articles) < num_samples:
+        progress = run_progress(len(articles), num_samples)
+        for source, raw, outcome in draw_turn(mixture, encoder, documents, progress):
+            name = config.data.sources[source].name
+            if isinstance(outcome, Sample):
+                counts[name] += 1
+                articles.append(_article(name, outcome, processor.tokenizer, processor.image_token_id))
+            elif isinstance(outcome, ValueError) and raw is not None:
+                counts["too long" if isinstance(outcome, TooLong) else "broken"] += 1
+                label, reason = escape(f"{name} · {sample_name(raw)}"), escape(str(outcome))
+                articles.append(f"<article class=skipped><div><small>{label}</small>skipped: {reason}</div></article>")
     summary = ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
     changes = f"<p>{escape(line)}.</p>" if (line := describe_sources(config)) is not None else ""
     body = (

@@ -22,6 +22,7 @@ _ORDER = "which changes the order of the data: samples would be repeated or skip
 _REFUSED = {  # keys, or patterns of them, and why they cannot change
     "seed": _ORDER,
     "data.shuffle_buffer": _ORDER,
+    "data.long_text": _ORDER,
     "data.sources": _ORDER,
     "data.sources.*.shards": _ORDER,
     "data.sources.*.weight": _ORDER,
@@ -33,8 +34,9 @@ _REFUSED = {  # keys, or patterns of them, and why they cannot change
 }
 _NOT_COMPARED = ("run_dir", "resume")
 _NO_RESULT = (  # keys that do not change the trained weights
-    "checkpoint.*", "generations", "generations.*", "log_every", "log_samples", "trackers", "micro_batch", "compile",
-    "activation_checkpointing", "data.workers", "data.max_broken_fraction", "spike_guard.stop_after",
+    "checkpoint.*", "validation", "validation.*", "generations", "generations.*", "log_every", "log_samples",
+    "trackers", "micro_batch", "compile", "activation_checkpointing", "data.workers", "data.max_broken_fraction",
+    "spike_guard.stop_after",
 )  # fmt: skip
 
 
@@ -155,6 +157,8 @@ def _refusal(key: str, before: TrainConfig, config: TrainConfig, done_steps: int
         done = [list(batch_sizes(run).stretches(done_steps)) for run in (before, config)]
         if done[0] != done[1]:
             return "but the steps already done were of another size; give `steps` instead of `epochs`"
+    if config.checkpoint.keep_best and before.validation is not None and fnmatch(key, "validation.s*"):
+        return "but checkpoint.keep_best compares its losses with earlier ones"
     return next((reason for pattern, reason in _REFUSED.items() if fnmatch(key, pattern)), None)
 
 

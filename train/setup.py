@@ -14,11 +14,24 @@ from .attention.cpu import keep_memory, use_short_attention_
 from .attention.packing import use_varlen_attention_
 from .config import TrainConfig, batch_sizes, num_steps
 from .data.loader import StepLoader
+from .data.stream import expand_shards
 from .distributed import is_sharded
 from .generations import HeldOut
 from .init import check_positions, initial_model, load_float32
 from .lora import Adapters, add_adapters_, uses_adapters
 from .optim import cast_frozen_, checkpoint_activations_, set_trainable_
+from .validation import VALIDATION_KEY
+
+
+def check_shards(config: TrainConfig) -> None:
+    """
+    Raises:
+        ValueError: the shards of a source are not there.
+    """
+    for source in config.data.sources:
+        expand_shards(source)
+    for held_out in config.validation.sources if config.validation is not None else ():
+        expand_shards(held_out, VALIDATION_KEY)
 
 
 def build_model(

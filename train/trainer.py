@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from rich.console import Console
 from torch import Tensor
 
@@ -20,7 +20,6 @@ from . import checkpoint
 from .config import TrainConfig, batch_sizes, num_steps
 from .config_file import to_yaml
 from .data.loader import IGNORE, MicroBatch, StepBatch
-from .data.stream import expand_shards
 from .distributed import (
     build_accelerator,
     exchange,
@@ -28,24 +27,20 @@ from .distributed import (
     gather_weights,
     is_sharded,
     load_optimizer_,
+    on_first_rank,
     raise_on_all_ranks,
     ranks_line,
 )
 from .generations import HeldOut
 from .loss import Objective
 from .metrics import MetricsWindow, Reporter, component_table, draw_loss_curve, flatten
-from .optim import (
-    build_optimizer,
-    gradient_norms,
-    learning_rates,
-    set_learning_rates_,
-    set_trainable_,
-)
+from .optim import build_optimizer, gradient_norms, learning_rates, set_learning_rates_
 from .plan.flops import batch_flops
 from .resume import check_finished, find_checkpoint
-from .setup import build_held_out, build_loader, build_model
+from .setup import build_held_out, build_loader, build_model, check_shards
 from .signals import StopSignals
 from .spike_guard import SpikeGuard
+from .validation import Validation, build_validation, evaluation
 
 
 def train(config: TrainConfig) -> Path:
@@ -63,8 +58,7 @@ def train(config: TrainConfig) -> Path:
         check_finished(final, config)
         console.print(f"{final} is finished already; to train again, take another run_dir.", markup=False)
         return final
-    for source in config.data.sources:
-        expand_shards(source)
+    check_shards(config)
     trainer = Trainer(config, console)
     if stop_signal := trainer.run():
         trainer.accelerator.end_training()
@@ -105,7 +99,7 @@ class Trainer:
             self._print(f"Resuming from {directory}, step {self.done_steps} of {self.num_steps}.")
 
         self.objective, self.optimizer = self.accelerator.prepare(
-            Objective(self.model, len(config.data.sources)), build_optimizer(self.model, config)
+            Objective(self.model, len(config.data.sources), config.neftune), build_optimizer(self.model, config)
         )
         if self.accelerator.num_processes > 1:
             self._print(ranks_line(self.accelerator, self.objective))
@@ -113,6 +107,7 @@ class Trainer:
             for layer in self.model.model.language_model.layers:  # one by one: all share one compilation
                 layer.compile(dynamic=True)
         self.held_out = build_held_out(config, self.accelerator, self.model, self.processor)
+        self.validation = build_validation(config, self.accelerator, self.processor)
         self.loader = build_loader(config, self.accelerator, self.processor, state)
         if self.loader.note is not None:
             self._print(self.loader.note)
@@ -129,19 +124,22 @@ class Trainer:
                 StopSignals() as signals,
                 Reporter(self.config, self.done_steps, rank, self.console) as reporter,
             ):
+                if self.validation is not None:
+                    reporter.note(self.validation.reports)
+                    self._validate(self.validation, reporter)  # the start, or what a killed run left out
                 for batch, num_supervised in self._batches(signals):
                     self._train_on(batch, num_supervised, reporter)
-                    self._after_step()
+                    self._after_step(reporter)
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
             raise ValueError(
                 f"A data worker died: {one_line(error)}. If memory ran out, lower data.workers or "
-                f"data.shuffle_buffer. {self._last_checkpoint_line()}"
+                f"data.shuffle_buffer. {checkpoint.last_checkpoint_line(self.run_dir)}"
             ) from error
         if self.stop_signal:
             name = signal.Signals(self.stop_signal).name
-            self._print(f"{name} at step {self.done_steps}: {self._last_checkpoint_line()}")
+            self._print(f"{name} at step {self.done_steps}: {checkpoint.last_checkpoint_line(self.run_dir)}")
         return self.stop_signal
 
     def _batches(self, signals: StopSignals) -> Iterator[tuple[StepBatch, int]]:
@@ -196,16 +194,19 @@ class Trainer:
             raise ValueError(
                 f"{self.guard.num_consecutive} consecutive steps were skipped; the gradient norm of the last is "
                 f"{norm:g}, spike_guard.max_norm_ratio {self.config.spike_guard.max_norm_ratio}. Lower the learning "
-                f"rate, or look at the samples of these steps (log_samples=true). {self._last_checkpoint_line()}"
+                "rate, or look at the samples of these steps (log_samples=true). "
+                f"{checkpoint.last_checkpoint_line(self.run_dir)}"
             )
 
-    def _after_step(self) -> None:
-        """Save a checkpoint and generate answers when they are due."""
+    def _after_step(self, reporter: Reporter) -> None:
+        """Save a checkpoint, measure the held-out loss and generate answers when they are due."""
         is_last = self.done_steps == self.num_steps
         self.is_checkpoint_due |= self.done_steps % self.config.checkpoint.every_steps == 0
         if self.is_checkpoint_due and not is_last and not self.guard.num_consecutive:  # else after the next good step
             self._save_step(self.loader.state_dict())
             self.is_checkpoint_due = False
+        if self.validation is not None:
+            self._validate(self.validation, reporter)
         if self.held_out is not None and (is_last or self.done_steps % self.held_out.every_steps == 0):
             self._generate(self.held_out)
 
@@ -259,15 +260,31 @@ class Trainer:
             scaler.update()
         self.optimizer.zero_grad()
 
+    def _validate(self, validation: Validation, reporter: Reporter) -> None:
+        """Measure the held-out loss if it is due and not yet logged, and keep the checkpoint if it is the best."""
+        step = self.done_steps
+        if not validation.is_due(step, self.num_steps):
+            return
+        (row,) = broadcast_object_list([reporter.validation.get(step)])
+        if row is None:
+            with self.log.untimed():
+                row = {"step": step} | validation.measure(self.accelerator, self.objective, self._inputs)
+            self.accelerator.log(flatten(row), step=step)
+            reporter.validated(row)
+        if self.config.checkpoint.keep_best and step and not self.guard.num_consecutive:
+            self._keep_if_best(row["validation_loss"], reporter)
+
+    def _keep_if_best(self, loss: float | None, reporter: Reporter) -> None:
+        is_best = checkpoint.is_best(self.run_dir, loss, reporter.validation)
+        if broadcast_object_list([is_best])[0]:  # by the first rank, which has the rows
+            if self._saved_steps != self.done_steps:
+                self._save_step(self.loader.state_dict())
+            keep_last = self.config.checkpoint.keep_last
+            on_first_rank(self.accelerator, lambda: checkpoint.mark_best(self.run_dir, self.done_steps, keep_last))
+
     def _generate(self, held_out: HeldOut) -> None:
-        language_model = self.model.model.language_model
-        attention = language_model.config._attn_implementation
-        self.model.eval()
-        language_model.set_attn_implementation("sdpa")  # packed attention only takes whole micro-batches
-        with self.accelerator.autocast():
+        with evaluation(self.objective), self.accelerator.autocast():
             texts = held_out.generate(self.model, self.processor)
-        language_model.set_attn_implementation(attention)
-        set_trainable_(self.model, self.config)  # back to training mode
         held_out.record(self.done_steps, texts)
         for tracker in self.accelerator.trackers:
             held_out.track(tracker, self.done_steps, texts)
@@ -295,20 +312,12 @@ class Trainer:
             if accelerator.scaler is not None:
                 state["scaler"] = accelerator.scaler.state_dict()
         weights = gather_weights(accelerator, self.objective)
-        error = ""
-        if accelerator.is_main_process:
-            try:
-                checkpoint.save_checkpoint(directory, self.saved, weights, self.processor, to_yaml(self.config), state)
-                checkpoint.delete_old(self.run_dir, self.config.checkpoint.keep_last)
-            except ValueError as save_error:
-                error = str(save_error)
-        raise_on_all_ranks(error)
 
-    def _last_checkpoint_line(self) -> str:
-        saved = checkpoint.checkpoints(self.run_dir)
-        if not saved:
-            return "No checkpoint was saved yet; started again, the run begins from step 0."
-        return f"The last good checkpoint is {saved[-1]}; started again, the run resumes from it."
+        def write() -> None:
+            checkpoint.save_checkpoint(directory, self.saved, weights, self.processor, to_yaml(self.config), state)
+            checkpoint.delete_old(self.run_dir, self.config.checkpoint.keep_last)
+
+        on_first_rank(accelerator, write)
 
     def _print(self, line: str) -> None:
         if self.accelerator.is_main_process:

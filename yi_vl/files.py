@@ -32,12 +32,12 @@ def atomic_path(path: Path, flush: bool = False) -> Iterator[Path]:
         yield temporary
         if flush:
             for written in (*temporary.rglob("*"), temporary):
-                _flush(written)
+                sync_to_disk(written)
         if path.is_dir():
             shutil.rmtree(path)
         os.replace(temporary, path)
         if flush:
-            _flush(path.parent)
+            sync_to_disk(path.parent)
     finally:
         _remove(temporary)
 
@@ -96,7 +96,8 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _flush(path: Path) -> None:
+def sync_to_disk(path: Path) -> None:
+    """Flush a file's content, or a folder's list of names, from the system's cache to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

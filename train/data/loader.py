@@ -22,35 +22,20 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from yi_vl.chat import Encoded, Segment, TooLongError
 from yi_vl.processor import YiVLProcessor
 
 from ..config import DataConfig, SourceConfig
 from ..schedule import BatchSizes, run_progress
-from .fast_image import to_uint8
+from .documents import Documents
+from .encoder import Outcome, Sample, SampleEncoder, TooLong, draw_turn
 from .reshard import reshard
-from .samples import read_sample, sample_name
+from .samples import sample_name
 from .shard_reader import RawSample
 from .stream import Mixture, expand_shards
 
 IGNORE = -100
 _MIN_SEEN = 100  # samples before a broken fraction means anything
 _MAX_LONG_FRACTION = 0.5
-
-
-class TooLong(ValueError):
-    """A sample with more than max_tokens tokens."""
-
-
-@dataclass
-class Sample:
-    """An encoded sample, with its segments for inspection."""
-
-    name: str  # shard and key
-    source: int
-    segments: list[Segment]
-    encoded: Encoded
-    images: list[Tensor]  # (H, W, 3) uint8 each
 
 
 @dataclass
@@ -82,38 +67,6 @@ class StepBatch:
         return sum(num_supervised(micro_batch.labels) for micro_batch in self.micro_batches)
 
 
-class SampleEncoder:
-    """Makes a `Sample` of the raw members of a tar."""
-
-    def __init__(self, processor: YiVLProcessor, data: DataConfig, max_tokens: int) -> None:
-        self._processor = processor
-        self._sample_formats = [source.format if source.format is not None else data.format for source in data.sources]
-        self._ignore = frozenset(data.ignore)
-        self._max_tokens = max_tokens
-        self._is_fast = data.fast_pixels
-
-    def encode(self, raw: RawSample, source: int) -> Sample:
-        """
-        Raises:
-            TooLong: it has more than max_tokens tokens.
-            ValueError: it cannot be used, with the reason.
-        """
-        segments, encoded_images = read_sample(raw, self._sample_formats[source], self._ignore)
-        try:
-            encoded = self._processor.encode(segments, self._max_tokens)
-        except TooLongError as error:
-            least = "" if error.is_tokenized else "at least "
-            raise TooLong(f"{least}{error.num_tokens} tokens, max_tokens is {self._max_tokens}") from error
-        if not any(encoded.loss_mask[1:]):
-            raise ValueError("it has no supervised tokens")
-        image_processor = self._processor.image_processor
-        if self._is_fast:
-            images = [to_uint8(image, image_processor.size_px) for image in encoded_images]
-        else:
-            images = [image_processor.to_uint8(image) for image in encoded_images]
-        return Sample(sample_name(raw), source, segments, encoded, images)
-
-
 class StepStream(IterableDataset[StepBatch]):
     """The endless steps of one stream; each DataLoader worker is a stream.
 
@@ -142,13 +95,19 @@ class StepStream(IterableDataset[StepBatch]):
         stream = self._rank * self._num_workers + number
         mixture = Mixture(self._data.sources, self._data.shuffle_buffer, self._seed, stream, self._num_streams)
         counts: Counter[str] = Counter()
+        try:
+            documents = self._encoder.new_documents()
+        except ValueError as error:
+            yield StepBatch([], [], number, {}, [], error=str(error))
+            return
         if number in self._states:
             mixture.load_state_dict(self._states[number]["mixture"])
             counts.update(self._states[number]["counts"])
+            documents.load_state_dict(self._states[number].get("documents", {}))
         for step in itertools.count(self._first_step + turn, self._num_workers):
             reports: list[str] = []
             try:
-                samples = self._gather(mixture, step, counts, reports)
+                samples = self._gather(mixture, documents, step, counts, reports)
             except ValueError as error:
                 yield StepBatch([], [], number, {}, reports, error=str(error))
                 return
@@ -156,10 +115,12 @@ class StepStream(IterableDataset[StepBatch]):
             samples.sort(key=lambda sample: len(sample.encoded.input_ids))  # stable
             cuts = range(0, len(samples), self._micro_batch)
             micro_batches = [collate(samples[cut : cut + self._micro_batch], self._pad_id) for cut in cuts]
-            state = {"mixture": mixture.state_dict(), "counts": dict(counts)}
+            state = {"mixture": mixture.state_dict(), "counts": dict(counts), "documents": documents.state_dict()}
             yield StepBatch(micro_batches, names, number, state, reports)
 
-    def _gather(self, mixture: Mixture, step: int, counts: Counter[str], reports: list[str]) -> list[Sample]:
+    def _gather(
+        self, mixture: Mixture, documents: Documents, step: int, counts: Counter[str], reports: list[str]
+    ) -> list[Sample]:
         """The samples of a step; broken ones are counted and reported.
 
         Raises:
@@ -168,24 +129,32 @@ class StepStream(IterableDataset[StepBatch]):
         samples: list[Sample] = []
         num_samples, progress = self._samples_per_step.size(step), run_progress(step, self._num_steps)
         while len(samples) < num_samples:
-            source, raw = mixture.next_sample(progress)
-            if (note := raw.get("__note__")) is not None and raw["__url__"] not in self._noted:
-                self._noted.add(raw["__url__"])
-                reports.append(note)
-            num_lost = raw.get("__lost__", 1)
-            counts["seen"] += num_lost
-            try:
-                samples.append(self._encoder.encode(raw, source))
-            except TooLong as error:
-                counts["too_long"] += 1
-                self._last_too_long = f"{sample_name(raw)}: skipped, {error}"
-                reports.append(self._last_too_long)
-            except ValueError as error:
-                counts["broken"] += num_lost
-                self._last_broken = f"{sample_name(raw)}: skipped, {error}"
-                reports.append(self._last_broken)
-            self._check(counts)
+            for _, raw, outcome in draw_turn(mixture, self._encoder, documents, progress):
+                if raw is not None:
+                    self._count(raw, outcome, counts, reports)
+                if isinstance(outcome, Sample):
+                    samples.append(outcome)
         return samples
+
+    def _count(self, raw: RawSample, outcome: Outcome, counts: Counter[str], reports: list[str]) -> None:
+        """
+        Raises:
+            ValueError: too many are broken.
+        """
+        if (note := raw.get("__note__")) is not None and raw["__url__"] not in self._noted:
+            self._noted.add(raw["__url__"])
+            reports.append(note)
+        num_lost = raw.get("__lost__", 1)
+        counts["seen"] += num_lost
+        if isinstance(outcome, TooLong):
+            counts["too_long"] += 1
+            self._last_too_long = f"{sample_name(raw)}: skipped, {outcome}"
+            reports.append(self._last_too_long)
+        elif isinstance(outcome, ValueError):
+            counts["broken"] += num_lost
+            self._last_broken = f"{sample_name(raw)}: skipped, {outcome}"
+            reports.append(self._last_broken)
+        self._check(counts)
 
     def _check(self, counts: Counter[str]) -> None:
         seen, broken, too_long = counts["seen"], counts["broken"], counts["too_long"]

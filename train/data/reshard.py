@@ -37,8 +37,10 @@ def reshard(
         remainder, num_again = _remaining(plans, [mixture["sources"][index] for mixture in mixtures])
         num_repeated += num_again
         sources.append([_initial_state(remainder, stream, num_streams) for stream in range(num_streams)])
+    documents = _waiting([state.get("documents", {}) for state in states if state is not None])
     after = [
         {
+            "documents": {source: chunks[stream::num_streams] for source, chunks in documents.items()},
             "mixture": {
                 "drawn": [0] * len(data.sources),
                 "target": [0.0] * len(data.sources),
@@ -49,6 +51,13 @@ def reshard(
         for stream in range(num_streams)
     ]
     return after, num_repeated
+
+
+def _waiting(states: Sequence[dict[int, list[Any]]]) -> dict[int, list[Any]]:
+    """The documents of all streams that are not yet used up, by source; see `Documents.state_dict`."""
+    return {
+        source: [chunk for state in states for chunk in state.get(source, [])] for state in states for source in state
+    }
 
 
 def _remaining(plans: Sequence[EpochPlan], states: Sequence[dict[str, Any]]) -> tuple[Remainder, int]:

@@ -149,7 +149,7 @@ def _loss(shard: _Shard, reason: str, num_samples: int) -> tuple[str, int]:
     From the manifest beside the shard; without one an estimate from the remaining bytes.
     """
     text = f"{reason}; {num_samples:,} samples were read"
-    expected = _samples_in_manifest(shard.url)
+    expected = samples_in_manifest(shard.url)
     if expected is not None:
         lost = max(1, expected - num_samples)
         return f"{text}, {lost:,} of {expected:,} are lost by its manifest", lost
@@ -160,7 +160,8 @@ def _loss(shard: _Shard, reason: str, num_samples: int) -> tuple[str, int]:
     return f"{text}, {left:,} of {shard.num_bytes:,} bytes are left: about {lost:,} samples are lost", lost
 
 
-def _samples_in_manifest(url: str) -> int | None:
+def samples_in_manifest(url: str) -> int | None:
+    """The number of samples in a shard by the manifest beside it; None without one."""
     path = Path(url).expanduser()
     if not path.is_file():
         return None

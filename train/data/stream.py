@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from typing import Any, NamedTuple, overload
@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from webdataset.shardlists import expand_urls
 
-from ..config import SourceConfig
+from ..config import SourceConfig, ValidationSourceConfig
 from ..schedule import source_weights
 from .shard_reader import RawSample, read_shard
 
@@ -85,8 +85,11 @@ class EpochPlan:
         return split_count(self.max_samples, self.stream, self.num_streams)
 
 
-def expand_shards(source: SourceConfig) -> list[str]:
+def expand_shards(source: SourceConfig | ValidationSourceConfig, key: str = "data.sources") -> list[str]:
     """The source's shards in a fixed order: braces, globs, URLs and pipes.
+
+    Args:
+        key: the setting that names the source, for errors.
 
     Raises:
         ValueError: a pattern matches nothing, or a local shard does not exist.
@@ -100,7 +103,7 @@ def expand_shards(source: SourceConfig) -> list[str]:
         missing = [path for path in matches if not os.path.isfile(os.path.expanduser(path))]
         if missing or not matches:
             raise ValueError(
-                f"data.sources: {source.name!r} names {missing[0] if missing else url}, and there is no such shard "
+                f"{key}: {source.name!r} names {missing[0] if missing else url}, and there is no such shard "
                 f"(looked from {os.getcwd()}); correct its `shards`."
             )
         shards += matches
@@ -275,13 +278,24 @@ class Mixture:
         Raises:
             ValueError: no source has a sample for this stream.
         """
+        index, sample = self.draw(lambda _: False, progress)
+        assert sample is not None
+        return index, sample
+
+    def draw(self, is_ready: Callable[[int], bool], progress: float = 0.0) -> tuple[int, RawSample | None]:
+        """The same for a source without anything ready: one with has its turn, and None instead of a sample.
+
+        Raises:
+            ValueError: no source has a sample for this stream.
+        """
         while not all(source.is_empty for source in self.sources):
             fractions = self._fractions(progress)
             deficit = self._target + fractions + self._phase - self._drawn
             deficit[fractions == 0] = -np.inf
             index = int(deficit.argmax())
-            sample = self.sources[index].next_sample()
-            if sample is not None:
+            has_turn = is_ready(index)
+            sample = None if has_turn else self.sources[index].next_sample()
+            if has_turn or sample is not None:
                 self._target += fractions
                 self._drawn[index] += 1
                 return index, sample

@@ -1,4 +1,4 @@
-"""Make and inspect shards: `python -m train.shards llava | parquet | check`.
+"""Make, inspect and filter shards: `python -m train.shards llava | parquet | check | filter`.
 
 A shard is a pure function of its chunk of the source. It gets its name when it is complete, and then its line in the
 manifest, so a command that was interrupted at any moment resumes when it is repeated.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -19,21 +19,20 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from yi_vl import program
 from yi_vl.arguments import one_line
 from yi_vl.files import sha256
 
+from ..config import SAMPLE_FORMATS, SourceConfig
 from ..data.samples import read_sample
+from ..data.stream import expand_shards
 from .check import Contents, contents_table, inspect, problems
 from .files import Manifest, Members, Shard, write_tar
+from .report import print_line, print_list, progress, stop_if_broken
 from .sources import Chunk, Columns, LlavaSource, ParquetSource, Source
 
-app = typer.Typer(help="Make WebDataset shards for the trainer, and inspect them.", add_completion=False)
-
-_MIN_SEEN = 100  # samples before a broken fraction means anything
-_NUM_SHOWN = 10  # of a long list
+app = typer.Typer(help="Make WebDataset shards for the trainer, inspect and filter them.", add_completion=False)
 
 OutArgument = Annotated[Path, typer.Argument(metavar="OUT", help="The folder for the shards.")]
 SizeOption = Annotated[int, typer.Option(min=1, help="Samples per shard.")]
@@ -59,7 +58,7 @@ def llava(
     """From JSON or JSON lines and their image folder. Repeat an interrupted command to continue it."""
     source = LlavaSource(file, images, ignore or ())
     if source.num_repeated_ids:
-        _print(f"{file}: {source.num_repeated_ids:,} ids come again; the samples are kept apart by their numbers.")
+        print_line(f"{file}: {source.num_repeated_ids:,} ids come again; the samples are kept apart by their numbers.")
     build(source, out, samples_per_shard, processes, max_broken)
 
 
@@ -80,7 +79,7 @@ def parquet(
         raise ValueError("say which column holds the text: --caption NAME, or --conversations NAME.")
     source = ParquetSource(files, Columns(image, caption, conversations), ignore or ())
     if source.unread_columns:
-        _print(f"columns that are not read: {', '.join(source.unread_columns)}")
+        print_line(f"columns that are not read: {', '.join(source.unread_columns)}")
     build(source, out, samples_per_shard, processes, max_broken)
 
 
@@ -98,17 +97,67 @@ def check(
     contents = Contents()
     with _pool(processes) as pool:
         jobs = [pool.submit(inspect, path, ignore or ()) for path in paths]
-        with _progress("shards", len(paths)) as add_progress:
+        with progress("shards", len(paths)) as add_progress:
             for job in as_completed(jobs):
                 contents += job.result()
                 add_progress()
     mismatches = problems(contents, manifest)
     Console().print(contents_table(folder, contents, manifest, mismatches))
-    _list("skipped", sorted(contents.notes))
-    _list("cannot be used", sorted(contents.broken))
-    _list("mismatch", mismatches)
+    print_list("skipped", sorted(contents.notes))
+    print_list("cannot be used", sorted(contents.broken))
+    print_list("mismatch", mismatches)
     if mismatches:
         raise typer.Exit(2)
+
+
+@app.command("filter")
+def filter_by_loss(
+    shards: Annotated[
+        str, typer.Argument(metavar="SHARDS", help="A folder of tars, or paths, globs or URLs as in a config.")
+    ],
+    out: OutArgument,
+    model: Annotated[str, typer.Option(help="The model to score with: a folder or hub id.")],
+    max_loss: Annotated[float | None, typer.Option(help="Keep samples of at most this loss per token.")] = None,
+    min_loss: Annotated[float | None, typer.Option(help="Keep samples of at least this loss per token.")] = None,
+    sample_format: Annotated[str, typer.Option("--format", help="chat, caption or text.")] = "chat",
+    max_tokens: Annotated[
+        int | None, typer.Option(min=2, help="Longer samples are not kept; by default the model's positions.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda:1, ...; by default the GPU, else the CPU.")] = None,
+    max_broken: BrokenOption = 0.01,
+    ignore: IgnoreOption = None,
+) -> None:
+    """Keep the samples whose loss under a model is in a range. Repeat an interrupted command to continue it."""
+    if sample_format not in SAMPLE_FORMATS:
+        raise ValueError(f"--format is {sample_format!r}; expected one of {', '.join(SAMPLE_FORMATS)}.")
+    paths = _shard_paths(shards)
+
+    from .filter import LossRange, Scorer, filter_shards  # torch and transformers, which no other command needs
+
+    loss_range = LossRange(min_loss, max_loss)
+    is_folder = Path(model).expanduser().is_dir()
+    made_from: dict[str, object] = {
+        "filter": [[Path(url).name, Path(url).stat().st_size] if Path(url).is_file() else [url, None] for url in paths],
+        "model": str(Path(model).expanduser().absolute()) if is_folder else model,
+        "format": sample_format,
+        "min_loss": min_loss,
+        "max_loss": max_loss,
+        "max_tokens": max_tokens,
+        "ignore": sorted(ignore or ()),
+        "num_shards": len(paths),
+    }
+    manifest = Manifest.open(out, made_from)
+    scorer = Scorer(model, sample_format, ignore or (), max_tokens, device)
+    filter_shards(paths, out, scorer, loss_range, manifest, max_broken)
+
+
+def _shard_paths(shards: str) -> list[str]:
+    folder = Path(shards).expanduser()
+    if not folder.is_dir():
+        return [os.path.expanduser(url) for url in expand_shards(SourceConfig("shards", shards), "SHARDS")]
+    if not (paths := sorted(map(str, folder.glob("*.tar")))):
+        raise ValueError(f"{folder} holds no .tar files.")
+    return paths
 
 
 def build(source: Source, out: Path, samples_per_shard: int, processes: int | None, max_broken: float) -> None:
@@ -123,29 +172,29 @@ def build(source: Source, out: Path, samples_per_shard: int, processes: int | No
     if not total:
         raise ValueError("the source holds no samples.")
     made_from = source.identity | {"samples_per_shard": samples_per_shard, "num_shards": len(chunks)}
-    manifest = _open_manifest(out, made_from)
+    manifest = Manifest.open(out, made_from)
     manifest.shards = {name: manifest.shards[name] for name in chunks if manifest.has(name)}
     manifest.write()
     remaining = {name: chunk for name, chunk in chunks.items() if name not in manifest.shards}
     if len(remaining) < len(chunks):
-        _print(f"{out}: {len(chunks) - len(remaining):,} of {len(chunks):,} shards are complete and kept.")
+        print_line(f"{out}: {len(chunks) - len(remaining):,} of {len(chunks):,} shards are complete and kept.")
 
     broken = [line for shard in manifest.shards.values() for line in shard.broken]
     seen = sum(len(chunks[name]) for name in manifest.shards)
     num_new, started = total - seen, time.perf_counter()
-    _stop_if_broken(broken, seen, total, max_broken)
+    stop_if_broken(broken, seen, max_broken, total)
     with _pool(processes) as pool:
         jobs = [pool.submit(_write_shard, out / name, chunk, source.format) for name, chunk in remaining.items()]
-        with _progress("samples", total, seen) as add_progress:
+        with progress("samples", total, seen) as add_progress:
             for job in as_completed(jobs):
                 shard = job.result()
                 manifest.add(shard)
                 broken += shard.broken
                 seen += len(chunks[shard.name])
                 add_progress(len(chunks[shard.name]))
-                _stop_if_broken(broken, seen, total, max_broken)
+                stop_if_broken(broken, seen, max_broken, total)
     seconds = time.perf_counter() - started
-    _list("skipped", broken)
+    print_list("skipped", broken)
     num_bytes = sum(shard.bytes for shard in manifest.shards.values())
     print(
         f"{out}: {total - len(broken):,} samples in {len(chunks):,} shards, {num_bytes / 1e6:,.1f} MB; "
@@ -176,28 +225,6 @@ def _write_shard(path: Path, chunk: Chunk, sample_format: str) -> Shard:
         raise ValueError(f"{path} cannot be made: {one_line(error)}. Repeat the command to continue.") from error
 
 
-def _open_manifest(out: Path, made_from: dict[str, object]) -> Manifest:
-    manifest = Manifest.read(out)
-    if manifest is None:
-        if any(out.glob("*.tar")):
-            raise ValueError(f"{out} holds shards that were not made here (there is no manifest); take another folder.")
-        return Manifest(out, made_from)
-    if manifest.made_from != made_from:
-        raise ValueError(
-            f"{out} holds shards made from {manifest.made_from}, this would be {made_from}; take another folder, or "
-            "delete it."
-        )
-    return manifest
-
-
-def _stop_if_broken(broken: list[str], seen: int, total: int, max_broken: float) -> None:
-    if seen >= min(_MIN_SEEN, total) and len(broken) > max_broken * seen:
-        raise ValueError(
-            f"{len(broken):,} of {seen:,} samples cannot be used, more than --max-broken {max_broken:g} allows; the "
-            f"last: {broken[-1]}. The complete shards are kept."
-        )
-
-
 @contextmanager
 def _pool(processes: int | None) -> Iterator[ProcessPoolExecutor]:
     """A process pool whose running jobs finish when the command is stopped; no others are started."""
@@ -209,25 +236,6 @@ def _pool(processes: int | None) -> Iterator[ProcessPoolExecutor]:
         raise ValueError("a process was killed; is there enough memory? Repeat the command to continue.") from error
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-@contextmanager
-def _progress(name: str, total: int, done: int = 0) -> Iterator[Callable[..., None]]:
-    """A progress bar; yields the function that moves it."""
-    columns = (TextColumn(name), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        yield partial(bar.advance, bar.add_task(name, total=total, completed=done))
-
-
-def _list(title: str, lines: list[str]) -> None:
-    for line in lines[:_NUM_SHOWN]:
-        _print(f"{title}: {line}")
-    if len(lines) > _NUM_SHOWN:
-        _print(f"{title}: {len(lines) - _NUM_SHOWN:,} more")
-
-
-def _print(line: str) -> None:
-    typer.echo(line, err=True)
 
 
 if __name__ == "__main__":

@@ -18,8 +18,9 @@ Members = dict[str, bytes]  # suffix -> content, of one sample
 
 def write_tar(path: Path, samples: Iterable[tuple[str, Members]]) -> None:
     """A tar of `KEY.suffix` files, the same bytes for the same samples; in place only when it is complete."""
-    # Without flushing, a power cut may leave the manifest's line without the shard.
-    with atomic_path(path, flush=True) as partial, tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as archive:
+    # PAX headers only where a name is too long for the others or not ASCII. Without flushing, a power cut may leave the
+    # manifest's line without the shard.
+    with atomic_path(path, flush=True) as partial, tarfile.open(partial, "w", format=tarfile.PAX_FORMAT) as archive:
         for key, members in samples:
             for suffix, content in members.items():
                 info = tarfile.TarInfo(f"{key}.{suffix}")
@@ -68,6 +69,27 @@ class Manifest:
             return cls(folder, entries[0]["made_from"], shards)
         except (ValueError, LookupError, TypeError) as error:
             raise ValueError(f"{path} is no manifest of shards ({error}); delete it or take another folder.") from error
+
+    @classmethod
+    def open(cls, out: Path, made_from: dict[str, Any]) -> Manifest:
+        """The manifest of a command's folder, to continue with, or a new one.
+
+        Raises:
+            ValueError: the folder holds shards of something else.
+        """
+        manifest = cls.read(out)
+        if manifest is None:
+            if any(out.glob("*.tar")):
+                raise ValueError(
+                    f"{out} holds shards that were not made here (there is no manifest); take another folder."
+                )
+            return cls(out, made_from)
+        if manifest.made_from != made_from:
+            raise ValueError(
+                f"{out} holds shards made from {manifest.made_from}, this would be {made_from}; take another folder, "
+                "or delete it."
+            )
+        return manifest
 
     def write(self) -> None:
         """Write the whole file, atomically."""
