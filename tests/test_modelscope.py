@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
@@ -148,16 +149,21 @@ def test_without_modelscope_the_cache_is_used(
 
 def test_a_server_that_is_down_is_one_line(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     point_to(monkeypatch, "http://127.0.0.1:9")
-    assert "check the connection" in refused(SOURCE)
+    assert refused(SOURCE).endswith("from ModelScope: Connection refused; check the connection.")
 
 
 def test_an_unknown_id_is_one_line(hub: Hub) -> None:
     assert "there is no model of this name" in refused("ms://01ai/Other")
 
 
-def test_an_interrupted_download_is_one_line_and_is_resumed(hub: Hub) -> None:
+def test_an_interrupted_download_is_one_line_and_is_resumed(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(logging.getLogger("modelscope_hub"), "handlers", [caplog.handler])
     hub.broken = {"pytorch_model-00002-of-00004.bin"}
-    assert "pytorch_model-00002-of-00004.bin" in refused(SOURCE)
+    message = refused(SOURCE)
+    assert "pytorch_model-00002-of-00004.bin failed" in message and message.isascii()
+    assert caplog.messages == [FETCHING]
     hub.broken = set()
     hub.fetched.clear()
     assert content_of(fetch(SOURCE, with_weights=True)) == content_of(CHECKPOINT)

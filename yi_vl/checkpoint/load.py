@@ -203,7 +203,8 @@ def _hub_reason(error: Exception) -> str:
         return "it is gated; ask for access on its page, then run `hf auth login`"
     if isinstance(error, RepositoryNotFoundError):
         return "there is no model of this name, or it is private and needs `hf auth login`"
-    return one_line(error)
+    is_local = getattr(error, "strerror", None)  # the disk is full, the cache cannot be written
+    return one_line(error) + ("" if is_local else "; check the connection")
 
 
 def check_fit(config: YiVLConfig, processor: YiVLProcessor) -> None:

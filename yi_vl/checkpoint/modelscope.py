@@ -85,10 +85,18 @@ def _reason(error: Exception) -> str:
     failed = getattr(error, "failed_files", None)
     if failed:
         name, cause = next(iter(failed.items()))
-        return f"{name} failed ({one_line(cause)}); the files that are complete are kept, so try again"
+        return f"{name} failed ({one_line(_root(cause))}); the files that are complete are kept, so try again"
     if getattr(getattr(error, "response", None), "status_code", None) in _REFUSALS:
         return "there is no model of this name, or it is private and MODELSCOPE_API_TOKEN must be set"
-    return f"{one_line(error)}; check the connection"
+    is_local = getattr(error, "strerror", None)  # the disk is full, the cache cannot be written
+    return one_line(_root(error)) + ("" if is_local else "; check the connection")
+
+
+def _root(error: BaseException) -> BaseException:
+    """The exception that a chain began with: its text is of the system or the server, not of three libraries."""
+    while cause := error.__cause__ or (None if error.__suppress_context__ else error.__context__):
+        error = cause
+    return error
 
 
 @contextmanager
