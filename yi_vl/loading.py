@@ -63,10 +63,14 @@ def quick_imports(quantizers: bool = True) -> Iterator[None]:
     with quick_start(), hidden(hidden_packages(quantizers)):
         warnings.simplefilter("ignore", FutureWarning)
         logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # what torchao makes torch say
+        from huggingface_hub import constants
+        from huggingface_hub.utils import enable_progress_bars
         from transformers.utils import logging as transformers_logging
 
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
+        if not constants.HF_HUB_DISABLE_PROGRESS_BARS:
+            enable_progress_bars()  # those of downloads, which transformers disables with its own
         yield
 
 

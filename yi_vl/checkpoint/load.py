@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,8 +10,9 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.utils import filter_repo_objects
 
 from ..arguments import as_choice, one_line, shown
 from ..auto import YiVLConfig, YiVLForConditionalGeneration, YiVLProcessor  # which registers them with transformers
@@ -27,6 +29,7 @@ _HUB_WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "vit/*/pytorch_model*.bin
 _DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")  # accelerate's strategies to place a model
 _SHORT_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 _SMALL_PARAMETERS = 200_000_000  # below this fp32 on a CPU: 4.7 ms per nano token, in bf16 6.2 and on many CPUs more
+_logger = logging.getLogger(__name__)
 
 
 def load_model(
@@ -156,16 +159,52 @@ def fetch(source: str, with_weights: bool) -> Path:
         if not os.access(source, os.R_OK | os.X_OK):
             raise ValueError(f"{source} cannot be opened: there is no permission to read this folder.")
         return Path(source)
-    patterns = [*_HUB_FILES, *(_HUB_WEIGHTS if with_weights else ())]
+    weights = _HUB_WEIGHTS if with_weights else ()
     if is_modelscope(source):
-        return fetch_modelscope(source, patterns)
+        return fetch_modelscope(source, _HUB_FILES, weights)
     try:
-        return Path(snapshot_download(source, allow_patterns=patterns))
-    except (OSError, ValueError, HfHubHTTPError) as error:
+        return _fetch_from_hub(source, [*_HUB_FILES, *weights])
+    except Exception as error:  # huggingface_hub's kinds, and those of the HTTP client that its release uses
         raise ValueError(
-            f"{source} is not a local folder, and could not be fetched from the hub: {one_line(error)}. Give a folder "
-            "or hub id of a Yi-VL."
+            f"{source} is not a local folder, and could not be fetched from the hub: {_hub_reason(error)}. Give a "
+            "folder or hub id of a Yi-VL."
         ) from error
+
+
+def _fetch_from_hub(source: str, patterns: list[str]) -> Path:
+    """The folder of a hub id in the cache, after fetching what is missing; if the hub does not answer, as it is.
+
+    Before `snapshot_download`, which waits for the hub's first answer without a limit, the hub is asked with one.
+    """
+    if constants.HF_HUB_OFFLINE:
+        return Path(snapshot_download(source, allow_patterns=patterns))
+    cached = None
+    try:
+        cached = Path(snapshot_download(source, allow_patterns=patterns, local_files_only=True))
+    except LocalEntryNotFoundError:
+        _logger.warning("Fetching %s from the Hugging Face hub ...", source)
+    try:
+        latest = HfApi().model_info(source, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except Exception:
+        if cached is None:
+            raise
+        return cached
+    names = filter_repo_objects([file.rfilename for file in latest.siblings or ()], allow_patterns=patterns)
+    if cached is not None:
+        if cached.name == latest.sha and all((cached / name).exists() for name in names):
+            return cached
+        _logger.warning("Fetching %s from the Hugging Face hub ...", source)
+    return Path(snapshot_download(source, allow_patterns=patterns))
+
+
+def _hub_reason(error: Exception) -> str:
+    """Why the hub gave no model, in one line."""
+    if isinstance(error, GatedRepoError):
+        return "it is gated; ask for access on its page, then run `hf auth login`"
+    if isinstance(error, RepositoryNotFoundError):
+        return "there is no model of this name, or it is private and needs `hf auth login`"
+    is_local = getattr(error, "strerror", None)  # the disk is full, the cache cannot be written
+    return one_line(error) + ("" if is_local else "; check the connection")
 
 
 def check_fit(config: YiVLConfig, processor: YiVLProcessor) -> None:
