@@ -252,8 +252,8 @@ def _shown(loss: float | None) -> str:
 
 
 def draw_loss_curve(run_dir: Path) -> None:
-    """loss.png from metrics.jsonl: the loss, faintly that of each source, dashed those held out; and below them learning
-    rate and batch size."""
+    """loss.png from metrics.jsonl: the loss, faintly that of each source, dashed those held out; below them the
+    learning rate and the batch size."""
     import matplotlib
 
     matplotlib.use("Agg")
