@@ -30,8 +30,10 @@ SAMPLES_FILE = "samples-{}.jsonl"  # of a rank
 
 
 def component_table(model: YiVLForConditionalGeneration, config: TrainConfig) -> Table:
-    """Each component's parameters, trainable parameters and learning rate."""
-    table = Table(title=f"{config.run_dir}: trainable parameters")
+    """Each component's parameters, trainable parameters and learning rate; below, a list of what is trained."""
+    language = config.trainable.language
+    caption = f"of the language model: {', '.join(language)}" if isinstance(language, list) else None
+    table = Table(title=f"{config.run_dir}: trainable parameters", caption=caption)
     for heading in ("component", "parameters", "trainable", "learning rate"):
         table.add_column(heading, justify="left" if heading == "component" else "right")
     for name, parameters in component_parameters(model).items():
