@@ -256,7 +256,7 @@ def test_info_on_presets_and_folders(run: Run, folder: str, tmp_path: Path) -> N
 
 def test_help_names_every_command(run: Run) -> None:
     code, out, _ = run("--help")
-    assert code == 0 and all(command in out for command in ("ask", "chat", "info"))
+    assert code == 0 and all(command in out for command in ("ask", "chat", "info", "expand"))
 
 
 ROOT = Path(cli.__file__).parents[1]

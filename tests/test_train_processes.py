@@ -19,6 +19,7 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 from conftest import chat_sample
 from processes import finish, output_path, start, wait_for
 from rich.console import Console
+from safetensors.torch import load_file
 
 from train import checkpoint
 from train.config import TrainConfig
@@ -26,6 +27,7 @@ from train.config_file import load_config
 from train.data.loader import StepBatch, StepLoader
 from train.metrics import read_metrics, training_rows, validation_rows
 from train.optim import set_learning_rates_
+from train.trainable import select
 from train.trainer import Trainer
 
 pytestmark = pytest.mark.slow
@@ -233,6 +235,23 @@ def test_the_configs_for_many_gpus_are_accelerates() -> None:
     assert "ACCELERATE_USE_FSDP" not in launched("ddp")
     fsdp = launched("fsdp")
     assert fsdp["FSDP_VERSION"] == "2" and fsdp["FSDP_AUTO_WRAP_POLICY"] == "TRANSFORMER_BASED_WRAP"
+
+
+@pytest.mark.parametrize("selection", ["[1, lm_head.*]", "['*.self_attn.*']", "[model.embed_tokens.*, 0]"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_two_ranks_train_layers_as_one(two_ranks: Configure, tmp_path: Path, selection: str, precision: str) -> None:
+    """DDP waits for the gradient of each parameter that is trained; FSDP shards them together with frozen ones."""
+    settings = ("trainable={vision: false, projector: false}", f"trainable.language={selection}", "data.workers=1")
+    settings += ("steps=4", f"precision={precision}")
+    expected = one_process(two_ranks("halves", f"run_dir={tmp_path}/one", *settings, "precision=fp32"))
+    before = load_file(tmp_path / "start/model.safetensors")
+    for name, environment in (("ddp", {}), ("fsdp", launched("fsdp"))):
+        config = two_ranks("halves", f"run_dir={tmp_path}/{name}", *settings)
+        assert finish(start(config, 2, **environment)) == [0, 0], output_path(config, 1).read_text()
+        assert logged(config) == pytest.approx(expected, rel=1e-4 if precision == "fp32" else 2e-2)
+        after = load_file(Path(config.run_dir) / "final/model.safetensors")
+        moved = {name for name in before if not torch.equal(before[name].float(), after[name].float())}
+        assert moved == select(config.trainable.language, before)
 
 
 @pytest.mark.parametrize(("trainable", "precision", "rel"), [("all", "fp32", 1e-4), ("language", "bf16", 2e-2)])

@@ -40,12 +40,13 @@ class InitConfig:
 class TrainableConfig:
     """Which components are trained. Frozen ones keep their weights and batch statistics to the last bit.
 
-    language: `lora` freezes it and trains adapters instead; see `LoraConfig`.
+    language: true, false, or `lora`, which freezes it and trains adapters instead (see `LoraConfig`); or a list of
+        layers and patterns of parameter names, such as [28-, lm_head.*], which freezes all others: see `trainable.py`.
     """
 
     vision: bool = True
     projector: bool = True
-    language: bool | str = True
+    language: Any = True  # bool | str | list[str], a union that OmegaConf does not know
 
 
 @dataclass

@@ -30,6 +30,7 @@ from .config import (
     num_steps,
 )
 from .schedule import COMPONENTS, SHAPES, component_schedule, num_decay_steps, num_warmup_steps
+from .trainable import parse_language
 
 # old key -> new key
 _RENAMED = {
@@ -107,7 +108,8 @@ def _parse(parse: Callable[[], Any], where: str) -> Any:
     try:
         return parse()
     except Exception as error:  # YAML's and OmegaConf's parsers raise a family of their own
-        raise ValueError(f"{where}: cannot be read as YAML: {' '.join(str(error).split())}") from error
+        hint = "; quote a text that begins with *" if "scanning an alias" in str(error) else ""
+        raise ValueError(f"{where}: cannot be read as YAML: {' '.join(str(error).split())}{hint}") from error
 
 
 @contextmanager
@@ -228,8 +230,11 @@ def _check_init(config: TrainConfig, require: _Require) -> None:
 
 def _check_trainable(config: TrainConfig, require: _Require) -> None:
     trainable, lora = config.trainable, config.lora
+    try:
+        trainable.language = parse_language(trainable.language)
+    except ValueError as error:
+        require(False, str(error))
     language = trainable.language
-    require(language in (True, False, LORA), f"trainable.language is {language!r}; expected true, false or {LORA}.")
     is_any = bool(trainable.vision or trainable.projector or language)
     require(is_any, "trainable: nothing is; set a component to true.")
     require(lora.base in (None, INT4), f"lora.base is {lora.base!r}; expected null or {INT4}.")

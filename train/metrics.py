@@ -37,9 +37,13 @@ SAMPLES_FILE = "samples-{}.jsonl"  # of a rank
 
 
 def component_table(model: YiVLForConditionalGeneration, config: TrainConfig) -> Table:
-    """Each component's parameters, trainable parameters and peak learning rate; below it, what changes over the run."""
-    below = "\n".join([describe_batches(config), *schedule_lines(config)])
-    table = Table(title=f"{config.run_dir}: trainable parameters", caption=escape(below), caption_justify="left")
+    """Each component's parameters, trainable parameters and peak learning rate; below it, which parts of the language
+    model are trained, and what changes over the run."""
+    language = config.trainable.language
+    below = [f"of the language model: {', '.join(language)}"] if isinstance(language, list) else []
+    below += [describe_batches(config), *schedule_lines(config)]
+    caption = escape("\n".join(below))
+    table = Table(title=f"{config.run_dir}: trainable parameters", caption=caption, caption_justify="left")
     for heading in ("component", "parameters", "trainable", "learning rate"):
         table.add_column(heading, justify="left" if heading == "component" else "right")
     for name, parameters in component_parameters(model).items():

@@ -13,6 +13,7 @@ from yi_vl.model import YiVLForConditionalGeneration
 
 from .config import ScheduleConfig, TrainConfig
 from .schedule import component_schedule, learning_rate_factor
+from .trainable import select
 
 LOW_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # by precision: autocast's
 
@@ -49,6 +50,9 @@ def set_trainable_(model: YiVLForConditionalGeneration, config: TrainConfig) -> 
 
     A frozen language model with activation checkpointing stays in training mode, as transformers checkpoints nothing in
     eval mode; Llama has no dropout, so its layers compute the same in both.
+
+    Raises:
+        ValueError: an entry of `trainable.language` selects no parameter of this model.
     """
     model.train()
     for name, modules in components(model).items():
@@ -56,6 +60,10 @@ def set_trainable_(model: YiVLForConditionalGeneration, config: TrainConfig) -> 
         for module in modules:
             module.requires_grad_(trainable is True)
             module.train(bool(trainable) or (name == "language" and config.activation_checkpointing))
+    if isinstance(config.trainable.language, list):
+        parameters = dict(model.named_parameters(remove_duplicate=False))  # a tied table by both its names
+        for name in select(config.trainable.language, parameters):
+            parameters[name].requires_grad_(True)
     for name, parameter in model.named_parameters():
         if is_adapter(name):
             parameter.requires_grad_(True)
@@ -93,6 +101,9 @@ def checkpoint_activations_(model: YiVLForConditionalGeneration) -> None:
     # the first name since transformers 5.23
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
+    # transformers gives the embeddings a gradient, which only reentrant checkpointing needs: the backward pass would
+    # run through frozen layers below the lowest trained one
+    model.disable_input_require_grads()
 
 
 def parameter_groups(model: YiVLForConditionalGeneration, config: TrainConfig) -> list[dict[str, Any]]:

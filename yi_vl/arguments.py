@@ -96,6 +96,18 @@ def as_path(value: Any, name: str) -> Path:
         raise ValueError(f"{name} is {shown(text)}: there is no such user. Give the whole path.") from error
 
 
+def as_slice(value: str, name: str) -> tuple[int, int]:
+    """The two numbers of a slice A:B; B is not part of it.
+
+    Raises:
+        ValueError: it is written otherwise.
+    """
+    match = re.fullmatch(r"([0-9]{1,6}):([0-9]{1,6})", value)
+    if match is None:
+        raise ValueError(f"{name} is {shown(value)}; expected A:B, from A to before B, such as 12:28.")
+    return int(match[1]), int(match[2])
+
+
 def stat(path: Path, name: str) -> os.stat_result | None:
     """The status of a path; None where there is nothing.
 

@@ -1,4 +1,4 @@
-"""The command line: `yi-vl ask | chat | serve | info | convert`.
+"""The command line: `yi-vl ask | chat | serve | info | convert | expand`.
 
 Heavy imports happen inside the commands, so that `yi-vl --help` is instant.
 """
@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from .arguments import as_path
+from .arguments import as_path, as_slice
 from .loading import check, load_quickly, quick_imports
 from .program import print_error, run
 from .runtime import limit_spinning, use_huge_pages
@@ -301,6 +301,32 @@ def convert_command(
     with quick_imports():
         from .conversion import run_conversion
     run_conversion(source, folder, to, type or "f16", tower_from, verify, quantize)
+
+
+@app.command()
+def expand(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="A model folder or hub id, in any layout.")],
+    target: Annotated[str, typer.Argument(metavar="OUT", help="A folder that does not exist yet.")],
+    after_every: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Behind every Nth layer a copy that adds nothing yet: the function is kept."),
+    ] = None,
+    double: Annotated[
+        str | None,
+        typer.Option(metavar="A:B", help="Behind layers A to B - 1 a copy of them all: the function is not kept."),
+    ] = None,
+) -> None:
+    """Write a model with copies of some of its layers, to train these; in our layout, shard by shard."""
+    folder = as_path(target, "OUT")
+    if folder.exists():
+        raise ValueError(f"{folder} exists already; choose another name, or remove it.")
+    if (after_every is None) == (double is None):
+        raise ValueError("say which layers to copy: --after-every N or --double A:B, one of the two.")
+    doubled = None if double is None else as_slice(double, "--double")
+    check(source)
+    with quick_imports():
+        from .expand import run_expansion
+    run_expansion(source, folder, after_every, doubled)
 
 
 def _check_conversion(folder: Path | None, to: str, type: str | None, verify: bool, quantize: str | None) -> None:

@@ -44,7 +44,7 @@ def run_conversion(
     if quantize is not None:
         load(source, device="cpu", tower_from=tower_from, quantize=quantize).save(target)
     else:
-        _write(checkpoint, target, to, type)
+        write(checkpoint, target, to, type)
     print(f"{target} is written.")
     if verify:
         if to == "gguf":
@@ -56,7 +56,7 @@ def run_conversion(
         print(f"Verified: {figures}.")
 
 
-def _write(checkpoint: Checkpoint, target: Path, to: Layout | Literal["gguf"], type: GgufType) -> None:
+def write(checkpoint: Checkpoint, target: Path, to: Layout | Literal["gguf"], type: GgufType) -> None:
     """With a progress bar; what there is to know about the result is printed after it."""
     columns = ("{task.description}", BarColumn(), DownloadColumn(), TimeRemainingColumn())
     notes: list[str] = []

@@ -1,7 +1,7 @@
 """FLOPs and saved bytes of a micro-batch, counted by torch on a model without weights.
 
 Models of three layers or fewer are run: both counts are linear in the number of layers and of tower blocks, from the
-second on (the first's input may need no gradient).
+second on (the first's input may need no gradient). Where `trainable.language` is a list, layers differ: all are run.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 from weakref import WeakSet
 
@@ -101,25 +102,29 @@ def count_saved_bytes(
 def _saved_bytes(
     model_config: YiVLConfig, config: TrainConfig, row: Row, num_rows: int, is_low: bool, device: str
 ) -> SavedBytes:
-    model = _shallow_model(model_config, config, 3, 3, is_low)
-    stacks = (model.model.language_model.layers, _blocks(model))
     depths = (model_config.text_config.num_hidden_layers, num_blocks(model_config))
+    run_depths = (depths[0] if _layers_differ(config) else 3, 3)
+    model = _shallow_model(model_config, config, *run_depths, is_low)
+    language_model = model.model.language_model
+    layers = [*language_model.layers, language_model.norm] if _layers_differ(config) else language_model.layers[1:3]
+    stacks = (layers, _blocks(model)[1:3])
     with FakeTensorMode(allow_non_fake_inputs=True), _autocast(device, config.precision):
         model.to_empty(device=device)
         counter = _SavedCounter(model)
         starts: list[list[tuple[int, ...]]] = [[], []]
         for modules, start in zip(stacks, starts):
-            for module in modules[1:3]:
+            for module in modules:
                 module.register_forward_pre_hook(lambda *_, start=start: start.append(counter.counts()))
         with _FusedAttention(), counter, torch.autograd.graph.saved_tensors_hooks(counter.pack, _unpack):
             loss = _loss(model, row, num_rows, device)  # holds the graph, which holds what is saved
             counts = counter.counts()
         del loss
     largest_layer = 0
-    for depth, start in zip(depths, starts):
-        of_layer = [after - before for before, after in zip(*start)] if len(start) == 2 else [0, 0, 0]
-        counts = tuple(count + (depth - 3) * added for count, added in zip(counts, of_layer))
-        largest_layer = max(largest_layer, of_layer[0])
+    for depth, run_depth, start in zip(depths, run_depths, starts):
+        of_layers = [[end - begin for begin, end in zip(*pair)] for pair in pairwise(start)]
+        if of_layers:
+            counts = tuple(count + (depth - run_depth) * added for count, added in zip(counts, of_layers[0]))
+            largest_layer = max(largest_layer, *(of_layer[0] for of_layer in of_layers))
     log_probabilities = 4 * num_rows * row.supervised * model_config.text_config.vocab_size
     activations, copies, forward_copies = counts
     return SavedBytes(activations - log_probabilities, copies, forward_copies, largest_layer)
@@ -138,9 +143,15 @@ def count_flops(model_config: YiVLConfig, config: TrainConfig, row: Row) -> int:
             _loss(model, row, 1, "meta").backward()  # type: ignore[no-untyped-call]
         return counter.get_total_flops()
 
-    base = count(2, 2)
-    layers = (model_config.text_config.num_hidden_layers - 2) * (count(3, 2) - base)
-    return base + layers + (num_blocks(model_config) - 2) * (count(2, 3) - base)
+    num_layers = model_config.text_config.num_hidden_layers
+    run_layers = num_layers if _layers_differ(config) else 2
+    base = count(run_layers, 2)
+    layers = (num_layers - run_layers) * (count(run_layers + 1, 2) - base) if num_layers != run_layers else 0
+    return base + layers + (num_blocks(model_config) - 2) * (count(run_layers, 3) - base)
+
+
+def _layers_differ(config: TrainConfig) -> bool:
+    return isinstance(config.trainable.language, list)
 
 
 def _loss(model: YiVLForConditionalGeneration, row: Row, num_rows: int, device: str) -> Tensor:

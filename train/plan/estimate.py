@@ -89,7 +89,7 @@ def count_parameters(model_config: YiVLConfig, config: TrainConfig) -> Parameter
     unit_names = {name for m in model.modules() if isinstance(m, PreTrainedModel) for name in m._no_split_modules or ()}
     units = [list(module.parameters()) for module in model.modules() if type(module).__name__ in unit_names]
     sizes = [_count(unit) for unit in units]
-    sizes_trained = [size for size, unit in zip(sizes, units) if unit[0].requires_grad]
+    sizes_trained = [_count(parameter for parameter in unit if parameter.requires_grad) for unit in units]
     return Parameters(
         total, trained, sum(parameter.nbytes for parameter in held), _count(held), max(sizes),
         max(sizes_trained, default=0), outside_units=sum(total.values()) - sum(sizes), int4=_count(int4.values()),

@@ -7,13 +7,20 @@ left out.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 
 from torch import Tensor
 
+from yi_vl.checkpoint.key_map import EMBEDDING, HEAD, LANGUAGE
 from yi_vl.config import YiVLConfig
 
-from ..config import TrainableConfig
+from ..config import LORA, TrainableConfig
+from ..trainable import language_names, select
+
+_MLP = ("gate", "up", "down")
 
 
 @dataclass(frozen=True)
@@ -31,16 +38,15 @@ def step_flops(model: YiVLConfig, trainable: TrainableConfig, row: Row) -> int:
     is trained, 2 for its own if it is; attention 4 S Q per token forward and twice that backward, the causal half not
     taken off (Chowdhery et al. 2022, appendix B, count so). S tokens, Q width of the queries.
     """
-    return _language_flops(model, trainable, row) + _image_flops(model, trainable)
+    return _language_flops(model, trainable, [row], num_images=1) + _image_flops(model, trainable)
 
 
 def batch_flops(
     model: YiVLConfig, trainable: TrainableConfig, attention_mask: Tensor, is_supervised: Tensor, num_images: int
 ) -> int:
     """Of the rows of a micro-batch, (B, S) each."""
-    rows = zip(attention_mask.sum(1).tolist(), is_supervised.sum(1).tolist())
-    flops = sum(_language_flops(model, trainable, Row(tokens, supervised)) for tokens, supervised in rows)
-    return flops + num_images * _image_flops(model, trainable)
+    rows = [Row(*counts) for counts in zip(attention_mask.sum(1).tolist(), is_supervised.sum(1).tolist())]
+    return _language_flops(model, trainable, rows, num_images) + num_images * _image_flops(model, trainable)
 
 
 def num_blocks(model: YiVLConfig) -> int:
@@ -49,16 +55,59 @@ def num_blocks(model: YiVLConfig) -> int:
     return range(vision.num_hidden_layers)[vision.feature_layer] + 1
 
 
-def _language_flops(model: YiVLConfig, trainable: TrainableConfig, row: Row) -> int:
+def _language_flops(model: YiVLConfig, trainable: TrainableConfig, rows: Iterable[Row], num_images: int) -> int:
     text = model.text_config
     width = text.hidden_size
     head = getattr(text, "head_dim", None) or width // text.num_attention_heads
     q_width, kv_width = head * text.num_attention_heads, head * text.num_key_value_heads
-    layer = 2 * width * (2 * q_width + 2 * kv_width + 3 * text.intermediate_size) * row.tokens
-    scores = 4 * row.tokens**2 * q_width
-    logits = 2 * width * text.vocab_size * row.supervised
-    flops: int = (text.num_hidden_layers * layer + logits) * (3 if trainable.language is True else 2)
-    return flops + 3 * text.num_hidden_layers * scores
+    selection = tuple(trainable.language) if isinstance(trainable.language, list) else trainable.language
+    has_gradient = trainable.language == LORA or (num_images > 0 and (trainable.vision or trainable.projector))
+    traits = bool(text.attention_bias), bool(text.mlp_bias), bool(model.tie_word_embeddings)
+    passes = _passes(text.num_hidden_layers, *traits, selection, has_gradient)
+    sizes = {"q": q_width, "k": kv_width, "v": kv_width, "o": q_width} | dict.fromkeys(_MLP, text.intermediate_size)
+    per_token = 2 * width * sum(size * passes[matrix] for matrix, size in sizes.items())
+    per_pair = 2 * q_width * (passes["scores"] + passes["mixture"])
+    per_logits = 2 * width * text.vocab_size * passes["head"]
+    return sum(per_token * row.tokens + per_pair * row.tokens**2 + per_logits * row.supervised for row in rows)
+
+
+@lru_cache
+def _passes(
+    num_layers: int, attention_bias: bool, mlp_bias: bool, is_tied: bool, selection: bool | str | tuple[str, ...],
+    has_gradient: bool,
+) -> Counter[str]:  # fmt: skip
+    """How often the product of each matrix is computed in all layers: forward, for its input's gradient, for its own.
+
+    Args:
+        selection: `trainable.language`.
+        has_gradient: whether the gradient of the first layer's input is needed, for what is trained before it.
+    """
+    names = language_names(num_layers, attention_bias, mlp_bias)
+    trained = set(names) if selection is True else select(selection, names) if isinstance(selection, tuple) else set()
+    if is_tied and trained & {EMBEDDING, HEAD}:
+        trained = trained | {EMBEDDING, HEAD}
+    modules = {name.rpartition(".")[0] for name in trained}  # by their weight or their bias
+    passes: Counter[str] = Counter()
+
+    def multiply(matrix: str, module: str, has_gradient: bool) -> bool:
+        """Count the passes of a product whose input has a gradient; whether its output has."""
+        passes[matrix] += 1 + has_gradient + (f"{module}.weight" in trained)
+        return has_gradient or module in modules
+
+    has_gradient = has_gradient or EMBEDDING in trained
+    for number in range(num_layers):
+        layer = f"{LANGUAGE}layers.{number}"
+        normed = has_gradient or f"{layer}.input_layernorm" in modules
+        query, key, value = (multiply(matrix, f"{layer}.self_attn.{matrix}_proj", normed) for matrix in "qkv")
+        passes["scores"] += 1 + query + key
+        passes["mixture"] += 1 + (query or key) + value  # of the values, by the scores
+        attended = multiply("o", f"{layer}.self_attn.o_proj", query or key or value)
+        has_gradient = has_gradient or attended
+        normed = has_gradient or f"{layer}.post_attention_layernorm" in modules
+        gate, up = (multiply(matrix, f"{layer}.mlp.{matrix}_proj", normed) for matrix in ("gate", "up"))
+        has_gradient = multiply("down", f"{layer}.mlp.down_proj", gate or up) or has_gradient
+    multiply("head", HEAD.removesuffix(".weight"), has_gradient or f"{LANGUAGE}norm" in modules)
+    return passes
 
 
 def _image_flops(model: YiVLConfig, trainable: TrainableConfig) -> int:
