@@ -13,14 +13,17 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from yi_vl.arguments import as_path, one_line
+from yi_vl.chat import CHAT_FORMATS
 
 from .config import (
     INT4,
     LORA,
     PRECISIONS,
+    ROPE_SCALINGS,
     SAMPLE_FORMATS,
     DataConfig,
     GenerationsConfig,
+    RopeConfig,
     TrainConfig,
     flat_settings,
 )
@@ -140,6 +143,32 @@ def _check_init(config: TrainConfig, require: _Require) -> None:
     require((init.checkpoint is None) == has_parts, "init_from needs either checkpoint, or tower and language_model.")
     is_complete = init.tower is not None and init.language_model is not None
     require(not has_parts or is_complete, "init_from: a model from parts needs both tower and language_model.")
+    if init.rope is not None:
+        _check_rope(init.rope, require)
+    is_known = config.chat_format is None or config.chat_format in CHAT_FORMATS
+    require(is_known, f"chat_format is {config.chat_format!r}; expected one of {', '.join(CHAT_FORMATS)}, or null.")
+    for key, value in (("chat_format", config.chat_format), ("init_from.rope", init.rope)):
+        require(
+            value is None or config.trainable.language != LORA,
+            f"{key} cannot be set with trainable.language: lora: adapters are loaded into the checkpoint that they "
+            "adapt, and have its chat format and positions; set it to null.",
+        )
+
+
+def _check_rope(rope: RopeConfig, require: _Require) -> None:
+    scalings = ", ".join(ROPE_SCALINGS)
+    is_known = rope.scaling is None or rope.scaling in ROPE_SCALINGS
+    require(is_known, f"init_from.rope.scaling is {rope.scaling!r}; expected one of {scalings}, or null.")
+    require(
+        (rope.scaling is None) == (rope.factor is None),
+        "init_from.rope: scaling and factor are given together, or not.",
+    )
+    require(rope.factor is None or rope.factor >= 1, f"init_from.rope.factor is {rope.factor}; expected 1 or more.")
+    for key in ("theta", "max_positions"):
+        value = getattr(rope, key)
+        require(value is None or value > 0, f"init_from.rope.{key} is {value}; it must be positive.")
+    is_any = rope.theta is not None or rope.scaling is not None or rope.max_positions is not None
+    require(is_any, "init_from.rope is empty; give theta, scaling and factor, or max_positions, or set it to null.")
 
 
 def _check_trainable(config: TrainConfig, require: _Require) -> None:

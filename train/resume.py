@@ -26,6 +26,7 @@ _REFUSED = {  # keys, or patterns of them, and why they cannot change
     "data.sources.*.shards": _ORDER,
     "data.sources.*.weight": _ORDER,
     "data.sources.*.max_samples": _ORDER,
+    "chat_format": "but the model was trained in another chat format so far",
     "image_size": "but the checkpoint's position grid has its own size",
     "init_from.*": "but the weights are the checkpoint's, and no others are loaded",
     "trainable.*": "but the checkpoint holds the optimizer's state of other parameters",

@@ -96,7 +96,8 @@ class SampleEncoder:
             TooLong: it has more than max_tokens tokens.
             ValueError: it cannot be used, with the reason.
         """
-        segments, encoded_images = read_sample(raw, self._sample_formats[source], self._ignore)
+        sample_format, chat_format = self._sample_formats[source], self._processor.chat_format
+        segments, encoded_images = read_sample(raw, sample_format, self._ignore, chat_format)
         try:
             encoded = self._processor.encode(segments, self._max_tokens)
         except TooLongError as error:
