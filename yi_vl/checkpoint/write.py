@@ -97,7 +97,7 @@ def check_target(source: Checkpoint, target: Path, to: str) -> None:
     is_foreign = to in ("official", "llava-hf")
     if is_foreign and source.layout == "yi-vl" and source.make_processor().chat_format != YI_VL:
         raise ValueError(
-            f"{source.folder} has the chat format {CHATML}, for which the layout {to!r} has no place: whoever reads it "
+            f"{source.folder} has the chat format {CHATML}, for which the layout {to!r} has no place: its readers "
             "would write prompts with ###. Keep it in the layout 'yi-vl', or convert to gguf."
         )
     rope_type = source.config.text_config.rope_parameters.get("rope_type", "default")
