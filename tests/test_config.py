@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from yi_vl.checkpoint.summary import measure
-from yi_vl.config import OpenClipVisionConfig, YiVLConfig, preset
+from yi_vl.cli import _PRESETS
+from yi_vl.config import PRESETS, OpenClipVisionConfig, YiVLConfig, preset
 
 
 @pytest.mark.parametrize(
@@ -37,6 +38,23 @@ def test_memory_shrinks_with_the_language_models_linears() -> None:
     rotary = 4 * 64  # bytes, which are no weights
     assert memory["bf16"] - memory["int8"] == num_weights - 2 * num_rows - rotary
     assert memory["bf16"] - memory["int4"] == (2 - 0.5 - 4 / 64) * num_weights - rotary
+
+
+@pytest.mark.parametrize(
+    ("name", "like", "num_layers", "num_language"),
+    [("6b-1.5", "6b", 32, 6.061e9), ("9b-1.5", "6b", 48, 8.829e9), ("34b-1.5", "34b", 60, 34.389e9)],
+)
+def test_yi_1_5_differs_in_layers_and_norms_alone(name: str, like: str, num_layers: int, num_language: float) -> None:
+    config, other = preset(name), preset(like)
+    other.text_config.num_hidden_layers, other.text_config.rms_norm_eps = num_layers, 1e-6
+    assert config.to_dict() == other.to_dict()
+    assert config.text_config.rope_parameters["rope_theta"] == 5e6
+    official = measure(config).num_official_parameters
+    assert official is not None and official["language model"] == pytest.approx(num_language, abs=0.0005e9)
+
+
+def test_the_command_line_knows_the_presets() -> None:
+    assert _PRESETS == PRESETS
 
 
 def test_nano_is_small_and_has_no_official_layout() -> None:

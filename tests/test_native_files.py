@@ -15,7 +15,8 @@ from transformers import AutoTokenizer
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
 import yi_vl
-from yi_vl.chat import CHAT_TEMPLATE, STOP_STRING
+from yi_vl.chat import STOP_STRING
+from yi_vl.chat_template import CHAT_TEMPLATE
 from yi_vl.checkpoint import Layout, convert, open_checkpoint
 from yi_vl.processor import YiVLProcessor
 

@@ -29,7 +29,7 @@ from train.config_file import load_config
 from train.lora import add_adapters_
 from train.loss import Objective
 from train.optim import build_optimizer, cast_frozen_, checkpoint_activations_, set_trainable_
-from train.plan.__main__ import USABLE, Hardware, Plan, app, describe, make_plan, verdict
+from train.plan.__main__ import USABLE, Hardware, Plan, _released, app, describe, make_plan, verdict
 from train.plan.count import SavedBytes, count_flops, count_saved_bytes
 from train.plan.curves import draw_curves
 from train.plan.estimate import count_parameters, logit_bytes, step_memory, strategies
@@ -361,6 +361,16 @@ def test_the_stages_of_a_release_are_summed_beside_the_published_hours(run: Run)
     assert rows(output, "published,")[0][-2:] == ["30,720", "10.0"]
     assert [row[-1] for row in rows(output, "DDP")] == ["no"] * 3, "34 B parameters in fp32 are 140 GB"
     assert len(rows(output, "FSDP")) == len(rows(output, "ZeRO-3")) == 3 and len(rows(output, "checkpointed")) == 9
+
+
+def test_models_on_yi_1_5_are_known_and_not_published() -> None:
+    options: dict[str, Any] = {"model": None, "caption_tokens": 32, "chat_tokens": 256}
+    for size, num_layers in (("6b-1.5", 32), ("9b-1.5", 48), ("34b-1.5", 60)):
+        plans = [make_plan(ROOT / f"train/configs/{size}/{stage}.yaml", [], **options) for stage in STAGES]
+        assert [made.model.text_config.num_hidden_layers for made in plans] == [num_layers] * 3
+        assert plans[0].parameters.trained["language"] == 0 < plans[2].parameters.trained["language"]
+        assert _released(plans) is None
+    assert _released([make_plan(ROOT / f"train/configs/6b/{stage}.yaml", [], **options) for stage in STAGES]) == "6b"
 
 
 @pytest.mark.slow

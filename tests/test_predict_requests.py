@@ -58,7 +58,7 @@ def test_options_are_taken_as_their_value(given: dict[str, Any], expected: tuple
     sampling = Sampling(**given)
     assert tuple(vars(sampling).values()) == expected
     assert [type(value) for value in vars(sampling).values()] == [type(value) for value in expected]
-    assert sampling.stop_strings == sampling.stop_strings == ("###", *expected[-1])
+    assert sampling.stop == sampling.stop == expected[-1]
 
 
 @pytest.mark.parametrize(

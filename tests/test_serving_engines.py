@@ -17,7 +17,8 @@ from transformers import AutoConfig, AutoModel, AutoProcessor
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from yi_vl.auto import YiVLConfig, YiVLModel, YiVLProcessor
-from yi_vl.chat import ANSWER_HEADER, CHAT_TEMPLATE, STOP_STRING
+from yi_vl.chat import ANSWER_HEADER, STOP_STRING
+from yi_vl.chat_template import CHAT_TEMPLATE
 
 pytestmark = pytest.mark.core
 

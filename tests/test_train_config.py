@@ -112,8 +112,9 @@ def test_a_resolved_config_is_taken_back(path: Path, tmp_path: Path) -> None:
     assert load_config(resolved) == config
 
 
-@pytest.mark.parametrize("size", ["6b", "34b"])
+@pytest.mark.parametrize("size", ["6b", "34b", "6b-1.5", "9b-1.5", "34b-1.5"])
 def test_the_published_recipe(size: str) -> None:
+    """Of Yi-VL; what is there for Yi-1.5 has its numbers, and the language model's chat format."""
     align, upscale, chat = (
         load_config(ROOT / f"train/configs/{size}/{name}.yaml") for name in ("align-224", "upscale-448", "chat-448")
     )
@@ -127,6 +128,10 @@ def test_the_published_recipe(size: str) -> None:
     assert align.init_from.tower is not None and align.init_from.tower.name == "ViT-H-14"
     assert upscale.init_from.checkpoint == f"{align.run_dir}/final"
     assert chat.init_from.checkpoint == f"{upscale.run_dir}/final"
+    is_newer = size.endswith("-1.5")
+    series = "Yi-1.5" if is_newer else "Yi"
+    assert align.init_from.language_model == f"01-ai/{series}-{size.removesuffix('-1.5').upper()}-Chat"
+    assert [config.chat_format for config in (align, upscale, chat)] == ["chatml" if is_newer else None, None, None]
 
 
 def test_a_run_in_the_home_folder_is_there(

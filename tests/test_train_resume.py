@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from conftest import chat_sample
 from rich.console import Console
 from toy_runs import losses, stop_after, trainer
@@ -16,7 +15,6 @@ from toy_runs import losses, stop_after, trainer
 from train import checkpoint
 from train.config import TrainConfig
 from train.metrics import METRICS_FILE, read_metrics
-from train.resume import check_resumed
 from train.trainer import Trainer, train
 
 Configure = Callable[..., TrainConfig]
@@ -95,16 +93,6 @@ def test_what_changes_later_may_be_added(stopped: Configure, capsys: pytest.Capt
     rows = read_metrics(Path(config.run_dir) / METRICS_FILE)
     assert [row["batch_size"] for row in rows] == [8] * 5 + [4] * 5
     assert [row["lr"]["vision"] for row in rows][4:] == pytest.approx([1e-3] * 5 + [0.5e-3])
-
-
-def test_a_run_that_began_with_the_old_key_of_warmup_resumes(stopped: Configure, tmp_path: Path) -> None:
-    config = stopped(EVERY)
-    (saved,) = (path for path in checkpoint.checkpoints(Path(config.run_dir)) if path.name.endswith("4"))
-    content = yaml.safe_load((saved / "config.yaml").read_text())
-    del content["schedule"], content["batch_ramp"]
-    for ratio, lines in ((0.03, []), (0.1, ["From step 5 on: schedule.warmup 0.03 instead of 0.1."])):
-        (saved / "config.yaml").write_text(yaml.safe_dump(content | {"warmup_ratio": ratio}))
-        assert check_resumed(saved, 4, config) == lines
 
 
 def test_a_branch_of_a_constant_run_is_the_run_that_decays(configure: Configure, tmp_path: Path) -> None:

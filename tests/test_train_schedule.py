@@ -16,7 +16,7 @@ from toy_runs import trainer
 
 from train import metrics
 from train.config import ComponentScheduleConfig, ScheduleConfig, TrainConfig, num_steps
-from train.config_file import load_config, load_saved_config, to_yaml
+from train.config_file import load_config
 from train.describe import describe_batches, schedule_lines
 from train.metrics import Reporter, draw_schedule, read_metrics
 from train.optim import learning_rates, set_learning_rates_
@@ -169,17 +169,6 @@ def test_an_old_key_in_a_file_is_named(tmp_path: Path) -> None:
     path.write_text(NANO.read_text() + "warmup_ratio: 0.1\n")
     with pytest.raises(ValueError, match=r"run.yaml: the key 'warmup_ratio' is now called 'schedule.warmup'"):
         load_config(path)
-
-
-def test_a_run_that_began_with_the_old_key_is_read(tmp_path: Path) -> None:
-    config = load_config(NANO, ["schedule.warmup=0.2"])
-    content = yaml.safe_load(to_yaml(config))
-    del content["schedule"], content["batch_ramp"]
-    path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(content | {"warmup_ratio": 0.2}))
-    assert load_saved_config(path) == config
-    path.write_text(to_yaml(config))
-    assert load_saved_config(path) == config
 
 
 def test_numbers_and_pairs_are_weights() -> None:

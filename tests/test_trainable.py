@@ -199,7 +199,7 @@ def test_what_is_frozen_keeps_its_bits_and_costs_nothing(
     start = f"init_from={{checkpoint: {tmp_path}/base, tower: null, language_model: null}}"
     config = configure(
         start, *settings, ONLY_LANGUAGE, f"trainable.language={language}", "checkpoint.every_steps=3",
-        "warmup_ratio=0", "optimizer.weight_decay=0.1",
+        "schedule.warmup=0", "optimizer.weight_decay=0.1",
     )  # fmt: skip
     run = trainer(config)
     zero_grad, run.optimizer.zero_grad = run.optimizer.zero_grad, lambda: None  # keep the gradients

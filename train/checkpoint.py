@@ -52,7 +52,7 @@ def save_checkpoint(
         with atomic_path(directory, flush=True) as temporary:
             temporary.mkdir()
             if isinstance(model, YiVLForConditionalGeneration) and model.generation_config is not None:
-                set_end_tokens_(model.generation_config, processor.tokenizer)
+                set_end_tokens_(model.generation_config, processor.tokenizer, processor.chat_format)
             model.save_pretrained(temporary, state_dict=weights)
             processor.save_pretrained(temporary)
             (temporary / "config.yaml").write_text(config_yaml, encoding="utf-8")

@@ -14,6 +14,7 @@ LONG_TEXTS = SKIP, SPLIT, PACK = "skip", "split", "pack"
 LORA = "lora"
 INT4 = "int4"
 PRECISIONS = ("fp32", "bf16", "fp16")
+ROPE_SCALINGS = ("linear", "yarn")
 
 
 @dataclass
@@ -22,6 +23,21 @@ class TowerConfig:
 
     name: str = MISSING
     pretrained: str | None = None
+
+
+@dataclass
+class RopeConfig:
+    """Other rotary positions than the model has that the run starts from; they are saved with the trained model.
+
+    theta: base of the frequencies; null: the model's.
+    scaling: `linear` or `yarn` (arXiv 2309.00071) by `factor`; null: the model's, which is none for all of Yi's.
+    max_positions: most tokens of a sequence; null: the model's, with `scaling` those times `factor`.
+    """
+
+    theta: float | None = None
+    scaling: str | None = None
+    factor: float | None = None
+    max_positions: int | None = None
 
 
 @dataclass
@@ -34,6 +50,7 @@ class InitConfig:
     checkpoint: str | None = None
     tower: TowerConfig | None = None
     language_model: str | None = None
+    rope: RopeConfig | None = None
 
 
 @dataclass
@@ -141,7 +158,7 @@ class DataConfig:
     """The stream of samples.
 
     format: default of the sources': `caption` (images with KEY.txt, or the one answer of KEY.json; plain prompt),
-        `chat` (KEY.json, `###` prompt) or `text` (KEY.txt alone, plain prompt).
+        `chat` (KEY.json, the model's chat format) or `text` (KEY.txt alone, plain prompt).
     ignore: member suffixes and keys of KEY.json to ignore; other unknown ones make a sample a broken one.
     long_text: what becomes of samples of the format text with more than max_tokens tokens: `skip` skips and counts
         them, `split` cuts them into pieces, `pack` joins all documents into rows of max_tokens tokens, for continued
@@ -239,6 +256,7 @@ class TrainConfig:
     seed: int = 0
     resume: bool = True  # from the newest complete checkpoint in run_dir; false refuses a run_dir that has one
     init_from: InitConfig = MISSING
+    chat_format: str | None = None  # yi-vl or chatml, see yi_vl/chat.py; null: the checkpoint's, from parts yi-vl
     image_size: int = 448
     trainable: TrainableConfig = field(default_factory=TrainableConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)  # with trainable.language: lora

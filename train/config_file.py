@@ -13,16 +13,19 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from yi_vl.arguments import as_path, one_line
+from yi_vl.chat import CHAT_FORMATS
 
 from .config import (
     INT4,
     LONG_TEXTS,
     LORA,
     PRECISIONS,
+    ROPE_SCALINGS,
     SAMPLE_FORMATS,
     SKIP,
     DataConfig,
     GenerationsConfig,
+    RopeConfig,
     SourceConfig,
     TrainConfig,
     ValidationConfig,
@@ -50,35 +53,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     Raises:
         ValueError: no such file, not YAML, an unknown key, a wrong type, a missing value or a contradiction; one line.
     """
-    return _resolve(_read(path), overrides, str(path))
-
-
-def load_saved_config(path: str | Path) -> TrainConfig:
-    """The config beside a checkpoint, also of a run that began when `schedule.warmup` was called `warmup_ratio`.
-
-    Raises:
-        ValueError: as `load_config`.
-    """
-    content = _read(path)
-    if "warmup_ratio" in content:
-        OmegaConf.update(content, "schedule.warmup", content.pop("warmup_ratio"))
-    return _resolve(content, (), str(path))
-
-
-def _read(path: str | Path) -> DictConfig:
-    if not Path(path).is_file():
-        raise ValueError(f"{path}: there is no such config file; the recipes are in train/configs/.")
-    content = _parse(lambda: OmegaConf.load(path), str(path))
-    if not isinstance(content, DictConfig):
-        raise ValueError(f"{path}: expected keys and values at the top, found {type(content).__name__}.")
-    return content
-
-
-def _resolve(content: DictConfig, overrides: Sequence[str], path: str) -> TrainConfig:
-    """The config that a file's content and overrides make, checked."""
     merged = OmegaConf.structured(TrainConfig)
-    with _named_errors(path):
-        merged = cast(DictConfig, OmegaConf.merge(merged, content))
+    with _named_errors(str(path)):
+        merged = cast(DictConfig, OmegaConf.merge(merged, _read(path)))
     for override in overrides:
         key, equals, text = override.partition("=")
         where = f"command line ({override})"
@@ -94,14 +71,23 @@ def _resolve(content: DictConfig, overrides: Sequence[str], path: str) -> TrainC
         raise ValueError(f"{path}: {getattr(error, 'full_key', '')} is missing; {one_line(error)}.") from error
     config.run_dir = str(as_path(config.run_dir, f"{path}: run_dir"))
     for source in config.data.sources:
-        source.weight = _as_weight(source, path)
-    _check(config, path)
+        source.weight = _as_weight(source, str(path))
+    _check(config, str(path))
     return config
 
 
 def to_yaml(config: TrainConfig) -> str:
     """The whole run as YAML that `load_config` takes back."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def _read(path: str | Path) -> DictConfig:
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: there is no such config file; the recipes are in train/configs/.")
+    content = _parse(lambda: OmegaConf.load(path), str(path))
+    if not isinstance(content, DictConfig):
+        raise ValueError(f"{path}: expected keys and values at the top, found {type(content).__name__}.")
+    return content
 
 
 def _parse(parse: Callable[[], Any], where: str) -> Any:
@@ -226,6 +212,32 @@ def _check_init(config: TrainConfig, require: _Require) -> None:
     require((init.checkpoint is None) == has_parts, "init_from needs either checkpoint, or tower and language_model.")
     is_complete = init.tower is not None and init.language_model is not None
     require(not has_parts or is_complete, "init_from: a model from parts needs both tower and language_model.")
+    if init.rope is not None:
+        _check_rope(init.rope, require)
+    is_known = config.chat_format is None or config.chat_format in CHAT_FORMATS
+    require(is_known, f"chat_format is {config.chat_format!r}; expected one of {', '.join(CHAT_FORMATS)}, or null.")
+    for key, value in (("chat_format", config.chat_format), ("init_from.rope", init.rope)):
+        require(
+            value is None or config.trainable.language != LORA,
+            f"{key} cannot be set with trainable.language: lora: adapters are loaded into the checkpoint that they "
+            "adapt, and have its chat format and positions; set it to null.",
+        )
+
+
+def _check_rope(rope: RopeConfig, require: _Require) -> None:
+    scalings = ", ".join(ROPE_SCALINGS)
+    is_known = rope.scaling is None or rope.scaling in ROPE_SCALINGS
+    require(is_known, f"init_from.rope.scaling is {rope.scaling!r}; expected one of {scalings}, or null.")
+    require(
+        (rope.scaling is None) == (rope.factor is None),
+        "init_from.rope: scaling and factor are given together, or not.",
+    )
+    require(rope.factor is None or rope.factor >= 1, f"init_from.rope.factor is {rope.factor}; expected 1 or more.")
+    for key in ("theta", "max_positions"):
+        value = getattr(rope, key)
+        require(value is None or value > 0, f"init_from.rope.{key} is {value}; it must be positive.")
+    is_any = rope.theta is not None or rope.scaling is not None or rope.max_positions is not None
+    require(is_any, "init_from.rope is empty; give theta, scaling and factor, or max_positions, or set it to null.")
 
 
 def _check_trainable(config: TrainConfig, require: _Require) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from accelerate.tracking import GeneralTracker
 from torch import Tensor
 
-from yi_vl.chat import STOP_STRING, Segment, TooLongError, to_text
+from yi_vl.chat import Segment, TooLongError, end_of_message, to_text
 from yi_vl.engine.engine import Engine
 from yi_vl.engine.sampling import Sampling
 from yi_vl.files import read_json_lines
@@ -67,7 +67,7 @@ class HeldOut:
         self.samples: list[HeldOutSample] = []
         for raw in itertools.islice(raw_samples, config.count):
             try:
-                segments, images = read_sample(raw, sample_format, data.ignore)
+                segments, images = read_sample(raw, sample_format, data.ignore, processor.chat_format)
                 sample = _held_out_sample(sample_name(raw), segments, images, processor)
                 processor.encode(sample.prompt, max_prompt_tokens)
             except TooLongError as error:
@@ -82,7 +82,7 @@ class HeldOut:
             raise ValueError(
                 f"generations: {config.shards} holds {len(self.samples)} samples, count is {config.count}."
             )
-        stop = "\n" if sample_format == "caption" else STOP_STRING
+        stop = "\n" if sample_format == "caption" else ()  # the engine knows what ends an answer in a chat
         self._sampling = Sampling(max_new_tokens=config.max_new_tokens, stop=stop)
         self._run_dir = run_dir
 
@@ -149,5 +149,6 @@ def _held_out_sample(
     end = is_supervised.index(False, first) if False in is_supervised[first:] else len(segments)
     num_images = sum(segment.is_image for segment in segments[:first])
     images_uint8 = [processor.image_processor.to_uint8(image) for image in images[:num_images]]
-    reference = to_text(segments[first:end]).strip().removesuffix(STOP_STRING).strip()
+    end_text = to_text(end_of_message(processor.chat_format)).strip()
+    reference = to_text(segments[first:end]).strip().removesuffix(end_text).strip()
     return HeldOutSample(name, segments[:first], reference, images_uint8)

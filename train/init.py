@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -11,22 +12,25 @@ from yi_vl.checkpoint import holds_adapters
 from yi_vl.checkpoint.assemble import from_parts
 from yi_vl.checkpoint.find import find
 from yi_vl.checkpoint.load import check_fit, fetch, load_model, load_processor, read_config
-from yi_vl.config import OpenClipVisionConfig
+from yi_vl.config import OpenClipVisionConfig, YiVLConfig, check_rope
 from yi_vl.image import YiVLImageProcessor
 from yi_vl.model import YiVLForConditionalGeneration
 from yi_vl.processor import YiVLProcessor, prepare_tokenizer
 
-from .config import INT4, LORA, TrainConfig
+from .config import INT4, LORA, RopeConfig, TrainConfig
 from .qlora import read_int4
 
 
 def initial_model(config: TrainConfig, device: torch.device) -> tuple[YiVLForConditionalGeneration, YiVLProcessor]:
     """The model, its position grid resized to `image_size` where that differs, and its processor.
 
+    Its rotary positions are those of `init_from.rope`, its chat format that of `chat_format`, where they are given.
+
     It is in float32 on the CPU; with an int4 base as of `read_int4`, on `device`.
 
     Raises:
-        ValueError: the weights are not there or do not fit, or cannot be quantized.
+        ValueError: the weights are not there or do not fit, or cannot be quantized; or the tokenizer lacks a token of
+            the chat format.
     """
     init = config.init_from
     if init.checkpoint is not None:
@@ -47,7 +51,12 @@ def initial_model(config: TrainConfig, device: torch.device) -> tuple[YiVLForCon
         model.model.vision_tower.resize_grid_(config.image_size)
         model.config.vision_config.image_size = config.image_size
     processor.image_processor.size_px = config.image_size
-    check_positions(model, config)
+    _in_chat_format(processor, config)
+    if init.rope is not None:
+        _set_model_rope_(model, init.rope)
+        num_positions = model.config.text_config.max_position_embeddings
+        processor.tokenizer.model_max_length = max(num_positions, processor.tokenizer.model_max_length)
+    check_positions(model.config, config)
     return model, processor
 
 
@@ -63,14 +72,49 @@ def load_float32(path: str | Path) -> tuple[YiVLForConditionalGeneration, YiVLPr
     return model, processor
 
 
-def check_positions(model: YiVLForConditionalGeneration, config: TrainConfig) -> None:
+def set_rope_(text_config: Any, rope: RopeConfig | None) -> None:
+    """Change the rotary positions in a language model's configuration; None changes nothing.
+
+    `factor` is relative to the positions that the model was first trained with.
+    """
+    if rope is None:
+        return
+    parameters = dict(text_config.rope_parameters)
+    trained = parameters.get("original_max_position_embeddings", text_config.max_position_embeddings)
+    theta = rope.theta if rope.theta is not None else parameters["rope_theta"]
+    max_positions = rope.max_positions
+    if rope.scaling is not None and rope.factor is not None:
+        parameters = {"rope_type": rope.scaling, "factor": rope.factor}
+        if rope.scaling == "yarn":
+            parameters["original_max_position_embeddings"] = trained
+        if max_positions is None:
+            max_positions = int(trained * rope.factor)
+    text_config.rope_parameters = parameters | {"rope_theta": theta}
+    if max_positions is not None:
+        text_config.max_position_embeddings = max_positions
+    check_rope(text_config)
+
+
+def _set_model_rope_(model: YiVLForConditionalGeneration, rope: RopeConfig) -> None:
+    text_config, language_model = model.config.text_config, model.model.language_model
+    set_rope_(text_config, rope)
+    for name in ("rope_parameters", "max_position_embeddings"):
+        setattr(language_model.config, name, getattr(text_config, name))  # it may be another object
+    rotary = language_model.rotary_emb
+    language_model.rotary_emb = type(rotary)(text_config).to(rotary.inv_freq.device)
+
+
+def check_positions(model_config: YiVLConfig, config: TrainConfig) -> None:
     """
     Raises:
         ValueError: samples may be longer than what the language model has positions for.
     """
-    limit = model.config.text_config.max_position_embeddings
+    limit = model_config.text_config.max_position_embeddings
     if config.max_tokens > limit:
-        raise ValueError(f"max_tokens is {config.max_tokens}, but the language model has {limit} positions.")
+        raise ValueError(
+            f"max_tokens is {config.max_tokens}, but the language model has {limit} positions; see init_from.rope for "
+            "more."
+        )
 
 
 def initial_processor(config: TrainConfig) -> YiVLProcessor:
@@ -83,14 +127,21 @@ def initial_processor(config: TrainConfig) -> YiVLProcessor:
     if init.checkpoint is not None:
         processor = load_processor(init.checkpoint)
         processor.image_processor.size_px = config.image_size
-        return processor
+        return _in_chat_format(processor, config)
     assert init.tower is not None and init.language_model is not None
     try:
         tokenizer = prepare_tokenizer(init.language_model)
     except (OSError, ValueError) as error:
         raise ValueError(f"The tokenizer of {init.language_model!r} cannot be loaded: {one_line(error)}.") from error
     patch_size = OpenClipVisionConfig.from_open_clip(init.tower.name).patch_size
-    return YiVLProcessor(YiVLImageProcessor(config.image_size), tokenizer, patch_size=patch_size)
+    processor = YiVLProcessor(YiVLImageProcessor(config.image_size), tokenizer, patch_size=patch_size)
+    return _in_chat_format(processor, config)
+
+
+def _in_chat_format(processor: YiVLProcessor, config: TrainConfig) -> YiVLProcessor:
+    if config.chat_format is not None:
+        processor.set_chat_format_(config.chat_format)  # type: ignore[arg-type]  # which config_file has checked
+    return processor
 
 
 def _check_unquantized(path: str | Path) -> None:

@@ -15,7 +15,7 @@ from accelerate.utils import broadcast_object_list
 
 from .checkpoint import load_state, newest_good
 from .config import LORA, TrainConfig, batch_sizes, flat_settings, num_steps
-from .config_file import load_saved_config
+from .config_file import load_config
 from .distributed import raise_on_all_ranks
 
 _ORDER = "which changes the order of the data: samples would be repeated or skipped"
@@ -27,6 +27,7 @@ _REFUSED = {  # keys, or patterns of them, and why they cannot change
     "data.sources.*.shards": _ORDER,
     "data.sources.*.weight": _ORDER,
     "data.sources.*.max_samples": _ORDER,
+    "chat_format": "but the model was trained in another chat format so far",
     "image_size": "but the checkpoint's position grid has its own size",
     "init_from.*": "but the weights are the checkpoint's, and no others are loaded",
     "trainable.*": "but the checkpoint holds the optimizer's state of other parameters",
@@ -120,7 +121,7 @@ def check_finished(final: Path, config: TrainConfig) -> None:
 
 def _read_config(checkpoint: Path) -> TrainConfig:
     try:
-        return load_saved_config(checkpoint / "config.yaml")
+        return load_config(checkpoint / "config.yaml")
     except ValueError as error:
         raise ValueError(f"The config of {checkpoint} cannot be read, take another run_dir: {error}") from error
 

@@ -47,7 +47,7 @@ def build_model(
         model, processor = initial_model(config, accelerator.device)
     else:
         model, processor = load_float32(directory)
-        check_positions(model, config)
+        check_positions(model.config, config)
     saved = add_adapters_(model, config, directory) if has_adapters else model
     set_trainable_(model, config)
     cast_frozen_(model, config.precision)

@@ -4,7 +4,8 @@ A conversation is a list of messages as OpenAI and transformers write them:
 `{"role": "user", "content": "text" | [{"type": "image"}, {"type": "text", "text": "..."}]}`.
 Training and inference render it with the same function, so they cannot drift apart.
 
-Source of the format: 01-ai/Yi-VL's model card and inference code.
+Two chat formats. `yi-vl` (`### Human: ...`) is Yi-VL's: 01-ai/Yi-VL's model card and inference code. `chatml`
+(`<|im_start|>user ... <|im_end|>`) is that of the language models Yi-Chat and Yi-1.5-Chat: their tokenizers' templates.
 """
 
 from __future__ import annotations
@@ -14,7 +15,12 @@ import re
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal, get_args
+
+ChatFormat = Literal["yi-vl", "chatml"]
+YI_VL: ChatFormat = "yi-vl"
+CHATML: ChatFormat = "chatml"
+CHAT_FORMATS: tuple[ChatFormat, ...] = get_args(ChatFormat)
 
 IMAGE_PLACEHOLDER = "<image_placeholder>"
 STOP_STRING = "###"
@@ -26,66 +32,8 @@ SYSTEM_PROMPT = (
     "并对人类的问题做出信息丰富、有帮助、详细的和礼貌的回答。"
 )
 _ROLES = {"user": " Human:", "assistant": " Assistant:"}
-ANSWER_HEADER = f"\n{STOP_STRING}{_ROLES['assistant']}"  # the end of a prompt
-
-# The same walk, with the same refusals, for tools that only know templates (transformers' pipelines, vLLM, TRL's
-# assistant mask); test_chat.py compares it with `render`. vLLM reads the form of messages from the template's syntax
-# tree: it must find one plain loop over a slice of `messages`, and in it one over `message['content']`.
-CHAT_TEMPLATE = (
-    "{%- if not messages -%}"
-    "{{- raise_exception('The conversation is empty; give at least one message from the user.') -}}"
-    "{%- endif -%}"
-    "{%- set has_system = messages[0]['role'] == 'system' -%}"
-    "{%- set given = messages[0]['content'] if has_system else " + repr(SYSTEM_PROMPT) + " -%}"
-    "{%- if given is not string -%}"
-    "{%- for part in given -%}{%- if part is not mapping or part['type'] != 'text' or part['text'] is not string -%}"
-    "{{- raise_exception('A system message holds text only.') -}}"
-    "{%- endif -%}{%- endfor -%}"
-    "{%- set given = given | map(attribute='text') | join -%}"
-    "{%- endif -%}"
-    "{{- given + '\\n\\n###' -}}"
-    "{%- set first = messages[1 if has_system else 0] -%}"
-    "{%- set is_answer_first = first is defined and first['role'] == 'assistant' -%}"
-    "{%- for message in messages[(1 if has_system else 0):] -%}"
-    "{%- set expected = 'assistant' if (loop.index0 % 2 == 0) == is_answer_first else 'user' -%}"
-    "{%- if message['role'] != expected -%}"
-    "{{- raise_exception('Message ' ~ loop.index ~ ' is by ' ~ message['role'] ~ ', expected ' ~ expected ~ "
-    "': user and assistant take turns, after at most one system message.') -}}"
-    "{%- endif -%}"
-    "{%- set walk = namespace(text='', typed='', has_images=false, has_text=false) -%}"
-    "{%- if message['content'] is string -%}"
-    "{%- set walk.text = message['content'] -%}{%- set walk.typed = message['content'] -%}"
-    "{%- elif message['content'] is mapping or message['content'] is not iterable -%}"
-    "{{- raise_exception('The content of a message is text or a list of parts.') -}}"
-    "{%- else -%}"
-    "{%- for part in message['content'] -%}"
-    "{%- if part is mapping and part['type'] == 'image' -%}"
-    "{%- set walk.text = walk.text + '" + IMAGE_PLACEHOLDER + "' -%}{%- set walk.has_images = true -%}"
-    "{%- elif part is mapping and part['type'] == 'text' and part['text'] is string -%}"
-    "{%- if part['text'] -%}"
-    "{%- set walk.text = walk.text + ('\\n' if walk.has_images and not walk.has_text else '') + part['text'] -%}"
-    "{%- set walk.typed = walk.typed + part['text'] -%}{%- set walk.has_text = true -%}"
-    "{%- endif -%}"
-    "{%- else -%}"
-    "{{- raise_exception('A content part is of type text, with its words under `text`, or of type image.') -}}"
-    "{%- endif -%}"
-    "{%- endfor -%}"
-    "{%- endif -%}"
-    "{%- if expected == 'assistant' -%}"
-    "{{- ' Assistant:' -}}{%- generation -%}{{- ' ' + walk.text + '\\n###' -}}{%- endgeneration -%}"
-    "{%- elif walk.has_images or walk.typed | trim -%}"
-    "{{- ' Human: ' + walk.text + '\\n###' -}}"
-    "{%- else -%}"
-    "{{- raise_exception('The question is empty; ask something in words, or show an image.') -}}"
-    "{%- endif -%}"
-    "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}"
-    "{%- if messages[-1]['role'] != 'user' -%}"
-    "{{- raise_exception('There is nothing to answer: the last message must be from the user.') -}}"
-    "{%- endif -%}"
-    "{{- ' Assistant:' -}}"
-    "{%- endif -%}"
-)
+ANSWER_HEADER = f"\n{STOP_STRING}{_ROLES['assistant']}"  # the end of a prompt in the format yi-vl
+IM_START, IM_END = "<|im_start|>", "<|im_end|>"  # one token each: 6 and 7 of Yi's tokenizers
 
 
 class TooLongError(ValueError):
@@ -106,12 +54,13 @@ class TooLongError(ValueError):
 
 @dataclass(frozen=True)
 class Segment:
-    """A span of the prompt: text, or one image."""
+    """A span of the prompt: text, one image, or one special token by its name."""
 
     text: str
     is_image: bool = False
     is_supervised: bool = False
-    is_typed: bool = False  # user input, which must not become a role header
+    is_typed: bool = False  # user input, whose `###` must not become a separator
+    is_special: bool = False
 
 
 @dataclass
@@ -123,14 +72,17 @@ class Encoded:
     image_starts: list[int] = field(default_factory=list)
 
 
-def render(messages: Sequence[dict[str, Any]], add_generation_prompt: bool = False) -> list[Segment]:
-    """The `###` chat format. Each answer is supervised with the separator after it: so the model learns to stop.
+def render(
+    messages: Sequence[dict[str, Any]], add_generation_prompt: bool = False, chat_format: ChatFormat = YI_VL
+) -> list[Segment]:
+    """A conversation in a chat format. Each answer is supervised with what ends it: so the model learns to stop.
 
     Leading images and the text after them are separated by a newline; images without text stand alone. Empty text parts
-    are ignored. Either role may come first.
+    are ignored. Either role may come first. Without a system message `yi-vl` has its own, `chatml` has none.
 
     Args:
         add_generation_prompt: end with the assistant's header, for an answer to follow; else with the separator.
+        chat_format: of the model: see `YiVLProcessor.chat_format`.
 
     Raises:
         ValueError: a message has an unknown role or part, roles do not alternate, a question has neither text nor
@@ -138,16 +90,48 @@ def render(messages: Sequence[dict[str, Any]], add_generation_prompt: bool = Fal
     """
     system, turns = _split_system(messages)
     _check_order(turns, add_generation_prompt)
-    segments = [Segment(system, is_typed=True), Segment("\n\n" + STOP_STRING)]
+    segments = _render_system(system, chat_format)
     for message in turns:
         is_answer = message["role"] == "assistant"
-        segments.append(Segment(_ROLES[message["role"]]))
-        segments.append(Segment(" ", is_supervised=is_answer))
-        segments += _render_content(message, is_supervised=is_answer)
-        segments.append(Segment("\n" + STOP_STRING, is_supervised=is_answer))
+        segments += _header(message["role"], chat_format)
+        if chat_format == YI_VL:
+            segments.append(Segment(" ", is_supervised=is_answer))
+        segments += _render_content(message, is_supervised=is_answer, is_typed=chat_format == YI_VL)
+        segments += end_of_message(chat_format, is_supervised=is_answer)
     if add_generation_prompt:
-        segments.append(Segment(_ROLES["assistant"]))
+        segments += _header("assistant", chat_format)
     return segments
+
+
+def end_of_message(chat_format: ChatFormat, is_supervised: bool = False) -> list[Segment]:
+    """What follows a message. The line break after `<|im_end|>` is no part of an answer: decoding has stopped there."""
+    if chat_format == CHATML:
+        return [Segment(IM_END, is_supervised=is_supervised, is_special=True), Segment("\n")]
+    return [Segment("\n" + STOP_STRING, is_supervised=is_supervised)]
+
+
+def answer_header(chat_format: ChatFormat) -> str:
+    """The text that a prompt ends with."""
+    return ANSWER_HEADER if chat_format == YI_VL else to_text(_header("assistant", CHATML))
+
+
+def stop_strings(chat_format: ChatFormat) -> tuple[str, ...]:
+    """Texts that end an answer; that of chatml ends with a token, whose text in an answer is nothing but text."""
+    return (STOP_STRING,) if chat_format == YI_VL else ()
+
+
+def _header(role: str, chat_format: ChatFormat) -> list[Segment]:
+    if chat_format == CHATML:
+        return [Segment(IM_START, is_special=True), Segment(f"{role}\n")]
+    return [Segment(_ROLES[role])]
+
+
+def _render_system(system: str | None, chat_format: ChatFormat) -> list[Segment]:
+    if chat_format == YI_VL:
+        return [Segment(SYSTEM_PROMPT if system is None else system, is_typed=True), Segment("\n\n" + STOP_STRING)]
+    if not system:
+        return []
+    return [*_header("system", CHATML), Segment(system), *end_of_message(CHATML)]
 
 
 def render_caption(caption: str, num_images: int = 1, prompt: str = "") -> list[Segment]:
@@ -171,8 +155,8 @@ def encode(
 ) -> Encoded:
     """Token ids of a rendered conversation, with the loss mask and the first index of every image's run of tokens.
 
-    Text between images is tokenized in one go, as the official code does, and each token belongs to the segment that
-    its first character lies in; nothing is tokenized twice. Special tokens in the text stay text.
+    Text between images and special tokens is tokenized in one go, as the official code does, and each token belongs to
+    the segment that its first character lies in; nothing is tokenized twice. Special tokens in the text stay text.
 
     Args:
         tokenizer: a transformers tokenizer that reports offsets (any fast one).
@@ -187,11 +171,17 @@ def encode(
     encoded = Encoded()
     special_ids = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
     special_ids.discard(tokenizer.unk_token_id)  # also of characters that the vocabulary does not have
+    id_of = {name: tokenizer.convert_tokens_to_ids(name) for name in {s.text for s in segments if s.is_special}}
+    special_ids.update(id_of.values())
     for chunk in _chunks(segments):
         if chunk[0].is_image:
             encoded.image_starts.append(len(encoded.input_ids))
             encoded.input_ids += [image_token_id] * patches_per_image
             encoded.loss_mask += [False] * patches_per_image
+            continue
+        if chunk[0].is_special:
+            encoded.input_ids.append(id_of[chunk[0].text])
+            encoded.loss_mask.append(chunk[0].is_supervised)
             continue
         supervised = [segment.is_supervised for segment in chunk for _ in segment.text]
         input_ids, starts = _tokenize("".join(segment.text for segment in chunk), tokenizer, special_ids)
@@ -279,25 +269,34 @@ def _check_length(segments: Sequence[Segment], patches_per_image: int, max_token
         raise TooLongError(least, num_images, patches_per_image, max_tokens, is_tokenized=False)
 
 
-def strip_separator(text: str) -> str:
-    """A text without the separator that ends it, and the white space before that; `####` is no separator."""
+def strip_separator(text: str, chat_format: ChatFormat = YI_VL) -> str:
+    """A decoded text without the separator that ends it, and the white space before that; `####` is no separator.
+
+    That of chatml is a token, which decoding has left out.
+    """
     stripped = text.rstrip()
-    if stripped.endswith(STOP_STRING) and not stripped.endswith("#" + STOP_STRING):
+    if chat_format == YI_VL and stripped.endswith(STOP_STRING) and not stripped.endswith("#" + STOP_STRING):
         return stripped.removesuffix(STOP_STRING).rstrip()
     return text
 
 
-def strip_answer(text: str) -> str:
-    """A generated text without its end and the white space around it; one blank after the header, if that is in it."""
+def strip_answer(text: str, chat_format: ChatFormat = YI_VL) -> str:
+    """A text as decoded without special tokens, without its end and the white space around the answer.
+
+    If the answer's header is in it, what is before stays; in yi-vl with one blank after the header.
+    """
+    if chat_format == CHATML:
+        prompt, header, answer = text.rpartition("\nassistant\n")
+        return f"{prompt}{header}{answer.strip()}"
     prompt, header, answer = strip_separator(text).rpartition(ANSWER_HEADER)
     return f"{prompt}{header} {answer.strip()}" if header else answer.strip()
 
 
-def _split_system(messages: Sequence[dict[str, Any]]) -> tuple[str, Sequence[dict[str, Any]]]:
+def _split_system(messages: Sequence[dict[str, Any]]) -> tuple[str | None, Sequence[dict[str, Any]]]:
     if not messages:
         raise ValueError("The conversation is empty; give at least one message from the user.")
     if messages[0].get("role") != "system":
-        return SYSTEM_PROMPT, messages
+        return None, messages
     content = messages[0].get("content")
     if isinstance(content, str):
         return content, messages[1:]
@@ -322,7 +321,7 @@ def _check_order(turns: Sequence[dict[str, Any]], add_generation_prompt: bool) -
         raise ValueError("There is nothing to answer: the last message must be the user's.")
 
 
-def _render_content(message: dict[str, Any], is_supervised: bool) -> list[Segment]:
+def _render_content(message: dict[str, Any], is_supervised: bool, is_typed: bool) -> list[Segment]:
     content = message.get("content")
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
     if not isinstance(parts, (list, tuple)):
@@ -342,17 +341,18 @@ def _render_content(message: dict[str, Any], is_supervised: bool) -> list[Segmen
         if segments and only_images:
             segments.append(Segment("\n", is_supervised=is_supervised))
         only_images = False
-        segments.append(Segment(part["text"], is_supervised=is_supervised, is_typed=True))
+        segments.append(Segment(part["text"], is_supervised=is_supervised, is_typed=is_typed))
     if message["role"] == "user" and not any(segment.is_image or segment.text.strip() for segment in segments):
         raise ValueError("The question is empty; ask something in words, or show an image.")
     return segments
 
 
 def _chunks(segments: Sequence[Segment]) -> Iterator[list[Segment]]:
-    """Spans to be tokenized in one go: images stand alone, and a typed `###` is cut so that it is no separator."""
+    """Spans to be tokenized in one go: images and special tokens stand alone, and a typed `###` is cut so that it is no
+    separator."""
     chunk: list[Segment] = []
     for segment in segments:
-        if segment.is_image:
+        if segment.is_image or segment.is_special:
             if chunk:
                 yield chunk
             yield [segment]

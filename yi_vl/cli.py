@@ -21,7 +21,7 @@ from .program import print_error, run
 from .runtime import limit_spinning, use_huge_pages
 from .terminal import open_images, print_stream, print_turn, read_lines, split_paths
 
-_PRESETS = ("6b", "34b", "nano")
+_PRESETS = ("6b", "34b", "6b-1.5", "9b-1.5", "34b-1.5", "nano")  # config.PRESETS, which takes a second to import
 _CHAT_HELP = (
     "/image PATH... adds images to the next question, /clear starts a new chat, /exit leaves; Ctrl-C stops an answer."
 )
@@ -242,7 +242,7 @@ def serve(
 
 @app.command()
 def info(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="6b, 34b or nano, a model folder, or a hub id.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=f"{', '.join(_PRESETS)}, a model folder, or a hub id.")],
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor's name and shape instead.")] = False,
 ) -> None:
     """What a model is made of: configuration, parameters, memory. No weights are read."""

@@ -8,6 +8,8 @@ from typing import Any
 
 from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
 
+from .arguments import as_float, shown
+
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)  # OpenAI CLIP's, kept by OpenCLIP ViT-H-14 and by Yi-VL
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -17,7 +19,19 @@ _CLASSES = {
     "AutoModelForImageTextToText": "YiVLForConditionalGeneration",
     "AutoProcessor": "YiVLProcessor",
 }
+# Rotary positions whose frequencies do not depend on the length of the sequence.
+_ROPE_TYPES = ("default", "linear", "yarn", "llama3")
 _PLAIN_TOWER_KEYS = {"image_size", "layers", "width", "head_width", "patch_size", "mlp_ratio"}
+
+
+_LANGUAGE_MODELS: dict[str, tuple[Any, ...]] = {  # arguments of `yi_config`
+    "6b": (4096, 11008, 32, 32, 4),
+    "34b": (7168, 20480, 60, 56, 8),
+    "6b-1.5": (4096, 11008, 32, 32, 4, 1e-6),
+    "9b-1.5": (4096, 11008, 48, 32, 4, 1e-6),
+    "34b-1.5": (7168, 20480, 60, 56, 8, 1e-6),
+}
+PRESETS = (*_LANGUAGE_MODELS, "nano")
 
 
 class OpenClipVisionConfig(PreTrainedConfig):
@@ -145,6 +159,7 @@ class YiVLConfig(PreTrainedConfig):
             self.vision_config = OpenClipVisionConfig(**(self.vision_config or {}))
         if not isinstance(self.text_config, PreTrainedConfig):
             self.text_config = AutoConfig.for_model(**{"model_type": "llama", **(self.text_config or {})})
+        check_rope(self.text_config)
         super().__post_init__(**kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
@@ -161,10 +176,35 @@ class YiVLConfig(PreTrainedConfig):
         (Path(save_directory) / _CLASSES_FILE).write_text(text, encoding="utf-8")
 
 
+def check_rope(text_config: Any) -> None:
+    """
+    Raises:
+        ValueError: the rotary positions are of a type whose cached keys depend on what comes later, or a number of them
+            is out of its range.
+    """
+    rope = getattr(text_config, "rope_parameters", None) or {}
+    rope_type = rope.get("rope_type", "default")
+    if rope_type not in _ROPE_TYPES:
+        raise ValueError(
+            f"The rope_type is {shown(rope_type)}; expected one of {', '.join(_ROPE_TYPES)}. With dynamic and longrope "
+            "the frequencies change with the length of a sequence, so that a cached prefix would not be exact."
+        )
+    for key, least in (("rope_theta", 0.0), ("factor", 1.0)):
+        if rope.get(key) is not None and not as_float(rope[key], key) >= least:
+            raise ValueError(f"{key} of the rotary positions is {rope[key]}; expected {least:g} or more.")
+    if rope.get("rope_theta") == 0:
+        raise ValueError("rope_theta of the rotary positions is 0; expected more.")
+
+
 def yi_config(
-    hidden_size: int, intermediate_size: int, num_layers: int, num_heads: int, num_kv_heads: int
+    hidden_size: int,
+    intermediate_size: int,
+    num_layers: int,
+    num_heads: int,
+    num_kv_heads: int,
+    rms_norm_eps: float = 1e-5,
 ) -> LlamaConfig:
-    """A language model of Yi's recipe in any size."""
+    """A language model of Yi's recipe in any size. Yi-1.5 has another `rms_norm_eps`: 1e-6."""
     return LlamaConfig(
         vocab_size=64064,
         hidden_size=hidden_size,
@@ -173,22 +213,23 @@ def yi_config(
         num_attention_heads=num_heads,
         num_key_value_heads=num_kv_heads,
         max_position_embeddings=4096,
-        rms_norm_eps=1e-5,
+        rms_norm_eps=rms_norm_eps,
         rope_parameters={"rope_type": "default", "rope_theta": 5e6},
         pad_token_id=0,
     )
 
 
 def preset(name: str) -> YiVLConfig:
-    """The configuration of a released size, or of the bundled nano; no weights are read.
+    """The configuration of a released size, of a size with Yi-1.5's language model, or of the bundled nano.
+
+    No weights are read. Yi-1.5: config.json of 01-ai/Yi-1.5-9B, and of models that were made from the 6B-Chat and the
+    9B-Chat; the 34B's `rms_norm_eps` is taken to be that of the others.
 
     Raises:
         ValueError: `name` is none of the presets.
     """
-    if name == "6b":
-        return YiVLConfig(vision_config=OpenClipVisionConfig(), text_config=yi_config(4096, 11008, 32, 32, 4))
-    if name == "34b":
-        return YiVLConfig(vision_config=OpenClipVisionConfig(), text_config=yi_config(7168, 20480, 60, 56, 8))
+    if name in _LANGUAGE_MODELS:
+        return YiVLConfig(vision_config=OpenClipVisionConfig(), text_config=yi_config(*_LANGUAGE_MODELS[name]))
     if name == "nano":
         return YiVLConfig(
             vision_config=OpenClipVisionConfig(
@@ -214,4 +255,4 @@ def preset(name: str) -> YiVLConfig:
             ),
             image_token_id=2900,
         )
-    raise ValueError(f"There is no preset {name!r}; the presets are 6b, 34b and nano.")
+    raise ValueError(f"There is no preset {name!r}; the presets are {', '.join(PRESETS)}.")

@@ -87,7 +87,8 @@ class YiVL:
                 raise ValueError(f"{target} exists already; choose another name, or remove it.")
             target.parent.mkdir(parents=True, exist_ok=True)
             if self.model.generation_config is not None:
-                set_end_tokens_(self.model.generation_config, self.processor.tokenizer)
+                chat_format = self.processor.chat_format
+                set_end_tokens_(self.model.generation_config, self.processor.tokenizer, chat_format)
             with TemporaryDirectory(prefix=".saving-", dir=target.parent) as partial:
                 complete = Path(partial) / "model"
                 self.model.save_pretrained(complete)

@@ -9,13 +9,30 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError
 from jinja2 import TemplateError
 from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerFast, ProcessorMixin
 from transformers.processing_utils import MultiModalData
 
-from .arguments import as_float, as_int
-from .chat import CHAT_TEMPLATE, IMAGE_PLACEHOLDER, Encoded, Segment, encode, render, strip_answer, strip_separator
+from .arguments import as_choice, as_float, as_int
+from .chat import (
+    CHAT_FORMATS,
+    CHATML,
+    IM_END,
+    IM_START,
+    IMAGE_PLACEHOLDER,
+    YI_VL,
+    ChatFormat,
+    Encoded,
+    Segment,
+    encode,
+    render,
+    strip_answer,
+    strip_separator,
+)
+from .chat_template import CHAT_TEMPLATES
 from .image import YiVLImageProcessor
 from .messages import as_messages
 
@@ -27,6 +44,9 @@ class YiVLProcessor(ProcessorMixin):
 
     Args:
         patch_size: of the vision tower, in pixels; with the image size it gives the number of tokens per image.
+        chat_format: how conversations are written, and where an answer ends: `yi-vl` or `chatml`; see `chat.py`. The
+            one place where a model's chat format is kept: processor_config.json.
+        chat_template: None: that of the chat format.
     """
 
     def __init__(
@@ -35,13 +55,30 @@ class YiVLProcessor(ProcessorMixin):
         tokenizer: Any = None,
         patch_size: int = 14,
         chat_template: str | None = None,
+        chat_format: ChatFormat = YI_VL,
         **kwargs: Any,
     ) -> None:
         self.patch_size = as_int(patch_size, "patch_size", 1)
         as_float(tokenizer.model_max_length, "model_max_length of the tokenizer")  # which transformers compares
         self.image_token = IMAGE_PLACEHOLDER
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER)
-        super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE, **kwargs)
+        if not chat_template or chat_template in CHAT_TEMPLATES.values():
+            chat_template = None  # one of ours, as it is saved: the format decides which
+        super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
+        self.set_chat_format_(chat_format)
+
+    def set_chat_format_(self, chat_format: ChatFormat) -> None:
+        """Write conversations in this format from now on, and stop where its answers end.
+
+        Raises:
+            ValueError: there is no such format, or the tokenizer lacks a token of it.
+        """
+        chat_format = as_choice(chat_format, "chat_format", CHAT_FORMATS)  # type: ignore[assignment]
+        if chat_format == CHATML:
+            _make_special_(self.tokenizer, (IM_START, IM_END))
+        if self.chat_template is None or self.chat_template in CHAT_TEMPLATES.values():
+            self.chat_template = CHAT_TEMPLATES[chat_format]
+        self.chat_format = chat_format
 
     @property
     def patches_per_image(self) -> int:
@@ -106,12 +143,12 @@ class YiVLProcessor(ProcessorMixin):
         decoded = self.tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens, **kwargs)
         if not skip_special_tokens:
             return decoded
-        return strip_separator(decoded) if isinstance(decoded, str) else [strip_separator(text) for text in decoded]
+        return self._strip_separator(decoded) if isinstance(decoded, str) else list(map(self._strip_separator, decoded))
 
     def batch_decode(self, sequences: Any, skip_special_tokens: bool = False, **kwargs: Any) -> list[str]:
         """`decode` of each sequence."""
         decoded = self.tokenizer.batch_decode(sequences, skip_special_tokens=skip_special_tokens, **kwargs)
-        return [strip_separator(text) for text in decoded] if skip_special_tokens else list(decoded)
+        return list(map(self._strip_separator, decoded)) if skip_special_tokens else list(decoded)
 
     def post_process_image_text_to_text(
         self, generated_outputs: Any, skip_special_tokens: bool = True, **kwargs: Any
@@ -121,7 +158,10 @@ class YiVLProcessor(ProcessorMixin):
         transformers' pipeline decodes prompts and outputs with this, and removes the one from the other.
         """
         texts = self.batch_decode(generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs)
-        return [strip_answer(text) for text in texts] if skip_special_tokens else texts
+        return [strip_answer(text, self.chat_format) for text in texts] if skip_special_tokens else texts
+
+    def _strip_separator(self, text: str) -> str:
+        return strip_separator(text, self.chat_format)
 
     def encode(self, segments: Sequence[Segment], max_tokens: int | None = None) -> Encoded:
         """Token ids, loss mask and image positions of a rendered conversation or caption; see `chat.encode`."""
@@ -134,7 +174,7 @@ class YiVLProcessor(ProcessorMixin):
         self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = True, max_tokens: int | None = None
     ) -> Encoded:
         """The conversation in the chat format, ready for an answer; see `chat.render` for what messages are."""
-        return self.encode(render(as_messages(messages), add_generation_prompt), max_tokens)
+        return self.encode(render(as_messages(messages), add_generation_prompt, self.chat_format), max_tokens)
 
     @cached_property
     def _max_token_length(self) -> int:
@@ -153,6 +193,16 @@ class YiVLProcessor(ProcessorMixin):
         return MultiModalData(num_image_tokens=[self.patches_per_image] * count, num_image_patches=[1] * count)
 
 
+def chat_format_of(source: str, revision: str | None = None) -> ChatFormat:
+    """The chat format of a native model folder or hub id, by its processor_config.json alone.
+
+    Raises:
+        ValueError: it is none that there is.
+    """
+    values, _ = YiVLProcessor.get_processor_dict(source, revision=revision)
+    return as_choice(values.get("chat_format", YI_VL), "chat_format", CHAT_FORMATS)  # type: ignore[return-value]
+
+
 def prepare_tokenizer(source: str, image_token_id: int | None = None) -> Any:
     """A language model's tokenizer with `<image_placeholder>` added after its last id, and no BOS or EOS of its own.
 
@@ -163,6 +213,9 @@ def prepare_tokenizer(source: str, image_token_id: int | None = None) -> Any:
         image_token_id: of a token that the tokenizer has already, and that becomes `<image_placeholder>`.
     """
     tokenizer = PreTrainedTokenizerFast.from_pretrained(source, padding_side="left")
+    sentencepiece_file = _sentencepiece_file(source)
+    if sentencepiece_file is not None:
+        _drop_prefix_space_(tokenizer, sentencepiece_file)
     if image_token_id is not None:
         tokenizer = _renamed(tokenizer, image_token_id)
     elif IMAGE_PLACEHOLDER not in tokenizer.get_added_vocab():
@@ -170,8 +223,73 @@ def prepare_tokenizer(source: str, image_token_id: int | None = None) -> Any:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     _encode_typed_specials_as_text_(tokenizer)
-    _keep_sentencepiece_model_(tokenizer, Path(source))
+    if sentencepiece_file is not None:
+        _keep_sentencepiece_model_(tokenizer, sentencepiece_file.parent)
     return tokenizer
+
+
+def _sentencepiece_file(source: str) -> Path | None:
+    """The file `tokenizer.model` of a folder or hub id, if it has one."""
+    if Path(source).is_dir():
+        path = Path(source) / _SENTENCEPIECE_FILE
+        return path if path.is_file() else None
+    try:
+        return Path(hf_hub_download(source, _SENTENCEPIECE_FILE))
+    except (OSError, ValueError, HfHubHTTPError):
+        return None
+
+
+def _drop_prefix_space_(tokenizer: Any, sentencepiece_file: Path) -> None:
+    """Put no blank before a text where the SentencePiece model puts none.
+
+    The tokenizer.json of Yi's language models does, also after a special token (01-ai/Yi-1.5, issue 37): converters of
+    their time took every SentencePiece model for Llama's.
+    """
+    if not _has_prefix_space(tokenizer.tokenize("a")):
+        return
+    from sentencepiece import SentencePieceProcessor
+
+    if _has_prefix_space(SentencePieceProcessor(model_file=str(sentencepiece_file)).encode("a", out_type=str)):
+        return
+    backend = tokenizer.backend_tokenizer
+    content = json.loads(backend.to_str())
+    content |= {name: _without_prefix_space(content[name]) for name in ("normalizer", "pre_tokenizer", "decoder")}
+    without = Tokenizer.from_str(json.dumps(content))
+    backend.normalizer, backend.pre_tokenizer, backend.decoder = (
+        without.normalizer,
+        without.pre_tokenizer,
+        without.decoder,
+    )
+
+
+def _has_prefix_space(pieces: list[str]) -> bool:
+    return pieces[0].startswith("▁")
+
+
+def _without_prefix_space(part: Any) -> Any:
+    """A normalizer, pre-tokenizer or decoder of a tokenizer.json that neither adds nor removes a first blank."""
+    if part is None or part["type"] == "Prepend" or (part["type"] == "Strip" and part.get("content") == " "):
+        return None
+    for key in ("normalizers", "pretokenizers", "decoders"):  # of a sequence
+        if key in part:
+            return part | {key: [kept for each in part[key] if (kept := _without_prefix_space(each)) is not None]}
+    return part | {"prepend_scheme": "never"} if part["type"] == "Metaspace" else part
+
+
+def _make_special_(tokenizer: Any, names: Sequence[str]) -> None:
+    """Tokens that no text becomes, and that are left out where text is decoded without special ones.
+
+    Raises:
+        ValueError: the tokenizer has no such tokens.
+    """
+    if missing := [name for name in names if name not in tokenizer.get_vocab()]:
+        raise ValueError(
+            f"chat_format is {CHATML}, but the tokenizer has no token {' and no '.join(missing)}, as those of Yi's "
+            f"language models have. Set chat_format to {YI_VL}."
+        )
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    if not special.issuperset(names):
+        tokenizer.add_special_tokens({"extra_special_tokens": list(names)}, replace_extra_special_tokens=False)
 
 
 def _keep_sentencepiece_model_(tokenizer: Any, folder: Path) -> None:

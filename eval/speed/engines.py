@@ -25,6 +25,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, ContinuousBatchingConfig
 
 import yi_vl
+from yi_vl.chat import stop_strings
 from yi_vl.image.data_url import data_url, png_bytes
 
 _BATCH_SIZES = (1, 8, 32)
@@ -233,10 +234,11 @@ def _llama_cpp(folder: Path, with_images: bool) -> Answer:
     parameters.cpuparams.n_threads = torch.get_num_threads()
     server = xllamacpp.Server(parameters)
     processor = AutoProcessor.from_pretrained(folder)
+    stops = list(stop_strings(processor.chat_format))
 
     def ask(question: Question, new_tokens: int) -> str:
         prompt = processor.encode_messages([{"role": "user", "content": question.text}]).input_ids
-        body = {"prompt": prompt, "n_predict": new_tokens, "temperature": 0, "stop": ["###"]}
+        body = {"prompt": prompt, "n_predict": new_tokens, "temperature": 0, "stop": stops}
         request = urllib.request.Request(
             f"{server.listening_address}/completion", json.dumps(body).encode(), {"Content-Type": "application/json"}
         )

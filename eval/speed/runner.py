@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from yi_vl.chat import stop_strings
 from yi_vl.hardware import synchronized_seconds
 
 from ..models import ModelChoice, Settings, YiVLModel, read_images
@@ -61,13 +62,14 @@ def compare_runner(
 def _generate(yi_vl: YiVL, question: Question, max_new_tokens: int) -> str:
     """What a script for one question does: processor, `generate`, decode."""
     prompt = yi_vl.engine.prepare([{"role": "user", "content": read_images(question.content())}])
+    stops = list(stop_strings(yi_vl.processor.chat_format))
     with torch.inference_mode():
         tokens = yi_vl.model.generate(  # type: ignore[misc]  # transformers annotates `self` as a protocol that its own models do not fit
             **yi_vl.engine.model_inputs(prompt),
             max_new_tokens=max_new_tokens,
             do_sample=False,
-            stop_strings=["###"],
+            stop_strings=stops or None,
             tokenizer=yi_vl.processor.tokenizer,
         )
     text: str = yi_vl.processor.tokenizer.decode(tokens[0, len(prompt) :], skip_special_tokens=True)
-    return text.split("###")[0].strip()
+    return text.split(stops[0])[0].strip() if stops else text.strip()

@@ -55,7 +55,7 @@ class SampleEncoder:
             TooLong: it has more than max_tokens tokens.
             ValueError: it cannot be used, with the reason.
         """
-        segments, encoded_images = read_sample(raw, self._sample_formats[source], self._ignore)
+        segments, encoded_images = self._read(raw, source)
         try:
             encoded = self._processor.encode(segments, self._max_tokens)
         except TooLongError as error:
@@ -89,8 +89,11 @@ class SampleEncoder:
         except ValueError as error:
             return error
 
+    def _read(self, raw: RawSample, source: int) -> tuple[list[Segment], list[bytes]]:
+        return read_sample(raw, self._sample_formats[source], self._ignore, self._processor.chat_format)
+
     def _encode_document(self, raw: RawSample, source: int) -> list[int]:
-        segments, _ = read_sample(raw, self._sample_formats[source], self._ignore)
+        segments, _ = self._read(raw, source)
         num_characters = sum(len(segment.text) for segment in segments)
         if num_characters > _MAX_DOCUMENT_CHARACTERS:
             raise TooLong(f"{num_characters:,} characters; documents of {_MAX_DOCUMENT_CHARACTERS:,} are cut or packed")

@@ -9,7 +9,7 @@ import json
 from collections.abc import Collection
 from typing import Any
 
-from yi_vl.chat import Segment, render, render_caption
+from yi_vl.chat import YI_VL, ChatFormat, Segment, render, render_caption
 
 from .conversations import Conversation, has_text, read_conversation
 from .shard_reader import RawSample
@@ -22,12 +22,15 @@ IMAGE_SUFFIXES = {
 _HARMLESS_SUFFIXES = {"url", "id", "key", "uid", "md5", "sha256"}
 
 
-def read_sample(raw: RawSample, sample_format: str, ignore: Collection[str] = ()) -> tuple[list[Segment], list[bytes]]:
+def read_sample(
+    raw: RawSample, sample_format: str, ignore: Collection[str] = (), chat_format: ChatFormat = YI_VL
+) -> tuple[list[Segment], list[bytes]]:
     """The text of a sample, and its encoded images, as many as there are <image> in the text.
 
     Args:
         sample_format: as in `DataConfig`.
         ignore: suffixes of members and keys of .json that may be there without being read.
+        chat_format: of the model.
 
     Raises:
         ValueError: it cannot be trained on, with the reason.
@@ -37,7 +40,7 @@ def read_sample(raw: RawSample, sample_format: str, ignore: Collection[str] = ()
     images = _images(raw, ignore)
     _refuse_unread(raw, sample_format, ignore)
     if sample_format == "chat":
-        segments = render(_conversation(raw, images, ignore).messages)
+        segments = render(_conversation(raw, images, ignore).messages, chat_format=chat_format)
     elif sample_format == "caption":
         segments = _caption(raw, images, ignore)
     else:

@@ -22,12 +22,13 @@ from yi_vl import program
 from yi_vl.arguments import one_line
 from yi_vl.checkpoint.find import find
 from yi_vl.checkpoint.load import read_config
-from yi_vl.config import OpenClipVisionConfig, YiVLConfig, preset
+from yi_vl.config import PRESETS, OpenClipVisionConfig, YiVLConfig, preset
 
 from ..checkpoint import FINAL
 from ..config import INT4, InitConfig, TrainConfig, batch_sizes, num_steps
 from ..config_file import load_config
 from ..describe import describe_batches, schedule_lines
+from ..init import check_positions, set_rope_
 from ..qlora import BYTES_PER_WEIGHT
 from ..schedule import mean_fractions
 from .count import SavedBytes, count_flops, count_saved_bytes
@@ -36,8 +37,13 @@ from .flops import Row
 
 app = typer.Typer(add_completion=False)
 
-_PRESETS = ("6b", "34b", "nano")
-_LANGUAGE_MODELS = {"01-ai/Yi-6B-Chat": "6b", "01-ai/Yi-34B-Chat": "34b"}  # whose shapes are known without the hub
+_LANGUAGE_MODELS = {  # whose shapes are known without the hub
+    "01-ai/Yi-6B-Chat": "6b",
+    "01-ai/Yi-34B-Chat": "34b",
+    "01-ai/Yi-1.5-6B-Chat": "6b-1.5",
+    "01-ai/Yi-1.5-9B-Chat": "9b-1.5",
+    "01-ai/Yi-1.5-34B-Chat": "34b-1.5",
+}
 _PUBLISHED_GPU_HOURS = {"6b": 9_216, "34b": 30_720}  # all three stages: 3 and 10 days on 128 GPUs; Yi-VL's model card
 USABLE = 0.9  # of a GPU's memory; the rest is CUDA's, NCCL's and lost between blocks
 _SECONDS_PER_HOUR = 3600
@@ -111,7 +117,9 @@ def plan(
     ] = 0.4,
     caption_tokens: Annotated[int, typer.Option(min=1, help="Average text tokens per sample in caption format.")] = 32,
     chat_tokens: Annotated[int, typer.Option(min=1, help="Average text tokens per sample in chat format.")] = 256,
-    model: Annotated[str | None, typer.Option(help="6b, 34b, nano or a model folder, instead of the config's.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help=f"{', '.join(PRESETS)} or a model folder, instead of the config's.")
+    ] = None,
     curves: Annotated[
         Path | None, typer.Option(help="Draw learning rates, batch sizes and the mixture over the steps to this PNG.")
     ] = None,
@@ -148,7 +156,8 @@ def make_plan(
         ValueError: the config is wrong, or does not tell what model it is for.
     """
     config = load_config(path, overrides)
-    shape = _read_model(model) if model is not None else _model_of(config.init_from, Path(path))
+    shape = _read_model(model) if model is not None else _initial_model(config.init_from, Path(path))
+    set_rope_(shape.text_config, config.init_from.rope)
     shape.vision_config.image_size = config.image_size
     text_tokens = {"caption": caption_tokens, "chat": chat_tokens}
     sources = config.data.sources
@@ -160,6 +169,7 @@ def make_plan(
     row = Row(shape.vision_config.num_patches + num_text, num_text)
     if row.tokens > config.max_tokens:
         raise ValueError(f"{path}: an image and {num_text} tokens of text exceed max_tokens {config.max_tokens}.")
+    check_positions(shape, config)
     return Plan(str(path), config, shape, count_parameters(shape, config), row)
 
 
@@ -254,7 +264,7 @@ def _sum_cells(numbers: Sequence[float], hardware: Hardware) -> list[str]:
     return [f"{samples:,.1f} M", f"{tokens:,.1f} B", f"{plain:,.0f}", f"{checkpointed:,.0f}", days]
 
 
-def _model_of(init: InitConfig, path: Path) -> YiVLConfig:
+def _initial_model(init: InitConfig, path: Path) -> YiVLConfig:
     """The model that a config at `path` starts from: its checkpoint's, or that of the config beside it that makes it.
 
     Raises:
@@ -270,15 +280,17 @@ def _model_of(init: InitConfig, path: Path) -> YiVLConfig:
     for other in sorted(set(path.parent.glob("*.yaml")) - {path}):
         maker = load_config(other)
         if Path(maker.run_dir) / FINAL == Path(init.checkpoint):
-            return _model_of(maker.init_from, other)
+            model = _initial_model(maker.init_from, other)
+            set_rope_(model.text_config, maker.init_from.rope)
+            return model
     raise ValueError(
-        f"{path}: {init.checkpoint} is not there yet, nor a config beside this one that makes it; say --model 6b, 34b, "
-        "nano or a folder."
+        f"{path}: {init.checkpoint} is not there yet, nor a config beside this one that makes it; say --model with a "
+        f"folder or one of {', '.join(PRESETS)}."
     )
 
 
 def _read_model(name: str) -> YiVLConfig:
-    return preset(name) if name in _PRESETS else read_config(find(name))
+    return preset(name) if name in PRESETS else read_config(find(name))
 
 
 def _text_config(language_model: str) -> Any:
@@ -295,15 +307,18 @@ def _text_config(language_model: str) -> Any:
 
 
 def _released(plans: Sequence[Plan]) -> str | None:
-    """The release whose dimensions all have."""
+    """The release whose dimensions all have; a Yi-1.5's norms alone tell it from a Yi's."""
     for name in _PUBLISHED_GPU_HOURS:
         if all(_dimensions(made.model) == _dimensions(preset(name)) for made in plans):
             return name
     return None
 
 
-def _dimensions(model: YiVLConfig) -> list[int]:
-    keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+def _dimensions(model: YiVLConfig) -> list[float]:
+    keys = (
+        "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+        "rms_norm_eps",
+    )  # fmt: skip
     return [getattr(part, key, 0) for part in (model.vision_config, model.text_config) for key in keys]
 
 

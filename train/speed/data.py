@@ -83,7 +83,8 @@ def baseline(shard: Path, processor: YiVLProcessor) -> Iterator[dict[str, Any]]:
     transform = image_transform(size_px, is_train=False, resize_mode="longest", fill_color=mean_colour)  # type: ignore[arg-type]
 
     def encode(sample: dict[str, Any]) -> dict[str, Any]:
-        encoded = processor.encode(render(from_llava(sample["json"]["conversations"])))
+        messages = from_llava(sample["json"]["conversations"])
+        encoded = processor.encode(render(messages, chat_format=processor.chat_format))
         images = [sample[name] for name in sorted(sample) if isinstance(sample[name], Image.Image)]
         ids, mask = torch.tensor(encoded.input_ids), torch.tensor(encoded.loss_mask)
         return {

@@ -251,7 +251,7 @@ def _sample(processor: YiVLProcessor, sample_format: SampleFormat, rng: np.rando
                 content: list[dict[str, Any]] = [{"type": "image"}] if turn == 0 else []
                 messages.append({"role": "user", "content": [*content, {"type": "text", "text": "What is it like?"}]})
                 messages.append({"role": "assistant", "content": text()})
-            segments = render(messages)
+            segments = render(messages, chat_format=processor.chat_format)
         encoded = processor.encode(segments)
         if len(encoded.input_ids) <= max_tokens:
             return Sample("", 0, segments, encoded, [image])

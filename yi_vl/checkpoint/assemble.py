@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..arguments import one_line
 from ..chat import IMAGE_PLACEHOLDER
-from ..config import OpenClipVisionConfig, YiVLConfig
+from ..config import OpenClipVisionConfig, YiVLConfig, check_rope
 from ..connector import Projector
 from ..generation import set_end_tokens_
 from ..model import YiVLForConditionalGeneration
@@ -43,6 +43,7 @@ def from_parts(
         vision_tower.resize_grid_(image_size)
     try:
         text_config = AutoConfig.from_pretrained(language_model)
+        check_rope(text_config)
         if getattr(text_config, "quantization_config", None):
             method = dict(text_config.quantization_config).get("quant_method")
             raise ValueError(f"its weights are quantised ({method}), and are to be trained. Give the original.")

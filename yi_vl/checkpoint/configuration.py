@@ -179,6 +179,8 @@ def _make_config(
         raise ValueError(f"{folder}: its language model is a {text.get('model_type')!r}, expected a llama.")
     num_rows = max(int(text["vocab_size"]), -(-(image_token_id + 1) // _ROW_MULTIPLE) * _ROW_MULTIPLE)
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {"rope_type": "default"}
+    if "type" in rope:  # its name until transformers 4.43
+        rope = {"rope_type": rope["type"]} | {key: value for key, value in rope.items() if key != "type"}
     text_config = LlamaConfig(
         vocab_size=num_rows,
         **{key: text[key] for key in _TEXT_KEYS if text.get(key) is not None},

@@ -31,7 +31,11 @@ def write_official_files(source: Checkpoint, folder: Path, vit_dtype: torch.dtyp
     write_json(folder / "generation_config.json", generation_config)
     write_json(folder / VIT_FOLDER / "config.json", _clip_config(vision, vit_dtype))
     write_json(folder / VIT_FOLDER / "preprocessor_config.json", _clip_preprocessor(vision))
+    rope_scaling = None
+    if text.rope_parameters["rope_type"] == "linear":  # in the words of transformers 4.36, which the official code has
+        rope_scaling = {"type": "linear", "factor": text.rope_parameters["factor"]}
     config = _llama_config(source, source.config.image_token_id) | {
+        "rope_scaling": rope_scaling,
         "architectures": ["LlavaLlamaForCausalLM"],
         "model_type": "llava",
         "image_aspect_ratio": "pad",
@@ -93,6 +97,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 def _llama_config(source: Checkpoint, vocab_size: int) -> dict[str, Any]:
     text = source.config.text_config
+    rope_scaling = {key: value for key, value in text.rope_parameters.items() if key != "rope_theta"}
     return {
         "attention_bias": text.attention_bias,
         "bos_token_id": 1,
@@ -106,7 +111,7 @@ def _llama_config(source: Checkpoint, vocab_size: int) -> dict[str, Any]:
         "num_hidden_layers": text.num_hidden_layers,
         "num_key_value_heads": text.num_key_value_heads,
         "rms_norm_eps": text.rms_norm_eps,
-        "rope_scaling": None,
+        "rope_scaling": None if text.rope_parameters["rope_type"] == "default" else rope_scaling,
         "rope_theta": text.rope_parameters["rope_theta"],
         "tie_word_embeddings": source.config.tie_word_embeddings,
         "use_cache": True,
@@ -150,7 +155,8 @@ def _clip_preprocessor(vision: OpenClipVisionConfig) -> dict[str, Any]:
 
 
 def _end_token_ids(source: Checkpoint) -> list[int]:
-    set_end_tokens_(source.generation_config, source.make_processor().tokenizer)
+    processor = source.make_processor()
+    set_end_tokens_(source.generation_config, processor.tokenizer, processor.chat_format)
     ends: list[int] = source.generation_config.eos_token_id  # type: ignore[assignment]
     return ends
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from ..chat import STOP_STRING, SYSTEM_PROMPT
+from ..chat import CHATML, IM_END, IM_START, STOP_STRING, SYSTEM_PROMPT, ChatFormat
 from ..files import atomic_path
 from .gguf_language import language_fields, language_tensors
 from .gguf_tensors import Fields, GgufTensor
@@ -68,7 +68,8 @@ def write_gguf(
 
         for file in files:
             _write_file(partial / file.name, file, count_written)
-        (partial / "Modelfile").write_text(_modelfile(files), encoding="utf-8")
+        modelfile = _modelfile(files, source.make_processor().chat_format)
+        (partial / "Modelfile").write_text(modelfile, encoding="utf-8")
     return notes
 
 
@@ -159,9 +160,17 @@ def _add_field(writer: GGUFWriter, key: str, value: Any) -> None:
         writer.add_array(key, value)
 
 
-def _modelfile(files: Sequence[GgufFile]) -> str:
+def _modelfile(files: Sequence[GgufFile], chat_format: ChatFormat) -> str:
     """Ollama's description of the model. Ollama puts an image's mark directly before the question."""
     lines = [f"FROM ./{file.name}" for file in files]
+    if chat_format == CHATML:
+        template = (
+            f"{{{{ if .System }}}}{IM_START}system\n{{{{ .System }}}}{IM_END}\n{{{{ end }}}}"
+            f"{{{{ range .Messages }}}}{IM_START}{{{{ .Role }}}}\n{{{{ .Content }}}}{IM_END}\n{{{{ end }}}}"
+            f"{IM_START}assistant\n"
+        )
+        lines += [f'TEMPLATE """{template}"""', f'PARAMETER stop "{IM_END}"', "PARAMETER temperature 0"]
+        return "\n".join(lines) + "\n"
     template = (
         "{{ if .System }}{{ .System }}{{ else }}"
         + SYSTEM_PROMPT

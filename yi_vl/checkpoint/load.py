@@ -107,7 +107,7 @@ def build_model(
             )
         processor = checkpoint.make_processor()
         model.generation_config = checkpoint.generation_config
-        set_end_tokens_(model.generation_config, processor.tokenizer)
+        set_end_tokens_(model.generation_config, processor.tokenizer, processor.chat_format)
     except Exception as error:  # its files may hold anything
         where = f"{checkpoint.folder}: the model cannot be loaded on {shown(str(device))}"
         raise ValueError(f"{where}: {one_line(error)}.") from error
@@ -259,7 +259,7 @@ def _load_as_quantized(
     try:
         model = YiVLForConditionalGeneration.from_pretrained(folder, dtype=dtype or "auto", device_map=device)
         processor = YiVLProcessor.from_pretrained(folder)
-        set_end_tokens_(model.generation_config, processor.tokenizer)
+        set_end_tokens_(model.generation_config, processor.tokenizer, processor.chat_format)
     except Exception as error:
         raise ValueError(f"{folder}: the quantised model cannot be loaded: {one_line(error)}") from error
     return model.eval(), processor

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..chat import CHATML, YI_VL
 from ..files import atomic_path
 from ..generation import set_end_tokens_
 from .configuration import Layout
@@ -85,7 +86,7 @@ def convert(
 def check_target(source: Checkpoint, target: Path, to: str) -> None:
     """
     Raises:
-        ValueError: the folder exists, or the layout cannot hold a quantized model.
+        ValueError: the folder exists, or the layout cannot hold a quantized model, its chat format or its positions.
     """
     if to != "yi-vl" and getattr(source.config, "quantization_config", None):
         raise ValueError(
@@ -93,6 +94,18 @@ def check_target(source: Checkpoint, target: Path, to: str) -> None:
         )
     if target.exists():
         raise ValueError(f"{target} exists already; choose another name, or remove it.")
+    is_foreign = to in ("official", "llava-hf")
+    if is_foreign and source.layout == "yi-vl" and source.make_processor().chat_format != YI_VL:
+        raise ValueError(
+            f"{source.folder} has the chat format {CHATML}, for which the layout {to!r} has no place: its readers "
+            "would write prompts with ###. Keep it in the layout 'yi-vl', or convert to gguf."
+        )
+    rope_type = source.config.text_config.rope_parameters.get("rope_type", "default")
+    if to == "official" and rope_type not in ("default", "linear"):
+        raise ValueError(
+            f"{source.folder} has rotary positions of the type {rope_type}, which the official code's transformers "
+            "does not know. Convert to 'llava-hf', or keep it in the layout 'yi-vl'."
+        )
 
 
 def check_space(target: Path, num_bytes: int) -> None:
@@ -118,7 +131,7 @@ def _plan_native(source: Checkpoint, shard_bytes: int) -> _Plan:
     def write_other_files(folder: Path) -> None:
         processor = source.make_processor()
         processor.save_pretrained(folder)
-        set_end_tokens_(source.generation_config, processor.tokenizer)
+        set_end_tokens_(source.generation_config, processor.tokenizer, processor.chat_format)
         source.generation_config.save_pretrained(folder)
         source.config.architectures = ["YiVLForConditionalGeneration"]
         source.config.dtype = source.dtype

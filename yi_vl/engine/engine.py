@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..chat import stop_strings
 from ..generation import stop_token_ids
 from ..messages import Message
 from ..model import YiVLForConditionalGeneration
@@ -203,7 +204,8 @@ class Engine:
     ) -> Request:
         max_tokens = min(sampling.max_new_tokens, self.max_prompt_tokens + 1 - len(prompt))
         stop_ids = set() if ignore_eos else self.stop_ids
-        detokenizer = IncrementalDetokenizer(self.processor.tokenizer, max_tokens, stop_ids, sampling.stop_strings)
+        stops = (*stop_strings(self.processor.chat_format), *sampling.stop)
+        detokenizer = IncrementalDetokenizer(self.processor.tokenizer, max_tokens, stop_ids, stops)
         lookup = None
         if sampling.is_greedy and self.max_draft_tokens:
             lookup = PromptLookup(prompt.key.token_ids.tolist(), self.model.config.image_token_id)

@@ -8,7 +8,6 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from ..arguments import as_float, as_int, as_text, shown
-from ..chat import STOP_STRING
 
 if TYPE_CHECKING:
     import torch
@@ -25,8 +24,8 @@ class Sampling:
         temperature: 0 is greedy decoding.
         top_p: sample only from the most probable tokens that add up to this probability.
         seed: of every request's own generator, whatever its batch; None takes a random one.
-        stop: strings that end an answer and are not part of it, besides the prompt's own separator: one, or an iterable
-            of at most 1000, which is consumed once.
+        stop: strings that end an answer and are not part of it, besides what ends one in the model's chat format: one,
+            or an iterable of at most 1000, which is consumed once.
 
     Raises:
         ValueError: a value is of another type, or out of its range.
@@ -54,11 +53,6 @@ class Sampling:
             raise ValueError(f"temperature is {self.temperature}; it must be 0 (greedy) or a positive number.")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}; it must be greater than 0 and at most 1.")
-
-    @property
-    def stop_strings(self) -> tuple[str, ...]:
-        """All texts that end an answer."""
-        return (STOP_STRING, *self.stop)
 
     @property
     def is_greedy(self) -> bool:

@@ -1,7 +1,8 @@
 """Answers' text in vLLM without white space around it, as `yi_vl` gives them, also while they are streamed.
 
-A model was trained on ` answer\\n###`: vLLM stops at the token of `###` by generation_config.json, and returns the rest
-as it is. It has no hook for a model's own detokenizer, so the function that makes one for each request is wrapped.
+A model was trained on ` answer\\n###`: vLLM stops at the token of `###` (in the chat format chatml at `<|im_end|>`) by
+generation_config.json, and returns the rest as it is. It has no hook for a model's own detokenizer, so the function
+that makes one for each request is wrapped.
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ from typing import Any
 
 from vllm.v1.engine.detokenizer import FastIncrementalDetokenizer, IncrementalDetokenizer
 
-from ..chat import ANSWER_HEADER
+from ..chat import ChatFormat, answer_header
 
-_MARK = "is_yi_vl"  # attribute of Yi-VL's tokenizer, by which vLLM's front end tells whose request it is
+_MARK = "yi_vl_answer_header"  # attribute of Yi-VL's tokenizer, by which vLLM's front end tells whose request it is
 _HEADER_TOKENS = 16  # at least as many tokens as the header takes, whatever the tokenizer
 
 
@@ -33,9 +34,9 @@ class _AnswerDetokenizer(FastIncrementalDetokenizer):
         return final
 
 
-def mark_(tokenizer: Any) -> None:
+def mark_(tokenizer: Any, chat_format: ChatFormat) -> None:
     """Let answers that are decoded with this tokenizer be stripped."""
-    setattr(tokenizer, _MARK, True)
+    setattr(tokenizer, _MARK, answer_header(chat_format))
 
 
 def strip_answers() -> None:
@@ -45,7 +46,8 @@ def strip_answers() -> None:
         return
 
     def from_new_request(tokenizer: Any, request: Any) -> Any:
-        if getattr(tokenizer, _MARK, False) and _is_chat(tokenizer, request):
+        header = getattr(tokenizer, _MARK, None)
+        if header is not None and _is_chat(tokenizer, request, header):
             return _AnswerDetokenizer(tokenizer, request)
         return make(tokenizer, request)
 
@@ -53,7 +55,7 @@ def strip_answers() -> None:
     IncrementalDetokenizer.from_new_request = staticmethod(from_new_request)
 
 
-def _is_chat(tokenizer: Any, request: Any) -> bool:
+def _is_chat(tokenizer: Any, request: Any, header: str) -> bool:
     """Whether an answer begins here: not in a completion of other text, nor in an answer that is continued."""
     end = (request.prompt_token_ids or [])[-_HEADER_TOKENS:]  # none where embeddings are given
-    return bool(tokenizer.decode(end).endswith(ANSWER_HEADER))
+    return bool(tokenizer.decode(end).endswith(header))

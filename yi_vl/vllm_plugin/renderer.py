@@ -11,8 +11,9 @@ from vllm.renderers.hf import HfRenderer
 from vllm.renderers.params import ChatParams
 from vllm.utils.async_utils import make_async
 
-from ..chat import Encoded, encode, render
+from ..chat import Encoded, encode, end_of_message, render
 from ..messages import as_messages
+from ..processor import chat_format_of
 from ..server.conversation import merge_messages
 from .answer import mark_
 
@@ -28,8 +29,9 @@ class YiVLRenderer(HfRenderer):
 
     def __init__(self, config: Any, tokenizer: Any) -> None:
         super().__init__(config, tokenizer)
+        self._chat_format = chat_format_of(self.model_config.model, self.model_config.revision)
         if self.tokenizer is not None:
-            mark_(self.tokenizer)
+            mark_(self.tokenizer, self._chat_format)
         self._encode_async = make_async(self._encode, executor=self._executor)
 
     def render_messages(self, messages: list[Any], params: ChatParams) -> tuple[list[Any], Any]:
@@ -71,11 +73,11 @@ class YiVLRenderer(HfRenderer):
             raise ValueError("tools: Yi-VL was not trained to call tools; leave them out.")
         is_continued = bool(options.get("continue_final_message"))
         add_generation_prompt = bool(options.get("add_generation_prompt", True)) and not is_continued
-        segments = render(as_messages(merge_messages(_checked(parsed))), add_generation_prompt)
+        segments = render(as_messages(merge_messages(_checked(parsed))), add_generation_prompt, self._chat_format)
         if is_continued:
             if parsed[-1]["role"] != "assistant":
                 raise ValueError("continue_final_message: the last message must be the assistant's.")
-            segments.pop()  # the separator
+            del segments[-len(end_of_message(self._chat_format)) :]
         tokenizer, config = self.get_tokenizer(), self.model_config.hf_config
         patches_per_image = config.vision_config.num_patches
         encoded = encode(
