@@ -198,21 +198,19 @@ def test_the_others_keep_their_weights_beside_a_source_without_samples(tmp_path:
 def test_a_source_without_samples_resumes_exactly(
     tmp_path: Path, write_shard: Writer, num_done: int, max_samples: int | None
 ) -> None:
-    """It has none at all, or none for the second stream; its turn comes late."""
-    sources = [text_shards(write_shard, tmp_path, "a", [9]), text_shards(write_shard, tmp_path, "c", [9])]
-    empty = text_shards(write_shard, tmp_path, "b", [0 if max_samples is None else 4])
-    empty.weight, empty.max_samples = 0.05, max_samples
-    sources.insert(1, empty)
+    """It has none at all, or none for the second stream, which is noticed when its turn comes, soon or late."""
+    sources = [text_shards(write_shard, tmp_path, name, [9]) for name in "ac"]
+    sources.insert(1, text_shards(write_shard, tmp_path, "b", [0 if max_samples is None else 4]))
+    sources[0].weight, sources[1].weight, sources[1].max_samples = 3.7, 0.9, max_samples
 
     def names(mixture: Mixture, count: int) -> list[str]:
         return [mixture.next_sample()[1]["__key__"] for _ in range(count)]
 
-    whole = names(Mixture(sources, 4, 0, stream=1, num_streams=2), 80)
-    first = Mixture(sources, 4, 0, stream=1, num_streams=2)
-    second = Mixture(sources, 4, 0, stream=1, num_streams=2)
-    assert names(first, num_done) == whole[:num_done]
-    second.load_state_dict(first.state_dict())
-    assert names(second, 80 - num_done) == whole[num_done:]
-    third = Mixture(sources, 4, 0, stream=1, num_streams=2)
-    third.load_state_dict(second.state_dict())
-    assert names(third, 20) == names(second, 20)
+    for seed in range(12):
+        whole = names(Mixture(sources, 4, seed, stream=1, num_streams=2), 60)
+        first, second, third = (Mixture(sources, 4, seed, stream=1, num_streams=2) for _ in range(3))
+        assert names(first, num_done) == whole[:num_done]
+        second.load_state_dict(first.state_dict())
+        assert names(second, 60 - num_done) == whole[num_done:]
+        third.load_state_dict(second.state_dict())
+        assert names(third, 20) == names(second, 20)

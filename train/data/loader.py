@@ -89,8 +89,7 @@ class StepStream(IterableDataset[StepBatch]):
         self._last_broken = self._last_too_long = "before the run was stopped"
 
     def __iter__(self) -> Iterator[StepBatch]:
-        worker = get_worker_info()
-        turn = worker.id if worker else 0
+        turn = worker.id if (worker := get_worker_info()) else 0
         number = (turn + self._first) % self._num_workers
         stream = self._rank * self._num_workers + number
         mixture = Mixture(self._data.sources, self._data.shuffle_buffer, self._seed, stream, self._num_streams)
