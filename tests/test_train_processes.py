@@ -237,8 +237,10 @@ def test_the_configs_for_many_gpus_are_accelerates() -> None:
     assert fsdp["FSDP_VERSION"] == "2" and fsdp["FSDP_AUTO_WRAP_POLICY"] == "TRANSFORMER_BASED_WRAP"
 
 
-@pytest.mark.parametrize("selection", ["[1, lm_head.*]", "['*.self_attn.*']", "[model.embed_tokens.*, 0]"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("selection", "precision"),
+    [("[1, lm_head.*]", "fp32"), ("['*.self_attn.*']", "bf16"), ("[model.embed_tokens.*, 0]", "fp32")],
+)
 def test_two_ranks_train_layers_as_one(two_ranks: Configure, tmp_path: Path, selection: str, precision: str) -> None:
     """DDP waits for the gradient of each parameter that is trained; FSDP shards them together with frozen ones."""
     settings = ("trainable={vision: false, projector: false}", f"trainable.language={selection}", "data.workers=1")
