@@ -243,6 +243,9 @@ def test_a_tokenizer_file_that_prepends_a_blank_is_mended(tmp_path: Path, proces
         assert mended(example).input_ids == ids and mended.decode(ids) == source.decode(ids) == example
     made = YiVLProcessor(YiVLImageProcessor(56), mended, chat_format=CHATML)
     assert made.encode_messages([user("Hi")]).input_ids == processor.encode_messages([user("Hi")]).input_ids
+    (tmp_path / "tokenizer.model").write_bytes(b"no model")
+    with pytest.raises(ValueError, match=r"tokenizer\.model cannot be read"):
+        prepare_tokenizer(str(tmp_path))
 
 
 # Answers
