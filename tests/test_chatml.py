@@ -16,7 +16,7 @@ from test_chat import CONVERSATIONS, IMAGE, MALFORMED, assistant, text, user
 from tiny import IMAGE_TOKEN_ID, NUM_PATCHES, OFFICIAL, prefill, tiny_config, tiny_model, tiny_processor, uncached
 from tokenizers import Tokenizer
 from toy_runs import losses, trainer
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, pipeline
+from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast, pipeline
 
 import yi_vl
 from train.config import TrainConfig
@@ -31,6 +31,7 @@ from yi_vl.checkpoint import convert, open_checkpoint
 from yi_vl.checkpoint.gguf import write_gguf
 from yi_vl.checkpoint.gguf_tokenizer import GGUF_CHAT_TEMPLATES
 from yi_vl.engine.sampling import Sampling
+from yi_vl.generation import set_end_tokens_
 from yi_vl.image import YiVLImageProcessor
 from yi_vl.predict import YiVL
 from yi_vl.processor import YiVLProcessor, chat_format_of, prepare_tokenizer
@@ -242,6 +243,9 @@ def test_a_tokenizer_file_that_prepends_a_blank_is_mended(tmp_path: Path, proces
         assert mended(example).input_ids == ids and mended.decode(ids) == source.decode(ids) == example
     made = YiVLProcessor(YiVLImageProcessor(56), mended, chat_format=CHATML)
     assert made.encode_messages([user("Hi")]).input_ids == processor.encode_messages([user("Hi")]).input_ids
+    (tmp_path / "tokenizer.model").write_bytes(b"no model")
+    with pytest.raises(ValueError, match=r"tokenizer\.model cannot be read"):
+        prepare_tokenizer(str(tmp_path))
 
 
 # Answers
@@ -335,6 +339,15 @@ def test_the_processor_keeps_the_format(folder: Path, yi_vl_model: YiVL) -> None
     again = yi_vl.load(folder, device="cpu", dtype=torch.float32)
     assert again.processor.chat_format == CHATML == chat_format_of(str(folder))
     assert again.predict(WIDE, "What?", max_new_tokens=6) == yi_vl_model.predict(WIDE, "What?", max_new_tokens=6)
+
+
+def test_the_separator_is_no_end_of_a_model_that_changes_its_format(processor: YiVLProcessor) -> None:
+    separator = processor.tokenizer.convert_tokens_to_ids("###")
+    generation_config = GenerationConfig(eos_token_id=[separator, 2])
+    set_end_tokens_(generation_config, processor.tokenizer, CHATML)
+    assert generation_config.eos_token_id == [2, IM_END]
+    set_end_tokens_(generation_config, processor.tokenizer)
+    assert generation_config.eos_token_id == [2, IM_END, separator]
 
 
 def test_a_folder_without_the_key_is_as_ever(folder: Path, tmp_path: Path) -> None:

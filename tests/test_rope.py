@@ -259,12 +259,16 @@ def test_a_run_starts_with_other_positions_and_saves_them(
 
 
 def test_the_losses_of_the_run_are_those_of_the_new_positions(configure: Callable[..., TrainConfig]) -> None:
-    """And not of the old ones with a new config.json: the first loss differs."""
+    """And not of the old ones with a new config.json: from parts, and from a checkpoint, the first loss differs."""
     plain = configure("steps=1")
-    raised = configure("steps=1", "init_from.rope={theta: 10}", f"run_dir={plain.run_dir}-raised")
-    train(plain)
-    train(raised)
-    assert losses(plain) != losses(raised)
+    final = train(plain)
+    start = f"init_from={{checkpoint: {final}, tower: null, language_model: null}}"
+    for index, origin in enumerate(((), (start,))):
+        runs = [
+            configure(*origin, *changes, "steps=1", f"run_dir={plain.run_dir}-{index}-{len(changes)}")
+            for changes in ((), ("init_from.rope={theta: 10}",))
+        ]
+        assert len({losses(run)[0] for run in runs if train(run)}) == 2
 
 
 def test_factors_are_relative_to_the_positions_before_scaling() -> None:

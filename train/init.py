@@ -96,12 +96,9 @@ def set_rope_(text_config: Any, rope: RopeConfig | None) -> None:
 
 
 def _set_model_rope_(model: YiVLForConditionalGeneration, rope: RopeConfig) -> None:
-    text_config, language_model = model.config.text_config, model.model.language_model
-    set_rope_(text_config, rope)
-    for name in ("rope_parameters", "max_position_embeddings"):
-        setattr(language_model.config, name, getattr(text_config, name))  # it may be another object
-    rotary = language_model.rotary_emb
-    language_model.rotary_emb = type(rotary)(text_config).to(rotary.inv_freq.device)
+    set_rope_(model.config.text_config, rope)
+    rotary = model.model.language_model.rotary_emb
+    model.model.language_model.rotary_emb = type(rotary)(model.config.text_config).to(rotary.inv_freq.device)
 
 
 def check_positions(model_config: YiVLConfig, config: TrainConfig) -> None:

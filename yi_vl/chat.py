@@ -172,7 +172,6 @@ def encode(
     special_ids = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
     special_ids.discard(tokenizer.unk_token_id)  # also of characters that the vocabulary does not have
     id_of = {name: tokenizer.convert_tokens_to_ids(name) for name in {s.text for s in segments if s.is_special}}
-    special_ids.update(id_of.values())
     for chunk in _chunks(segments):
         if chunk[0].is_image:
             encoded.image_starts.append(len(encoded.input_ids))

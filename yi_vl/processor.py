@@ -16,7 +16,7 @@ from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerFast, ProcessorMixin
 from transformers.processing_utils import MultiModalData
 
-from .arguments import as_choice, as_float, as_int
+from .arguments import as_choice, as_float, as_int, one_line
 from .chat import (
     CHAT_FORMATS,
     CHATML,
@@ -249,7 +249,11 @@ def _drop_prefix_space_(tokenizer: Any, sentencepiece_file: Path) -> None:
         return
     from sentencepiece import SentencePieceProcessor
 
-    if _has_prefix_space(SentencePieceProcessor(model_file=str(sentencepiece_file)).encode("a", out_type=str)):
+    try:
+        pieces = SentencePieceProcessor(model_file=str(sentencepiece_file)).encode("a", out_type=str)
+    except RuntimeError as error:
+        raise ValueError(f"{sentencepiece_file} cannot be read: {one_line(error)}") from error
+    if _has_prefix_space(pieces):
         return
     backend = tokenizer.backend_tokenizer
     content = json.loads(backend.to_str())
