@@ -13,7 +13,8 @@ import torch
 from conftest import caption_sample, chat_sample, png
 
 from train.config import DataConfig, SourceConfig
-from train.data.loader import IGNORE, SampleEncoder, StepLoader, TooLong, collate, num_supervised
+from train.data.batch import IGNORE, collate, num_supervised
+from train.data.loader import SampleEncoder, StepLoader, TooLong
 from yi_vl.image import YiVLImageProcessor
 from yi_vl.processor import YiVLProcessor, prepare_tokenizer
 

@@ -20,7 +20,7 @@ from train import setup
 from train.attention.packing import Packing
 from train.config import TrainConfig
 from train.config_file import load_config
-from train.data.loader import num_supervised
+from train.data.batch import num_supervised
 from train.loss import Objective
 from train.optim import components, parameter_groups, schedule, set_learning_rates_
 from train.trainer import train

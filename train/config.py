@@ -7,7 +7,11 @@ from typing import Any
 
 from omegaconf import MISSING
 
-SAMPLE_FORMATS = ("caption", "chat", "text")
+PREFERENCE = "preference"
+SAMPLE_FORMATS = ("caption", "chat", "text", PREFERENCE)
+LIKELIHOOD, DPO = "likelihood", "dpo"
+OBJECTIVES = (LIKELIHOOD, DPO)
+FROM_MODEL, FROM_SHARDS = "model", "shards"
 LORA = "lora"
 INT4 = "int4"
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -60,6 +64,25 @@ class LoraConfig:
 
 
 @dataclass
+class DpoConfig:
+    """Direct preference optimization (arXiv 2305.18290), with `objective: dpo`. Its reference is the initial model.
+
+    beta: a reward is beta times the log-ratio of an answer's probabilities under the model and under the reference.
+    reference: `model`: the reference's log-probabilities are computed at each step, with the adapters switched off
+        (LoRA) or by a frozen copy of the initial weights; `shards`: read, as `train.shards reference` wrote them.
+    label_smoothing: the probability that a preference is wrong (conservative DPO).
+    length_normalized: rewards are divided by the answers' numbers of tokens.
+    sft_weight: weight of the chosen answers' cross entropy per token, added to the loss.
+    """
+
+    beta: float = 0.1
+    reference: str = FROM_MODEL
+    label_smoothing: float = 0.0
+    length_normalized: bool = False
+    sft_weight: float = 0.0
+
+
+@dataclass
 class LearningRateConfig:
     """The peak learning rate of each component."""
 
@@ -99,7 +122,8 @@ class DataConfig:
     """The stream of samples.
 
     format: default of the sources': `caption` (images with KEY.txt, or the one answer of KEY.json; plain prompt),
-        `chat` (KEY.json, `###` prompt) or `text` (KEY.txt alone, plain prompt).
+        `chat` (KEY.json, `###` prompt), `text` (KEY.txt alone, plain prompt) or `preference` (KEY.json with two
+        versions of the last answer, `###` prompt; only with `objective: dpo`).
     ignore: member suffixes and keys of KEY.json to ignore; other unknown ones make a sample a broken one.
     workers: loading processes per rank; 0 loads in the training process.
     shuffle_buffer: samples per worker that are permuted together, divided among the sources by weight.
@@ -161,13 +185,15 @@ class TrainConfig:
     resume: bool = True  # from the newest complete checkpoint in run_dir; false refuses a run_dir that has one
     init_from: InitConfig = MISSING
     image_size: int = 448
+    objective: str = LIKELIHOOD  # of the supervised tokens; or dpo, on sources of the format preference
+    dpo: DpoConfig = field(default_factory=DpoConfig)  # with objective: dpo
     trainable: TrainableConfig = field(default_factory=TrainableConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)  # with trainable.language: lora
     lr: LearningRateConfig = field(default_factory=LearningRateConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     warmup_ratio: float = 0.03  # of the steps, linear from 0; then cosine to 0
     clip_norm: float | None = 1.0
-    global_batch: int = MISSING  # samples per optimizer step, over all ranks
+    global_batch: int = MISSING  # samples (of preferences: pairs) per optimizer step, over all ranks
     micro_batch: int = MISSING  # samples per forward pass on one rank
     steps: int | None = None
     epochs: float | None = None

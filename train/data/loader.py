@@ -2,8 +2,6 @@
 
 A worker makes whole steps: it encodes its rank's samples of a global batch, sorts them by length and splits them into
 micro-batches, so that there is little padding while the step's gradient is that of the unsorted batch.
-
-B samples of a micro-batch, S tokens, N images, H, W pixels.
 """
 
 from __future__ import annotations
@@ -14,24 +12,23 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from yi_vl.chat import Encoded, Segment, TooLongError
 from yi_vl.processor import YiVLProcessor
 
 from ..config import DataConfig, SourceConfig
+from .batch import Sample, StepBatch, collate
 from .fast_image import to_uint8
+from .reference import ReferenceModel, WrongReferenceError, read_member
 from .reshard import reshard
-from .samples import read_sample, sample_name
+from .samples import read_versions, sample_name
 from .shard_reader import RawSample
 from .stream import Mixture, expand_shards
 
-IGNORE = -100
 _MIN_SEEN = 100  # samples before a broken fraction means anything
 _MAX_LONG_FRACTION = 0.5
 
@@ -40,51 +37,18 @@ class TooLong(ValueError):
     """A sample with more than max_tokens tokens."""
 
 
-@dataclass
-class Sample:
-    """An encoded sample, with its segments for inspection."""
-
-    name: str  # shard and key
-    source: int
-    segments: list[Segment]
-    encoded: Encoded
-    images: list[Tensor]  # (H, W, 3) uint8 each
-
-
-@dataclass
-class MicroBatch:
-    """The inputs of one forward pass."""
-
-    input_ids: Tensor  # (B, S) int64
-    attention_mask: Tensor  # (B, S) int64, 1 on real tokens
-    labels: Tensor  # (B, S) int64, unshifted, IGNORE off the loss mask
-    images: Tensor | None  # (N, H, W, 3) uint8
-    source_ids: Tensor  # (B,) int64, index into data.sources
-    shared_prefix_length: int  # first tokens that are the same in all rows: text, unsupervised
-
-
-@dataclass
-class StepBatch:
-    """One rank's part of an optimizer step, and the stream's state after it; or an error that ends the stream."""
-
-    micro_batches: list[MicroBatch]
-    names: list[str]
-    stream: int
-    state: dict[str, Any]
-    reports: list[str]
-    error: str | None = None
-
-    @property
-    def num_supervised(self) -> int:
-        """Supervised tokens of this rank."""
-        return sum(num_supervised(micro_batch.labels) for micro_batch in self.micro_batches)
-
-
 class SampleEncoder:
-    """Makes a `Sample` of the raw members of a tar."""
+    """Makes a `Sample` of the raw members of a tar.
 
-    def __init__(self, processor: YiVLProcessor, data: DataConfig, max_tokens: int) -> None:
+    Args:
+        reference: the model whose log-probabilities lie beside preferences; None: they are not read.
+    """
+
+    def __init__(
+        self, processor: YiVLProcessor, data: DataConfig, max_tokens: int, reference: ReferenceModel | None = None
+    ) -> None:
         self._processor = processor
+        self._reference = reference
         self._sample_formats = [source.format if source.format is not None else data.format for source in data.sources]
         self._ignore = frozenset(data.ignore)
         self._max_tokens = max_tokens
@@ -94,9 +58,23 @@ class SampleEncoder:
         """
         Raises:
             TooLong: it has more than max_tokens tokens.
+            WrongReferenceError: its reference log-probabilities are missing, or of another model.
             ValueError: it cannot be used, with the reason.
         """
-        segments, encoded_images = read_sample(raw, self._sample_formats[source], self._ignore)
+        versions, encoded_images = read_versions(raw, self._sample_formats[source], self._ignore)
+        rows = [self._encode_text(segments) for segments in versions]
+        image_processor = self._processor.image_processor
+        if self._is_fast:
+            images = [to_uint8(image, image_processor.size_px) for image in encoded_images]
+        else:
+            images = [image_processor.to_uint8(image) for image in encoded_images]
+        sample = Sample(sample_name(raw), source, versions[0], rows[0], images)
+        if len(rows) == 2:
+            sample.rejected = rows[1]
+            sample.reference = read_member(raw, self._reference) if self._reference is not None else None
+        return sample
+
+    def _encode_text(self, segments: Sequence[Segment]) -> Encoded:
         try:
             encoded = self._processor.encode(segments, self._max_tokens)
         except TooLongError as error:
@@ -104,12 +82,7 @@ class SampleEncoder:
             raise TooLong(f"{least}{error.num_tokens} tokens, max_tokens is {self._max_tokens}") from error
         if not any(encoded.loss_mask[1:]):
             raise ValueError("it has no supervised tokens")
-        image_processor = self._processor.image_processor
-        if self._is_fast:
-            images = [to_uint8(image, image_processor.size_px) for image in encoded_images]
-        else:
-            images = [image_processor.to_uint8(image) for image in encoded_images]
-        return Sample(sample_name(raw), source, segments, encoded, images)
+        return encoded
 
 
 class StepStream(IterableDataset[StepBatch]):
@@ -148,7 +121,7 @@ class StepStream(IterableDataset[StepBatch]):
                 yield StepBatch([], [], number, {}, reports, error=str(error))
                 return
             names = [sample.name for sample in samples]
-            samples.sort(key=lambda sample: len(sample.encoded.input_ids))  # stable
+            samples.sort(key=lambda sample: sample.num_tokens)  # stable
             cuts = range(0, len(samples), self._micro_batch)
             micro_batches = [collate(samples[cut : cut + self._micro_batch], self._pad_id) for cut in cuts]
             state = {"mixture": mixture.state_dict(), "counts": dict(counts)}
@@ -158,7 +131,7 @@ class StepStream(IterableDataset[StepBatch]):
         """The samples of one step; broken ones are counted and reported.
 
         Raises:
-            ValueError: too many are broken, or there are none.
+            ValueError: too many are broken, there are none, or a reference is missing or wrong.
         """
         samples: list[Sample] = []
         while len(samples) < self._samples_per_step:
@@ -170,6 +143,8 @@ class StepStream(IterableDataset[StepBatch]):
             counts["seen"] += num_lost
             try:
                 samples.append(self._encoder.encode(raw, source))
+            except WrongReferenceError as error:
+                raise ValueError(f"{sample_name(raw)}: {error}.") from error
             except TooLong as error:
                 counts["too_long"] += 1
                 self._last_too_long = f"{sample_name(raw)}: skipped, {error}"
@@ -203,6 +178,7 @@ class StepLoader:
     Args:
         samples_per_step: this rank's part of the global batch.
         states: the `state_dict` of every rank to resume from.
+        reference: as of `SampleEncoder`.
 
     Attributes:
         note: the effects of resuming with another number of streams, for the user; or None.
@@ -214,6 +190,7 @@ class StepLoader:
     def __init__(
         self, processor: YiVLProcessor, data: DataConfig, max_tokens: int, seed: int, rank: int, world_size: int,
         samples_per_step: int, micro_batch: int, states: Sequence[dict[str, Any]] | None = None,
+        reference: ReferenceModel | None = None,
     ) -> None:  # fmt: skip
         num_workers = max(1, data.workers)
         self._layout: dict[str, Any] = {
@@ -250,8 +227,8 @@ class StepLoader:
                 )
         pad_id = processor.tokenizer.pad_token_id
         dataset = StepStream(
-            SampleEncoder(processor, data, max_tokens), data, seed, rank, world_size, samples_per_step, micro_batch,
-            pad_id if pad_id is not None else 0, dict(self._states), self._first,
+            SampleEncoder(processor, data, max_tokens, reference), data, seed, rank, world_size, samples_per_step,
+            micro_batch, pad_id if pad_id is not None else 0, dict(self._states), self._first,
         )  # fmt: skip
         self._loader = DataLoader(
             dataset,
@@ -297,38 +274,6 @@ class StepLoader:
 def _leave_process_group(_worker: int) -> None:
     """Keep Ctrl-C, sent to the whole process group, from ending workers that the current step needs."""
     os.setpgrp()
-
-
-def collate(samples: Sequence[Sample], pad_id: int) -> MicroBatch:
-    """Right-padded tensors of some samples."""
-    width = max(len(sample.encoded.input_ids) for sample in samples)
-    input_ids = torch.full((len(samples), width), pad_id)
-    attention_mask = torch.zeros(len(samples), width, dtype=torch.long)
-    labels = torch.full((len(samples), width), IGNORE)
-    for row, sample in enumerate(samples):
-        ids = torch.tensor(sample.encoded.input_ids)
-        input_ids[row, : len(ids)] = ids
-        attention_mask[row, : len(ids)] = 1
-        labels[row, : len(ids)] = torch.where(torch.tensor(sample.encoded.loss_mask), ids, IGNORE)
-    images = [image for sample in samples for image in sample.images]
-    return MicroBatch(
-        input_ids, attention_mask, labels, torch.stack(images) if images else None,
-        torch.tensor([sample.source for sample in samples]), _shared_prefix_length(samples, input_ids, labels),
-    )  # fmt: skip
-
-
-def num_supervised(labels: Tensor) -> int:
-    """Supervised tokens; the first of a row has no prediction."""
-    return int((labels[:, 1:] != IGNORE).sum())
-
-
-def _shared_prefix_length(samples: Sequence[Sample], input_ids: Tensor, labels: Tensor) -> int:
-    """Length of the text that all rows begin with, such as the system prompt, minus its last token."""
-    shortest = min(len(sample.encoded.input_ids) for sample in samples)
-    first_image = min((start for sample in samples for start in sample.encoded.image_starts[:1]), default=shortest)
-    differs = (input_ids != input_ids[:1]).any(0) | (labels != IGNORE).any(0)  # (S,)
-    first = int(differs.int().argmax()) if differs.any() else shortest
-    return max(0, min(first, first_image, shortest) - 1)
 
 
 def _layout(sources: Sequence[SourceConfig]) -> list[tuple[str, str, float, int | None, str]]:

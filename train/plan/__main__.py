@@ -25,12 +25,12 @@ from yi_vl.checkpoint.load import read_config
 from yi_vl.config import OpenClipVisionConfig, YiVLConfig, preset
 
 from ..checkpoint import FINAL
-from ..config import INT4, InitConfig, TrainConfig, num_steps
+from ..config import DPO, FROM_MODEL, INT4, LORA, InitConfig, TrainConfig, num_steps
 from ..config_file import load_config
 from ..qlora import BYTES_PER_WEIGHT
 from .count import SavedBytes, count_flops, count_saved_bytes
 from .estimate import Memory, Parameters, Strategy, count_parameters, logit_bytes, step_memory, strategies
-from .flops import Row
+from .flops import Row, forward_flops
 
 app = typer.Typer(add_completion=False)
 
@@ -68,20 +68,38 @@ class Plan:
     def num_samples(self) -> int:
         return num_steps(self.config) * self.config.global_batch
 
+    @property
+    def rows_per_sample(self) -> int:
+        """A pair of answers is two rows."""
+        return 2 if self.config.objective == DPO else 1
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether a second forward pass gives the reference log-probabilities of DPO."""
+        return self.config.objective == DPO and self.config.dpo.reference == FROM_MODEL
+
+    @property
+    def reference_bytes(self) -> int:
+        """Of the frozen copy that gives them: autocast's dtype, as if its tables had it too."""
+        if not self.has_reference or self.config.trainable.language == LORA:
+            return 0
+        return sum(self.parameters.total.values()) * (4 if self.config.precision == "fp32" else 2)
+
     def rows_per_gpu(self, hardware: Hardware) -> int:
         """Of a micro-batch."""
         if self.config.global_batch % hardware.num_gpus:
             raise ValueError(
                 f"{self.path}: global_batch {self.config.global_batch} does not divide by {hardware.num_gpus} GPUs."
             )
-        return min(self.config.micro_batch, self.config.global_batch // hardware.num_gpus)
+        return self.rows_per_sample * min(self.config.micro_batch, self.config.global_batch // hardware.num_gpus)
 
     def memory(self, hardware: Hardware, strategy: Strategy, row: Row, is_checkpointed: bool) -> Memory:
         """Of a GPU whose rows are all like `row`."""
         num_rows = self.rows_per_gpu(hardware)
         saved = self._saved_bytes(row, num_rows, strategy.is_sharded, is_checkpointed)
         logits = num_rows * logit_bytes(self.model, row)
-        return step_memory(self.parameters, strategy, hardware.num_gpus, saved, logits, is_checkpointed)
+        memory = step_memory(self.parameters, strategy, hardware.num_gpus, saved, logits, is_checkpointed)
+        return replace(memory, weights=memory.weights + self.reference_bytes)
 
     @cache  # noqa: B019  # plans live as long as the command
     def _saved_bytes(self, row: Row, num_rows: int, is_low: bool, is_checkpointed: bool) -> SavedBytes:
@@ -92,7 +110,10 @@ class Plan:
     def flops(self, is_checkpointed: bool) -> int:
         """Of all its steps on all GPUs."""
         config = replace(self.config, activation_checkpointing=is_checkpointed)
-        return self.num_samples * count_flops(self.model, config, self.row)
+        flops = self.num_samples * self.rows_per_sample * count_flops(self.model, config, self.row)
+        if self.has_reference:  # the forward pass again: without gradients
+            flops += self.num_samples * self.rows_per_sample * forward_flops(self.model, self.row)
+        return flops
 
 
 @app.command()
@@ -144,7 +165,7 @@ def make_plan(
     text_tokens = {"caption": caption_tokens, "chat": chat_tokens}
     sources = config.data.sources
     formats = [source.format if source.format is not None else config.data.format for source in sources]
-    weighted = sum(source.weight * text_tokens[each] for source, each in zip(sources, formats))
+    weighted = sum(source.weight * text_tokens.get(each, chat_tokens) for source, each in zip(sources, formats))
     num_text = round(weighted / sum(source.weight for source in sources))
     row = Row(shape.vision_config.num_patches + num_text, num_text)
     if row.tokens > config.max_tokens:
@@ -160,13 +181,14 @@ def describe(made: Plan, hardware: Hardware) -> list[str]:
         f"{sum(parameters.trained.values()) / 1e6:,.1f} M of {sum(parameters.total.values()) / 1e6:,.1f} M parameters"
     )
     steps, batch, rows = num_steps(config), config.global_batch, made.rows_per_gpu(hardware)
+    samples = "samples" if made.rows_per_sample == 1 else "pairs of samples"
     bits = 8 * BYTES_PER_WEIGHT
     int4 = f"  {parameters.int4 / 1e6:,.1f} M frozen weights in {bits:.3f} bits each, which FSDP cannot spread"
     which = "the rows `checkpointed`" if config.activation_checkpointing else "the rows named by a strategy"
     return [
         f"\n{made.path}",
         f"  trains {trained}: {share}",
-        f"  {steps:,} steps of {batch:,} samples, {rows} at once on a GPU; {made.row.tokens:,} tokens a sample, "
+        f"  {steps:,} steps of {batch:,} {samples}, {rows} at once on a GPU; {made.row.tokens:,} tokens a sample, "
         f"{made.model.vision_config.num_patches:,} of them its image's",
         f"  activation_checkpointing: {str(config.activation_checkpointing).lower()}, so {which} hold",
         *([int4] if parameters.int4 else []),

@@ -1,4 +1,4 @@
-"""Make and inspect shards: `python -m train.shards llava | parquet | check`.
+"""Make and inspect shards: `python -m train.shards llava | parquet | reference | check`.
 
 A shard is a pure function of its chunk of the source. It gets its name when it is complete, and then its line in the
 manifest, so a command that was interrupted at any moment resumes when it is repeated.
@@ -55,9 +55,12 @@ def llava(
     processes: ProcessesOption = None,
     max_broken: BrokenOption = 0.01,
     ignore: IgnoreOption = None,
+    preference: Annotated[
+        bool, typer.Option("--preference", help="The entries are preferences: a prompt, `chosen` and `rejected`.")
+    ] = False,
 ) -> None:
     """From JSON or JSON lines and their image folder. Repeat an interrupted command to continue it."""
-    source = LlavaSource(file, images, ignore or ())
+    source = LlavaSource(file, images, ignore or (), preference)
     if source.num_repeated_ids:
         _print(f"{file}: {source.num_repeated_ids:,} ids come again; the samples are kept apart by their numbers.")
     build(source, out, samples_per_shard, processes, max_broken)
@@ -70,18 +73,54 @@ def parquet(
     image: Annotated[str, typer.Option(help="The column of images: bytes, {bytes, path}, or lists of them.")] = "image",
     caption: Annotated[str | None, typer.Option(help="The column of captions.")] = None,
     conversations: Annotated[str | None, typer.Option(help="The column of conversations, as lists or as JSON.")] = None,
+    preference: Annotated[
+        list[str] | None,
+        typer.Option(help="A column of a preference, such as question, chosen and rejected, or of whole records."),
+    ] = None,
     samples_per_shard: SizeOption = 1000,
     processes: ProcessesOption = None,
     max_broken: BrokenOption = 0.01,
     ignore: IgnoreOption = None,
 ) -> None:
-    """From parquet files, with --caption or --conversations. Repeat an interrupted command to continue it."""
-    if (caption is None) == (conversations is None):
-        raise ValueError("say which column holds the text: --caption NAME, or --conversations NAME.")
-    source = ParquetSource(files, Columns(image, caption, conversations), ignore or ())
+    """From parquet files, with --caption, --conversations or --preference.
+
+    Repeat an interrupted command to continue it.
+    """
+    if sum(map(bool, (caption, conversations, preference))) != 1:
+        raise ValueError(
+            "say which column holds the text: --caption NAME, --conversations NAME, or --preference NAME, once or more."
+        )
+    source = ParquetSource(files, Columns(image, caption, conversations, tuple(preference or ())), ignore or ())
     if source.unread_columns:
         _print(f"columns that are not read: {', '.join(source.unread_columns)}")
     build(source, out, samples_per_shard, processes, max_broken)
+
+
+@app.command()
+def reference(
+    folder: Annotated[Path, typer.Argument(metavar="SHARDS", help="A folder of shards of preferences.")],
+    out: OutArgument,
+    model: Annotated[str, typer.Option(help="The model that training starts from: init_from.checkpoint.")],
+    image_size: Annotated[int | None, typer.Option(min=1, help="As in the config; by default the model's.")] = None,
+    fast_pixels: Annotated[bool, typer.Option(help="As data.fast_pixels in the config.")] = True,
+    precision: Annotated[str, typer.Option(help="Of the products: bf16, fp16 or fp32.")] = "bf16",
+    micro_batch: Annotated[int, typer.Option(min=1, help="Pairs per forward pass.")] = 8,
+    ignore: IgnoreOption = None,
+) -> None:
+    """Copy shards of preferences with the log-probabilities of their answers under a model, for dpo.reference: shards.
+
+    One GPU is used, if there is one. Repeat an interrupted command to continue it.
+    """
+    from transformers.utils import logging as transformers_logging
+
+    from .reference import Scorer, add_references  # torch
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    scorer = Scorer(model, image_size, fast_pixels, precision, micro_batch, ignore or ())
+    broken = add_references(folder, out, scorer, _progress)
+    _list("without reference", broken)
+    print(f"{out}: reference log-probabilities of {model}.")
 
 
 @app.command()
@@ -123,7 +162,7 @@ def build(source: Source, out: Path, samples_per_shard: int, processes: int | No
     if not total:
         raise ValueError("the source holds no samples.")
     made_from = source.identity | {"samples_per_shard": samples_per_shard, "num_shards": len(chunks)}
-    manifest = _open_manifest(out, made_from)
+    manifest = Manifest.open(out, made_from)
     manifest.shards = {name: manifest.shards[name] for name in chunks if manifest.has(name)}
     manifest.write()
     remaining = {name: chunk for name, chunk in chunks.items() if name not in manifest.shards}
@@ -174,20 +213,6 @@ def _write_shard(path: Path, chunk: Chunk, sample_format: str) -> Shard:
         return Shard(path.name, num_samples, path.stat().st_size, sha256(path), broken)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be made: {one_line(error)}. Repeat the command to continue.") from error
-
-
-def _open_manifest(out: Path, made_from: dict[str, object]) -> Manifest:
-    manifest = Manifest.read(out)
-    if manifest is None:
-        if any(out.glob("*.tar")):
-            raise ValueError(f"{out} holds shards that were not made here (there is no manifest); take another folder.")
-        return Manifest(out, made_from)
-    if manifest.made_from != made_from:
-        raise ValueError(
-            f"{out} holds shards made from {manifest.made_from}, this would be {made_from}; take another folder, or "
-            "delete it."
-        )
-    return manifest
 
 
 def _stop_if_broken(broken: list[str], seen: int, total: int, max_broken: float) -> None:

@@ -69,6 +69,27 @@ class Manifest:
         except (ValueError, LookupError, TypeError) as error:
             raise ValueError(f"{path} is no manifest of shards ({error}); delete it or take another folder.") from error
 
+    @classmethod
+    def open(cls, folder: Path, made_from: dict[str, Any]) -> Manifest:
+        """The manifest of a folder that is being made, or a new one.
+
+        Raises:
+            ValueError: the folder holds shards that were made from something else.
+        """
+        manifest = cls.read(folder)
+        if manifest is None:
+            if any(folder.glob("*.tar")):
+                raise ValueError(
+                    f"{folder} holds shards that were not made here (there is no manifest); take another folder."
+                )
+            return cls(folder, made_from)
+        if manifest.made_from != made_from:
+            raise ValueError(
+                f"{folder} holds shards made from {manifest.made_from}, this would be {made_from}; take another "
+                "folder, or delete it."
+            )
+        return manifest
+
     def write(self) -> None:
         """Write the whole file, atomically."""
         entries = [{"made_from": self.made_from}, *map(asdict, self.shards.values())]

@@ -26,7 +26,7 @@ from yi_vl.model import YiVLForConditionalGeneration
 from yi_vl.processor import YiVLProcessor
 
 from ..config import DataConfig, InitConfig, LearningRateConfig, SourceConfig, TrainableConfig, TrainConfig
-from ..data.loader import MicroBatch, Sample, StepBatch, collate, num_supervised
+from ..data.batch import MicroBatch, Sample, StepBatch, collate, num_supervised
 from ..optim import build_optimizer, set_learning_rates_, set_trainable_
 from ..plan.flops import Row, step_flops
 from ..trainer import Trainer
