@@ -18,8 +18,11 @@ from toy_runs import losses, step_once, stop_after, trainer
 from train import setup
 from train.config import DpoConfig, TrainConfig
 from train.config_file import load_config
-from train.data.batch import IGNORE, MicroBatch
+from train.data.batch import IGNORE, MicroBatch, collate
+from train.data.loader import SampleEncoder
+from train.data.shard_reader import read_shard
 from train.dpo import PreferenceObjective, preference_losses
+from train.init import initial_processor
 from train.metrics import read_metrics
 from train.plan.__main__ import Hardware, make_plan
 from train.plan.estimate import strategies
@@ -134,16 +137,14 @@ def test_loss_and_gradients_are_those_of_another_computation(pairs: Configure) -
     loss, per_source = run.objective(**run._inputs(micro))
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(per_source[0, :2], torch.tensor([expected.item(), 8.0]), rtol=1e-4, atol=1e-4)
-    margins = [
-        float(0.3 * (logps[policy][i] - logps[reference][i] - logps[policy][i + 1] + logps[reference][i + 1]))
-        for i in range(0, 16, 2)
-    ]
+    rewards = 0.3 * (torch.stack(logps[policy]) - torch.stack(logps[reference])).detach().view(8, 2)
+    margins = (rewards[:, 0] - rewards[:, 1]).tolist()
     metrics = dict(zip(PreferenceObjective.metric_names, per_source[0, 2:].tolist()))
     assert metrics["accuracy"] == sum(margin > 0 for margin in margins)
     assert metrics["reward_margin"] == pytest.approx(sum(margins), rel=1e-3, abs=1e-3)
     assert metrics["reward_chosen"] - metrics["reward_rejected"] == pytest.approx(metrics["reward_margin"], abs=1e-3)
-    assert metrics["logp_chosen"] == pytest.approx(sum(map(float, logps[policy][::2])), rel=1e-4)
-    assert metrics["logp_rejected"] == pytest.approx(sum(map(float, logps[policy][1::2])), rel=1e-4)
+    assert metrics["logp_chosen"] == pytest.approx(torch.stack(logps[policy][::2]).sum().item(), rel=1e-4)
+    assert metrics["logp_rejected"] == pytest.approx(torch.stack(logps[policy][1::2]).sum().item(), rel=1e-4)
 
     loss.backward()
     expected.backward()
@@ -153,6 +154,18 @@ def test_loss_and_gradients_are_those_of_another_computation(pairs: Configure) -
     for name, parameter in run.model.named_parameters():
         if parameter.grad is not None:
             torch.testing.assert_close(parameter.grad, named[name].grad, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_both_rows_of_a_pair_have_its_images(pairs: Configure, tmp_path: Path) -> None:
+    config = pairs()
+    encoder = SampleEncoder(initial_processor(config), config.data, config.max_tokens)
+    samples = [encoder.encode(raw, 0) for raw in read_shard(str(tmp_path / "pairs/0.tar"))]
+    assert {len(sample.images) for sample in samples} == {0, 1, 2}
+    micro = collate(samples, 0)
+    assert micro.images is not None and micro.image_index is not None
+    assert len(micro.images) == sum(len(sample.images) for sample in samples), "each image is there once"
+    expected = [image for sample in samples for _ in sample.rows for image in sample.images]
+    assert torch.equal(micro.images[micro.image_index], torch.stack(expected))
 
 
 @pytest.mark.parametrize("micro_batch", [1, 3])
