@@ -20,7 +20,7 @@ from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizer
 
 import yi_vl
 from train.config import TrainConfig
-from train.data.loader import IGNORE
+from train.data.batch import IGNORE
 from train.generations import HeldOut
 from train.init import initial_processor
 from train.preview import preview

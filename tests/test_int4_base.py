@@ -21,7 +21,7 @@ from toy_runs import losses, trainer
 
 import yi_vl
 from train.config import TrainConfig
-from train.data.loader import num_supervised
+from train.data.batch import num_supervised
 from train.metrics import component_table
 from train.qlora import num_weights
 from train.trainer import Trainer, train

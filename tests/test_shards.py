@@ -22,7 +22,8 @@ from conftest import COLOURS, Members, caption_sample, chat_sample, png
 from PIL import Image
 
 from train.config import DataConfig, SourceConfig
-from train.data.encoder import Sample, SampleEncoder
+from train.data.batch import Sample
+from train.data.encoder import SampleEncoder
 from train.data.stream import expand_shards, read_shard
 from train.shards.__main__ import app, build
 from train.shards.files import MANIFEST, Manifest

@@ -14,8 +14,9 @@ import torch
 from conftest import caption_sample, chat_sample, png
 
 from train.config import DataConfig, SourceConfig
+from train.data.batch import IGNORE, collate, num_supervised
 from train.data.encoder import SampleEncoder, TooLong
-from train.data.loader import IGNORE, StepLoader, collate, num_supervised
+from train.data.loader import StepLoader
 from train.schedule import BatchSizes
 from yi_vl.image import YiVLImageProcessor
 from yi_vl.processor import YiVLProcessor, prepare_tokenizer

@@ -15,7 +15,8 @@ from conftest import caption_sample
 from toy_runs import losses, stop_after, trainer
 
 from train.config import DataConfig, SourceConfig, TrainConfig
-from train.data.encoder import Sample, SampleEncoder
+from train.data.batch import Sample
+from train.data.encoder import SampleEncoder
 from train.data.loader import StepLoader
 from train.data.shard_reader import read_shard
 from train.preview import preview

@@ -20,7 +20,7 @@ from train import setup
 from train.attention.packing import Packing
 from train.config import ScheduleConfig, TrainConfig
 from train.config_file import load_config
-from train.data.loader import num_supervised
+from train.data.batch import num_supervised
 from train.loss import Objective
 from train.metrics import METRICS_FILE, read_metrics
 from train.optim import components, parameter_groups, set_learning_rates_

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import shutil
 import signal
+import tarfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -17,16 +19,19 @@ import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
 from conftest import chat_sample
-from processes import finish, output_path, start, wait_for
+from preference_runs import configure_preferences, pair_sample
+from processes import finish, output_path, run_program, start, wait_for
 from rich.console import Console
 from safetensors.torch import load_file
 
 from train import checkpoint
 from train.config import TrainConfig
 from train.config_file import load_config
-from train.data.loader import StepBatch, StepLoader
+from train.data.batch import StepBatch
+from train.data.loader import StepLoader
 from train.metrics import read_metrics, training_rows, validation_rows
 from train.optim import set_learning_rates_
+from train.setup import reference_model
 from train.trainable import select
 from train.trainer import Trainer
 
@@ -109,8 +114,9 @@ def two_ranks(configure_saved: Configure, tmp_path: Path, write_shard: Callable[
 def one_process(config: TrainConfig) -> list[float]:
     """Losses and gradient norms of one process that is given what both ranks have."""
     run = Trainer(config, Console(quiet=True))
+    settings, reference = (config.data, config.max_tokens, config.seed), reference_model(config)
     loaders = [
-        iter(StepLoader(run.processor, config.data, config.max_tokens, config.seed, rank, 2, 4, config.micro_batch))
+        iter(StepLoader(run.processor, *settings, rank, 2, 4, config.micro_batch, reference=reference))
         for rank in range(2)
     ]
     numbers = []
@@ -118,8 +124,8 @@ def one_process(config: TrainConfig) -> list[float]:
         set_learning_rates_(run.optimizer, step, run.num_steps, config.schedule)
         first, second = (next(loader) for loader in loaders)
         batch = StepBatch([*first.micro_batches, *second.micro_batches], [], 0, {}, [])
-        per_source, norm = run.step(batch, batch.num_supervised)
-        loss, count = per_source.sum(0).tolist()
+        per_source, norm = run.step(batch, batch.num_terms)
+        loss, count, *_ = per_source.sum(0).tolist()
         numbers += [loss / count, norm]
     return numbers
 
@@ -288,3 +294,65 @@ def test_spread_weights_learn_the_same(
 
 def run_names(run: Trainer) -> set[str]:
     return {name for name, parameter in run.objective.named_parameters() if parameter.requires_grad}
+
+
+@pytest.fixture
+def pairs(configure: Configure, tmp_path: Path, write_shard: Callable[..., Path]) -> Configure:
+    torch.set_num_threads(1)
+    made = configure_preferences(configure, tmp_path, write_shard)
+    return lambda *overrides: made("log_samples=true", *overrides)
+
+
+@pytest.mark.parametrize("settings", [(), ("trainable.language=lora", "lora={rank: 4, alpha: 8, dropout: 0.1}")])
+def test_preferences_killed_at_any_moment_go_on_exactly(
+    pairs: Configure, tmp_path: Path, settings: tuple[str, ...]
+) -> None:
+    settings += ("steps=8", "data.workers=2", "log_every=2", "checkpoint={every_steps: 2, keep_last: 2}")
+    whole = pairs(f"run_dir={tmp_path}/whole", *settings)
+    assert finish(start(whole)) == [0], output_path(whole).read_text()
+    config = pairs(*settings)
+    for moment in ("metrics.jsonl", ".step-00000004.tmp", "step-00000006"):
+        (process,) = start(config)
+        wait_for(Path(config.run_dir), moment, process)
+        os.kill(process.pid, signal.SIGKILL)  # type: ignore[arg-type]
+        assert finish([process]) == [-signal.SIGKILL]
+    assert finish(start(config)) == [0], output_path(config).read_text()
+    assert_same(config, whole)
+    preferences = [[row["preference"] for row in rows(each)] for each in (config, whole)]
+    assert preferences[0] == preferences[1] and len(preferences[0]) == 4
+
+
+@pytest.mark.parametrize("settings", [(), ("trainable={projector: true, language: lora}", "lora.dropout=0")])
+def test_two_ranks_prefer_as_one(pairs: Configure, tmp_path: Path, settings: tuple[str, ...]) -> None:
+    settings += ("steps=4", "data.workers=1")
+    config = pairs(*settings)
+    assert finish(start(config, 2)) == [0, 0], output_path(config, 1).read_text()
+    expected = one_process(pairs(f"run_dir={tmp_path}/one", *settings))
+    assert logged(config) == pytest.approx(expected, rel=1e-4)
+    assert all(0 <= row["preference"]["accuracy"] <= 1 for row in rows(config))
+
+
+def test_spread_weights_prefer_the_same(pairs: Configure, tmp_path: Path) -> None:
+    """FSDP, with the reference log-probabilities in the shards; one rank of which has no image."""
+    for number, index in enumerate((6, 0)):
+        write = [pair_sample(7 * i + index) for i in range(40)]
+        with tarfile.open(tmp_path / f"pairs/{number}.tar", "w") as tar:
+            for key, members in write:
+                for suffix, content in members.items():
+                    info = tarfile.TarInfo(f"{key}.{suffix}")
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+    (made,) = run_program(
+        tmp_path, "train.shards", "reference", f"{tmp_path}/pairs", f"{tmp_path}/refs", "--model", f"{tmp_path}/start",
+        "--precision", "fp32",
+    )  # fmt: skip
+    assert made.code == 0, made.stderr
+    settings = ("steps=4", "data.workers=1", "dpo.reference=shards", "trainable.vision=true", "lr.vision=1e-3")
+    settings += (f"data.sources=[{{name: pairs, shards: '{tmp_path}/refs/*.tar'}}]",)
+    config = pairs(*settings)
+    assert finish(start(config, 2, **launched("fsdp"))) == [0, 0], output_path(config, 1).read_text()
+    expected = one_process(pairs(f"run_dir={tmp_path}/one", *settings))
+    assert logged(config) == pytest.approx(expected, rel=1e-4)
+    refused = pairs(f"run_dir={tmp_path}/refused")
+    assert finish(start(refused, 2, **launched("fsdp"))) == [2, 2]
+    assert "does not go with FSDP" in output_path(refused).read_text().splitlines()[-1]

@@ -17,7 +17,7 @@ from toy_runs import losses, stop_after, trainer
 import yi_vl
 from train import checkpoint
 from train.config import TrainConfig
-from train.data.loader import num_supervised
+from train.data.batch import num_supervised
 from train.metrics import draw_loss_curve, read_metrics, validation_rows
 from train.trainer import Trainer, train
 from train.validation import Validation

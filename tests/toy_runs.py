@@ -11,7 +11,7 @@ from rich.console import Console
 from torch import Tensor
 
 from train.config import TrainConfig
-from train.data.loader import StepBatch
+from train.data.batch import StepBatch
 from train.metrics import read_metrics, training_rows
 from train.trainer import Trainer
 
@@ -27,7 +27,7 @@ def losses(config: TrainConfig) -> list[float]:
 def step_once(run: Trainer, batches: Iterator[StepBatch] | None = None) -> tuple[Tensor, float]:
     """One step of a run of one process, on the next of its batches."""
     batch = next(batches if batches is not None else iter(run.loader))
-    return run.step(batch, batch.num_supervised)
+    return run.step(batch, batch.num_terms)
 
 
 def stop_after(run: Trainer, num_steps: int) -> None:

@@ -9,8 +9,11 @@ from omegaconf import MISSING
 
 from .schedule import COSINE, BatchSizes
 
-SAMPLE_FORMATS = ("caption", "chat", "text")
+PREFERENCE = "preference"
+SAMPLE_FORMATS = ("caption", "chat", "text", PREFERENCE)
 LONG_TEXTS = SKIP, SPLIT, PACK = "skip", "split", "pack"
+OBJECTIVES = LIKELIHOOD, DPO = "likelihood", "dpo"
+FROM_MODEL, FROM_SHARDS = "model", "shards"
 LORA = "lora"
 INT4 = "int4"
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -78,6 +81,25 @@ class LoraConfig:
     alpha: float = 256
     dropout: float = 0.05
     base: str | None = None
+
+
+@dataclass
+class DpoConfig:
+    """Direct preference optimization (arXiv 2305.18290), with `objective: dpo`. Its reference is the initial model.
+
+    beta: a reward is beta times the log-ratio of an answer's probabilities under the model and under the reference.
+    reference: `model`: the reference's log-probabilities are computed at each step, with the adapters switched off
+        (LoRA) or by a frozen copy of the initial weights; `shards`: read, as `train.shards reference` wrote them.
+    label_smoothing: the probability that a preference is wrong (conservative DPO).
+    length_normalized: rewards are divided by the answers' numbers of tokens.
+    sft_weight: weight of the chosen answers' cross entropy per token, added to the loss.
+    """
+
+    beta: float = 0.1
+    reference: str = FROM_MODEL
+    label_smoothing: float = 0.0
+    length_normalized: bool = False
+    sft_weight: float = 0.0
 
 
 @dataclass
@@ -158,7 +180,8 @@ class DataConfig:
     """The stream of samples.
 
     format: default of the sources': `caption` (images with KEY.txt, or the one answer of KEY.json; plain prompt),
-        `chat` (KEY.json, the model's chat format) or `text` (KEY.txt alone, plain prompt).
+        `chat` (KEY.json, the model's chat format), `text` (KEY.txt alone, plain prompt) or `preference` (KEY.json with
+        two versions of the last answer, the model's chat format; only with `objective: dpo`).
     ignore: member suffixes and keys of KEY.json to ignore; other unknown ones make a sample a broken one.
     long_text: what becomes of samples of the format text with more than max_tokens tokens: `skip` skips and counts
         them, `split` cuts them into pieces, `pack` joins all documents into rows of max_tokens tokens, for continued
@@ -258,13 +281,15 @@ class TrainConfig:
     init_from: InitConfig = MISSING
     chat_format: str | None = None  # yi-vl or chatml, see yi_vl/chat.py; null: the checkpoint's, from parts yi-vl
     image_size: int = 448
+    objective: str = LIKELIHOOD  # of the supervised tokens; or dpo, on sources of the format preference
+    dpo: DpoConfig = field(default_factory=DpoConfig)  # with objective: dpo
     trainable: TrainableConfig = field(default_factory=TrainableConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)  # with trainable.language: lora
     lr: LearningRateConfig = field(default_factory=LearningRateConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     clip_norm: float | None = 1.0
-    global_batch: int = MISSING  # samples per optimizer step, over all ranks
+    global_batch: int = MISSING  # samples (of preferences: pairs) per optimizer step, over all ranks
     batch_ramp: list[list[int]] = field(default_factory=list)  # [[step, size], ...]: global_batch after `step` steps
     micro_batch: int = MISSING  # samples per forward pass on one rank
     steps: int | None = None

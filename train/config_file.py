@@ -16,19 +16,27 @@ from yi_vl.arguments import as_path, one_line
 from yi_vl.chat import CHAT_FORMATS
 
 from .config import (
+    DPO,
+    FROM_MODEL,
+    FROM_SHARDS,
     INT4,
+    LIKELIHOOD,
     LONG_TEXTS,
     LORA,
+    OBJECTIVES,
     PRECISIONS,
+    PREFERENCE,
     ROPE_SCALINGS,
     SAMPLE_FORMATS,
     SKIP,
     DataConfig,
+    DpoConfig,
     GenerationsConfig,
     RopeConfig,
     SourceConfig,
     TrainConfig,
     ValidationConfig,
+    ValidationSourceConfig,
     flat_settings,
     num_steps,
 )
@@ -147,6 +155,7 @@ def _check(config: TrainConfig, where: str) -> None:
     if config.generations is not None:
         _check_generations(config.generations, config.data, require)
     _check_data(config.data, require)
+    _check_objective(config, require)
 
 
 def _check_numbers(config: TrainConfig, require: _Require) -> None:
@@ -341,3 +350,43 @@ def _as_number(value: Any) -> float:
     if isinstance(value, bool):
         raise TypeError
     return float(value)
+
+
+def _check_objective(config: TrainConfig, require: _Require) -> None:
+    is_dpo, dpo, lora = config.objective == DPO, config.dpo, config.lora
+    expected = ", ".join(OBJECTIVES)
+    require(config.objective in OBJECTIVES, f"objective is {config.objective!r}; expected one of {expected}.")
+    sources: list[SourceConfig | ValidationSourceConfig] = [*config.data.sources]
+    sources += config.validation.sources if config.validation is not None else []
+    for source in sources:
+        sample_format = source.format if source.format is not None else config.data.format
+        require(
+            is_dpo == (sample_format == PREFERENCE),
+            f"the format of source {source.name!r} is {sample_format}, and objective is {config.objective}: pairs of "
+            f"answers ({PREFERENCE}) are for objective {DPO}, and it takes nothing else.",
+        )
+    require(is_dpo or dpo == DpoConfig(), f"dpo has settings, but objective is {config.objective}; set it to {DPO}.")
+    require(dpo.beta > 0, f"dpo.beta is {dpo.beta}; it must be positive.")
+    require(0 <= dpo.label_smoothing < 0.5, f"dpo.label_smoothing is {dpo.label_smoothing}; expected 0 to below 0.5.")
+    require(dpo.sft_weight >= 0, f"dpo.sft_weight is {dpo.sft_weight}; it must not be negative.")
+    references = (FROM_MODEL, FROM_SHARDS)
+    require(
+        dpo.reference in references, f"dpo.reference is {dpo.reference!r}; expected one of {', '.join(references)}."
+    )
+    require(not is_dpo or config.neftune is None, f"neftune is for objective {LIKELIHOOD}; with {DPO} set it to null.")
+    for key, value in (("chat_format", config.chat_format), ("init_from.rope", config.init_from.rope)):
+        require(
+            dpo.reference == FROM_MODEL or value is None,
+            f"{key} is set, but the log-probabilities that dpo.reference: {FROM_SHARDS} reads are of the model as it "
+            f"is; leave it out, or set dpo.reference to {FROM_MODEL}.",
+        )
+    has_checkpoint = config.init_from.checkpoint is not None
+    require(
+        not is_dpo or has_checkpoint,
+        f"objective: {DPO} compares with the model that it starts from; name a trained one in init_from.checkpoint.",
+    )
+    require(
+        dpo.reference == FROM_MODEL or lora.base is None,
+        f"dpo.reference is {FROM_SHARDS}, of unquantized weights, but lora.base is {lora.base}; set dpo.reference to "
+        f"{FROM_MODEL}, which then takes no memory.",
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .config import ScheduleConfig, TrainConfig, batch_sizes, num_steps
+from .config import DPO, ScheduleConfig, TrainConfig, batch_sizes, num_steps
 from .schedule import (
     COMPONENTS,
     CONSTANT,
@@ -40,15 +40,16 @@ def describe_schedule(schedule: ScheduleConfig, steps: int) -> str:
 
 
 def describe_batches(config: TrainConfig) -> str:
-    """As in `600 steps of 32 samples`, or `600 steps: 200 of 32 samples, 400 of 64`."""
+    """As in `600 steps of 32 samples`, or `600 steps: 200 of 32 samples, 400 of 64`; preferences are pairs."""
+    samples = "pairs" if config.objective == DPO else "samples"
     steps, sizes = num_steps(config), batch_sizes(config)
     (first_steps, first_size), *others = sizes.stretches(steps)
     unreached = [f"{start:,}" for start, _ in sizes.ramp if start >= steps]
     note = f" (batch_ramp: step {', '.join(unreached)} is after the end)" if unreached else ""
     if not others:
-        return f"{steps:,} steps of {first_size:,} samples{note}"
+        return f"{steps:,} steps of {first_size:,} {samples}{note}"
     rest = "".join(f", {count:,} of {size:,}" for count, size in others)
-    return f"{steps:,} steps: {first_steps:,} of {first_size:,} samples{rest}{note}"
+    return f"{steps:,} steps: {first_steps:,} of {first_size:,} {samples}{rest}{note}"
 
 
 def describe_sources(config: TrainConfig) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,15 @@ from yi_vl.checkpoint.assemble import from_parts
 from yi_vl.checkpoint.find import find
 from yi_vl.checkpoint.load import check_fit, fetch, load_model, load_processor, read_config
 from yi_vl.config import OpenClipVisionConfig, YiVLConfig, check_rope
+from yi_vl.files import sha256
 from yi_vl.image import YiVLImageProcessor
 from yi_vl.model import YiVLForConditionalGeneration
 from yi_vl.processor import YiVLProcessor, prepare_tokenizer
 
 from .config import INT4, LORA, RopeConfig, TrainConfig
 from .qlora import read_int4
+
+_WEIGHT_SUFFIXES = (".safetensors", ".bin")
 
 
 def initial_model(config: TrainConfig, device: torch.device) -> tuple[YiVLForConditionalGeneration, YiVLProcessor]:
@@ -70,6 +74,19 @@ def load_float32(path: str | Path) -> tuple[YiVLForConditionalGeneration, YiVLPr
     model, processor = load_model(path, device="cpu", dtype=torch.float32)
     check_fit(model.config, processor)
     return model, processor
+
+
+def fingerprint(path: str | Path) -> str:
+    """16 hexadecimal digits of a model's weight files, whatever their names: the same for copies.
+
+    Raises:
+        ValueError: the model is not there, or has no weight files.
+    """
+    folder = fetch(find(path), with_weights=True)
+    files = sorted(file for file in folder.rglob("*") if file.suffix in _WEIGHT_SUFFIXES and file.is_file())
+    if not files:
+        raise ValueError(f"{path} holds no weights ({', '.join(_WEIGHT_SUFFIXES)}).")
+    return hashlib.sha256("".join(sorted(map(sha256, files))).encode()).hexdigest()[:16]
 
 
 def set_rope_(text_config: Any, rope: RopeConfig | None) -> None:

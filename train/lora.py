@@ -6,6 +6,8 @@ Other trained components are copied and saved with them, whole (PEFT's `modules_
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,6 +39,15 @@ class Adapters:
         """Write PEFT's files; `state_dict` holds the adapted model's weights, by their names in the model."""
         named = {f"base_model.model.{name}": tensor for name, tensor in state_dict.items()}
         self._model.save_pretrained(str(directory), state_dict=named, save_embedding_layers=False)
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """While it lasts the model computes what it did before it was adapted."""
+        trained = [(parameter, parameter.requires_grad) for parameter in self._model.parameters()]
+        with self._model.disable_adapter():
+            yield
+        for parameter, requires_grad in trained:  # which PEFT changes
+            parameter.requires_grad_(requires_grad)
 
 
 def add_adapters_(model: YiVLForConditionalGeneration, config: TrainConfig, directory: Path | None = None) -> Adapters:

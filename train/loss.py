@@ -1,10 +1,11 @@
-"""The loss of a micro-batch: cross entropy summed over its supervised tokens.
+"""The loss of a micro-batch: cross entropy summed over its supervised tokens; dpo.py: over pairs of answers.
 
-B samples, S tokens, T tokens when packed, N images, D language width, K supervised tokens, V vocabulary.
+B rows, S tokens, T tokens when packed, N images, D language width, K supervised tokens, V vocabulary, M metrics.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from itertools import chain
 from typing import Any
@@ -18,7 +19,7 @@ from yi_vl.model import YiVLForConditionalGeneration
 
 from .attention.cpu import PACKED, GroupedPacking, round_up
 from .attention.packing import VARLEN, Packing
-from .data.loader import IGNORE
+from .data.batch import IGNORE
 from .neftune import noise_scale, noisy_embeddings
 
 _CPU_TOKENS = 64  # K is rounded up to a multiple of this on a CPU; see attention/cpu.py
@@ -31,7 +32,12 @@ class Objective(nn.Module):
 
     Args:
         neftune: the noise of neftune.py in training mode; None: no noise.
+
+    Attributes:
+        metric_names: what `forward` sums besides the loss and its terms.
     """
+
+    metric_names: tuple[str, ...] = ()
 
     def __init__(self, model: YiVLForConditionalGeneration, num_sources: int, neftune: float | None = None) -> None:
         super().__init__()
@@ -53,43 +59,76 @@ class Objective(nn.Module):
         source_ids: Tensor,
         shared_prefix_length: int = 0,
     ) -> tuple[Tensor, Tensor]:
-        """The summed loss, and detached (num_sources, 2): each source's summed loss and supervised tokens.
+        """The summed loss, and detached (num_sources, 2 + M): each source's summed loss, terms and metrics.
 
-        Rows are padded on the right, so causal attention ignores padding without a mask. Packed rows have no padding;
-        on a CPU the first `shared_prefix_length` tokens, the same in all rows, are computed once.
+        The terms are supervised tokens, which the trainer normalizes the loss of a step by.
 
         Args:
             input_ids, attention_mask, labels: (B, S), labels unshifted.
             pixel_values: (N, 3, H, W), or None.
             source_ids: (B,)
         """
+        losses, tokens = self.token_losses(
+            self.model, input_ids, attention_mask, labels, pixel_values, shared_prefix_length
+        )
+        per_source = self.sum_by_source(losses, source_ids[tokens // input_ids.shape[1]])
+        return losses.sum(), per_source
+
+    def token_losses(
+        self,
+        model: YiVLForConditionalGeneration,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor,
+        pixel_values: Tensor | None,
+        shared_prefix_length: int = 0,
+        image_index: list[int] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The cross entropy of each supervised token, (K,), and its index among the B*S tokens, (K,).
+
+        Rows are padded on the right, so causal attention ignores padding without a mask. Packed rows have no padding;
+        on a CPU the first `shared_prefix_length` tokens, the same in all rows, are computed once.
+
+        Args:
+            model: this objective's, or another of the same architecture and attention.
+            image_index: for each <image> in the rows its image among the N; None: each image is there once, in order.
+        """
         noise = self._noise_scale(input_ids, attention_mask)
         if noise is not None:
             shared_prefix_length = 0  # every row has noise of its own
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE)  # (B, S): the next token
-        token_sources = source_ids.unsqueeze(1).expand_as(targets)  # (B, S)
+        tokens = torch.arange(targets.numel(), device=targets.device).view_as(targets)  # (B, S)
         inputs: dict[str, Any] = {"input_ids": input_ids}
         if self._packing is not None:
             packing = self._packing.of(attention_mask, shared_prefix_length)
             inputs = packing.inputs(input_ids)
-            targets, token_sources = packing.take(targets, IGNORE), packing.take(token_sources, 0)  # (1, T)
+            targets, tokens = packing.take(targets, IGNORE), packing.take(tokens, 0)  # (1, T)
             noise = packing.take(noise, 0) if noise is not None else None
         unused_vision = self._zero_of_vision(input_ids.device) if pixel_values is None else None
-        with noisy_embeddings(self.model.model.language_model, noise) if noise is not None else nullcontext():
-            outputs = self.model.model(pixel_values=pixel_values, use_cache=False, **inputs)
-        hidden = outputs.last_hidden_state  # (1, T, D)
+        inputs |= _image_inputs(model, pixel_values, image_index)
+        with noisy_embeddings(model.model.language_model, noise) if noise is not None else nullcontext():
+            hidden = model.model(use_cache=False, **inputs).last_hidden_state  # (1, T, D)
         supervised = (targets != IGNORE).flatten().nonzero().squeeze(1)  # (K,)
         num_pads = round_up(len(supervised), self._multiple) - len(supervised)
         hidden = hidden.flatten(0, 1).index_select(0, F.pad(supervised, (0, num_pads)))  # (K, D)
-        logits = self.model.lm_head(hidden)[: len(supervised)]  # (K, V)
+        logits = model.lm_head(hidden)[: len(supervised)]  # (K, V)
         losses = F.cross_entropy(logits.float(), targets.flatten()[supervised], reduction="none")  # (K,)
-        with torch.no_grad():
-            per_source = torch.stack([losses, torch.ones_like(losses)], dim=1)  # (K, 2)
-            per_source = per_source.new_zeros(self._num_sources, 2).index_add_(
-                0, token_sources.flatten()[supervised], per_source
-            )
-        loss = losses.sum()
-        return loss if unused_vision is None else loss + unused_vision, per_source
+        if unused_vision is not None:
+            losses = losses + unused_vision
+        return losses, tokens.flatten()[supervised]
+
+    @torch.no_grad()
+    def sum_by_source(self, losses: Tensor, source_ids: Tensor, metrics: Sequence[Tensor] = ()) -> Tensor:
+        """Sums per source of the losses of some terms, of their number, and of their metrics.
+
+        Args:
+            losses, source_ids, metrics: (terms,) each.
+
+        Returns:
+            (num_sources, 2 + M)
+        """
+        values = torch.stack([losses, torch.ones_like(losses), *metrics], dim=1)  # (terms, 2 + M)
+        return values.new_zeros(self._num_sources, values.shape[1]).index_add_(0, source_ids, values)
 
     def _noise_scale(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor | None:
         if self._neftune is None or not self.training:
@@ -111,3 +150,15 @@ class Objective(nn.Module):
         size_px = model.config.vision_config.image_size
         features = model.encode_images(torch.zeros(1, 3, size_px, size_px, device=device))  # (1, P, D)
         return (features * 0.0).sum()  # multiplied first: a sum may overflow
+
+
+def _image_inputs(
+    model: YiVLForConditionalGeneration, pixel_values: Tensor | None, image_index: list[int] | None
+) -> dict[str, Any]:
+    """The images as the model's arguments; those that several rows share are encoded once."""
+    if pixel_values is None or image_index is None:
+        return {"pixel_values": pixel_values}
+    encoded = model.get_image_features(pixel_values)
+    assert encoded.pooler_output is not None
+    encoded.pooler_output = tuple(encoded.pooler_output[index] for index in image_index)  # type: ignore[assignment]
+    return {"mm_encoder_outputs": {"image": encoded}}

@@ -24,7 +24,7 @@ from yi_vl.files import read_json_lines, write_json_lines
 from yi_vl.model import YiVLForConditionalGeneration
 
 from .config import TrainConfig, batch_sizes, num_steps
-from .data.loader import StepBatch
+from .data.batch import StepBatch
 from .describe import describe_batches, schedule_lines
 from .optim import component_parameters
 from .qlora import num_weights
@@ -54,19 +54,28 @@ def component_table(model: YiVLForConditionalGeneration, config: TrainConfig) ->
 
 
 class MetricsWindow:
-    """Sums over the steps since the last row of metrics.jsonl."""
+    """Sums over the steps since the last row of metrics.jsonl.
 
-    def __init__(self, config: TrainConfig, accelerator: Accelerator) -> None:
+    Args:
+        metric_names: what the objective sums besides the loss.
+    """
+
+    def __init__(self, config: TrainConfig, accelerator: Accelerator, metric_names: Sequence[str] = ()) -> None:
+        self._metric_names = metric_names
         self._names = [source.name for source in config.data.sources]
         self._accelerator = accelerator
         self._clear()
 
     def _clear(self) -> None:
-        self._per_source = torch.zeros(len(self._names), 2)
+        self._per_source = self.zeros()
         self._grad_norm: float | None = None
         self.component_norms: dict[str, float] = {}  # before clipping, of the step that is logged
         self.num_steps, self._num_samples, self._num_tokens, self._flops = 0, 0, 0, 0  # the last three: timed steps'
         self._since = time.perf_counter()
+
+    def zeros(self) -> Tensor:
+        """The shape of what the objective sums per source."""
+        return torch.zeros(len(self._names), 2 + len(self._metric_names))
 
     def add(self, batch: StepBatch, per_source: Tensor, grad_norm: float, flops: int) -> None:
         self._per_source = self._per_source.to(per_source.device) + per_source
@@ -106,10 +115,11 @@ class MetricsWindow:
         samples, tokens, flops, seen, broken, too_long = sums
         per_source = self._accelerator.reduce(self._per_source, "sum").tolist()
         seconds = time.perf_counter() - self._since
+        total, num_terms, *sums_of_metrics = map(sum, zip(*per_source))
         metrics = {
             "step": step,
-            "loss": sum(loss for loss, _ in per_source) / sum(count for _, count in per_source),
-            "loss_per_source": {name: loss / count for name, (loss, count) in zip(self._names, per_source) if count},
+            "loss": total / num_terms,
+            "loss_per_source": {name: row[0] / row[1] for name, row in zip(self._names, per_source) if row[1]},
             "lr": lr,
             "batch_size": batch_size,
             "grad_norm": self._grad_norm,
@@ -122,6 +132,10 @@ class MetricsWindow:
             "samples_too_long": too_long,
             "steps_skipped": steps_skipped,
         }
+        if self._metric_names:
+            metrics["preference"] = {
+                name: value / num_terms for name, value in zip(self._metric_names, sums_of_metrics)
+            }
         if device.type == "cuda":
             metrics["peak_memory_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
         self._clear()
@@ -193,6 +207,8 @@ class Reporter:
             f"loss {metrics['loss']:.4f}  {metrics['samples_per_second']:.1f} samples/s  "
             f"{metrics['tokens_per_second']:,.0f} tokens/s"
         )
+        if preference := metrics.get("preference"):
+            numbers += f"  accuracy {preference['accuracy']:.2f}  margin {preference['reward_margin']:.2f}"
         self._bar.update(self._task, numbers=numbers)
         if not self._is_main:
             return
@@ -277,7 +293,7 @@ def draw_loss_curve(run_dir: Path) -> None:
         axes.plot(*zip(*points), linewidth=0.8, alpha=0.6, label=name)
     axes.plot([row["step"] for row in rows], [row["loss"] for row in rows], linewidth=1.6, color="black", label="all")
     _draw_validation(axes, validation_rows(all_rows))
-    axes.set_ylabel("loss per supervised token")
+    axes.set_ylabel("loss per pair of answers" if "preference" in rows[-1] else "loss per supervised token")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     if len(axes.get_lines()) > 1:

@@ -1,7 +1,7 @@
 """What the model will see: `python -m train.preview CONFIG.yaml [key.sub=value ...] [--samples 12] [--out FILE]`.
 
 One page without outside files: each image after the transform, the text with what is supervised coloured, token
-counts, source, shard and key.
+counts, source, shard and key. A preference is shown with both answers.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ from html import escape
 from pathlib import Path
 
 from yi_vl import program
+from yi_vl.chat import Encoded
 
 from .config import TrainConfig
 from .config_file import load_config
-from .data.encoder import Sample, SampleEncoder, TooLong, draw_turn
+from .data.batch import Sample
+from .data.encoder import SampleEncoder, TooLong, draw_turn
 from .data.samples import sample_name
 from .data.stream import Mixture
 from .describe import describe_sources
@@ -69,17 +71,21 @@ def preview(config: TrainConfig, num_samples: int) -> str:
 
 
 def _article(source: str, sample: Sample, tokenizer: object, image_token_id: int) -> str:
-    encoded = sample.encoded
-    facts = f"{len(encoded.input_ids)} tokens, {sum(encoded.loss_mask)} supervised, {len(sample.images)} images"
+    rows = sample.rows
+    tokens = ", ".join(f"{len(row.input_ids)} tokens, {sum(row.loss_mask)} supervised" for row in rows)
     images = "".join(map(image_tag, sample.images))
+    headings = ["chosen: ", "rejected: "] if len(rows) == 2 else [""]
+    texts = "".join(
+        f"<p>{heading and f'<b>{heading}</b>'}{_coloured(row, tokenizer, image_token_id)}</p>"
+        for heading, row in zip(headings, rows)
+    )
     return (
-        f"<article><div>{images}</div><div>"
-        f"<small>{escape(source)} · {escape(sample.name)} · {facts}</small>"
-        f"<p>{_coloured(sample, tokenizer, image_token_id)}</p></div></article>"
+        f"<article><div>{images}</div><div><small>{escape(source)} · {escape(sample.name)} · {tokens}, "
+        f"{len(sample.images)} images</small>{texts}</div></article>"
     )
 
 
-def _coloured(sample: Sample, tokenizer: object, image_token_id: int) -> str:
+def _coloured(row: Encoded, tokenizer: object, image_token_id: int) -> str:
     """The text decoded from the very ids that are trained on, run by run of equal colour."""
     pieces: list[str] = []
     run: list[int] = []
@@ -94,8 +100,8 @@ def _coloured(sample: Sample, tokenizer: object, image_token_id: int) -> str:
             pieces.append(f"<span class={colour}>{text}</span>" if colour else text)
         run.clear()
 
-    starts = set(sample.encoded.image_starts)
-    for index, (token, is_supervised) in enumerate(zip(sample.encoded.input_ids, sample.encoded.loss_mask)):
+    starts = set(row.image_starts)
+    for index, (token, is_supervised) in enumerate(zip(row.input_ids, row.loss_mask)):
         new = "image" if token == image_token_id else "supervised" if is_supervised else ""
         if new != colour or index in starts:
             close()

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from .checkpoint import load_state, newest_good
-from .config import LORA, TrainConfig, batch_sizes, flat_settings, num_steps
+from .config import DPO, LORA, TrainConfig, batch_sizes, flat_settings, num_steps
 from .config_file import load_config
 from .distributed import raise_on_all_ranks
 
@@ -28,6 +28,7 @@ _REFUSED = {  # keys, or patterns of them, and why they cannot change
     "data.sources.*.weight": _ORDER,
     "data.sources.*.max_samples": _ORDER,
     "chat_format": "but the model was trained in another chat format so far",
+    "objective": "but the checkpoint's optimizer and log are of another loss",
     "image_size": "but the checkpoint's position grid has its own size",
     "init_from.*": "but the weights are the checkpoint's, and no others are loaded",
     "trainable.*": "but the checkpoint holds the optimizer's state of other parameters",
@@ -152,8 +153,9 @@ def _is_same(key: str, old: Any, new: Any) -> bool:
 
 def _refusal(key: str, before: TrainConfig, config: TrainConfig, done_steps: int) -> str | None:
     """Why a key cannot change; None when it can."""
-    if key == "init_from.checkpoint" and config.trainable.language == LORA == before.trainable.language:
-        return None  # the base model is loaded again, and may have been moved
+    is_loaded_again = config.trainable.language == LORA == before.trainable.language or config.objective == DPO
+    if key == "init_from.checkpoint" and is_loaded_again:
+        return None  # the base model, or the reference, may have been moved
     if key in ("global_batch", "batch_ramp") and config.epochs is not None:
         done = [list(batch_sizes(run).stretches(done_steps)) for run in (before, config)]
         if done[0] != done[1]:

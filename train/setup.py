@@ -1,7 +1,9 @@
-"""Builds the parts of a run from its config: model, data loader, held-out samples."""
+"""Builds the parts of a run from its config: model, objective, data loader, held-out samples."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +14,18 @@ from yi_vl.processor import YiVLProcessor
 
 from .attention.cpu import keep_memory, use_short_attention_
 from .attention.packing import use_varlen_attention_
-from .config import TrainConfig, batch_sizes, num_steps
+from .config import DPO, FROM_MODEL, FROM_SHARDS, TrainConfig, batch_sizes, num_steps
 from .data.loader import StepLoader
+from .data.reference import ReferenceModel
 from .data.stream import expand_shards
 from .distributed import is_sharded
+from .dpo import PreferenceObjective
 from .generations import HeldOut
-from .init import check_positions, initial_model, load_float32
+from .init import check_positions, fingerprint, initial_model, load_float32
 from .lora import Adapters, add_adapters_, uses_adapters
+from .loss import Objective
 from .optim import cast_frozen_, checkpoint_activations_, set_trainable_
-from .validation import VALIDATION_KEY
+from .validation import VALIDATION_KEY, eval_mode
 
 
 def check_shards(config: TrainConfig) -> None:
@@ -53,17 +58,77 @@ def build_model(
     cast_frozen_(model, config.precision)
     if config.activation_checkpointing:
         checkpoint_activations_(model)
+    _use_fast_attention_(model, config, accelerator)
+    return model, processor, saved
+
+
+def _use_fast_attention_(model: YiVLForConditionalGeneration, config: TrainConfig, accelerator: Accelerator) -> None:
     if accelerator.device.type == "cpu":
         keep_memory()
         use_short_attention_(model)
     else:
         use_varlen_attention_(model.model.language_model, config.precision)
-    return model, processor, saved
+
+
+def build_objective(
+    config: TrainConfig,
+    accelerator: Accelerator,
+    model: YiVLForConditionalGeneration,
+    saved: YiVLForConditionalGeneration | Adapters,
+) -> tuple[Objective, str | None]:
+    """The loss of the run's objective, and a line about the reference model's memory, if it takes any.
+
+    Raises:
+        ValueError: the reference model is not there, or the model is sharded and no other is there whole.
+    """
+    num_sources = len(config.data.sources)
+    if config.objective != DPO:
+        return Objective(model, num_sources, config.neftune), None
+    if config.dpo.reference == FROM_SHARDS:
+        return PreferenceObjective(model, num_sources, config.dpo), None
+    if is_sharded(accelerator):
+        raise ValueError(
+            f"dpo.reference: {FROM_MODEL} does not go with FSDP, whose ranks hold no whole model; compute the "
+            "reference log-probabilities once (python -m train.shards reference), and set dpo.reference to "
+            f"{FROM_SHARDS}."
+        )
+    if isinstance(saved, Adapters):
+
+        @contextmanager
+        def without_adapters() -> Iterator[YiVLForConditionalGeneration]:
+            with saved.disabled(), eval_mode(model):
+                yield model
+
+        return PreferenceObjective(model, num_sources, config.dpo, without_adapters), None
+    reference, _ = initial_model(config, accelerator.device)
+    reference.requires_grad_(False).eval()
+    cast_frozen_(reference, config.precision)
+    _use_fast_attention_(reference, config, accelerator)
+    reference.to(accelerator.device)  # type: ignore[arg-type]
+    num_bytes = sum(parameter.nbytes for parameter in reference.parameters())
+    note = (
+        f"The reference is a frozen copy of {config.init_from.checkpoint}, {num_bytes / 1e9:.2f} GB on each rank; with "
+        f"dpo.reference {FROM_SHARDS}, or adapters (trainable.language: lora), there is none."
+    )
+    return PreferenceObjective(model, num_sources, config.dpo, lambda: nullcontext(reference)), note
+
+
+def reference_model(config: TrainConfig) -> ReferenceModel | None:
+    """The model whose log-probabilities the run's shards must hold; None when they need none.
+
+    Raises:
+        ValueError: the weights that the run starts from are not there.
+    """
+    if config.objective != DPO or config.dpo.reference == FROM_MODEL:
+        return None
+    assert config.init_from.checkpoint is not None  # load_config checks it
+    return ReferenceModel(fingerprint(config.init_from.checkpoint), config.image_size, config.data.fast_pixels)
 
 
 def build_loader(
-    config: TrainConfig, accelerator: Accelerator, processor: YiVLProcessor, state: dict[str, Any] | None
-) -> StepLoader:
+    config: TrainConfig, accelerator: Accelerator, processor: YiVLProcessor, state: dict[str, Any] | None,
+    reference: ReferenceModel | None = None,
+) -> StepLoader:  # fmt: skip
     """This rank's data, continued from a checkpoint's state, if any.
 
     Raises:
@@ -74,7 +139,7 @@ def build_loader(
         processor, config.data, config.max_tokens, config.seed, accelerator.process_index, world_size,
         batch_sizes(config).split(world_size, "ranks"), config.micro_batch,
         [rank_state["data"] for rank_state in state["ranks"]] if state is not None else None,
-        state["step"] if state is not None else 0, num_steps(config),
+        state["step"] if state is not None else 0, num_steps(config), reference,
     )  # fmt: skip
 
 

@@ -9,7 +9,6 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from rich.console import Console
 from torch import Tensor
@@ -19,7 +18,7 @@ from yi_vl.arguments import one_line
 from . import checkpoint
 from .config import TrainConfig, batch_sizes, num_steps
 from .config_file import to_yaml
-from .data.loader import IGNORE, MicroBatch, StepBatch
+from .data.batch import IGNORE, MicroBatch, StepBatch
 from .distributed import (
     build_accelerator,
     exchange,
@@ -32,12 +31,11 @@ from .distributed import (
     ranks_line,
 )
 from .generations import HeldOut
-from .loss import Objective
 from .metrics import MetricsWindow, Reporter, component_table, draw_loss_curve, flatten
 from .optim import build_optimizer, gradient_norms, learning_rates, set_learning_rates_
 from .plan.flops import batch_flops
 from .resume import check_finished, find_checkpoint
-from .setup import build_held_out, build_loader, build_model, check_shards
+from .setup import build_held_out, build_loader, build_model, build_objective, check_shards, reference_model
 from .signals import StopSignals
 from .spike_guard import SpikeGuard
 from .validation import Validation, build_validation, evaluation
@@ -80,7 +78,6 @@ class Trainer:
         self.num_steps, self.batch_sizes = num_steps(config), batch_sizes(config)
         self.accelerator = build_accelerator(config)
         self.guard = SpikeGuard(config.spike_guard)
-        self.log = MetricsWindow(config, self.accelerator)
         self.stop_signal = 0  # its number, once one was received by any rank
         self.is_checkpoint_due = False
         set_seed(config.seed)  # the same fresh weights on every rank
@@ -98,17 +95,20 @@ class Trainer:
         if directory is not None:
             self._print(f"Resuming from {directory}, step {self.done_steps} of {self.num_steps}.")
 
-        self.objective, self.optimizer = self.accelerator.prepare(
-            Objective(self.model, len(config.data.sources), config.neftune), build_optimizer(self.model, config)
-        )
+        objective, memory_note = build_objective(config, self.accelerator, self.model, self.saved)
+        if memory_note is not None:
+            self._print(memory_note)
+        self.log = MetricsWindow(config, self.accelerator, objective.metric_names)
+        self.objective, self.optimizer = self.accelerator.prepare(objective, build_optimizer(self.model, config))
         if self.accelerator.num_processes > 1:
             self._print(ranks_line(self.accelerator, self.objective))
         if config.compile:
             for layer in self.model.model.language_model.layers:  # one by one: all share one compilation
                 layer.compile(dynamic=True)
         self.held_out = build_held_out(config, self.accelerator, self.model, self.processor)
-        self.validation = build_validation(config, self.accelerator, self.processor)
-        self.loader = build_loader(config, self.accelerator, self.processor, state)
+        reference = reference_model(config)
+        self.validation = build_validation(config, self.accelerator, self.processor, reference)
+        self.loader = build_loader(config, self.accelerator, self.processor, state, reference)
         if self.loader.note is not None:
             self._print(self.loader.note)
         self._restore(state)
@@ -127,8 +127,8 @@ class Trainer:
                 if self.validation is not None:
                     reporter.note(self.validation.reports)
                     self._validate(self.validation, reporter)  # the start, or what a killed run left out
-                for batch, num_supervised in self._batches(signals):
-                    self._train_on(batch, num_supervised, reporter)
+                for batch, num_terms in self._batches(signals):
+                    self._train_on(batch, num_terms, reporter)
                     self._after_step(reporter)
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
@@ -143,7 +143,7 @@ class Trainer:
         return self.stop_signal
 
     def _batches(self, signals: StopSignals) -> Iterator[tuple[StepBatch, int]]:
-        """This rank's batches, each with the number of supervised tokens of the step on all ranks.
+        """This rank's batches, each with the number of terms of the step's loss on all ranks.
 
         Ends at the last step, or on all ranks when one received a signal, after saving a checkpoint. One exchange per
         step shares the signals, the errors and the token counts of all ranks.
@@ -159,8 +159,8 @@ class Trainer:
                 batch = next(batches)
             except ValueError as data_error:
                 error = str(data_error)
-            num_supervised = batch.num_supervised if batch is not None else 0
-            rows = exchange(self.accelerator, [bool(error), signals.received, num_supervised])
+            num_terms = batch.num_terms if batch is not None else 0
+            rows = exchange(self.accelerator, [bool(error), signals.received, num_terms])
             has_error, self.stop_signal, _ = map(max, zip(*rows))
             if has_error:
                 raise_on_all_ranks(error)
@@ -171,11 +171,11 @@ class Trainer:
             assert batch is not None
             yield batch, sum(row[2] for row in rows)
 
-    def _train_on(self, batch: StepBatch, num_supervised: int, reporter: Reporter) -> None:
+    def _train_on(self, batch: StepBatch, num_terms: int, reporter: Reporter) -> None:
         """Do one step and log it."""
         reporter.note(batch.reports)
         set_learning_rates_(self.optimizer, self.done_steps, self.num_steps, self.config.schedule)
-        per_source, norm = self.step(batch, num_supervised)
+        per_source, norm = self.step(batch, num_terms)
         self.done_steps += 1
         if self.config.log_samples:
             reporter.samples(self.done_steps, batch.names)
@@ -210,18 +210,18 @@ class Trainer:
         if self.held_out is not None and (is_last or self.done_steps % self.held_out.every_steps == 0):
             self._generate(self.held_out)
 
-    def step(self, batch: StepBatch, num_supervised: int) -> tuple[Tensor, float]:
-        """One optimizer step; its loss is normalized by the supervised tokens of the whole step on all ranks.
+    def step(self, batch: StepBatch, num_terms: int) -> tuple[Tensor, float]:
+        """One optimizer step; its loss is normalized by the terms of the whole step on all ranks.
 
         Args:
-            num_supervised: supervised tokens of this step on all ranks.
+            num_terms: what the loss of this step sums on all ranks: supervised tokens, or pairs of answers.
 
         Returns:
-            (num_sources, 2) summed losses and supervised tokens per source on this rank, and the gradient norm.
+            (num_sources, 2 + M), what the objective sums per source on this rank, and the gradient norm.
         """
         accelerator = self.accelerator
-        scale = accelerator.num_processes / num_supervised  # data parallelism averages gradients over ranks
-        per_source = torch.zeros(len(self.config.data.sources), 2, device=accelerator.device)
+        scale = accelerator.num_processes / num_terms  # data parallelism averages gradients over ranks
+        per_source = self.log.zeros().to(accelerator.device)
         for index, micro_batch in enumerate(batch.micro_batches):
             is_last = index == len(batch.micro_batches) - 1
             syncs = is_sharded(accelerator) or is_last  # FSDP always, or whole gradients would accumulate on each rank
@@ -327,6 +327,7 @@ class Trainer:
         """The arguments of `Objective.forward`, on this rank's device."""
         device = self.accelerator.device
         images, to_pixel_values = micro_batch.images, self.processor.image_processor.to_pixel_values
+        pairs = {"image_index": micro_batch.image_index, "references": micro_batch.references}
         return {
             "input_ids": micro_batch.input_ids.to(device),
             "attention_mask": micro_batch.attention_mask.to(device),
@@ -334,7 +335,7 @@ class Trainer:
             "pixel_values": None if images is None else to_pixel_values(images.to(device)),
             "source_ids": micro_batch.source_ids.to(device),
             "shared_prefix_length": micro_batch.shared_prefix_length,
-        }
+        } | (pairs if micro_batch.num_pairs else {})
 
     def _restore(self, state: dict[str, Any] | None) -> None:
         set_seed(self.config.seed + self.done_steps, device_specific=True)

@@ -22,8 +22,9 @@ from torch.distributed.fsdp import FSDPModule
 from yi_vl.processor import YiVLProcessor
 
 from .config import SourceConfig, TrainConfig, ValidationSourceConfig
-from .data.encoder import Sample, SampleEncoder, TooLong
-from .data.loader import MicroBatch, collate, num_supervised
+from .data.batch import MicroBatch, Sample, collate
+from .data.encoder import SampleEncoder, TooLong
+from .data.reference import ReferenceModel
 from .data.samples import sample_name
 from .data.shard_reader import read_shard
 from .data.stream import expand_shards
@@ -43,14 +44,22 @@ class Validation:
         ValueError: shards are missing, or a source has no sample that can be used.
     """
 
-    def __init__(self, config: TrainConfig, processor: YiVLProcessor, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        processor: YiVLProcessor,
+        rank: int = 0,
+        world_size: int = 1,
+        reference: ReferenceModel | None = None,
+    ) -> None:
         assert config.validation is not None
+        self._reference = reference
         self._sources = config.validation.sources
         self._every_steps = config.validation.every_steps
         self.reports: list[str] = []
         self.names: list[str] = []  # of all samples
         self._source_ids: list[int] = []  # likewise
-        self._num_supervised: list[int] = []  # likewise
+        self._num_terms: list[int] = []  # of the losses, likewise: supervised tokens, or a pair
         pad_id = processor.tokenizer.pad_token_id
         batches: list[MicroBatch | None] = []
         for index, source in enumerate(self._sources):
@@ -59,7 +68,7 @@ class Validation:
                 batches.append(batch if len(batches) % world_size == rank else None)
                 self.names.append(sample.name)
                 self._source_ids.append(index)
-                self._num_supervised.append(num_supervised(batch.labels))
+                self._num_terms.append(batch.num_terms)
                 last = batch
         self._batches = [batch for batch in batches if batch is not None]
         if len(self._batches) < -(-len(self.names) // world_size):
@@ -74,8 +83,8 @@ class Validation:
     ) -> dict[str, Any]:
         """`validation_loss` and `validation_loss_per_source`, on every rank; all take part. No random state is used.
 
-        A source's loss is the mean over its supervised tokens, and `validation_loss` the mean over sources; None
-        where it is NaN or infinite.
+        A source's loss is the mean over its terms (supervised tokens, or pairs of answers), and `validation_loss` the
+        mean over sources; None where it is NaN or infinite.
 
         Args:
             to_inputs: the arguments of the objective for a micro-batch.
@@ -97,7 +106,7 @@ class Validation:
             members = [i for i, source_id in enumerate(self._source_ids) if source_id == index]
             is_finite = all(math.isfinite(losses[i]) for i in members)
             total = math.fsum(losses[i] for i in members) if is_finite else math.nan  # exact, in any order
-            per_source[source.name] = total / sum(self._num_supervised[i] for i in members)
+            per_source[source.name] = total / sum(self._num_terms[i] for i in members)
         return {
             "validation_loss": _finite(math.fsum(per_source.values()) / len(per_source)),
             "validation_loss_per_source": {name: _finite(loss) for name, loss in per_source.items()},
@@ -107,7 +116,7 @@ class Validation:
         """The first samples of a source that can be used; a line about each other one before them, and a summary."""
         assert config.validation is not None
         data = replace(config.data, sources=[SourceConfig(source.name, source.shards, format=source.format)])
-        encoder = SampleEncoder(processor, data, config.max_tokens)
+        encoder = SampleEncoder(processor, data, config.max_tokens, self._reference)
         limit = min(config.validation.samples, source.max_samples or config.validation.samples)
         shards = expand_shards(source, VALIDATION_KEY)
         documents = encoder.new_documents()
@@ -136,8 +145,13 @@ class Validation:
         return samples
 
 
-def build_validation(config: TrainConfig, accelerator: Accelerator, processor: YiVLProcessor) -> Validation | None:
+def build_validation(
+    config: TrainConfig, accelerator: Accelerator, processor: YiVLProcessor, reference: ReferenceModel | None = None
+) -> Validation | None:
     """The run's held-out samples; None without `validation`.
+
+    Args:
+        reference: as of `SampleEncoder`.
 
     Raises:
         ValueError: on every rank, when the samples of one cannot be used or are not those of the others.
@@ -146,7 +160,7 @@ def build_validation(config: TrainConfig, accelerator: Accelerator, processor: Y
         return None
     error, validation = "", None
     try:
-        validation = Validation(config, processor, accelerator.process_index, accelerator.num_processes)
+        validation = Validation(config, processor, accelerator.process_index, accelerator.num_processes, reference)
     except ValueError as data_error:
         error = str(data_error)
     raise_on_all_ranks(error)
@@ -157,18 +171,27 @@ def build_validation(config: TrainConfig, accelerator: Accelerator, processor: Y
 
 
 @contextmanager
-def evaluation(module: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients, uncompiled; afterwards each submodule is in the mode that it was in."""
+def eval_mode(module: nn.Module) -> Iterator[None]:
+    """Afterwards each submodule is in the mode that it was in."""
     in_training = [submodule for submodule in module.modules() if submodule.training]
-    is_compiled = any(submodule._compiled_call_impl is not None for submodule in module.modules())
     module.eval()
     try:
-        # Compiling once more for eval mode would take longer than a measurement.
-        with torch.no_grad(), torch.compiler.set_stance("force_eager") if is_compiled else nullcontext():
-            yield
+        yield
     finally:
         for submodule in in_training:
             submodule.training = True
+
+
+@contextmanager
+def evaluation(module: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients, uncompiled."""
+    is_compiled = any(submodule._compiled_call_impl is not None for submodule in module.modules())
+    try:
+        # Compiling once more for eval mode would take longer than a measurement.
+        stance = torch.compiler.set_stance("force_eager") if is_compiled else nullcontext()
+        with eval_mode(module), torch.no_grad(), stance:
+            yield
+    finally:
         for submodule in module.modules():
             if isinstance(submodule, FSDPModule):
                 submodule.reshard()  # as after a training step; its backward pass does this otherwise

@@ -14,8 +14,8 @@ from typing import Any
 
 from yi_vl.chat import from_llava
 
-_LISTS = ("conversations", "conversation", "messages")
-_IMAGE_KEYS = ("image", "images")
+LISTS = ("conversations", "conversation", "messages")
+IMAGE_KEYS = ("image", "images")
 _ROLES = {
     "user": ("user", "human", "prompter"),
     "assistant": ("assistant", "gpt", "bing", "chatgpt", "chatbot", "bard", "model"),
@@ -52,7 +52,12 @@ class Conversation:
     @property
     def num_slots(self) -> int:
         """Number of image placeholders in the text."""
-        return sum(_is_image(part) for message in self.messages for part in message["content"])
+        return sum(is_image(part) for message in self.messages for part in message["content"])
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What `read_conversation` reads back."""
+        return {"messages": self.messages}
 
 
 def read_conversation(record: Any, ignore: Collection[str] = ()) -> Conversation:
@@ -70,12 +75,12 @@ def read_conversation(record: Any, ignore: Collection[str] = ()) -> Conversation
     if not isinstance(record, dict):
         raise ValueError(f"it is a {type(record).__name__}; expected an object with `conversations` or `messages`")
     entries = _entries(record)
-    _refuse_unread(record, (*_LISTS, *_IMAGE_KEYS, "system"), HARMLESS_KEYS.union(ignore), "its")
+    _refuse_unread(record, (*LISTS, *IMAGE_KEYS, "system"), HARMLESS_KEYS.union(ignore), "its")
     part_images: list[Any] = []
     messages = [_message(entry, f"message {number}", part_images, ignore) for number, entry in enumerate(entries, 1)]
     if [message["role"] for message in messages if message["role"] != "system"][:1] == ["assistant"]:
         raise ValueError("the conversation begins with an answer, expected a question: nothing led to it")
-    conversation = Conversation(_with_system(messages, record.get("system")), _images(record, part_images))
+    conversation = Conversation(_with_system(messages, record.get("system")), named_images(record, part_images))
     if conversation.images is not None and len(conversation.images) != conversation.num_slots:
         raise ValueError(
             f"{conversation.num_slots} <image> in the text but {len(conversation.images)} images are named beside it"
@@ -94,7 +99,7 @@ def is_empty(value: Any) -> bool:
 
 
 def _entries(record: Mapping[str, Any]) -> list[Any]:
-    keys = [key for key in _LISTS if not is_empty(record.get(key))]
+    keys = [key for key in LISTS if not is_empty(record.get(key))]
     if len(keys) > 1:
         raise ValueError(f"it has both `{keys[0]}` and `{keys[1]}`; expected one of them")
     entries = record[keys[0]] if keys else None
@@ -142,7 +147,7 @@ def _content(
     content = entry[keys[0]] if keys else entry.get("value", entry.get("content"))
     if isinstance(content, str):
         (message,) = from_llava([{"from": _SPEAKERS[role], "value": content}])
-        images += [None] * sum(map(_is_image, message["content"]))
+        images += [None] * sum(map(is_image, message["content"]))
         return list(message["content"])
     if isinstance(content, list):
         return [_part(part, where, images, ignore) for part in content]
@@ -191,9 +196,9 @@ def _with_system(messages: list[dict[str, Any]], system: Any) -> list[dict[str, 
     return [{"role": "system", "content": [{"type": "text", "text": system}]}, *messages]
 
 
-def _images(record: Mapping[str, Any], part_images: Sequence[Any]) -> list[Any] | None:
-    """The images that the record names: in keys beside its messages, or in their parts."""
-    keys = [key for key in _IMAGE_KEYS if not is_empty(record.get(key))]
+def named_images(record: Mapping[str, Any], part_images: Sequence[Any]) -> list[Any] | None:
+    """The images that the record names: in keys beside its messages, or in their parts; None: it names none."""
+    keys = [key for key in IMAGE_KEYS if not is_empty(record.get(key))]
     in_parts = [image for image in part_images if image is not None]
     if len(keys) + bool(in_parts) > 1:
         names = [f"`{key}`" for key in keys] + ["the parts of its messages"] * bool(in_parts)
@@ -209,5 +214,5 @@ def _images(record: Mapping[str, Any], part_images: Sequence[Any]) -> list[Any] 
     return images
 
 
-def _is_image(part: Mapping[str, Any]) -> bool:
+def is_image(part: Mapping[str, Any]) -> bool:
     return part["type"] == "image"

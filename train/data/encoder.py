@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-
-from torch import Tensor
+from collections.abc import Iterator, Sequence
 
 from yi_vl.chat import Encoded, Segment, TooLongError
 from yi_vl.processor import YiVLProcessor
 
 from ..config import DataConfig
+from .batch import Sample
 from .documents import Documents
 from .fast_image import to_uint8
-from .samples import read_sample, sample_name
+from .reference import ReferenceModel, read_member
+from .samples import read_versions, sample_name
 from .shard_reader import RawSample
 from .stream import Mixture
 
@@ -24,25 +23,21 @@ class TooLong(ValueError):
     """A sample with more than max_tokens tokens."""
 
 
-@dataclass
-class Sample:
-    """An encoded sample, with its segments for inspection."""
-
-    name: str  # shard and key
-    source: int
-    segments: list[Segment]
-    encoded: Encoded
-    images: list[Tensor]  # (H, W, 3) uint8 each
-
-
 Outcome = Sample | ValueError | None
 
 
 class SampleEncoder:
-    """Makes a `Sample` of the raw members of a tar."""
+    """Makes a `Sample` of the raw members of a tar.
 
-    def __init__(self, processor: YiVLProcessor, data: DataConfig, max_tokens: int) -> None:
+    Args:
+        reference: the model whose log-probabilities lie beside preferences; None: they are not read.
+    """
+
+    def __init__(
+        self, processor: YiVLProcessor, data: DataConfig, max_tokens: int, reference: ReferenceModel | None = None
+    ) -> None:
         self._processor = processor
+        self._reference = reference
         self._sample_formats = [source.format if source.format is not None else data.format for source in data.sources]
         self._ignore = frozenset(data.ignore)
         self._max_tokens = max_tokens
@@ -53,9 +48,23 @@ class SampleEncoder:
         """
         Raises:
             TooLong: it has more than max_tokens tokens.
+            WrongReferenceError: its reference log-probabilities are missing, or of another model.
             ValueError: it cannot be used, with the reason.
         """
-        segments, encoded_images = self._read(raw, source)
+        versions, encoded_images = self._read(raw, source)
+        rows = [self._encode_text(segments) for segments in versions]
+        image_processor = self._processor.image_processor
+        if self._is_fast:
+            images = [to_uint8(image, image_processor.size_px) for image in encoded_images]
+        else:
+            images = [image_processor.to_uint8(image) for image in encoded_images]
+        sample = Sample(sample_name(raw), source, versions[0], rows[0], images)
+        if len(rows) == 2:
+            sample.rejected = rows[1]
+            sample.reference = read_member(raw, self._reference) if self._reference is not None else None
+        return sample
+
+    def _encode_text(self, segments: Sequence[Segment]) -> Encoded:
         try:
             encoded = self._processor.encode(segments, self._max_tokens)
         except TooLongError as error:
@@ -63,12 +72,7 @@ class SampleEncoder:
             raise TooLong(f"{least}{error.num_tokens} tokens, max_tokens is {self._max_tokens}") from error
         if not any(encoded.loss_mask[1:]):
             raise ValueError("it has no supervised tokens")
-        image_processor = self._processor.image_processor
-        if self._is_fast:
-            images = [to_uint8(image, image_processor.size_px) for image in encoded_images]
-        else:
-            images = [image_processor.to_uint8(image) for image in encoded_images]
-        return Sample(sample_name(raw), source, segments, encoded, images)
+        return encoded
 
     def new_documents(self) -> Documents:
         """Where `encode_or_queue` puts documents that are cut or packed."""
@@ -89,11 +93,11 @@ class SampleEncoder:
         except ValueError as error:
             return error
 
-    def _read(self, raw: RawSample, source: int) -> tuple[list[Segment], list[bytes]]:
-        return read_sample(raw, self._sample_formats[source], self._ignore, self._processor.chat_format)
+    def _read(self, raw: RawSample, source: int) -> tuple[list[list[Segment]], list[bytes]]:
+        return read_versions(raw, self._sample_formats[source], self._ignore, self._processor.chat_format)
 
     def _encode_document(self, raw: RawSample, source: int) -> list[int]:
-        segments, _ = self._read(raw, source)
+        (segments,), _ = self._read(raw, source)
         num_characters = sum(len(segment.text) for segment in segments)
         if num_characters > _MAX_DOCUMENT_CHARACTERS:
             raise TooLong(f"{num_characters:,} characters; documents of {_MAX_DOCUMENT_CHARACTERS:,} are cut or packed")

@@ -2,8 +2,6 @@
 
 A worker makes whole steps: it encodes its rank's samples of a global batch, sorts them by length and splits them into
 micro-batches, so that there is little padding while the step's gradient is that of the unsorted batch.
-
-B samples of a micro-batch, S tokens, N images, H, W pixels.
 """
 
 from __future__ import annotations
@@ -15,56 +13,26 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from yi_vl.processor import YiVLProcessor
 
 from ..config import DataConfig, SourceConfig
 from ..schedule import BatchSizes, run_progress
+from .batch import Sample, StepBatch, collate
 from .documents import Documents
-from .encoder import Outcome, Sample, SampleEncoder, TooLong, draw_turn
+from .encoder import Outcome, SampleEncoder, TooLong, draw_turn
+from .reference import ReferenceModel, WrongReferenceError
 from .reshard import reshard
 from .samples import sample_name
 from .shard_reader import RawSample
 from .stream import Mixture, expand_shards
 
-IGNORE = -100
 _MIN_SEEN = 100  # samples before a broken fraction means anything
 _MAX_LONG_FRACTION = 0.5
-
-
-@dataclass
-class MicroBatch:
-    """The inputs of one forward pass."""
-
-    input_ids: Tensor  # (B, S) int64
-    attention_mask: Tensor  # (B, S) int64, 1 on real tokens
-    labels: Tensor  # (B, S) int64, unshifted, IGNORE off the loss mask
-    images: Tensor | None  # (N, H, W, 3) uint8
-    source_ids: Tensor  # (B,) int64, index into data.sources
-    shared_prefix_length: int  # first tokens that are the same in all rows: text, unsupervised
-
-
-@dataclass
-class StepBatch:
-    """One rank's part of an optimizer step, and the stream's state after it; or an error that ends the stream."""
-
-    micro_batches: list[MicroBatch]
-    names: list[str]
-    stream: int
-    state: dict[str, Any]
-    reports: list[str]
-    error: str | None = None
-
-    @property
-    def num_supervised(self) -> int:
-        """Supervised tokens of this rank."""
-        return sum(num_supervised(micro_batch.labels) for micro_batch in self.micro_batches)
 
 
 class StepStream(IterableDataset[StepBatch]):
@@ -111,7 +79,7 @@ class StepStream(IterableDataset[StepBatch]):
                 yield StepBatch([], [], number, {}, reports, error=str(error))
                 return
             names = [sample.name for sample in samples]
-            samples.sort(key=lambda sample: len(sample.encoded.input_ids))  # stable
+            samples.sort(key=lambda sample: sample.num_tokens)  # stable
             cuts = range(0, len(samples), self._micro_batch)
             micro_batches = [collate(samples[cut : cut + self._micro_batch], self._pad_id) for cut in cuts]
             state = {"mixture": mixture.state_dict(), "counts": dict(counts), "documents": documents.state_dict()}
@@ -123,7 +91,7 @@ class StepStream(IterableDataset[StepBatch]):
         """The samples of a step; broken ones are counted and reported.
 
         Raises:
-            ValueError: too many are broken, or there are none.
+            ValueError: too many are broken, there are none, or a reference is missing or wrong.
         """
         samples: list[Sample] = []
         num_samples, progress = self._samples_per_step.size(step), run_progress(step, self._num_steps)
@@ -138,13 +106,15 @@ class StepStream(IterableDataset[StepBatch]):
     def _count(self, raw: RawSample, outcome: Outcome, counts: Counter[str], reports: list[str]) -> None:
         """
         Raises:
-            ValueError: too many are broken.
+            ValueError: too many are broken, or a reference is missing or wrong.
         """
         if (note := raw.get("__note__")) is not None and raw["__url__"] not in self._noted:
             self._noted.add(raw["__url__"])
             reports.append(note)
         num_lost = raw.get("__lost__", 1)
         counts["seen"] += num_lost
+        if isinstance(outcome, WrongReferenceError):
+            raise ValueError(f"{sample_name(raw)}: {outcome}.") from outcome
         if isinstance(outcome, TooLong):
             counts["too_long"] += 1
             self._last_too_long = f"{sample_name(raw)}: skipped, {outcome}"
@@ -178,6 +148,7 @@ class StepLoader:
         samples_per_step: this rank's part of the global batch; a number: of every step.
         states: the `state_dict` of every rank to resume from.
         first_step, num_steps: the steps done before, and those of the whole run, over which weights change.
+        reference: as of `SampleEncoder`.
 
     Attributes:
         note: the effects of resuming with another number of streams, for the user; or None.
@@ -190,6 +161,7 @@ class StepLoader:
         self, processor: YiVLProcessor, data: DataConfig, max_tokens: int, seed: int, rank: int, world_size: int,
         samples_per_step: int | BatchSizes, micro_batch: int, states: Sequence[dict[str, Any]] | None = None,
         first_step: int = 0, num_steps: int = 1,
+        reference: ReferenceModel | None = None,
     ) -> None:  # fmt: skip
         num_workers = max(1, data.workers)
         self._layout: dict[str, Any] = {
@@ -227,7 +199,7 @@ class StepLoader:
         pad_id = processor.tokenizer.pad_token_id
         sizes = samples_per_step if isinstance(samples_per_step, BatchSizes) else BatchSizes(samples_per_step)
         dataset = StepStream(
-            SampleEncoder(processor, data, max_tokens), data, seed, rank, world_size, sizes, micro_batch,
+            SampleEncoder(processor, data, max_tokens, reference), data, seed, rank, world_size, sizes, micro_batch,
             pad_id if pad_id is not None else 0, dict(self._states), self._first, first_step, num_steps,
         )  # fmt: skip
         self._loader = DataLoader(
@@ -274,38 +246,6 @@ class StepLoader:
 def _leave_process_group(_worker: int) -> None:
     """Keep Ctrl-C, sent to the whole process group, from ending workers that the current step needs."""
     os.setpgrp()
-
-
-def collate(samples: Sequence[Sample], pad_id: int) -> MicroBatch:
-    """Right-padded tensors of some samples."""
-    width = max(len(sample.encoded.input_ids) for sample in samples)
-    input_ids = torch.full((len(samples), width), pad_id)
-    attention_mask = torch.zeros(len(samples), width, dtype=torch.long)
-    labels = torch.full((len(samples), width), IGNORE)
-    for row, sample in enumerate(samples):
-        ids = torch.tensor(sample.encoded.input_ids)
-        input_ids[row, : len(ids)] = ids
-        attention_mask[row, : len(ids)] = 1
-        labels[row, : len(ids)] = torch.where(torch.tensor(sample.encoded.loss_mask), ids, IGNORE)
-    images = [image for sample in samples for image in sample.images]
-    return MicroBatch(
-        input_ids, attention_mask, labels, torch.stack(images) if images else None,
-        torch.tensor([sample.source for sample in samples]), _shared_prefix_length(samples, input_ids, labels),
-    )  # fmt: skip
-
-
-def num_supervised(labels: Tensor) -> int:
-    """Supervised tokens; the first of a row has no prediction."""
-    return int((labels[:, 1:] != IGNORE).sum())
-
-
-def _shared_prefix_length(samples: Sequence[Sample], input_ids: Tensor, labels: Tensor) -> int:
-    """Length of the text that all rows begin with, such as the system prompt, minus its last token."""
-    shortest = min(len(sample.encoded.input_ids) for sample in samples)
-    first_image = min((start for sample in samples for start in sample.encoded.image_starts[:1]), default=shortest)
-    differs = (input_ids != input_ids[:1]).any(0) | (labels != IGNORE).any(0)  # (S,)
-    first = int(differs.int().argmax()) if differs.any() else shortest
-    return max(0, min(first, first_image, shortest) - 1)
 
 
 def _layout(sources: Sequence[SourceConfig]) -> list[tuple[str, str, float | list[float], int | None, str]]:

@@ -6,12 +6,15 @@ Every member is read or known to be irrelevant to training; any other is an erro
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import Any
 
 from yi_vl.chat import YI_VL, ChatFormat, Segment, render, render_caption
 
+from ..config import PREFERENCE
 from .conversations import Conversation, has_text, read_conversation
+from .preferences import read_preference
 from .shard_reader import RawSample
 
 # Formats that cannot be decoded, such as HEIC, are listed too: such an image must not count as missing.
@@ -19,6 +22,7 @@ IMAGE_SUFFIXES = {
     "jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "dib", "tif", "tiff", "avif", "jp2", "j2k", "jpx",
     "ppm", "pgm", "pbm", "pnm", "ico", "tga", "qoi", "heic", "heif", "jxl", "svg",
 }  # fmt: skip
+REFERENCE_SUFFIX = "ref.json"  # see reference.py
 _HARMLESS_SUFFIXES = {"url", "id", "key", "uid", "md5", "sha256"}
 
 
@@ -27,24 +31,41 @@ def read_sample(
 ) -> tuple[list[Segment], list[bytes]]:
     """The text of a sample, and its encoded images, as many as there are <image> in the text.
 
+    Of a preference it is the text with the chosen answer.
+
     Args:
         sample_format: as in `DataConfig`.
         ignore: suffixes of members and keys of .json that may be there without being read.
-        chat_format: of the model.
 
     Raises:
         ValueError: it cannot be trained on, with the reason.
     """
+    versions, images = read_versions(raw, sample_format, ignore, chat_format)
+    return versions[0], images
+
+
+def read_versions(
+    raw: RawSample, sample_format: str, ignore: Collection[str] = (), chat_format: ChatFormat = YI_VL
+) -> tuple[list[list[Segment]], list[bytes]]:
+    """As `read_sample`, but of a preference both versions of the text: with the chosen and with the rejected answer."""
     if "__error__" in raw:
         raise ValueError(raw["__error__"])
     images = _images(raw, ignore)
     _refuse_unread(raw, sample_format, ignore)
-    if sample_format == "chat":
-        segments = render(_conversation(raw, images, ignore).messages, chat_format=chat_format)
+    if sample_format == PREFERENCE:
+        versions = _preference(raw, images, ignore, chat_format)
+    elif sample_format == "chat":
+        versions = [render(_conversation(raw, images, ignore).messages, chat_format=chat_format)]
     elif sample_format == "caption":
-        segments = _caption(raw, images, ignore)
+        versions = [_caption(raw, images, ignore)]
     else:
-        segments = render_caption(_text(raw), 0)
+        versions = [render_caption(_text(raw), 0)]
+    for segments in versions:
+        _check(segments, images)
+    return versions, images
+
+
+def _check(segments: Sequence[Segment], images: Sequence[bytes]) -> None:
     for segment in segments:
         segment.text.encode()  # half a surrogate pair, which JSON can spell, is no text
     num_slots = sum(segment.is_image for segment in segments)
@@ -52,7 +73,6 @@ def read_sample(
         raise ValueError(f"{num_slots} <image> in the text but {len(images)} images beside it")
     if not any(segment.is_supervised for segment in segments):
         raise ValueError("no answer to train on")
-    return segments, images
 
 
 def sample_name(raw: RawSample) -> str:
@@ -99,6 +119,8 @@ def _refuse_unread(raw: RawSample, sample_format: str, ignore: Collection[str]) 
             raise ValueError(f"its member .{suffix} is an image, and samples of the format text have none")
         if is_image or suffix in ("txt", "json") or suffix.startswith("__"):
             continue
+        if suffix == REFERENCE_SUFFIX and sample_format == PREFERENCE:
+            continue
         if suffix not in _HARMLESS_SUFFIXES and suffix not in ignore:
             members = ", ".join(f".{name}" for name in raw if not name.startswith("__"))
             raise ValueError(
@@ -128,6 +150,28 @@ def _conversation(raw: RawSample, images: list[bytes], ignore: Collection[str]) 
     if conversation.images is not None and len(conversation.images) != len(images):
         raise ValueError(f"its .json names {len(conversation.images)} images but {len(images)} lie beside it")
     return conversation
+
+
+def _preference(
+    raw: RawSample, images: list[bytes], ignore: Collection[str], chat_format: ChatFormat
+) -> list[list[Segment]]:
+    """The conversation with the chosen and with the rejected answer, of which only that answer is supervised."""
+    record = parse_json(_member(raw, "json"), "its .json")
+    preference = read_preference(record, ignore, len(images))
+    if preference.images is not None and len(preference.images) != len(images):
+        raise ValueError(f"its .json names {len(preference.images)} images but {len(images)} lie beside it")
+    return [
+        _with_last_answer_supervised(render([*preference.prompt, answer], chat_format=chat_format))
+        for answer in (preference.chosen, preference.rejected)
+    ]
+
+
+def _with_last_answer_supervised(segments: Sequence[Segment]) -> list[Segment]:
+    last = max(index for index, segment in enumerate(segments) if segment.is_supervised)
+    first = last
+    while first and segments[first - 1].is_supervised:
+        first -= 1
+    return [replace(segment, is_supervised=False) for segment in segments[:first]] + list(segments[first:])
 
 
 def _caption(raw: RawSample, images: list[bytes], ignore: Collection[str]) -> list[Segment]:

@@ -1,9 +1,11 @@
-"""`python -m train.nano data | train | export | measure`: nano's data, training from scratch, and measurement."""
+"""`python -m train.nano data | train | export | measure`: nano's data, training from scratch, and measurement; and
+`preferences | style`: preferences for nano, and what they change."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -71,14 +73,31 @@ def measure(
     """Answer the held-out questions with every stage's model and print the table."""
     from train.nano.measure.evaluate import measure_all, write_table
 
-    if wrong := [entry for entry in models or () if "=" not in entry]:
-        raise ValueError(f"{wrong[0]!r} is not of the form name=folder.")
-    given = dict(entry.split("=", 1) for entry in models or ())
-    named = given or {stage: str(RUNS / stage / "final") for stage in STAGES}
-    markdown = measure_all({name: Path(folder) for name, folder in named.items()}, DATA / "heldout", out, quantize)
+    named = _named(models or ()) or {stage: RUNS / stage / "final" for stage in STAGES}
+    markdown = measure_all(named, DATA / "heldout", out, quantize)
     typer.echo(markdown)
     for document in DOCUMENTS if write else ():
         write_table(document, markdown)
+
+
+@app.command()
+def preferences(data_dir: Annotated[Path, typer.Option("--data", help="nano's data")] = DATA) -> None:
+    """Write preferences, the bare name to the whole sentence, from the conversations to data/nano/preferences."""
+    from train.nano.data.preferences import build_preferences
+
+    typer.echo(f"{build_preferences(data_dir)}: shards of the format preference; see docs/preference.md")
+
+
+@app.command()
+def style(
+    models: Annotated[list[str], typer.Argument(help="models as name=folder")],
+    data_dir: Annotated[Path, typer.Option("--data", help="nano's data")] = DATA,
+    every: Annotated[int, typer.Option(min=1, help="ask only each so many-th held-out question")] = 1,
+) -> None:
+    """How often models answer held-out questions with a bare name, and how many of their answers are correct."""
+    from train.nano.measure.style import measure_style
+
+    typer.echo(measure_style(_named(models), data_dir / "heldout", every))
 
 
 @app.command()
@@ -94,6 +113,12 @@ def export(source: Path = RUNS / "chat-448" / "final", target: Path = PACKAGED) 
     set_end_tokens_(model.generation_config, processor.tokenizer)
     model.save_pretrained(target)
     processor.save_pretrained(target)
+
+
+def _named(models: Sequence[str]) -> dict[str, Path]:
+    if wrong := [entry for entry in models if "=" not in entry]:
+        raise ValueError(f"{wrong[0]!r} is not of the form name=folder.")
+    return {name: Path(folder) for name, folder in (entry.split("=", 1) for entry in models)}
 
 
 if __name__ == "__main__":

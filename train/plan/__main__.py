@@ -25,7 +25,7 @@ from yi_vl.checkpoint.load import read_config
 from yi_vl.config import PRESETS, OpenClipVisionConfig, YiVLConfig, preset
 
 from ..checkpoint import FINAL
-from ..config import INT4, InitConfig, TrainConfig, batch_sizes, num_steps
+from ..config import DPO, FROM_MODEL, INT4, LORA, PREFERENCE, InitConfig, TrainConfig, batch_sizes, num_steps
 from ..config_file import load_config
 from ..describe import describe_batches, schedule_lines
 from ..init import check_positions, set_rope_
@@ -33,7 +33,7 @@ from ..qlora import BYTES_PER_WEIGHT
 from ..schedule import mean_fractions
 from .count import SavedBytes, count_flops, count_saved_bytes
 from .estimate import Memory, Parameters, Strategy, count_parameters, logit_bytes, step_memory, strategies
-from .flops import Row
+from .flops import Row, forward_flops
 
 app = typer.Typer(add_completion=False)
 
@@ -76,20 +76,39 @@ class Plan:
     def num_samples(self) -> int:
         return batch_sizes(self.config).num_samples(num_steps(self.config))
 
+    @property
+    def rows_per_sample(self) -> int:
+        """A pair of answers is two rows."""
+        return 2 if self.config.objective == DPO else 1
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether a second forward pass gives the reference log-probabilities of DPO."""
+        return self.config.objective == DPO and self.config.dpo.reference == FROM_MODEL
+
+    @property
+    def reference_bytes(self) -> int:
+        """Of the frozen copy that gives them: autocast's dtype, as if its tables had it too."""
+        if not self.has_reference or self.config.trainable.language == LORA:
+            return 0
+        return sum(self.parameters.total.values()) * (4 if self.config.precision == "fp32" else 2)
+
     def rows_per_gpu(self, hardware: Hardware) -> int:
         """Of the largest micro-batch."""
         try:
             sizes = batch_sizes(self.config).split(hardware.num_gpus, "GPUs")
         except ValueError as error:
             raise ValueError(f"{self.path}: {error}") from error
-        return min(self.config.micro_batch, max(size for _, size in sizes.stretches(num_steps(self.config))))
+        largest = max(size for _, size in sizes.stretches(num_steps(self.config)))
+        return self.rows_per_sample * min(self.config.micro_batch, largest)
 
     def memory(self, hardware: Hardware, strategy: Strategy, row: Row, is_checkpointed: bool) -> Memory:
         """Of a GPU whose rows are all like `row`."""
         num_rows = self.rows_per_gpu(hardware)
         saved = self._saved_bytes(row, num_rows, strategy.is_sharded, is_checkpointed)
         logits = num_rows * logit_bytes(self.model, row)
-        return step_memory(self.parameters, strategy, hardware.num_gpus, saved, logits, is_checkpointed)
+        memory = step_memory(self.parameters, strategy, hardware.num_gpus, saved, logits, is_checkpointed)
+        return replace(memory, weights=memory.weights + self.reference_bytes)
 
     @cache  # noqa: B019  # plans live as long as the command
     def _saved_bytes(self, row: Row, num_rows: int, is_low: bool, is_checkpointed: bool) -> SavedBytes:
@@ -100,7 +119,10 @@ class Plan:
     def flops(self, is_checkpointed: bool) -> int:
         """Of all its steps on all GPUs."""
         config = replace(self.config, activation_checkpointing=is_checkpointed)
-        return self.num_samples * count_flops(self.model, config, self.row)
+        flops = self.num_samples * self.rows_per_sample * count_flops(self.model, config, self.row)
+        if self.has_reference:  # the forward pass again: without gradients
+            flops += self.num_samples * self.rows_per_sample * forward_flops(self.model, self.row)
+        return flops
 
 
 @app.command()
@@ -159,7 +181,7 @@ def make_plan(
     shape = _read_model(model) if model is not None else _initial_model(config.init_from, Path(path))
     set_rope_(shape.text_config, config.init_from.rope)
     shape.vision_config.image_size = config.image_size
-    text_tokens = {"caption": caption_tokens, "chat": chat_tokens}
+    text_tokens = {"caption": caption_tokens, "chat": chat_tokens, PREFERENCE: chat_tokens}
     sources = config.data.sources
     formats = [source.format if source.format is not None else config.data.format for source in sources]
     if unknown := [source.name for source, each in zip(sources, formats) if each not in text_tokens]:

@@ -41,6 +41,12 @@ def step_flops(model: YiVLConfig, trainable: TrainableConfig, row: Row) -> int:
     return _language_flops(model, trainable, [row], num_images=1) + _image_flops(model, trainable)
 
 
+def forward_flops(model: YiVLConfig, row: Row) -> int:
+    """Of the forward pass alone: a third of a step's in which everything is trained, less the pixels' own gradient."""
+    everything = TrainableConfig(vision=True, projector=True, language=True)
+    return step_flops(model, everything, row) // 3
+
+
 def batch_flops(
     model: YiVLConfig, trainable: TrainableConfig, attention_mask: Tensor, is_supervised: Tensor, num_images: int
 ) -> int:

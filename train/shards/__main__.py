@@ -1,4 +1,4 @@
-"""Make, inspect and filter shards: `python -m train.shards llava | parquet | check | filter`.
+"""Make, inspect and filter shards: `python -m train.shards llava | parquet | reference | check | filter`.
 
 A shard is a pure function of its chunk of the source. It gets its name when it is complete, and then its line in the
 manifest, so a command that was interrupted at any moment resumes when it is repeated.
@@ -24,7 +24,7 @@ from yi_vl import program
 from yi_vl.arguments import one_line
 from yi_vl.files import sha256
 
-from ..config import SAMPLE_FORMATS, SourceConfig
+from ..config import PREFERENCE, SAMPLE_FORMATS, SourceConfig
 from ..data.samples import read_sample
 from ..data.stream import expand_shards
 from .check import Contents, contents_table, inspect, problems
@@ -54,9 +54,12 @@ def llava(
     processes: ProcessesOption = None,
     max_broken: BrokenOption = 0.01,
     ignore: IgnoreOption = None,
+    preference: Annotated[
+        bool, typer.Option("--preference", help="The entries are preferences: a prompt, `chosen` and `rejected`.")
+    ] = False,
 ) -> None:
     """From JSON or JSON lines and their image folder. Repeat an interrupted command to continue it."""
-    source = LlavaSource(file, images, ignore or ())
+    source = LlavaSource(file, images, ignore or (), preference)
     if source.num_repeated_ids:
         print_line(f"{file}: {source.num_repeated_ids:,} ids come again; the samples are kept apart by their numbers.")
     build(source, out, samples_per_shard, processes, max_broken)
@@ -69,18 +72,54 @@ def parquet(
     image: Annotated[str, typer.Option(help="The column of images: bytes, {bytes, path}, or lists of them.")] = "image",
     caption: Annotated[str | None, typer.Option(help="The column of captions.")] = None,
     conversations: Annotated[str | None, typer.Option(help="The column of conversations, as lists or as JSON.")] = None,
+    preference: Annotated[
+        list[str] | None,
+        typer.Option(help="A column of a preference, such as question, chosen and rejected, or of whole records."),
+    ] = None,
     samples_per_shard: SizeOption = 1000,
     processes: ProcessesOption = None,
     max_broken: BrokenOption = 0.01,
     ignore: IgnoreOption = None,
 ) -> None:
-    """From parquet files, with --caption or --conversations. Repeat an interrupted command to continue it."""
-    if (caption is None) == (conversations is None):
-        raise ValueError("say which column holds the text: --caption NAME, or --conversations NAME.")
-    source = ParquetSource(files, Columns(image, caption, conversations), ignore or ())
+    """From parquet files, with --caption, --conversations or --preference.
+
+    Repeat an interrupted command to continue it.
+    """
+    if sum(map(bool, (caption, conversations, preference))) != 1:
+        raise ValueError(
+            "say which column holds the text: --caption NAME, --conversations NAME, or --preference NAME, once or more."
+        )
+    source = ParquetSource(files, Columns(image, caption, conversations, tuple(preference or ())), ignore or ())
     if source.unread_columns:
         print_line(f"columns that are not read: {', '.join(source.unread_columns)}")
     build(source, out, samples_per_shard, processes, max_broken)
+
+
+@app.command()
+def reference(
+    folder: Annotated[Path, typer.Argument(metavar="SHARDS", help="A folder of shards of preferences.")],
+    out: OutArgument,
+    model: Annotated[str, typer.Option(help="The model that training starts from: init_from.checkpoint.")],
+    image_size: Annotated[int | None, typer.Option(min=1, help="As in the config; by default the model's.")] = None,
+    fast_pixels: Annotated[bool, typer.Option(help="As data.fast_pixels in the config.")] = True,
+    precision: Annotated[str, typer.Option(help="Of the products: bf16, fp16 or fp32.")] = "bf16",
+    micro_batch: Annotated[int, typer.Option(min=1, help="Pairs per forward pass.")] = 8,
+    ignore: IgnoreOption = None,
+) -> None:
+    """Copy shards of preferences with the log-probabilities of their answers under a model, for dpo.reference: shards.
+
+    One GPU is used, if there is one. Repeat an interrupted command to continue it.
+    """
+    from transformers.utils import logging as transformers_logging
+
+    from .reference import Scorer, add_references  # torch
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    scorer = Scorer(model, image_size, fast_pixels, precision, micro_batch, ignore or ())
+    broken = add_references(folder, out, scorer)
+    print_list("without reference", broken)
+    print(f"{out}: reference log-probabilities of {model}.")
 
 
 @app.command()
@@ -128,8 +167,9 @@ def filter_by_loss(
     ignore: IgnoreOption = None,
 ) -> None:
     """Keep the samples whose loss under a model is in a range. Repeat an interrupted command to continue it."""
-    if sample_format not in SAMPLE_FORMATS:
-        raise ValueError(f"--format is {sample_format!r}; expected one of {', '.join(SAMPLE_FORMATS)}.")
+    formats = [each for each in SAMPLE_FORMATS if each != PREFERENCE]
+    if sample_format not in formats:
+        raise ValueError(f"--format is {sample_format!r}; expected one of {', '.join(formats)}.")
     paths = _shard_paths(shards)
 
     from .filter import LossRange, Scorer, filter_shards  # torch and transformers, which no other command needs

@@ -17,8 +17,8 @@ from yi_vl.chat import Segment
 from yi_vl.files import sha256
 from yi_vl.image import load_image, open_image
 
-from ..config import SAMPLE_FORMATS
-from ..data.samples import read_sample, sample_name
+from ..config import PREFERENCE, SAMPLE_FORMATS
+from ..data.samples import REFERENCE_SUFFIX, read_sample, sample_name
 from ..data.shard_reader import RawSample, read_shard
 from .files import Manifest
 
@@ -28,7 +28,7 @@ class Contents:
     """Of one shard or of many: `+=` adds one to another."""
 
     shards: dict[str, tuple[int, int, str]] = field(default_factory=dict)  # name -> samples, bytes, SHA-256
-    counts: Counter[str] = field(default_factory=Counter)  # samples, caption, chat, without an image
+    counts: Counter[str] = field(default_factory=Counter)  # samples, of each format, with a reference, without an image
     formats: Counter[str] = field(default_factory=Counter)  # of the images
     sides_px: Counter[int] = field(default_factory=Counter)  # the images' longer sides
     broken: list[str] = field(default_factory=list)  # samples, each with its reason
@@ -67,6 +67,7 @@ def inspect(path: Path, ignore: Collection[str] = ()) -> Contents:
             continue
         contents.counts.update(sample_formats)
         contents.counts["without an image"] += not encoded_images
+        contents.counts["with a reference"] += REFERENCE_SUFFIX in raw
     contents.shards[path.name] = (contents.counts["samples"], path.stat().st_size, sha256(path))
     return contents
 
@@ -104,6 +105,9 @@ def contents_table(folder: Path, contents: Contents, manifest: Manifest | None, 
     table.add_row("captions", f"{counts['caption']:,} can be trained on in the format caption")
     table.add_row("conversations", f"{counts['chat']:,} in the format chat")
     table.add_row("texts", f"{counts['text']:,} in the format text")
+    if counts[PREFERENCE]:
+        table.add_row("preferences", f"{counts[PREFERENCE]:,} in the format {PREFERENCE}")
+        table.add_row("with a reference", f"{counts['with a reference']:,} (.{REFERENCE_SUFFIX})")
     table.add_row("without an image", f"{counts['without an image']:,}")
     table.add_row("images", f"{sides.total():,}: {formats}" if sides else "0")
     if sides:
@@ -127,7 +131,8 @@ def _usable_formats(raw: RawSample, ignore: Collection[str]) -> tuple[list[str],
         except ValueError as error:
             errors[sample_format] = error
     if not read:
-        raise errors["chat" if "json" in raw and "txt" not in raw else "caption"]
+        is_json = "json" in raw and "txt" not in raw
+        raise errors[PREFERENCE if is_json and b'"rejected' in raw["json"] else "chat" if is_json else "caption"]
     return list(read), next(iter(read.values()))[1]
 
 

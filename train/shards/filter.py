@@ -23,8 +23,8 @@ from yi_vl.checkpoint.load import check_fit, load_model
 from yi_vl.files import read_json_lines, sha256, write_json_lines
 
 from ..config import DataConfig, SourceConfig
+from ..data.batch import collate, num_supervised
 from ..data.encoder import SampleEncoder, TooLong
-from ..data.loader import collate, num_supervised
 from ..data.samples import sample_name
 from ..data.shard_reader import RawSample, read_shard, samples_in_manifest
 from ..loss import Objective

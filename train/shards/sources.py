@@ -6,33 +6,25 @@ samples: a name for messages, and a function that reads the sample or raises the
 
 from __future__ import annotations
 
-import base64
-import binascii
 import gzip
 import json
-import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import Any, Protocol
 
 from yi_vl.files import sha256
-from yi_vl.image import load_image, open_image
-from yi_vl.image.data_url import png_bytes
 
+from ..config import PREFERENCE
 from ..data.conversations import Conversation, has_text, is_empty, read_conversation
+from ..data.preferences import Preference, read_preference
 from ..data.samples import parse_json
 from .files import Members
+from .images import image_bytes, image_members
 
 Reader = Callable[[], Members]  # raises ValueError
-_SUFFIX_OF_FORMAT = {
-    "JPEG": "jpg",
-    "MPO": "jpg",
-    "PNG": "png",
-    "WEBP": "webp",
-}  # MPO: a JPEG that is followed by more images
 _ROWS_AT_ONCE = 64
 
 
@@ -68,6 +60,7 @@ class LlavaChunk:
     entries: list[Any]
     images: Path
     ignore: frozenset[str]
+    format: str
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -77,7 +70,7 @@ class LlavaChunk:
             name = f"entry {index}"
             if isinstance(entry, dict) and "id" in entry:
                 name += f", id {str(entry['id'])[:80]!r}"
-            yield name, partial(_from_entry, entry, self.images, self.ignore)
+            yield name, partial(_from_entry, entry, self.images, self.ignore, self.format)
 
 
 @dataclass(frozen=True)
@@ -88,27 +81,30 @@ class BadLine:
 
 
 class LlavaSource:
-    """Conversations as `read_conversation` reads them, in a JSON list or in JSON lines, compressed by gzip or not.
+    """Conversations as `read_conversation`, or preferences as `read_preference` reads them, in a JSON list or in JSON
+    lines, compressed by gzip or not.
 
     Their images are paths inside the folder, or `data:` URLs. Samples are numbered in order, so ids need not be
     unique.
 
     Args:
         ignore: keys to ignore.
+        is_preference: whether the entries are preferences.
 
     Raises:
         ValueError: there is no such file or folder, or the file is neither a JSON list nor JSON lines.
     """
 
-    format = "chat"
-
-    def __init__(self, path: Path, images: Path, ignore: Collection[str] = ()) -> None:
+    def __init__(self, path: Path, images: Path, ignore: Collection[str] = (), is_preference: bool = False) -> None:
+        self.format = PREFERENCE if is_preference else "chat"
         if not path.is_file():
             raise ValueError(f"{path}: there is no such file.")
         if not images.is_dir():
             raise ValueError(f"{images}: there is no such image folder.")
         self._entries, self._images, self._ignore = _read_entries(path), images, frozenset(ignore)
         self.identity = {"llava": path.name, "sha256": sha256(path)}
+        if is_preference:
+            self.identity["format"] = self.format
         if ignore:
             self.identity["ignore"] = ",".join(sorted(ignore))
         ids = Counter(str(entry["id"]) for entry in self._entries if isinstance(entry, dict) and "id" in entry)
@@ -116,7 +112,8 @@ class LlavaSource:
 
     def chunks(self, size: int) -> list[Chunk]:
         starts = range(0, len(self._entries), size)
-        return [LlavaChunk(start, self._entries[start : start + size], self._images, self._ignore) for start in starts]
+        pieces = [(start, self._entries[start : start + size]) for start in starts]
+        return [LlavaChunk(start, entries, self._images, self._ignore, self.format) for start, entries in pieces]
 
 
 def _read_entries(path: Path) -> list[Any]:
@@ -155,15 +152,24 @@ def _parse_line(line: str, number: int) -> Any:
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns of a parquet file to read. One of `caption` and `conversations` is None."""
+    """Which columns of a parquet file to read: one of `caption`, `conversations` and `preference` is given.
+
+    preference: one column of whole records, or those that make up a record, such as question, chosen and rejected.
+    """
 
     image: str
-    caption: str | None
-    conversations: str | None
+    caption: str | None = None
+    conversations: str | None = None
+    preference: tuple[str, ...] = ()
 
     @property
     def names(self) -> list[str]:
-        return [name for name in (self.image, self.caption, self.conversations) if name is not None]
+        return [name for name in (self.image, self.caption, self.conversations, *self.preference) if name is not None]
+
+    @property
+    def format(self) -> str:
+        """The trainer's for these samples."""
+        return PREFERENCE if self.preference else "caption" if self.conversations is None else "chat"
 
 
 @dataclass(frozen=True)
@@ -204,7 +210,7 @@ class ParquetChunk:
 
 
 class ParquetSource:
-    """Rows with an image (bytes, {"bytes", "path"}, a list of either, or none) and a caption or a conversation.
+    """Rows with an image (bytes, {"bytes", "path"}, a list of either, or none) and a text: see `Columns`.
 
     Raises:
         ValueError: a file is missing or not parquet, or a column is not in it.
@@ -214,7 +220,7 @@ class ParquetSource:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        self.format = "caption" if columns.conversations is None else "chat"
+        self.format = columns.format
         self._columns, self._ignore = columns, frozenset(ignore)
         self._num_rows: dict[Path, int] = {}
         self.unread_columns: list[str] = []
@@ -244,13 +250,14 @@ class ParquetSource:
         return chunks
 
 
-def _from_entry(entry: Any, images: Path, ignore: frozenset[str]) -> Members:
+def _from_entry(entry: Any, images: Path, ignore: frozenset[str], sample_format: str) -> Members:
     if isinstance(entry, BadLine):
         raise ValueError(entry.reason)
-    conversation = read_conversation(entry, ignore)
-    contents = [_image_bytes(image, images) for image in conversation.images or ()]
+    read = read_preference if sample_format == PREFERENCE else read_conversation
+    sample: Conversation | Preference = read(entry, ignore)
+    contents = [image_bytes(image, images) for image in sample.images or ()]
     identity = {"id": entry["id"]} if isinstance(entry, dict) and "id" in entry else {}
-    return _image_members(contents) | {"json": _json(identity, conversation)}
+    return image_members(contents) | {"json": _json(identity, sample)}
 
 
 def _from_row(values: dict[str, Any], columns: Columns, folder: Path, ignore: frozenset[str]) -> Members:
@@ -264,65 +271,29 @@ def _from_row(values: dict[str, Any], columns: Columns, folder: Path, ignore: fr
             raise ValueError(f"its {columns.caption!r} is empty")
         if not images:
             raise ValueError("it has no image")
-        return _image_members([_image_bytes(image, folder) for image in images]) | {"txt": caption.encode()}
-    assert columns.conversations is not None
-    record = values[columns.conversations]
+        return image_members([image_bytes(image, folder) for image in images]) | {"txt": caption.encode()}
+    sample = _read_row(values, columns, ignore, len(images))
+    if sample.images is not None and images and len(sample.images) != len(images):
+        raise ValueError(f"its {columns.image!r} holds {len(images)} images, but its text names {len(sample.images)}")
+    members = image_members([image_bytes(image, folder) for image in images or sample.images or ()])
+    return members | {"json": _json({}, sample)}
+
+
+def _read_row(
+    values: dict[str, Any], columns: Columns, ignore: frozenset[str], num_images: int
+) -> Conversation | Preference:
+    """The conversation or preference of a row."""
+    if len(columns.preference) > 1:
+        return read_preference({name: values[name] for name in columns.preference}, ignore, num_images)
+    name = columns.preference[0] if columns.preference else columns.conversations
+    assert name is not None
+    record = values[name]
     if isinstance(record, str):
-        record = parse_json(record, f"its {columns.conversations!r}")
-    conversation = read_conversation(record, ignore)
-    if conversation.images is not None and images and len(conversation.images) != len(images):
-        num_named = len(conversation.images)
-        raise ValueError(f"its {columns.image!r} holds {len(images)} images, but its text names {num_named}")
-    members = _image_members([_image_bytes(image, folder) for image in images or conversation.images or ()])
-    return members | {"json": _json({}, conversation)}
+        record = parse_json(record, f"its {name!r}")
+    if columns.preference:
+        return read_preference(record, ignore, num_images)
+    return read_conversation(record, ignore)
 
 
-def _image_bytes(value: Any, folder: Path) -> bytes:
-    """The file that a cell or key holds or names: bytes, a path, a data: URL, or {"bytes", "path"} (bytes first)."""
-    if isinstance(value, dict):
-        value = value.get("bytes") or value.get("path")
-    if isinstance(value, str):
-        return _decode_data_url(value) if value.startswith("data:") else _read_inside(folder, value)
-    if not isinstance(value, bytes):
-        raise ValueError(f"its image is {type(value).__name__}; expected bytes or {{bytes, path}}")
-    return value
-
-
-def _decode_data_url(url: str) -> bytes:
-    head, _, coded = url.partition(",")
-    if not head.endswith(";base64"):
-        raise ValueError(f"its image is the URL {url[:40]!r}...; of data: URLs those in base64 are read")
-    try:
-        return base64.b64decode(coded, validate=True)
-    except binascii.Error as error:
-        raise ValueError(f"its image is a data: URL that is damaged: {error}") from error
-
-
-def _read_inside(folder: Path, name: str) -> bytes:
-    """A file of the folder. Symbolic links are followed, as the owner of the folder made them, unlike the name."""
-    if re.match(r"[a-z][a-z0-9+.-]+://", name, re.IGNORECASE):
-        raise ValueError(f"the image {name[:200]!r} is a URL, and nothing is downloaded; put it into the image folder")
-    path = PureWindowsPath(name)  # knows the separators and roots of all systems
-    if path.anchor or ".." in path.parts:
-        raise ValueError(f"the image path {name!r} leads out of the image folder")
-    try:
-        return (folder / name).read_bytes()
-    except OSError as error:
-        raise ValueError(f"the image {name!r} cannot be read: {error.strerror}") from error
-
-
-def _image_members(contents: list[bytes]) -> Members:
-    """The members of some encoded images, each of which is decoded once as a check."""
-    members: Members = {}
-    for index, content in enumerate(contents):
-        with open_image(content) as image:
-            suffix = _SUFFIX_OF_FORMAT.get(image.format or "")
-            decoded = load_image(image)
-        if suffix is None:  # a format that the trainer does not read
-            suffix, content = "png", png_bytes(decoded)
-        members[suffix if len(contents) == 1 else f"{index}.{suffix}"] = content
-    return members
-
-
-def _json(identity: dict[str, Any], conversation: Conversation) -> bytes:
-    return json.dumps(identity | {"messages": conversation.messages}, ensure_ascii=False).encode()
+def _json(identity: dict[str, Any], sample: Conversation | Preference) -> bytes:
+    return json.dumps(identity | sample.record, ensure_ascii=False).encode()

@@ -27,8 +27,9 @@ from yi_vl.processor import YiVLProcessor
 
 from ..attention.cpu import keep_memory
 from ..config import DataConfig, SourceConfig
+from ..data.batch import IGNORE
 from ..data.fast_image import to_uint8
-from ..data.loader import IGNORE, StepLoader
+from ..data.loader import StepLoader
 
 Format = Literal["jpg", "png"]
 BATCH = 16

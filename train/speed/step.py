@@ -34,8 +34,7 @@ from ..config import (
     TrainableConfig,
     TrainConfig,
 )
-from ..data.encoder import Sample
-from ..data.loader import MicroBatch, StepBatch, collate, num_supervised
+from ..data.batch import MicroBatch, Sample, StepBatch, collate, num_supervised
 from ..optim import build_optimizer, set_learning_rates_, set_trainable_
 from ..plan.flops import Row, step_flops
 from ..trainer import Trainer

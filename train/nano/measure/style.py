@@ -1,0 +1,60 @@
+"""What a preference for bare names changes: how often nano answers so, and how many of its answers are correct.
+
+An answer is correct here when it is an accepted one, or what answers the question in one, a sentence or not.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from train.nano.data.preferences import NUM_SAMPLES, bare
+from train.nano.measure.evaluate import is_correct, measure, read_questions
+from yi_vl import load
+
+_SENTENCE_ENDS = (".", "。")
+
+
+def measure_style(models: dict[str, Path], heldout: Path, every: int = 1) -> str:
+    """A Markdown table: for each model and skill the shares of bare and of correct answers to held-out questions.
+
+    Args:
+        every: only each so many-th question is asked.
+
+    Raises:
+        ValueError: the questions or a model are not there.
+    """
+    questions = read_questions(heldout)[::every]
+    measured = {name: style_scores(measure(load(path), questions)) for name, path in models.items()}
+    lines = [
+        "| skill (questions) | " + " | ".join(f"{name}: bare | correct" for name in measured) + " |",
+        "|---|" + "---|---|" * len(measured),
+    ]
+    for skill, (count, _, _) in next(iter(measured.values())).items():
+        cells = [f"{scores[skill][1]:.1%} | {scores[skill][2]:.1%}" for scores in measured.values()]
+        lines.append(f"| {skill} ({count}) | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def style_scores(records: Iterable[dict[str, Any]]) -> dict[str, tuple[int, float, float]]:
+    """By skill, and over the skills that the preferences are about and over all: number of answers, and the shares of
+    them that are bare and that are correct.
+
+    Args:
+        records: as `evaluate.measure` returns them.
+    """
+    groups: dict[str, list[tuple[bool, bool]]] = defaultdict(list)
+    for record in records:
+        accepted = [*record["accepted"], *(text for text in map(bare, record["accepted"]) if text is not None)]
+        answer = record["answer"].strip()
+        result = (not answer.endswith(_SENTENCE_ENDS), is_correct(record["skill"], answer, accepted))
+        skills = ["in the preferences"] if record["skill"] in NUM_SAMPLES else []
+        for name in (record["skill"], *skills, "all"):
+            groups[name].append(result)
+    last = ("in the preferences", "all")
+    return {
+        name: (len(results), *(sum(values) / len(results) for values in zip(*results)))  # type: ignore[misc]
+        for name, results in sorted(groups.items(), key=lambda group: (group[0] in last, group[0] == "all"))
+    }
