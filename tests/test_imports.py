@@ -28,6 +28,7 @@ LAYERS = (
     {"checkpoint"},
     {"predict"},
     {"server", "conversion", "info", "terminal", "loading"},
+    {"expand"},
     {"cli", "vllm_plugin"},
     {"__main__"},
 )
@@ -68,6 +69,7 @@ STARTS = (
     (["yi_vl", "serve", "--port", "70000"], 2, FRAMEWORKS),
     (["yi_vl", "info", "nothing-here"], 2, (*FRAMEWORKS, *WEB, "numpy", "PIL")),
     (["yi_vl", "convert", "nothing-here", "there"], 2, (*FRAMEWORKS, *WEB, "numpy", "PIL")),
+    (["yi_vl", "expand", "nothing-here", "there", "--double", "1:2"], 2, (*FRAMEWORKS, *WEB, "numpy", "PIL")),
     (["yi_vl", "convert", "nothing-here"], 2, (*FRAMEWORKS, *WEB, "numpy", "PIL")),
     (["demo", "--model", "nothing-here"], 2, (*FRAMEWORKS, *WEB, "numpy", "PIL")),
     (["demo", "--host", "0.0.0.0"], 2, (*FRAMEWORKS, *WEB, "numpy", "PIL")),
