@@ -517,7 +517,7 @@ def test_sampling_in_batches_is_that_of_single_requests(yi_vl_model: YiVL) -> No
     requests: list[Any] = [(None, "Hi"), (WIDE, "What?"), (None, "A longer question, please?")]
     together = uncached(yi_vl_model).predict_batch(requests, max_new_tokens=6, temperature=1.0, seed=3)
     assert together == [
-        uncached(yi_vl_model).predict(*one, max_new_tokens=6, temperature=1.0, seed=3) for one in requests
+        uncached(yi_vl_model).predict(*request, max_new_tokens=6, temperature=1.0, seed=3) for request in requests
     ]
     prompt = yi_vl_model.engine.prepare([user("Hi")])
     outputs = [o for step in yi_vl_model.engine.generate([prompt], Sampling(max_new_tokens=3), True) for o in step]
