@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -185,11 +185,9 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
 @contextmanager
 def evaluation(module: nn.Module) -> Iterator[None]:
     """Eval mode without gradients, uncompiled."""
-    is_compiled = any(submodule._compiled_call_impl is not None for submodule in module.modules())
     try:
         # Compiling once more for eval mode would take longer than a measurement.
-        stance = torch.compiler.set_stance("force_eager") if is_compiled else nullcontext()
-        with eval_mode(module), torch.no_grad(), stance:
+        with eval_mode(module), torch.no_grad(), torch.compiler.set_stance("force_eager"):
             yield
     finally:
         for submodule in module.modules():
