@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from preference_runs import configure_preferences
+from preference_runs import configure_preferences, pair_sample
 from torch import Tensor
 from toy_runs import losses, step_once, stop_after, trainer
 
@@ -23,7 +23,7 @@ from train.data.encoder import SampleEncoder
 from train.data.shard_reader import read_shard
 from train.dpo import PreferenceObjective, preference_losses
 from train.init import initial_processor
-from train.metrics import read_metrics
+from train.metrics import read_metrics, validation_rows
 from train.plan.__main__ import Hardware, make_plan
 from train.plan.estimate import strategies
 from train.trainer import Trainer, train
@@ -251,6 +251,23 @@ def yi_vl_weights(folder: Path) -> dict[str, Tensor]:
     import yi_vl
 
     return yi_vl.load(folder, dtype=torch.float32, device="cpu").model.state_dict()
+
+
+@pytest.mark.parametrize("settings", [(), LORA], ids=["copy", "lora"])
+def test_the_held_out_loss_is_of_pairs_and_changes_nothing(
+    pairs: Configure, tmp_path: Path, write_shard: Callable[..., Path], settings: tuple[str, ...]
+) -> None:
+    """Adapters are switched off and on again in eval mode."""
+    write_shard(tmp_path / "held.tar", [pair_sample(500 + i) for i in range(6)])
+    held_out = f"validation={{every_steps: 3, samples: 6, sources: [{{name: held, shards: {tmp_path}/held.tar}}]}}"
+    plain, validated = (
+        pairs(f"run_dir={tmp_path}/{name}", *settings, *more) for name, more in (("plain", ()), ("with", (held_out,)))
+    )
+    assert trainer(plain).run() == trainer(validated).run() == 0
+    assert losses(plain) == losses(validated)
+    first, *others = validation_rows(rows(validated))
+    assert first["step"] == 0 and first["validation_loss"] == pytest.approx(math.log(2), abs=1e-6), "per pair"
+    assert [row["step"] for row in others] == [3, 6] and others[-1]["validation_loss"] < first["validation_loss"]
 
 
 @pytest.mark.parametrize("settings", [(), LORA], ids=["copy", "lora"])
