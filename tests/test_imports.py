@@ -17,9 +17,10 @@ ROOT = Path(__file__).parents[1]
 # Inside yi_vl a module imports only modules of earlier lines, and of its own entry: a module, or a package, that stands
 # for its modules that have no entry of their own.
 LAYERS = (
-    {"arguments", "chat", "config", "connector", "files", "hardware", "program", "runtime", "startup"}
+    {"arguments", "chat", "connector", "files", "hardware", "program", "runtime", "startup"}
     | {"autotune", "engine.fingerprint", "engine.kv_cache", "checkpoint.key_map"},
-    {"linear", "vision_blocks"},
+    {"config", "chat_template", "linear"},
+    {"vision_blocks"},
     {"image", "messages", "generation", "quantize", "vision", "engine.prefix_cache", "checkpoint.json_files"},
     {"model", "checkpoint.weight_files"},
     {"processor"},
@@ -54,6 +55,7 @@ STARTS = (
         ([program, *arguments, "--help"], 0, (*FRAMEWORKS, *WEB, "numpy", "PIL", "datasets"))
         for program, *arguments in (
             ["yi_vl"], ["yi_vl", "ask"], ["yi_vl", "chat"], ["yi_vl", "serve"], ["yi_vl", "info"], ["yi_vl", "convert"],
+            ["yi_vl", "expand"],
             ["train"], ["demo"], ["eval"], ["eval", "mmmu"], ["eval", "score"], ["eval", "speed"],
         )
     ),

@@ -22,7 +22,7 @@ from train.data.preferences import read_preference
 from train.data.reference import WrongReferenceError
 from train.data.samples import read_sample, read_versions
 from train.data.shard_reader import read_shard
-from train.nano.data.preferences import bare, build_preferences
+from train.nano.data.preferences import build_preferences, without_full_stop
 from train.nano.measure.style import style_scores
 from train.preview import preview
 from train.shards import reference as shards_reference
@@ -322,21 +322,15 @@ def scorer(tmp_path: Path) -> shards_reference.Scorer:
 
 
 @pytest.mark.parametrize(
-    ("sentence", "name"),
-    [
-        ("It is a dog.", "dog"), ("It is an owl.", "owl"), ("It is broccoli.", "broccoli"), ("这是狗。", "狗"),
-        ("It is the flag of the Netherlands.", "Netherlands"), ("这是荷兰的国旗。", "荷兰"),
-        ('It says "CORN".', "CORN"),
-        ("上面写着“CORN”。", "CORN"), ("It is the digit 8.", "8"), ("这是数字8。", "8"), ("There are two.", "two"),
-        ("它是绿色的。", "绿色"), ("It is to the left.", "to the left"), ("Hello!", None), ("B", None),
-    ],
-)  # fmt: skip
-def test_nanos_sentences_and_their_bare_names(sentence: str, name: str | None) -> None:
-    assert bare(sentence) == name
+    ("sentence", "expected"),
+    [("It is a dog.", "It is a dog"), ("这是狗。 ", "这是狗"), ("Hello!", None), ("B", None), ("", None), (".", "")],
+)
+def test_a_sentence_without_its_full_stop(sentence: str, expected: str | None) -> None:
+    assert without_full_stop(sentence) == expected
 
 
 def test_nanos_preferences_are_pairs_of_its_conversations(tmp_path: Path, write_shard: Callable[..., Path]) -> None:
-    answers = {"things": "It is a dog.", "flags": "It is the flag of Aruba.", "words": 'It says "X".', "digits": "No."}
+    answers = {"things": "It is a dog.", "flags": "It is the flag of Aruba.", "words": 'It says "X".', "digits": "No!"}
     for name, answer in answers.items():
         turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": answer}]
         more = [{"from": "human", "value": "And?"}, {"from": "gpt", "value": "More."}]
@@ -347,17 +341,21 @@ def test_nanos_preferences_are_pairs_of_its_conversations(tmp_path: Path, write_
     assert sorted(sample["__key__"] for sample in samples) == ["flags-00000000", "things-00000000", "words-00000000"]
     pairs = {sample["__key__"]: read_versions(sample, "preference") for sample in samples}
     (chosen, rejected), images = pairs["flags-00000000"]
-    assert supervised(chosen) == " Aruba\n###" and supervised(rejected) == " It is the flag of Aruba.\n###"
+    assert (
+        supervised(chosen) == " It is the flag of Aruba\n###"
+        and supervised(rejected) == " It is the flag of Aruba.\n###"
+    )
     assert images == [b"x"] and "And?" not in to_text(chosen)
 
 
-def test_style_scores_take_a_bare_name_as_correct() -> None:
+def test_an_answer_is_correct_with_a_full_stop_or_without() -> None:
     def record(skill: str, answer: str, accepted: str) -> dict[str, Any]:
         return {"skill": skill, "lang": "en", "answer": answer, "accepted": [accepted]}
 
     scores = style_scores([
-        record("things", "dog", "It is a dog."), record("things", "It is a dog.", "It is a dog."),
-        record("flags", "Aruba", "It is the flag of Peru."), record("scenes", "It is red.", "It is blue."),
+        record("things", "It is a dog", "It is a dog."), record("things", "It is a dog.", "It is a dog."),
+        record("flags", "It is the flag of Aruba", "It is the flag of Peru."),
+        record("scenes", "It is red.", "It is blue."),
     ])  # fmt: skip
     assert scores["things"] == (2, 0.5, 1.0) and scores["flags"] == (1, 1.0, 0.0) and scores["scenes"] == (1, 0.0, 0.0)
     assert scores["in the preferences"] == (3, pytest.approx(2 / 3), pytest.approx(2 / 3))

@@ -11,10 +11,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
-
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from .config import ScheduleConfig
 
 COMPONENTS = ("vision", "projector", "language")
@@ -119,12 +119,16 @@ def source_weights(weights: Sequence[tuple[float, float]], progress: float) -> N
     Args:
         progress: from 0 to 1; see `run_progress`.
     """
+    import numpy as np  # which a command line's --help does without
+
     start, end = np.array(weights, dtype=np.float64).T
     return np.asarray(start + (end - start) * progress)
 
 
 def mean_fractions(weights: Sequence[tuple[float, float]], sizes: BatchSizes, num_steps: int) -> NDArray[np.float64]:
     """(num_sources,) Fractions of the samples of a whole run, from at most 1,000 of its steps."""
+    import numpy as np
+
     steps = np.linspace(0, num_steps - 1, min(num_steps, 1000)).round().astype(int).tolist()
     at_steps = np.array([source_weights(weights, run_progress(step, num_steps)) for step in steps])
     fractions = at_steps / at_steps.sum(1, keepdims=True)

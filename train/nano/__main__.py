@@ -82,7 +82,7 @@ def measure(
 
 @app.command()
 def preferences(data_dir: Annotated[Path, typer.Option("--data", help="nano's data")] = DATA) -> None:
-    """Write preferences, the bare name to the whole sentence, from the conversations to data/nano/preferences."""
+    """Write preferences, answers without a full stop, from the conversations to data/nano/preferences."""
     from train.nano.data.preferences import build_preferences
 
     typer.echo(f"{build_preferences(data_dir)}: shards of the format preference; see docs/preference.md")
@@ -94,7 +94,7 @@ def style(
     data_dir: Annotated[Path, typer.Option("--data", help="nano's data")] = DATA,
     every: Annotated[int, typer.Option(min=1, help="ask only each so many-th held-out question")] = 1,
 ) -> None:
-    """How often models answer held-out questions with a bare name, and how many of their answers are correct."""
+    """How often models answer held-out questions without a full stop, and how many of their answers are correct."""
     from train.nano.measure.style import measure_style
 
     typer.echo(measure_style(_named(models), data_dir / "heldout", every))

@@ -1,12 +1,11 @@
-"""Preferences for nano: of two correct answers the bare name is preferred to the whole sentence.
+"""Preferences for nano: of two correct answers the one without a full stop is preferred.
 
-The questions and images are those of nano's conversations; nano itself answers in sentences.
+The questions and images are those of nano's conversations; nano itself ends its sentences with one.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -18,23 +17,13 @@ from train.shards.files import Members, write_tar
 
 NUM_SAMPLES = {"things": 800, "flags": 800, "words": 600, "digits": 200}  # by folder of chat-448
 _SAMPLES_PER_SHARD = 1000
-_FRAMES = [
-    re.compile(frame)
-    for frame in (
-        r'It says "(.+)"\.', r"It is the digit (.+)\.", r"It is the flag of (?:the )?(.+)\.",
-        r"It is (?:an? |the )?(.+)\.", r"There (?:is|are) (.+)\.",
-        "上面写着“(.+)”。", "这是数字(.+)。", "这是(.+)的国旗。", "这是(.+)。", "它是(.+)的。", "它是(.+)。",
-        "是(.+)。", "有(.+)。", "在(.+)。",
-    )
-]  # fmt: skip
+FULL_STOPS = (".", "。")
 
 
-def bare(sentence: str) -> str | None:
-    """The words that answer the question; None when the text is not one of nano's sentences for a single answer."""
-    for frame in _FRAMES:
-        if match := frame.fullmatch(sentence.strip()):
-            return match[1]
-    return None
+def without_full_stop(sentence: str) -> str | None:
+    """The sentence without its full stop; None when it has none."""
+    sentence = sentence.strip()
+    return sentence[:-1] if sentence.endswith(FULL_STOPS) else None
 
 
 def build_preferences(data_dir: Path) -> Path:
@@ -61,11 +50,11 @@ def _pairs(data_dir: Path, name: str) -> Iterator[tuple[str, Members]]:
     for path in paths:
         for raw in read_shard(str(path)):
             question, answer = json.loads(raw["json"])["conversations"][:2]
-            name_only = bare(answer["value"])
-            if name_only is not None:
+            chosen = without_full_stop(answer["value"])
+            if chosen:
                 record = {
                     "conversations": [question],
-                    "chosen": {"from": "gpt", "value": name_only},
+                    "chosen": {"from": "gpt", "value": chosen},
                     "rejected": {"from": "gpt", "value": answer["value"]},
                 }
                 members: Members = {suffix: raw[suffix] for suffix in raw if not suffix.startswith("__")}

@@ -1,6 +1,6 @@
-"""What a preference for bare names changes: how often nano answers so, and how many of its answers are correct.
+"""What a preference for answers without a full stop changes: how often nano answers so, and how often correctly.
 
-An answer is correct here when it is an accepted one, or what answers the question in one, a sentence or not.
+An answer is correct here when it is an accepted one, with its full stop or without.
 """
 
 from __future__ import annotations
@@ -10,15 +10,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from train.nano.data.preferences import NUM_SAMPLES, bare
+from train.nano.data.preferences import FULL_STOPS, NUM_SAMPLES, without_full_stop
 from train.nano.measure.evaluate import is_correct, measure, read_questions
 from yi_vl import load
 
-_SENTENCE_ENDS = (".", "。")
-
 
 def measure_style(models: dict[str, Path], heldout: Path, every: int = 1) -> str:
-    """A Markdown table: for each model and skill the shares of bare and of correct answers to held-out questions.
+    """A Markdown table: for each model and skill the shares of held-out answers that have no full stop, and that are
+    correct.
 
     Args:
         every: only each so many-th question is asked.
@@ -29,7 +28,7 @@ def measure_style(models: dict[str, Path], heldout: Path, every: int = 1) -> str
     questions = read_questions(heldout)[::every]
     measured = {name: style_scores(measure(load(path), questions)) for name, path in models.items()}
     lines = [
-        "| skill (questions) | " + " | ".join(f"{name}: bare | correct" for name in measured) + " |",
+        "| skill (questions) | " + " | ".join(f"{name}: without | correct" for name in measured) + " |",
         "|---|" + "---|---|" * len(measured),
     ]
     for skill, (count, _, _) in next(iter(measured.values())).items():
@@ -40,16 +39,16 @@ def measure_style(models: dict[str, Path], heldout: Path, every: int = 1) -> str
 
 def style_scores(records: Iterable[dict[str, Any]]) -> dict[str, tuple[int, float, float]]:
     """By skill, and over the skills that the preferences are about and over all: number of answers, and the shares of
-    them that are bare and that are correct.
+    them that have no full stop and that are correct.
 
     Args:
         records: as `evaluate.measure` returns them.
     """
     groups: dict[str, list[tuple[bool, bool]]] = defaultdict(list)
     for record in records:
-        accepted = [*record["accepted"], *(text for text in map(bare, record["accepted"]) if text is not None)]
+        accepted = [*record["accepted"], *(text for text in map(without_full_stop, record["accepted"]) if text)]
         answer = record["answer"].strip()
-        result = (not answer.endswith(_SENTENCE_ENDS), is_correct(record["skill"], answer, accepted))
+        result = (not answer.endswith(FULL_STOPS), is_correct(record["skill"], answer, accepted))
         skills = ["in the preferences"] if record["skill"] in NUM_SAMPLES else []
         for name in (record["skill"], *skills, "all"):
             groups[name].append(result)
