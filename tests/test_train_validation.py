@@ -113,7 +113,7 @@ def test_ranks_divide_the_samples_and_give_the_same_sum(held_out: Configure) -> 
             for batch, index in zip(batches, range(rank, 8, world_size), strict=True):
                 assert torch.equal(batch.input_ids, whole._batches[index].input_ids)
     scrambled = whole._means([loss_of[name] for name in whole.names])
-    assert scrambled["validation_loss_per_source"]["chats"] == 10 / sum(whole._num_supervised[:5])
+    assert scrambled["validation_loss_per_source"]["chats"] == 10 / sum(whole._num_terms[:5])
 
 
 def test_broken_and_long_samples_are_counted_and_named(
