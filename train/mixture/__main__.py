@@ -30,7 +30,7 @@ def mixture(
     search = load_search(config, overrides or ())
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # workers are forked
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger().setLevel(logging.INFO)  # to the runs' own logs
     from transformers.utils import logging as transformers_logging
 
     from .runs import is_first_rank

@@ -82,7 +82,7 @@ class Region:
         if len(self.equal) == 1:
             return [self.equal] * number
         mixtures: list[Shares] = []
-        tries = 0
+        seen, tries = {tuple(self.equal.round(9))}, 0
         while len(mixtures) < number:
             if tries - len(mixtures) > _MAX_TRIES:
                 raise ValueError(
@@ -91,7 +91,8 @@ class Region:
                 )
             drawn = self._draw(np.random.default_rng((self._seed, tries)))
             tries += 1
-            if not any(np.allclose(drawn, earlier) for earlier in [self.equal, *mixtures]):
+            if tuple(drawn.round(9)) not in seen:
+                seen.add(tuple(drawn.round(9)))
                 mixtures.append(drawn)
         return mixtures
 

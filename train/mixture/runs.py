@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 import os
 import shutil
 import sys
 import time
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -149,7 +151,7 @@ class Runner:
         start, has_diverged = time.monotonic(), False
         log = directory / (_LOG if is_first_rank() else f"train-rank-{os.environ['RANK']}.log")
         try:
-            with log.open("a", encoding="utf-8") as file, redirect_stderr(file), redirect_stdout(file):
+            with _output_to(log):
                 train(config)
         except ValueError as error:
             has_diverged = _DIVERGED in str(error)
@@ -159,9 +161,7 @@ class Runner:
             print_line(f"Stopped in run {self._done_runs} of {self._num_runs}; the same command resumes the search.")
             raise
         finally:
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            _free_memory()
         rows = {row["step"]: row for row in validation_rows(read_metrics(directory / METRICS_FILE))}
         first, last = rows.get(0, {}), {} if has_diverged else rows[settings["steps"]]
         result = Result(
@@ -195,6 +195,25 @@ def print_line(line: str) -> None:
     """On stderr, by the first rank."""
     if is_first_rank():
         print(line, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _output_to(path: Path) -> Iterator[None]:
+    """Append what is printed and logged to a file."""
+    with path.open("a", encoding="utf-8") as file, redirect_stderr(file), redirect_stdout(file):
+        handler = logging.StreamHandler(file)
+        logging.getLogger().addHandler(handler)
+        try:
+            yield
+        finally:
+            logging.getLogger().removeHandler(handler)
+
+
+def _free_memory() -> None:
+    """Of the run before, which holds cycles of references."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _read_result(directory: Path, settings: dict[str, Any]) -> Result | None:
