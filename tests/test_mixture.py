@@ -87,13 +87,13 @@ def test_every_value_of_a_setting_is_taken_as_often() -> None:
 
 def test_baselines_are_made_once() -> None:
     region = Region("dirichlet", NO_CAPS, seed=0)
-    found = baselines(region, sizes=[100, 100, 200], present=[1, 1, 6], num_levels=1)
-    assert {name: point.shares for name, point in found.items()} == {
+    named = baselines(region, sizes=[100, 100, 200], present=[1, 1, 6], num_levels=1)
+    assert {name: point.shares for name, point in named.items()} == {
         "equal": pytest.approx((1 / 3, 1 / 3, 1 / 3)),
         "size": (0.25, 0.25, 0.5),
         "present": (0.125, 0.125, 0.75),
     }
-    assert all(point.levels == (0,) for point in found.values())
+    assert all(point.levels == (0,) for point in named.values())
     assert list(baselines(region, [5, 5, 5], [2, 2, 4], 0)) == ["equal", "present"]
 
 
@@ -160,7 +160,7 @@ def error_without_each_run(inputs: np.ndarray, targets: np.ndarray, penalty: flo
         kept = np.arange(len(targets)) != index
         normal = design[kept].T @ design[kept] + shrinkage
         errors.append(targets[index] - design[index] @ np.linalg.solve(normal, design[kept].T @ targets[kept]))
-    return float(np.mean(np.square(errors)))
+    return float(np.mean(np.array(errors) ** 2))
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.5, 2.0, 100.0])

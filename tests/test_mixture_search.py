@@ -119,9 +119,9 @@ def test_a_search_of_toy_runs_killed_in_one_of_them_resumes_to_the_same_results(
         assert "step 2/2" in (folder / "train.log").read_text()
     assert len({run["loss"] for run in results["runs"]}) == len(names), "seeds and mixtures change a run"
     assert json.loads((search.directory / "results.json").read_text()) == results
-    printed = capsys.readouterr().err
-    assert "run 1 of 9: equal-seed-0, captions 0.500  chats 0.500  lr.language 0.001" in printed
-    assert "run 2 of 9, about " in printed and "noise 0." in printed and "leave-one-out rank correlation" in printed
+    lines = capsys.readouterr().err
+    assert "run 1 of 9: equal-seed-0, captions 0.500  chats 0.500  lr.language 0.001" in lines
+    assert "run 2 of 9, about " in lines and "noise 0." in lines and "leave-one-out rank correlation" in lines
 
     other = load(*settings, f"search_dir={tmp_path}/killed", "keep_models=true")
     shutil.copytree(search.directory, other.directory)
@@ -345,9 +345,9 @@ def test_the_command(
         return ended.value.code
 
     assert command(str(tmp_path / "search.yaml"), "search.budget=8") == 0
-    printed = capsys.readouterr()
+    lines = capsys.readouterr()
     assert (
-        "take the predicted best mixture" in printed.out and "sources:" in printed.out and "index.html" in printed.out
+        "take the predicted best mixture" in lines.out and "sources:" in lines.out and "index.html" in lines.out
     )
     assert command(str(tmp_path / "search.yaml"), "search.budget=8", "search.seed=1") == 2
     error = capsys.readouterr().err

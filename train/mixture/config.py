@@ -160,8 +160,8 @@ def load_search(path: str | Path, overrides: Sequence[str] = ()) -> Search:
     """
     config = _read(Path(path), overrides)
     config.search_dir = str(as_path(config.search_dir, f"{path}: search_dir"))
-    if own := [key for key in config.overrides if key.split(".")[0] in _OWN]:
-        raise ValueError(f"{path}: overrides has {own[0]}, which the search sets itself; remove it.")
+    if reserved := [key for key in config.overrides if key.split(".")[0] in _OWN]:
+        raise ValueError(f"{path}: overrides has {reserved[0]}, which the search sets itself; remove it.")
     stage, proxy = load_config(config.base), _load(str(path), config, config.overrides)
     settings = flat_settings(proxy)
     hyper: dict[str, list[Any]] = {}

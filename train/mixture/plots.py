@@ -50,9 +50,9 @@ def draw_losses_by_share(results: dict[str, Any]) -> Figure:
     for axes, name in zip(grid.flat, names):
         shares = [run["settings"]["shares"][name] for run in runs]
         axes.scatter(shares, [run["loss"] for run in runs], s=14, color="black", label="mean of all")
-        own = [run["loss_per_source"].get(name) for run in runs]
-        if any(loss is not None for loss in own):
-            axes.scatter(shares, [math.nan if loss is None else loss for loss in own], s=14, label="of this source")
+        losses = [run["loss_per_source"].get(name) for run in runs]
+        if any(loss is not None for loss in losses):
+            axes.scatter(shares, [math.nan if loss is None else loss for loss in losses], s=14, label="of this source")
         axes.set_xscale("log", base=2)
         axes.set_title(name, fontsize="medium")
         axes.grid(alpha=0.3)

@@ -98,7 +98,7 @@ def best_point(model: Ridge, candidates: Array, num_values: Sequence[int]) -> Po
     """
     num_sources = candidates.shape[1]
     losses = np.log(candidates) @ model.coefficients[:num_sources]
-    best = np.argsort(losses, kind="stable")[: max(1, len(candidates) * _BEST_PERCENT // 100)]
+    best = np.argsort(losses)[: max(1, len(candidates) * _BEST_PERCENT // 100)]
     levels, start = [], num_sources
     for number in num_values:  # effects add up, so each setting has a best value of its own
         effects = [0.0, *model.coefficients[start : start + number - 1]]

@@ -17,7 +17,7 @@ from .design import Point, Region, baselines, share_caps, tried_points
 from .regression import MIN_CORRELATION, best_point, features, fit_ridge, leave_one_out, spearman
 from .report import write_report
 from .runs import VERDICT, Result, Run, Runner, is_first_rank, print_line
-from .sizes import check_held_out, source_sizes
+from .count_samples import check_held_out, source_sizes
 from .verdict import Verdict, judge, no_prediction, yaml_lines
 
 _DESIGN = "design.json"
@@ -252,9 +252,9 @@ def _verdict(runner: Runner, design: Design, regression: dict[str, Any], best: P
     assert best is not None
     losses: dict[str, list[float | None]] = {}
     name = f"best-of-{len(design.points)}"
-    for kind, point in ((EQUAL, design.baselines[EQUAL]), (name, best)):
-        losses[kind] = [
-            runner.run(Run(f"verdict-{kind}-seed-{seed}", point, seed, held_out=VERDICT)).loss
+    for label, point in ((EQUAL, design.baselines[EQUAL]), (name, best)):
+        losses[label] = [
+            runner.run(Run(f"verdict-{label}-seed-{seed}", point, seed, held_out=VERDICT)).loss
             for seed in range(_VERDICT_SEED, _VERDICT_SEED + runner.search.config.repeats)
         ]
     return judge(losses[EQUAL], losses[name])
