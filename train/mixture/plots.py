@@ -56,9 +56,9 @@ def draw_losses_by_share(results: dict[str, Any]) -> Figure:
         axes.set_xscale("log", base=2)
         axes.set_title(name, fontsize="medium")
         axes.grid(alpha=0.3)
+        axes.legend(fontsize="x-small")
     for axes in list(grid.flat)[len(names) :]:
         axes.set_visible(False)
-    grid[0][0].legend(fontsize="small")
     figure.supxlabel("share of the samples")
     figure.supylabel("held-out loss")
     return figure
