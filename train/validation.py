@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -160,11 +160,10 @@ def build_validation(config: TrainConfig, accelerator: Accelerator, processor: Y
 def evaluation(module: nn.Module) -> Iterator[None]:
     """Eval mode without gradients, uncompiled; afterwards each submodule is in the mode that it was in."""
     in_training = [submodule for submodule in module.modules() if submodule.training]
-    is_compiled = any(submodule._compiled_call_impl is not None for submodule in module.modules())
     module.eval()
     try:
         # Compiling once more for eval mode would take longer than a measurement.
-        with torch.no_grad(), torch.compiler.set_stance("force_eager") if is_compiled else nullcontext():
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             yield
     finally:
         for submodule in in_training:
