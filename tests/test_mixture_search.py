@@ -346,9 +346,7 @@ def test_the_command(
 
     assert command(str(tmp_path / "search.yaml"), "search.budget=8") == 0
     lines = capsys.readouterr()
-    assert (
-        "take the predicted best mixture" in lines.out and "sources:" in lines.out and "index.html" in lines.out
-    )
+    assert "take the predicted best mixture" in lines.out and "sources:" in lines.out and "index.html" in lines.out
     assert command(str(tmp_path / "search.yaml"), "search.budget=8", "search.seed=1") == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and "search.seed 0, now 1" in error and error.count("\n") == 1
@@ -356,3 +354,9 @@ def test_the_command(
     assert "there is no such config file" in capsys.readouterr().err
     (tmp_path / "broken.yaml").write_text("a: [")
     assert command(str(tmp_path / "broken.yaml")) == 2
+
+
+def test_several_ranks_are_refused(load: Callable[..., Search], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="trains in one process, and was started on 2 ranks"):
+        run_search(load())

@@ -33,14 +33,12 @@ def mixture(
     logging.getLogger().setLevel(logging.INFO)  # to the runs' own logs
     from transformers.utils import logging as transformers_logging
 
-    from .runs import is_first_rank
     from .search import run_search  # torch and transformers, after the settings are known to be right
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     results = run_search(search)
-    if is_first_rank():
-        typer.echo(f"{results['verdict']['reason']}\n\n{results['yaml']}\n\nThe page: {search.directory}/index.html")
+    typer.echo(f"{results['verdict']['reason']}\n\n{results['yaml']}\n\nThe page: {search.directory}/index.html")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """The runs of a search: each an ordinary training run in a folder of its own, trained in this process.
 
-A finished run leaves `result.json`, and is not repeated. On several ranks all take the same runs in the same order, and
-the first one writes.
+A finished run leaves `result.json`, and is not repeated.
 """
 
 from __future__ import annotations
@@ -9,7 +8,6 @@ from __future__ import annotations
 import gc
 import json
 import logging
-import os
 import shutil
 import sys
 import time
@@ -100,7 +98,7 @@ class Runner:
             self._print_start(run, settings)
             config = self._config(run, settings, directory)
             result = self._train(run, config, settings)
-        elif is_first_rank() and not self.search.config.keep_models:
+        elif not self.search.config.keep_models:
             _delete_models(directory)
         self._done_steps += settings["steps"]
         self._timed_steps += settings["steps"]
@@ -146,10 +144,9 @@ class Runner:
     def _train(self, run: Run, config: TrainConfig, settings: dict[str, Any]) -> Result:
         directory = Path(config.run_dir)
         directory.mkdir(parents=True, exist_ok=True)
-        if is_first_rank():
-            write_text(directory / "config.yaml", to_yaml(config))
+        write_text(directory / "config.yaml", to_yaml(config))
         start, has_diverged = time.monotonic(), False
-        log = directory / (_LOG if is_first_rank() else f"train-rank-{os.environ['RANK']}.log")
+        log = directory / _LOG
         try:
             with _output_to(log):
                 train(config)
@@ -168,10 +165,9 @@ class Runner:
             run.name, settings, last.get("validation_loss"), last.get("validation_loss_per_source", {}),
             first.get("validation_loss"), round(time.monotonic() - start, 1),
         )  # fmt: skip
-        if is_first_rank():
-            write_text(directory / _RESULT, json.dumps(asdict(result), indent=1, ensure_ascii=False) + "\n")
-            if not self.search.config.keep_models:
-                _delete_models(directory)
+        write_text(directory / _RESULT, json.dumps(asdict(result), indent=1, ensure_ascii=False) + "\n")
+        if not self.search.config.keep_models:
+            _delete_models(directory)
         shown = f"{result.loss:.4f}" if result.loss is not None else "none: it diverged, and is left out"
         print_line(f"  held-out loss {shown}  ({result.seconds:.0f} s)")
         return result
@@ -186,15 +182,9 @@ class Runner:
         print_line(f"run {self._done_runs} of {self._num_runs}{remaining}: {run.name}, {shares}{hyper}")
 
 
-def is_first_rank() -> bool:
-    """Whether this process writes and prints."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def print_line(line: str) -> None:
-    """On stderr, by the first rank."""
-    if is_first_rank():
-        print(line, file=sys.stderr, flush=True)
+    """On stderr."""
+    print(line, file=sys.stderr, flush=True)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, dataclass, replace
 from statistics import fmean, stdev
 from typing import Any
@@ -13,11 +14,11 @@ from yi_vl.files import write_text
 
 from ..config import num_steps
 from .config import MIN_BUDGET, RUNS_PER_PARAMETER, Search
+from .count_samples import check_held_out, source_sizes
 from .design import Point, Region, baselines, share_caps, tried_points
 from .regression import MIN_CORRELATION, best_point, features, fit_ridge, leave_one_out, spearman
 from .report import write_report
-from .runs import VERDICT, Result, Run, Runner, is_first_rank, print_line
-from .count_samples import check_held_out, source_sizes
+from .runs import VERDICT, Result, Run, Runner, print_line
 from .verdict import Verdict, judge, no_prediction, yaml_lines
 
 _DESIGN = "design.json"
@@ -50,6 +51,8 @@ def run_search(search: Search) -> dict[str, Any]:
         ValueError: data, settings or a run need the user's attention.
         SystemExit: a signal was received; the same command resumes.
     """
+    if (num_ranks := os.environ.get("WORLD_SIZE", "1")) != "1":
+        raise ValueError(f"A search trains in one process, and was started on {num_ranks} ranks; start it with python.")
     check_held_out(search)
     design = make_design(search)
     check = search.config.rank_check
@@ -81,8 +84,7 @@ def run_search(search: Search) -> dict[str, Any]:
         "verdict": asdict(verdict),
         "yaml": yaml_lines(search.proxy.data.sources, runner.shares(chosen), runner.hyper(chosen)),
     }
-    if is_first_rank():
-        write_report(search.directory, results)
+    write_report(search.directory, results)
     return results
 
 
@@ -109,10 +111,9 @@ def make_design(search: Search) -> Design:
     num_values = [len(values) for values in search.hyper.values()]
     earlier = [Point(tuple(shares), tuple(levels)) for shares, levels in stored.get("points", [])]
     points = tried_points(region, num_values, max(region_config.budget, len(earlier)), region_config.seed, earlier)
-    if is_first_rank():
-        rows = [[point.shares, point.levels] for point in points]
-        content = {"settings": search.flat(), "sizes": sizes, "points": rows}
-        write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    rows = [[point.shares, point.levels] for point in points]
+    content = {"settings": search.flat(), "sizes": sizes, "points": rows}
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     first = baselines(region, searched_sizes, [present[name] for name in names], len(num_values))
     return Design(sizes, fixed, region, first, points[: region_config.budget])
 

@@ -38,8 +38,8 @@ def no_prediction(correlation: float | None, num_runs: int) -> Verdict | None:
     return Verdict(
         False,
         f"{KEEP_EQUAL}: the regression's leave-one-out rank correlation over {num_runs} runs is {shown}, below "
-        f"{MIN_CORRELATION}, so it cannot tell mixtures apart. More runs, longer proxies or more held-out samples may "
-        "help.",
+        f"{MIN_CORRELATION} (near -1 the mean predicts best), so it cannot tell mixtures apart. More runs, longer "
+        "proxies or more held-out samples may help.",
     )
 
 
