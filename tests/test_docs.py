@@ -25,6 +25,7 @@ APPS = {
     "yi-vl": "yi_vl.cli",
     "demo": "demo.__main__",
     "eval": "eval.__main__",
+    "train.mixture": "train.mixture.__main__",
     "train.nano": "train.nano.__main__",
     "train.plan": "train.plan.__main__",
     "train.shards": "train.shards.__main__",

@@ -12,7 +12,7 @@ import numpy as np
 
 from yi_vl.files import write_text
 
-from ..config import num_steps
+from ..config import batch_sizes, num_steps
 from .config import MIN_BUDGET, RUNS_PER_PARAMETER, Search
 from .count_samples import check_held_out, source_sizes
 from .design import Point, Region, baselines, share_caps, tried_points
@@ -135,7 +135,7 @@ def _shown(value: Any) -> str:
 
 def _stage_samples(search: Search) -> int:
     """The samples that the stage itself takes."""
-    return num_steps(search.stage) * search.stage.global_batch
+    return batch_sizes(search.stage).num_samples(num_steps(search.stage))
 
 
 def _print_plan(search: Search, design: Design, num_short: int, steps: int) -> None:
