@@ -32,6 +32,13 @@ def fixed_seed() -> None:
         sys.modules["torch"].manual_seed(0)
 
 
+@pytest.fixture
+def two_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`eval speed` measures twice, and not until the medians are known well."""
+    monkeypatch.setattr("eval.speed.rounds._MIN_ROUNDS", 2)
+    monkeypatch.setattr("eval.speed.rounds._MAX_ROUNDS", 2)
+
+
 @pytest.fixture(scope="session")
 def toy_language_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of a Llama of 2 layers, width 32, with a tokenizer of 400 entries; Yi's special ids 0 to 2."""

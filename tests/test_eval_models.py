@@ -162,6 +162,7 @@ def test_an_endpoint_is_asked_with_images_and_settings(
     assert ModelChoice("https://user:secret@host/v1?key=secret").title == "https://host/v1"
 
 
+@pytest.mark.usefixtures("two_rounds")
 def test_speed_is_measured_over_the_same_answers(small_mmmu: str, tiny_folder: Path) -> None:
     from eval.speed.engine import compare_chat, compare_prefill
     from eval.speed.runner import compare_runner

@@ -181,6 +181,7 @@ def test_the_position_grid_is_resized_and_the_model_runs_as_transformers_calls_i
     assert tokens.device.type == "cuda"
 
 
+@pytest.mark.usefixtures("two_rounds")
 def test_the_engines_speed_is_measured_when_the_gpu_is_done(clock: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speed_engine, "read_bandwidth", lambda _: 1e9)  # of half a gigabyte, else
     model = on_cuda()
@@ -205,6 +206,7 @@ def test_loading_is_measured_when_the_gpu_is_done(clock: FakeCuda, folder: Path)
     assert sent[0]["peak_gb"] == peak_gb and sent[1]["peak memory, answering"].startswith(f"{peak_gb:.2f} GB")
 
 
+@pytest.mark.usefixtures("two_rounds")
 def test_the_runner_is_compared_over_the_same_answers(clock: FakeCuda, folder: Path) -> None:
     images = (BenchmarkImage("wide", WIDE.read_bytes), BenchmarkImage("tall", TALL.read_bytes))
     questions = [Question(str(i), "s", "open", "", {}, (f"What? {i}",), images[:i]) for i in range(3)]
@@ -215,6 +217,7 @@ def test_the_runner_is_compared_over_the_same_answers(clock: FakeCuda, folder: P
     assert not any(reply.error for reply in replies)
 
 
+@pytest.mark.usefixtures("two_rounds")
 @pytest.mark.parametrize("part", ["logits", "stream", "chat"])
 def test_parts_of_the_gpu_command_run_on_a_gpu(
     clock: FakeCuda, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, part: str

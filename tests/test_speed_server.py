@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from tiny import OFFICIAL, tiny_yi_vl
 
-from eval.speed import lookup, rounds, server
+from eval.speed import lookup, server
 from yi_vl.predict import YiVL
 
 
@@ -17,9 +17,7 @@ def yi_vl() -> YiVL:
 
 
 @pytest.fixture(autouse=True)
-def two_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rounds, "_MIN_ROUNDS", 2)
-    monkeypatch.setattr(rounds, "_MAX_ROUNDS", 2)
+def at_the_root(two_rounds: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(Path(__file__).parents[1])
 
 

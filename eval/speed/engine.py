@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,32 +23,44 @@ Conversation = list[dict[str, Any]]
 
 def compare_chat(model: YiVL, image: Path, turns: int, new_tokens: int) -> dict[str, Any]:
     """A chat about one image, with the prefix cache and with it cleared before each turn."""
-    variants: dict[str, dict[str, float]] = {}
-    for name, is_cleared in (("whole prompt prefilled", True), ("prefix cached", False)):
-        model.clear_cache()
-        messages: list[dict[str, Any]] = []
-        seconds = {}
-        for turn in range(1, turns + 1):
-            content: list[dict[str, Any]] = [{"type": "image", "image": image}] if turn == 1 else []
-            messages.append(
-                {"role": "user", "content": [*content, {"type": "text", "text": f"Question {turn}: what is it?"}]}
-            )
-            if is_cleared:
-                model.clear_cache()
-            started = synchronized_seconds(model.model.device)
-            prompt = model.engine.prepare(messages)
-            steps = model.engine.generate([prompt], Sampling(max_new_tokens=new_tokens))
-            outputs = next(steps)
-            seconds[f"turn_{turn}_ms"] = 1000 * (synchronized_seconds(model.model.device) - started)
-            outputs += [output for step in steps for output in step]
-            messages.append({"role": "assistant", "content": "".join(output.text for output in outputs) or "Yes."})
-        variants[name] = seconds
-    slow, fast = (variant[f"turn_{turns}_ms"] for variant in variants.values())
+    chats: dict[str, list[list[float]]] = {"whole prompt prefilled": [], "prefix cached": []}
+
+    def last_turn(name: str) -> float:
+        chats[name].append(_first_token_ms(model, image, turns, new_tokens, name != "prefix cached"))
+        return chats[name][-1][-1]
+
+    slow, fast = measure_rounds({name: partial(last_turn, name) for name in chats}).values()
     return {
         "what": f"time to the first token, about one image of {model.processor.patches_per_image} tokens",
-        "variants": variants,
-        "ratio": slow / fast,
+        "variants": {
+            name: {f"turn_{turn}_ms": statistics.median(times) for turn, times in enumerate(zip(*rounds), 1)}
+            for name, rounds in chats.items()
+        },
+        "ratio": median_ratio(slow, fast),
+        "rounds": len(slow),
     }
+
+
+def _first_token_ms(model: YiVL, image: Path, turns: int, new_tokens: int, is_cleared: bool) -> list[float]:
+    """Milliseconds to the first token at each turn of one chat."""
+    model.clear_cache()
+    messages: list[dict[str, Any]] = []
+    milliseconds = []
+    for turn in range(1, turns + 1):
+        content: list[dict[str, Any]] = [{"type": "image", "image": image}] if turn == 1 else []
+        messages.append(
+            {"role": "user", "content": [*content, {"type": "text", "text": f"Question {turn}: what is it?"}]}
+        )
+        if is_cleared:
+            model.clear_cache()
+        started = synchronized_seconds(model.model.device)
+        prompt = model.engine.prepare(messages)
+        steps = model.engine.generate([prompt], Sampling(max_new_tokens=new_tokens))
+        outputs = next(steps)
+        milliseconds.append(1000 * (synchronized_seconds(model.model.device) - started))
+        outputs += [output for step in steps for output in step]
+        messages.append({"role": "assistant", "content": "".join(output.text for output in outputs) or "Yes."})
+    return milliseconds
 
 
 def compare_decode(model: YiVL, prompt_tokens: int, new_tokens: int) -> dict[str, Any]:

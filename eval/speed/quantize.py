@@ -104,25 +104,46 @@ def _memory(model: YiVL, baseline: YiVL) -> dict[str, float]:
 
 
 def compare_load(folder: Path) -> dict[str, Any]:
-    """Seconds and the process's peak memory of loading, each in a process of its own."""
-    context = multiprocessing.get_context("spawn")
-    variants = {}
-    for name, scheme in _VARIANTS.items():
-        receiving, sending = context.Pipe(duplex=False)
-        process = context.Process(target=measure_load, args=(folder, scheme, sending))
-        process.start()
-        sending.close()
-        try:
-            result = receiving.recv()
-        except EOFError:
-            result = "the process was killed; was there enough memory?"
-        process.join()
-        if isinstance(result, str):
-            raise ValueError(f"{folder}, {name}: {result}")
-        variants[name] = result
+    """Seconds and the process's peak memory of loading, each in a process of its own, in turns.
+
+    Raises:
+        ValueError: a scheme cannot work on this machine, or a process was killed.
+    """
+    loads: dict[str, list[dict[str, float]]] = {name: [] for name in _VARIANTS}
+
+    def seconds(name: str) -> float:
+        loads[name].append(_load_in_a_process(folder, name))
+        return loads[name][-1]["seconds"]
+
+    measure_rounds({name: partial(seconds, name) for name in _VARIANTS})
+    variants = {
+        name: {column: statistics.median(result[column] for result in results) for column in results[0]}
+        for name, results in loads.items()
+    }
     for variant in variants.values():
         variant["relative_peak"] = variant["peak_gb"] / variants["bf16"]["peak_gb"]
-    return {"what": "loading, and the peak memory that it adds to Python and its libraries", "variants": variants}
+    return {
+        "what": "loading, and the peak memory that it adds to Python and its libraries",
+        "variants": variants,
+        "rounds": len(loads["bf16"]),
+    }
+
+
+def _load_in_a_process(folder: Path, name: str) -> dict[str, float]:
+    """What `measure_load` sends."""
+    context = multiprocessing.get_context("spawn")
+    receiving, sending = context.Pipe(duplex=False)
+    process = context.Process(target=measure_load, args=(folder, _VARIANTS[name], sending))
+    process.start()
+    sending.close()
+    try:
+        result: dict[str, float] | str = receiving.recv()
+    except EOFError:
+        result = "the process was killed; was there enough memory?"
+    process.join()
+    if isinstance(result, str):
+        raise ValueError(f"{folder}, {name}: {result}")
+    return result
 
 
 def measure_load(folder: Path, scheme: Scheme | None, results: Any) -> None:

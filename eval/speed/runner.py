@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +13,7 @@ from yi_vl.hardware import synchronized_seconds
 
 from ..models import ModelChoice, Settings, YiVLModel, read_images
 from ..types import Question
+from .rounds import measure_rounds, median_ratio, spread
 
 if TYPE_CHECKING:
     from yi_vl import YiVL
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 def compare_runner(
     choice: ModelChoice, questions: Sequence[Question], batch_size: int, max_new_tokens: int
 ) -> dict[str, Any]:
-    """Both variants over the same questions, greedily; the first batch of each is not counted."""
+    """Both variants over the same questions, greedily, in turns."""
     answerer = YiVLModel(choice.source, choice.device, choice.quantize)
     ordered = sorted(questions, key=lambda question: (len(question.images), len(question.prompt.encode())))
     settings, device = Settings(max_new_tokens), answerer.yi_vl.model.device
@@ -37,24 +39,26 @@ def compare_runner(
     def one_by_one(some: Sequence[Question]) -> list[str]:
         return [_generate(answerer.yi_vl, question, max_new_tokens) for question in some]
 
-    results, texts = {}, {}
-    for name, variant in (
-        ("transformers' generate, one by one", one_by_one),
-        (f"eval's runner, batch {batch_size}", in_batches),
-    ):
-        variant(ordered[:batch_size])
+    texts: dict[str, list[str]] = {}
+
+    def rate(name: str, variant: Callable[[Sequence[Question]], list[str]]) -> float:
         answerer.yi_vl.clear_cache()
         started = synchronized_seconds(device)
         texts[name] = variant(ordered)
-        seconds = synchronized_seconds(device) - started
-        results[name] = {"questions_per_second": len(ordered) / seconds, "seconds": seconds}
-    slow, fast = (entry["questions_per_second"] for entry in results.values())
+        return len(ordered) / (synchronized_seconds(device) - started)
+
+    variants = {"transformers' generate, one by one": one_by_one, f"eval's runner, batch {batch_size}": in_batches}
+    for variant in variants.values():
+        variant(ordered[:batch_size])  # warm-up
+    rounds = measure_rounds({name: partial(rate, name, variant) for name, variant in variants.items()})
+    slow, fast = rounds.values()
     first, second = texts.values()
     same = sum(a == b for a, b in zip(first, second, strict=True))
     return {
         "what": f"{len(ordered)} questions, at most {max_new_tokens} new tokens, {choice.title}",
-        "variants": results,
-        "ratio": fast / slow,
+        "variants": {name: spread(rates, "questions_per_second") for name, rates in rounds.items()},
+        "ratio": median_ratio(fast, slow),
+        "rounds": len(slow),
         "same_answers": f"{same} of {len(ordered)}",
     }
 
