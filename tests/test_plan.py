@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -403,6 +404,14 @@ def test_rows_fit_as_long_as_is_said(chat_6b: Plan, is_checkpointed: bool) -> No
 
     assert (output(total(1279)), output(total(2048))) == ("no", "yes")
     assert output(total(1500)) in ("to 1,499", "to 1,500")
+
+
+def test_what_is_no_training_config_beside_one_does_not_matter(tmp_path: Path) -> None:
+    for stage in ("upscale-448", "chat-448"):
+        shutil.copy(ROOT / f"train/configs/6b/{stage}.yaml", tmp_path)
+    (tmp_path / "a-search.yaml").write_text("search_dir: runs/search\n")
+    with pytest.raises(ValueError, match="runs/6b/align-224/final is not there yet"):
+        make_plan(tmp_path / "chat-448.yaml", [], model=None, caption_tokens=32, chat_tokens=256)
 
 
 def test_hours_follow_from_operations(chat_6b: Plan) -> None:

@@ -16,7 +16,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @app.command()
 def mixture(
-    config: Annotated[Path, typer.Argument(help="A YAML file, such as train/configs/nano/mixture.yaml.")],
+    config: Annotated[Path, typer.Argument(help="A YAML file, such as train/configs/mixture/nano.yaml.")],
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="key.sub=value", help="Settings that replace the file's.")
     ] = None,

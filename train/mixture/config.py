@@ -183,7 +183,7 @@ def load_search(path: str | Path, overrides: Sequence[str] = ()) -> Search:
 
 def _read(path: Path, overrides: Sequence[str]) -> MixtureConfig:
     if not path.is_file():
-        raise ValueError(f"{path}: there is no such config file; an example is train/configs/nano/mixture.yaml.")
+        raise ValueError(f"{path}: there is no such config file; an example is train/configs/mixture/nano.yaml.")
     try:
         content = OmegaConf.load(path)
         if not isinstance(content, DictConfig):

@@ -300,7 +300,10 @@ def _initial_model(init: InitConfig, path: Path) -> YiVLConfig:
     if Path(init.checkpoint).is_dir():
         return read_config(find(init.checkpoint))
     for other in sorted(set(path.parent.glob("*.yaml")) - {path}):
-        maker = load_config(other)
+        try:
+            maker = load_config(other)
+        except ValueError:
+            continue  # it makes no model, such as a search's config
         if Path(maker.run_dir) / FINAL == Path(init.checkpoint):
             model = _initial_model(maker.init_from, other)
             set_rope_(model.text_config, maker.init_from.rope)
