@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+import pytest
 from tiny import OFFICIAL
 
 MODEL = "01-ai/Yi-VL-Tiny"
@@ -137,3 +138,8 @@ def content_of(folder: Path) -> dict[str, bytes]:
     """The files in a folder by their relative paths, hidden ones left out."""
     paths = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     return {str(path): (folder / path).read_bytes() for path in paths if not path.name.startswith(".")}
+
+
+def announced(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """The lines that are for the user; other packages log, too, where an earlier test has set their levels."""
+    return [record.getMessage() for record in caplog.records if record.name.startswith("yi_vl")]

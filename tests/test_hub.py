@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hubs import CHECKPOINT, MODEL, Hub, content_of, serving_hub
+from hubs import CHECKPOINT, MODEL, Hub, announced, content_of, serving_hub
 from huggingface_hub import constants
 
 import yi_vl
@@ -44,17 +44,17 @@ def refused(source: str) -> str:
 def test_what_is_missing_is_fetched_once_and_announced(hub: Hub, caplog: pytest.LogCaptureFixture) -> None:
     assert load_processor(MODEL).patches_per_image == 16
     assert "config.json" in hub.fetched and not any("pytorch_model-" in path for path in hub.fetched)
-    assert caplog.messages == [FETCHING]
+    assert announced(caplog) == [FETCHING]
     hub.fetched.clear()
     caplog.clear()
     load_processor(MODEL)
-    assert not hub.fetched and not caplog.messages
+    assert not hub.fetched and not announced(caplog)
 
     model = yi_vl.load(MODEL, device="cpu", dtype=torch.float32)
     local = yi_vl.load(CHECKPOINT, device="cpu", dtype=torch.float32)
     assert torch.equal(model.model.lm_head.weight, local.model.lm_head.weight)
     assert "images/example.png" not in hub.fetched and len(set(hub.fetched)) == len(hub.fetched) == 5
-    assert caplog.messages == [FETCHING]
+    assert announced(caplog) == [FETCHING]
     assert content_of(fetch(MODEL, with_weights=True)) == content_of(CHECKPOINT)
 
 
@@ -64,7 +64,7 @@ def test_without_the_hub_the_cache_is_used(
     folder = fetch(MODEL, with_weights=True)
     caplog.clear()
     point_to(monkeypatch, "http://127.0.0.1:9")
-    assert fetch(MODEL, with_weights=True) == folder and not caplog.messages
+    assert fetch(MODEL, with_weights=True) == folder and not announced(caplog)
 
 
 def test_a_hub_that_is_not_there_is_one_line(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:

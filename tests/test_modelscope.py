@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hubs import CHECKPOINT, MODEL, Hub, content_of, serving_hub
+from hubs import CHECKPOINT, MODEL, Hub, announced, content_of, serving_hub
 from typer.testing import CliRunner
 
 import yi_vl
@@ -121,7 +121,7 @@ def test_what_is_missing_is_fetched_once_and_announced(
     assert read_config(SOURCE).model_type == "yi_vl"
     assert load_processor(SOURCE).patches_per_image == 16
     assert "config.json" in hub.fetched and not any("pytorch_model-" in path for path in hub.fetched)
-    assert caplog.messages == [FETCHING]
+    assert announced(caplog) == [FETCHING]
     hub.fetched.clear()
     caplog.clear()
 
@@ -129,11 +129,11 @@ def test_what_is_missing_is_fetched_once_and_announced(
     local = yi_vl.load(CHECKPOINT, device="cpu", dtype=torch.float32)
     assert torch.equal(model.model.lm_head.weight, local.model.lm_head.weight)
     assert "images/example.png" not in hub.fetched and len(set(hub.fetched)) == len(hub.fetched) == 5
-    assert caplog.messages == [FETCHING]
+    assert announced(caplog) == [FETCHING]
     hub.fetched.clear()
     caplog.clear()
     assert content_of(fetch(SOURCE, with_weights=True)) == content_of(CHECKPOINT)
-    assert not hub.fetched and not caplog.messages
+    assert not hub.fetched and not announced(caplog)
     assert capfd.readouterr().out == ""
 
 
@@ -144,7 +144,7 @@ def test_without_modelscope_the_cache_is_used(
     caplog.clear()
     point_to(monkeypatch, "http://127.0.0.1:9")
     assert fetch(SOURCE, with_weights=True) == folder
-    assert len(caplog.messages) == 1 and "as it is in the cache" in caplog.messages[0]
+    assert len(announced(caplog)) == 1 and "as it is in the cache" in announced(caplog)[0]
 
 
 def test_a_server_that_is_down_is_one_line(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,7 +163,7 @@ def test_an_interrupted_download_is_one_line_and_is_resumed(
     hub.broken = {"pytorch_model-00002-of-00004.bin"}
     message = refused(SOURCE)
     assert "pytorch_model-00002-of-00004.bin failed" in message and message.isascii()
-    assert caplog.messages == [FETCHING]
+    assert announced(caplog) == [FETCHING]
     hub.broken = set()
     hub.fetched.clear()
     assert content_of(fetch(SOURCE, with_weights=True)) == content_of(CHECKPOINT)
