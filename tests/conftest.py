@@ -22,6 +22,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # tests ask no hub
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 180, 60), "blue": (40, 60, 220), "yellow": (230, 220, 40)}
 Members = dict[str, bytes]  # member name -> content, of one sample
+RunApp = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(autouse=True)
@@ -30,6 +31,22 @@ def fixed_seed() -> None:
     random.seed(0)
     if "torch" in sys.modules:  # the seed of a torch that is not yet imported is fixed too
         sys.modules["torch"].manual_seed(0)
+
+
+@pytest.fixture
+def run_app(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> RunApp:
+    """A function (program, app, *arguments) that runs a command in this process: (exit code, stdout, stderr)."""
+    from yi_vl import program
+
+    def call(name: str, app: Callable[[], object], *arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            program.run(app, "error")
+        out, err = capfd.readouterr()
+        return int(caught.value.code or 0), out, err
+
+    return call
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ from train.mixture import search as mixture_search
 from train.mixture.__main__ import app
 from train.mixture.config import Search, load_search
 from train.mixture.search import run_search
+from train.spike_guard import DivergedError
 from train.trainer import Trainer
 from train.trainer import train as real_train
 from yi_vl import program
@@ -71,7 +72,7 @@ def use_losses(monkeypatch: pytest.MonkeyPatch, loss_of: Loss, draws_page: bool 
         ]
         (Path(config.run_dir) / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         if loss is None:
-            raise ValueError("10 consecutive steps were skipped; the gradient norm of the last is nan.")
+            raise DivergedError("10 consecutive steps were skipped; the gradient norm of the last is nan.")
 
     monkeypatch.setattr(runs, "train", train)
     return made
@@ -247,7 +248,7 @@ def test_a_run_that_diverges_is_left_out(
         run_search(load(f"search_dir={load().directory}-other"))
 
 
-def test_a_larger_budget_goes_on_from_the_runs_made(
+def test_a_larger_budget_continues_from_the_runs_made(
     load: Callable[..., Search], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use_losses(monkeypatch, known_loss)

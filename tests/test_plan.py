@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import inspect
 import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import RunApp
 from tiny import tiny_config, tiny_processor
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -36,7 +37,6 @@ from train.plan.curves import draw_curves
 from train.plan.estimate import count_parameters, logit_bytes, step_memory, strategies
 from train.plan.flops import Row, batch_flops, step_flops
 from train.qlora import read_int4
-from yi_vl import program
 from yi_vl.config import OpenClipVisionConfig, YiVLConfig, preset
 from yi_vl.model import YiVLForConditionalGeneration
 
@@ -323,19 +323,10 @@ def test_counts_are_those_of_the_release() -> None:
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
+def run(run_app: RunApp, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Runs `python -m train.plan` in this process: (exit code, stdout, stderr)."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["train.plan", *map(str, arguments)])
-        monkeypatch.chdir(ROOT)
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as caught:
-            program.run(app, "error")
-        out, err = capfd.readouterr()
-        return int(caught.value.code or 0), out, err
-
-    return call
+    monkeypatch.chdir(ROOT)
+    return partial(run_app, "train.plan", app)
 
 
 def rows(output: str, first: str) -> list[list[str]]:

@@ -4,8 +4,8 @@ previewed and given reference log-probabilities."""
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import png
+from conftest import RunApp, png
 from preference_runs import configure_preferences, pair_sample
 from toy_runs import losses, step_once, stop_after, trainer
 
@@ -28,7 +28,6 @@ from train.preview import preview
 from train.shards import reference as shards_reference
 from train.shards.__main__ import app
 from train.trainer import train
-from yi_vl import program
 from yi_vl.chat import SYSTEM_PROMPT, Segment, to_text
 
 Run = Callable[..., tuple[int, str, str]]
@@ -76,19 +75,10 @@ SPELLINGS: dict[str, Any] = {
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
+def run(run_app: RunApp, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Runs `python -m train.shards` in this process: (exit code, stdout, stderr)."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["train.shards", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "200")
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as caught:
-            program.run(app, "error")
-        out, err = capfd.readouterr()
-        return int(caught.value.code or 0), out, err
-
-    return call
+    monkeypatch.setenv("COLUMNS", "200")
+    return partial(run_app, "train.shards", app)
 
 
 def raw(record: Any, **members: bytes) -> dict[str, Any]:

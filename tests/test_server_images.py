@@ -85,6 +85,28 @@ class CountingProcessor(YiVLImageProcessor):
         return super().prepare(*arguments, **options)
 
 
+def test_what_nobody_waits_for_any_more_is_not_decoded() -> None:
+    processor = CountingProcessor()
+    decoder = ImageDecoder(processor, num_threads=1, max_images=2)
+
+    async def run() -> None:
+        first = asyncio.create_task(decoder.decode(WIDE.read_bytes(), ""))
+        leaving = [asyncio.create_task(decoder.decode(TALL.read_bytes(), "")) for _ in range(2)]
+        await asyncio.sleep(0)
+        for task in leaving:
+            task.cancel()
+        await asyncio.gather(*leaving, return_exceptions=True)
+        processor.may_go.set()
+        await first
+        await decoder.decode(b"%b " % WIDE.read_bytes(), "")  # after what waits before it
+        assert processor.num_prepared == 2
+        await decoder.decode(TALL.read_bytes(), "")
+        assert processor.num_prepared == 3  # sent again, it is decoded
+
+    asyncio.run(run())
+    decoder.close()
+
+
 def test_an_image_is_decoded_once_for_all_who_send_it() -> None:
     """Also when the first of them leaves; a broken one is refused each time, by its own name."""
     processor, content = CountingProcessor(), WIDE.read_bytes()

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import COLOURS, Members, caption_sample, chat_sample, png
+from conftest import COLOURS, Members, RunApp, caption_sample, chat_sample, png
 from PIL import Image
 
 from train.config import DataConfig, SourceConfig
@@ -28,7 +27,6 @@ from train.data.stream import expand_shards, read_shard
 from train.shards.__main__ import app, build
 from train.shards.files import MANIFEST, Manifest
 from train.shards.sources import Chunk, LlavaSource, Reader
-from yi_vl import program
 from yi_vl.chat import from_llava, render, to_text
 from yi_vl.image import YiVLImageProcessor
 from yi_vl.processor import YiVLProcessor, prepare_tokenizer
@@ -43,19 +41,10 @@ def processor(toy_language_model: Path) -> YiVLProcessor:
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
+def run(run_app: RunApp, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Runs `python -m train.shards` in this process: (exit code, stdout, stderr)."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["train.shards", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "200")
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as caught:
-            program.run(app, "error")
-        out, err = capfd.readouterr()
-        return int(caught.value.code or 0), out, err
-
-    return call
+    monkeypatch.setenv("COLUMNS", "200")
+    return partial(run_app, "train.shards", app)
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from toy_runs import losses, step_once, stop_after, trainer
 from train import checkpoint
 from train.config import SpikeGuardConfig, TrainConfig
 from train.metrics import read_metrics
-from train.spike_guard import SpikeGuard
+from train.spike_guard import DivergedError, SpikeGuard
 from train.trainer import Trainer, train
 from yi_vl.model import YiVLForConditionalGeneration
 
@@ -161,7 +161,7 @@ def test_too_many_skipped_steps_stop_the_run_and_name_the_checkpoint(configure: 
     run = trainer(config)
     run.objective = Poisoned(run, {3, 4, 5})
     with pytest.raises(
-        ValueError, match=r"2 consecutive steps were skipped.* is nan.*last good checkpoint is .*step-00000003;"
+        DivergedError, match=r"2 consecutive steps were skipped.* is nan.*last good checkpoint is .*step-00000003;"
     ):
         run.run()
     model = YiVLForConditionalGeneration.from_pretrained(Path(config.run_dir) / "step-00000003")

@@ -13,6 +13,10 @@ _NUM_NORMS = 100  # in the running median
 _MIN_NORMS = 20  # before any norm is an outlier
 
 
+class DivergedError(ValueError):
+    """So many steps in a row were skipped that the run stops."""
+
+
 class SpikeGuard:
     """Decides by the gradient norm whether a step is skipped, and counts skipped steps."""
 

@@ -37,7 +37,7 @@ from .plan.flops import batch_flops
 from .resume import check_finished, find_checkpoint
 from .setup import build_held_out, build_loader, build_model, build_objective, check_shards, reference_model
 from .signals import StopSignals
-from .spike_guard import SpikeGuard
+from .spike_guard import DivergedError, SpikeGuard
 from .validation import Validation, build_validation, evaluation
 
 
@@ -191,7 +191,7 @@ class Trainer:
             self.accelerator.log(flatten(metrics), step=self.done_steps)
         reporter.step(self.done_steps, metrics)
         if self.guard.should_stop:
-            raise ValueError(
+            raise DivergedError(
                 f"{self.guard.num_consecutive} consecutive steps were skipped; the gradient norm of the last is "
                 f"{norm:g}, spike_guard.max_norm_ratio {self.config.spike_guard.max_norm_ratio}. Lower the learning "
                 "rate, or look at the samples of these steps (log_samples=true). "

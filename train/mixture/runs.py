@@ -25,6 +25,7 @@ from ..checkpoint import BEST, FINAL, checkpoints
 from ..config import TrainConfig, num_steps
 from ..config_file import to_yaml
 from ..metrics import METRICS_FILE, read_metrics, validation_rows
+from ..spike_guard import DivergedError
 from ..trainer import train
 from .config import Search
 from .design import Point
@@ -32,7 +33,6 @@ from .design import Point
 VALIDATION, VERDICT = "validation", "verdict"
 _RESULT = "result.json"
 _LOG = "train.log"
-_DIVERGED = "consecutive steps were skipped"  # the trainer's words when the spike guard stops a run
 
 
 @dataclass(frozen=True)
@@ -150,10 +150,10 @@ class Runner:
         try:
             with _output_to(log):
                 train(config)
+        except DivergedError:
+            has_diverged = True
         except ValueError as error:
-            has_diverged = _DIVERGED in str(error)
-            if not has_diverged:
-                raise ValueError(f"run {run.name}: {error} (log: {log})") from error
+            raise ValueError(f"run {run.name}: {error} (log: {log})") from error
         except SystemExit:
             print_line(f"Stopped in run {self._done_runs} of {self._num_runs}; the same command resumes the search.")
             raise

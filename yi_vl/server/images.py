@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 from collections import OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -41,6 +42,14 @@ async def read_url(url: str, param: str, limits: Limits, allow_remote: bool) -> 
         raise ApiError(422, str(error), param, "image_unavailable") from error
 
 
+@dataclass
+class _Image:
+    """An image that is decoded or waits for it, and how many requests wait for it."""
+
+    pixels: Future[Tensor]
+    num_waiting: int = 0
+
+
 class ImageDecoder:
     """Decodes images in a few threads. Those of the latest requests are kept, as each turn of a chat sends them again.
 
@@ -53,7 +62,7 @@ class ImageDecoder:
         self._processor = processor
         self._max_images = max_images
         self._threads = ThreadPoolExecutor(num_threads, "yi-vl-images")
-        self._images: OrderedDict[bytes, Future[Tensor]] = OrderedDict()  # by the hash of the encoded bytes
+        self._images: OrderedDict[bytes, _Image] = OrderedDict()  # by the hash of the encoded bytes
 
     async def decode(self, data: bytes, param: str) -> Tensor:
         """The image in encoded bytes as the model sees it, (H, W, 3) uint8, not to be modified.
@@ -66,23 +75,29 @@ class ImageDecoder:
         """
         digest = hashlib.sha256(data).digest()
         image = self._images.pop(digest, None)
-        if image is None or image.cancelled() or (image.done() and image.exception()):
-            image = self._threads.submit(self._processor.to_uint8, data, WEB_FORMATS)
+        if image is None or _has_failed(image.pixels):
+            image = _Image(self._threads.submit(self._processor.to_uint8, data, WEB_FORMATS))
         self._images[digest] = image
         while len(self._images) > self._max_images:
             self._images.popitem(last=False)
-        waiting = asyncio.wrap_future(image)
-        waiting.add_done_callback(
-            lambda done: done.cancelled() or done.exception()
-        )  # or asyncio logs what nobody awaits
+        pixels = asyncio.wrap_future(image.pixels)
+        pixels.add_done_callback(lambda done: done.cancelled() or done.exception())  # else asyncio logs unseen ones
+        image.num_waiting += 1
         try:
-            # other requests may wait for the same image: a client that leaves does not cancel it
-            return await asyncio.shield(waiting)
+            return await asyncio.shield(pixels)  # the last client that leaves cancels it, not the first
         except ValueError as error:
             raise ApiError(422, f"{param}: {error}", param, "invalid_image") from error
+        finally:
+            image.num_waiting -= 1
+            if not image.num_waiting:
+                image.pixels.cancel()  # unless it has begun
 
     def close(self) -> None:
         self._threads.shutdown(cancel_futures=True)
+
+
+def _has_failed(pixels: Future[Tensor]) -> bool:
+    return pixels.cancelled() or (pixels.done() and pixels.exception() is not None)
 
 
 def _decode_data_url(url: str, param: str, max_bytes: int) -> bytes:
