@@ -17,10 +17,10 @@ ROOT = Path(__file__).parents[1]
 # Inside yi_vl a module imports only modules of earlier lines, and of its own entry: a module, or a package, that stands
 # for its modules that have no entry of their own.
 LAYERS = (
-    {"arguments", "chat", "connector", "files", "hardware", "program", "runtime", "startup"}
+    {"arguments", "chat", "connector", "files", "hardware", "program", "runtime", "startup", "versions"}
     | {"autotune", "engine.fingerprint", "engine.kv_cache", "checkpoint.key_map"},
     {"config", "chat_template", "linear"},
-    {"vision_blocks"},
+    {"vision_blocks", "decoder"},
     {"image", "messages", "generation", "quantize", "vision", "engine.prefix_cache", "checkpoint.json_files"},
     {"model", "checkpoint.weight_files"},
     {"processor"},

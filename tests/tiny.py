@@ -12,7 +12,6 @@ from transformers.cache_utils import Cache
 
 from yi_vl.chat import from_llava
 from yi_vl.config import OpenClipVisionConfig, YiVLConfig
-from yi_vl.engine.kv_cache import CACHE_ARGUMENT
 from yi_vl.engine.prompt import Prompt
 from yi_vl.engine.running_batch import RunningBatch
 from yi_vl.engine.sampling import Sampling
@@ -20,6 +19,7 @@ from yi_vl.image import YiVLImageProcessor
 from yi_vl.model import YiVLForConditionalGeneration
 from yi_vl.predict import YiVL
 from yi_vl.processor import YiVLProcessor, prepare_tokenizer
+from yi_vl.versions import CACHE_ARGUMENT
 
 OFFICIAL = Path(__file__).parent / "official_tiny"
 IMAGE_SIZE_PX, PATCH_SIZE_PX, NUM_PATCHES = 56, 14, 16

@@ -4,10 +4,20 @@
 `import yi_vl.auto` once.
 """
 
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+)
 
 from .config import OpenClipVisionConfig as OpenClipVisionConfig
 from .config import YiVLConfig as YiVLConfig
+from .decoder.config import YiHybridConfig as YiHybridConfig
+from .decoder.model import YiHybridForCausalLM as YiHybridForCausalLM
+from .decoder.model import YiHybridModel as YiHybridModel
 from .image import YiVLImageProcessor as YiVLImageProcessor
 from .model import YiVLForConditionalGeneration as YiVLForConditionalGeneration
 from .model import YiVLModel as YiVLModel
@@ -16,8 +26,11 @@ from .vision import OpenClipTower as OpenClipTower
 
 AutoConfig.register(OpenClipVisionConfig.model_type, OpenClipVisionConfig)
 AutoConfig.register(YiVLConfig.model_type, YiVLConfig)
+AutoConfig.register(YiHybridConfig.model_type, YiHybridConfig)
 AutoModel.register(OpenClipVisionConfig, OpenClipTower)
 AutoModel.register(YiVLConfig, YiVLModel)
+AutoModel.register(YiHybridConfig, YiHybridModel)
+AutoModelForCausalLM.register(YiHybridConfig, YiHybridForCausalLM)
 AutoModelForImageTextToText.register(YiVLConfig, YiVLForConditionalGeneration)
 AutoProcessor.register(YiVLConfig, YiVLProcessor)
 # Under both names: transformers asks for "torchvision" first, and warns when it has to fall back.

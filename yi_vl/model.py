@@ -35,6 +35,7 @@ class YiVLModelOutput(BaseModelOutputWithPast):
     """The language model's output, and the image features (N, P, D) that went into it; None without images."""
 
     image_hidden_states: Tensor | None = None
+    router_sums: tuple[Any, ...] | None = None  # of a language model of experts in training; see decoder/losses.py
 
 
 @dataclass
@@ -42,6 +43,7 @@ class YiVLCausalLMOutput(CausalLMOutputWithPast):
     """The same with logits (B, S, V) and the loss."""
 
     image_hidden_states: Tensor | None = None
+    router_sums: tuple[Any, ...] | None = None
 
 
 class YiVLPreTrainedModel(PreTrainedModel):
@@ -53,7 +55,7 @@ class YiVLPreTrainedModel(PreTrainedModel):
     input_modalities = ["image", "text"]
     supports_gradient_checkpointing = True
     _skip_keys_device_placement = ["cache", "past_key_values"]
-    _no_split_modules = ["LlamaDecoderLayer", "ResidualAttentionBlock", "ConvStem"]
+    _no_split_modules = ["LlamaDecoderLayer", "HybridDecoderLayer", "ResidualAttentionBlock", "ConvStem"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True

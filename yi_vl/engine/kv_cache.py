@@ -5,18 +5,14 @@ B rows, R rows gathered, H key-value heads, T tokens, E head width.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import LlamaModel
 from transformers.cache_utils import Cache, DynamicLayer
 
-# The name of a model's cache argument, which transformers 5.24 renamed.
-CACHE_ARGUMENT = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
 _RESERVE_TOKENS = 256  # few copies over an answer, and little memory that is never used
 
 

@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from .kv_cache import CACHE_ARGUMENT, GrowableLayer, gather
+from ..versions import CACHE_ARGUMENT
+from .kv_cache import GrowableLayer, gather
 from .request import Request, StepOutput
 from .sampler import Sampler
 from .sampling import Sampling

@@ -1,0 +1,97 @@
+"""A feed-forward layer of experts, chosen for each token by top-k or top-p, and sums over tokens for its losses.
+
+T tokens, E experts, K places for the experts of a token, G parts of the tokens, D width.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+from .config import YiHybridConfig
+
+
+class RouterSums(NamedTuple):
+    """Sums over the tokens of each of G parts, from which the losses and the metrics of one layer are computed."""
+
+    tokens: Tensor  # (G,)
+    probabilities: Tensor  # (G, E)
+    entropy: Tensor  # (G,) in nats
+    first_choices: Tensor  # (G, E) tokens whose most probable expert it is
+    routed: Tensor  # (G, E) tokens that get the expert
+
+
+class Router(nn.Module):
+    """Chooses the experts of each token, by the settings of the config as they are at the time of the call."""
+
+    def __init__(self, config: YiHybridConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(T, D) -> probabilities (T, E) in fp32, and of each token's experts the ids (T, K) and weights (T, K).
+
+        Places that top-p leaves free have the id E and the weight 0.
+        """
+        config = self.config
+        probabilities = F.linear(hidden_states, self.weight).float().softmax(-1)  # (T, E)
+        weights, ids = probabilities.topk(config.num_routed, dim=-1)  # (T, K), the most probable first
+        if config.router_top_p is not None:
+            is_free = weights.cumsum(-1) - weights >= config.router_top_p  # the sum before it suffices
+            weights = weights.masked_fill(is_free, 0.0)
+            ids = ids.masked_fill(is_free, config.num_experts)
+        if config.norm_topk_prob:
+            weights = weights / weights.sum(-1, keepdim=True)
+        return probabilities, ids, weights
+
+
+class Experts(MixtralExperts):
+    """transformers' experts, which skip free places: expert parallelism marks those of other ranks in the same way."""
+
+    def __init__(self, config: YiHybridConfig) -> None:
+        super().__init__(config)  # type: ignore[arg-type]  # it reads names that both configs have
+        self._is_expert_parallel = True
+
+
+class SparseFeedForward(nn.Module):
+    """A router and its experts, in place of a dense feed-forward layer."""
+
+    def __init__(self, config: YiHybridConfig) -> None:
+        super().__init__()
+        self.num_parts = config.router_balance_parts
+        self.gate = Router(config)
+        self.experts = Experts(config)
+
+    def forward(self, hidden_states: Tensor, token_mask: Tensor | None = None) -> tuple[Tensor, RouterSums | None]:
+        """(B, S, D) -> (B, S, D), and in training mode the sums over the tokens that `token_mask`, (B, S), has."""
+        tokens = hidden_states.flatten(0, -2)  # (T, D)
+        probabilities, ids, weights = self.gate(tokens)
+        output = self.experts(tokens, ids, weights.to(tokens.dtype)).view_as(hidden_states)
+        if not self.training:
+            return output, None
+        return output, router_sums(probabilities, ids, token_mask, self.num_parts)
+
+
+def router_sums(probabilities: Tensor, ids: Tensor, token_mask: Tensor | None, num_parts: int) -> RouterSums:
+    """Of contiguous parts of about the same size: (T, E) probabilities, (T, K) ids, (B, S) mask -> `RouterSums`."""
+    num_tokens, num_experts = probabilities.shape
+    device = probabilities.device
+    is_token = torch.ones(num_tokens, device=device) if token_mask is None else token_mask.flatten().float()
+    part = torch.arange(num_tokens, device=device) * num_parts // num_tokens
+    parts = F.one_hot(part, num_parts).float() * is_token.unsqueeze(1)  # (T, G)
+    entropy = -(probabilities * probabilities.clamp_min(1e-20).log()).sum(-1)
+    with torch.no_grad():
+        first_choices = F.one_hot(probabilities.argmax(-1), num_experts).float()
+        routed = F.one_hot(ids, num_experts + 1).sum(1)[:, :num_experts].float()
+    return RouterSums(
+        tokens=parts.sum(0),
+        probabilities=parts.T @ probabilities,
+        entropy=parts.T @ entropy,
+        first_choices=parts.T @ first_choices,
+        routed=parts.T @ routed,
+    )
