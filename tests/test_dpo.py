@@ -105,7 +105,7 @@ def row_images(run: Trainer, micro: MicroBatch) -> list[Tensor | None]:
     pixels = run.processor.image_processor.to_pixel_values(micro.images)
     taken, of_rows = 0, []
     for ids in micro.input_ids:
-        count = int((ids == run.processor.image_token_id).sum()) // run.processor.patches_per_image
+        count = int((ids == run.processor.image_token_id).sum()) // run.processor.tokens_per_image
         of_rows.append(pixels[micro.image_index[taken : taken + count]] if count else None)
         taken += count
     assert taken == len(micro.image_index)

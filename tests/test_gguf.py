@@ -27,7 +27,7 @@ from yi_vl.checkpoint.load import open_model
 from yi_vl.checkpoint.read import LazyTensor
 from yi_vl.checkpoint.verify import verify_gguf
 from yi_vl.cli import app
-from yi_vl.config import IMAGE_MEAN, OpenClipVisionConfig
+from yi_vl.config import IMAGE_MEAN, OpenClipVisionConfig, YiVLConfig
 
 gguf = pytest.importorskip("gguf", reason="writing GGUF needs the package gguf")
 
@@ -249,9 +249,10 @@ def test_nanos_language_model_alone_is_written(tmp_path: Path) -> None:
 
 
 def test_towers_that_clip_cannot_hold_are_named() -> None:
-    assert "eva02" in str(vision_unsupported(OpenClipVisionConfig(timm_model="eva02_base_patch14_448")))
-    assert "last block" in str(vision_unsupported(OpenClipVisionConfig(feature_layer=-1)))
-    assert vision_unsupported(OpenClipVisionConfig()) is None
+    eva = OpenClipVisionConfig(timm_model="eva02_base_patch14_448")
+    assert "eva02" in str(vision_unsupported(YiVLConfig(vision_config=eva)))
+    assert "last block" in str(vision_unsupported(YiVLConfig(vision_config=OpenClipVisionConfig(feature_layer=-1))))
+    assert vision_unsupported(YiVLConfig(vision_config=OpenClipVisionConfig())) is None
 
 
 def test_what_cannot_be_written_is_refused_in_one_line(

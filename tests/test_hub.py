@@ -42,7 +42,7 @@ def refused(source: str) -> str:
 
 
 def test_what_is_missing_is_fetched_once_and_announced(hub: Hub, caplog: pytest.LogCaptureFixture) -> None:
-    assert load_processor(MODEL).patches_per_image == 16
+    assert load_processor(MODEL).tokens_per_image == 16
     assert "config.json" in hub.fetched and not any("pytorch_model-" in path for path in hub.fetched)
     assert announced(caplog) == [FETCHING]
     hub.fetched.clear()

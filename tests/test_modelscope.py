@@ -119,7 +119,7 @@ def test_what_is_missing_is_fetched_once_and_announced(
     hub: Hub, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert read_config(SOURCE).model_type == "yi_vl"
-    assert load_processor(SOURCE).patches_per_image == 16
+    assert load_processor(SOURCE).tokens_per_image == 16
     assert "config.json" in hub.fetched and not any("pytorch_model-" in path for path in hub.fetched)
     assert announced(caplog) == [FETCHING]
     hub.fetched.clear()

@@ -19,7 +19,7 @@ def processor() -> YiVLProcessor:
 
 def test_the_image_token_follows_the_tokenizers_last_id(processor: YiVLProcessor) -> None:
     assert processor.image_token_id == IMAGE_TOKEN_ID == len(processor.tokenizer) - 1
-    assert processor.patches_per_image == NUM_PATCHES
+    assert processor.tokens_per_image == NUM_PATCHES
     assert processor.tokenizer.padding_side == "left"
 
 

@@ -63,7 +63,7 @@ def preview(config: TrainConfig, num_samples: int) -> str:
     changes = f"<p>{escape(line)}.</p>" if (line := describe_sources(config)) is not None else ""
     body = (
         f"<h1>{escape(config.run_dir)}</h1>"
-        f"<p>{config.image_size} px, {processor.patches_per_image} tokens per image. "
+        f"<p>{config.image_size} px, {processor.tokens_per_image} tokens per image. "
         f"<span class=supervised>Supervised</span>, <span class=image>image</span>. {escape(summary)}.</p>{changes}"
         + "\n".join(articles)
     )

@@ -40,14 +40,14 @@ class TooLongError(ValueError):
     """A conversation of more than `max_tokens` tokens: `num_tokens`, or at least so many if it was not tokenized."""
 
     def __init__(
-        self, num_tokens: int, num_images: int, patches_per_image: int, max_tokens: int, is_tokenized: bool = True
+        self, num_tokens: int, num_images: int, tokens_per_image: int, max_tokens: int, is_tokenized: bool = True
     ) -> None:
         self.num_tokens, self.is_tokenized = num_tokens, is_tokenized
         self.num_images, self.max_tokens = num_images, max_tokens
         takes = "takes" if is_tokenized else "takes at least"
         super().__init__(
-            f"The prompt {takes} {num_tokens} tokens, {num_images * patches_per_image} of them for {num_images} images "
-            f"of {patches_per_image}; the model holds {max_tokens + 1}, the answer included. Give fewer images or a "
+            f"The prompt {takes} {num_tokens} tokens, {num_images * tokens_per_image} of them for {num_images} images "
+            f"of {tokens_per_image}; the model holds {max_tokens + 1}, the answer included. Give fewer images or a "
             "shorter text, or begin a new chat."
         )
 
@@ -149,7 +149,7 @@ def encode(
     segments: Sequence[Segment],
     tokenizer: Any,
     image_token_id: int,
-    patches_per_image: int,
+    tokens_per_image: int,
     max_tokens: int | None = None,
     max_token_length: int = 1,
 ) -> Encoded:
@@ -167,7 +167,7 @@ def encode(
         TooLongError: there are more than `max_tokens` tokens.
     """
     if max_tokens is not None:
-        _check_length(segments, patches_per_image, max_tokens, max_token_length)
+        _check_length(segments, tokens_per_image, max_tokens, max_token_length)
     encoded = Encoded()
     special_ids = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
     special_ids.discard(tokenizer.unk_token_id)  # also of characters that the vocabulary does not have
@@ -175,8 +175,8 @@ def encode(
     for chunk in _chunks(segments):
         if chunk[0].is_image:
             encoded.image_starts.append(len(encoded.input_ids))
-            encoded.input_ids += [image_token_id] * patches_per_image
-            encoded.loss_mask += [False] * patches_per_image
+            encoded.input_ids += [image_token_id] * tokens_per_image
+            encoded.loss_mask += [False] * tokens_per_image
             continue
         if chunk[0].is_special:
             encoded.input_ids.append(id_of[chunk[0].text])
@@ -187,7 +187,7 @@ def encode(
         encoded.input_ids += input_ids
         encoded.loss_mask += [supervised[start] for start in starts]
     if max_tokens is not None and len(encoded.input_ids) > max_tokens:
-        raise TooLongError(len(encoded.input_ids), len(encoded.image_starts), patches_per_image, max_tokens)
+        raise TooLongError(len(encoded.input_ids), len(encoded.image_starts), tokens_per_image, max_tokens)
     return encoded
 
 
@@ -258,14 +258,14 @@ def from_llava(conversations: Sequence[dict[str, str]]) -> list[dict[str, Any]]:
     return messages
 
 
-def _check_length(segments: Sequence[Segment], patches_per_image: int, max_tokens: int, max_token_length: int) -> None:
+def _check_length(segments: Sequence[Segment], tokens_per_image: int, max_tokens: int, max_token_length: int) -> None:
     num_images = sum(segment.is_image for segment in segments)
     num_characters = sum(len(segment.text) for segment in segments if not segment.is_image)
-    least = num_images * patches_per_image + math.ceil(num_characters / max_token_length)
+    least = num_images * tokens_per_image + math.ceil(num_characters / max_token_length)
     if least <= max_tokens:  # else cutting it into chunks could take long as well
-        least = sum(patches_per_image if chunk[0].is_image else 1 for chunk in _chunks(segments))
+        least = sum(tokens_per_image if chunk[0].is_image else 1 for chunk in _chunks(segments))
     if least > max_tokens:
-        raise TooLongError(least, num_images, patches_per_image, max_tokens, is_tokenized=False)
+        raise TooLongError(least, num_images, tokens_per_image, max_tokens, is_tokenized=False)
 
 
 def strip_separator(text: str, chat_format: ChatFormat = YI_VL) -> str:

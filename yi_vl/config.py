@@ -9,6 +9,7 @@ from typing import Any
 from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
 
 from .arguments import as_float, shown
+from .connector.config import ConnectorConfig
 
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)  # OpenAI CLIP's, kept by OpenCLIP ViT-H-14 and by Yi-VL
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -135,22 +136,27 @@ class OpenClipVisionConfig(PreTrainedConfig):
 
     @property
     def num_patches(self) -> int:
-        """P: patches, and so image tokens, per image."""
+        """Patches of an image."""
         return self.grid_size**2
 
 
 class YiVLConfig(PreTrainedConfig):
-    """An OpenCLIP tower, a LayerNorm MLP projector and a Llama-architecture language model.
+    """An OpenCLIP tower, a connector (Yi-VL's LayerNorm MLP projector) and a Llama-architecture language model.
 
     `image_token_id` is the id of `<image_placeholder>`: the row after the last one of the tokenizer (64000 for Yi). The
     embedding table holds it (64064 rows for Yi, a multiple of 64).
     """
 
     model_type = "yi_vl"
-    sub_configs = {"vision_config": OpenClipVisionConfig, "text_config": AutoConfig}
+    sub_configs = {
+        "vision_config": OpenClipVisionConfig,
+        "text_config": AutoConfig,
+        "connector_config": ConnectorConfig,
+    }
 
     vision_config: Any = None  # an OpenClipVisionConfig, also when given as a dict or not at all
     text_config: Any = None  # a LlamaConfig, likewise
+    connector_config: Any = None  # a ConnectorConfig, likewise
     image_token_id: int = 64000
     tie_word_embeddings: bool = False
 
@@ -159,8 +165,16 @@ class YiVLConfig(PreTrainedConfig):
             self.vision_config = OpenClipVisionConfig(**(self.vision_config or {}))
         if not isinstance(self.text_config, PreTrainedConfig):
             self.text_config = AutoConfig.for_model(**{"model_type": "llama", **(self.text_config or {})})
+        if not isinstance(self.connector_config, PreTrainedConfig):
+            self.connector_config = ConnectorConfig(**(self.connector_config or {}))
         check_rope(self.text_config)
         super().__post_init__(**kwargs)
+
+    @property
+    def num_image_tokens(self) -> int:
+        """P: tokens that an image takes in the prompt."""
+        num_tokens = self.connector_config.num_tokens
+        return self.vision_config.num_patches if num_tokens is None else num_tokens
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """As transformers does, and beside it a file by which a program that does not import yi_vl finds the classes.

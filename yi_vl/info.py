@@ -27,7 +27,12 @@ def config_table(name: str, config: YiVLConfig, folder: Path | None) -> Table:
         f"{vision.num_hidden_layers} blocks, width {vision.hidden_size}, {vision.num_attention_heads} heads{stem}; "
         f"{vision.image_size} px in patches of {vision.patch_size} px",
     )
-    table.add_row("image tokens", f"{vision.num_patches} per image ({vision.grid_size} x {vision.grid_size})")
+    connector = config.connector_config
+    if connector.is_projector:
+        table.add_row("image tokens", f"{vision.num_patches} per image ({vision.grid_size} x {vision.grid_size})")
+    else:
+        table.add_row("connector", f"{connector.type}, {connector.num_layers} layers")
+        table.add_row("image tokens", f"{config.num_image_tokens} per image, of {vision.num_patches} patches")
     table.add_row(
         "language model",
         f"{text.num_hidden_layers} layers, width {text.hidden_size}, feed-forward {text.intermediate_size}, "

@@ -1,6 +1,6 @@
 """Yi-VL: an image encoder, a projector and a language model joined the LLaVA way. THE file to read.
 
-The contract everybody shares. B samples, S tokens, N images in the batch, P patches per image, Dv vision width,
+The contract everybody shares. B samples, S tokens, N images in the batch, P tokens per image, Dv vision width,
 D language width, V vocabulary.
 
 | name           | shape, dtype          | made by           | note                                                    |
@@ -9,7 +9,7 @@ D language width, V vocabulary.
 | attention_mask | (B, S)                | engine, collate   | 1 on real tokens, images included                       |
 | labels         | (B, S) int64          | collate           | unshifted, -100 off the loss mask                       |
 | pixel_values   | (N, 3, H, W) float    | image/            | normalized; None when the batch has no image            |
-| image features | (N, P, Dv)->(N, P, D) | vision, connector | one masked assignment; a mismatch names both counts     |
+| image features | (N, *, Dv)->(N, P, D)| vision, connector | one masked assignment; a mismatch names both counts     |
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutp
 from transformers.utils import can_return_tuple
 
 from .config import YiVLConfig
-from .connector import Projector
+from .connector import Connector, build_connector
 from .vision import OpenClipTower
 
 
@@ -62,20 +62,28 @@ class YiVLPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, Connector):
+            module.init_weights_()
+
 
 class YiVLModel(YiVLPreTrainedModel):
-    """Tower, projector and language model, without the head over the vocabulary."""
+    """Tower, connector and language model, without the head over the vocabulary."""
 
     def __init__(self, config: YiVLConfig) -> None:
         super().__init__(config)
         self.vision_tower = OpenClipTower(config.vision_config)
-        self.multi_modal_projector = Projector(config.vision_config.hidden_size, config.text_config.hidden_size)
+        self.multi_modal_projector = build_connector(
+            config.connector_config, config.vision_config.hidden_size, config.text_config.hidden_size
+        )
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
 
     def encode_images(self, pixel_values: Tensor) -> Tensor:
         """(N, 3, H, W) -> image features in the language model's space, (N, P, D)"""
-        features = self.vision_tower(pixel_values).last_hidden_state  # (N, P, Dv)
+        features = self.vision_tower(pixel_values).last_hidden_state  # (N, patches, Dv)
         return self.multi_modal_projector(features)  # (N, P, D)
 
     def get_image_features(self, pixel_values: Tensor, **_: Any) -> BaseModelOutputWithPooling:
@@ -96,7 +104,7 @@ class YiVLModel(YiVLPreTrainedModel):
         if not torch.compiler.is_compiling() and (num_tokens := int(is_image.sum())) != num_features:
             raise ValueError(
                 f"{num_tokens} image tokens in input_ids but {num_features} image features "
-                f"({image_features.shape[0]} images of {image_features.shape[1]} patches); each image needs its "
+                f"({image_features.shape[0]} images of {image_features.shape[1]} tokens); each image needs its "
                 "placeholder tokens exactly once. Use the model's own processor."
             )
         features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)

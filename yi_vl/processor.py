@@ -44,6 +44,7 @@ class YiVLProcessor(ProcessorMixin):
 
     Args:
         patch_size: of the vision tower, in pixels; with the image size it gives the number of tokens per image.
+        num_image_tokens: tokens per image where the connector decides it (`ConnectorConfig.num_tokens`).
         chat_format: how conversations are written, and where an answer ends: `yi-vl` or `chatml`; see `chat.py`. The
             one place where a model's chat format is kept: processor_config.json.
         chat_template: None: that of the chat format.
@@ -56,9 +57,13 @@ class YiVLProcessor(ProcessorMixin):
         patch_size: int = 14,
         chat_template: str | None = None,
         chat_format: ChatFormat = YI_VL,
+        num_image_tokens: int | None = None,
         **kwargs: Any,
     ) -> None:
         self.patch_size = as_int(patch_size, "patch_size", 1)
+        if num_image_tokens is not None:
+            num_image_tokens = as_int(num_image_tokens, "num_image_tokens", 1)
+        self.num_image_tokens = num_image_tokens
         as_float(tokenizer.model_max_length, "model_max_length of the tokenizer")  # which transformers compares
         self.image_token = IMAGE_PLACEHOLDER
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER)
@@ -81,8 +86,10 @@ class YiVLProcessor(ProcessorMixin):
         self.chat_format = chat_format
 
     @property
-    def patches_per_image(self) -> int:
+    def tokens_per_image(self) -> int:
         """P: tokens that one image takes in the prompt."""
+        if self.num_image_tokens is not None:
+            return self.num_image_tokens
         return (self.image_processor.size_px // self.patch_size) ** 2
 
     @classmethod
@@ -167,7 +174,7 @@ class YiVLProcessor(ProcessorMixin):
         """Token ids, loss mask and image positions of a rendered conversation or caption; see `chat.encode`."""
         max_token_length = self._max_token_length if max_tokens is not None else 1
         return encode(
-            segments, self.tokenizer, self.image_token_id, self.patches_per_image, max_tokens, max_token_length
+            segments, self.tokenizer, self.image_token_id, self.tokens_per_image, max_tokens, max_token_length
         )
 
     def encode_messages(
@@ -183,14 +190,14 @@ class YiVLProcessor(ProcessorMixin):
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **_: Any) -> str:
         """transformers' hook: what one placeholder in a prompt's text becomes before it is tokenized."""
-        return IMAGE_PLACEHOLDER * self.patches_per_image
+        return IMAGE_PLACEHOLDER * self.tokens_per_image
 
     def _get_num_multimodal_tokens(self, image_sizes: list[list[int]] | None = None, **_: Any) -> MultiModalData:
         """transformers' hook for inference servers: tokens and patches per image of the given sizes."""
         if image_sizes is None:
             return MultiModalData()
         count = len(image_sizes)
-        return MultiModalData(num_image_tokens=[self.patches_per_image] * count, num_image_patches=[1] * count)
+        return MultiModalData(num_image_tokens=[self.tokens_per_image] * count, num_image_patches=[1] * count)
 
 
 def chat_format_of(source: str, revision: str | None = None) -> ChatFormat:

@@ -31,7 +31,7 @@ def compare_chat(model: YiVL, image: Path, turns: int, new_tokens: int) -> dict[
 
     slow, fast = measure_rounds({name: partial(last_turn, name) for name in chats}).values()
     return {
-        "what": f"time to the first token, about one image of {model.processor.patches_per_image} tokens",
+        "what": f"time to the first token, about one image of {model.processor.tokens_per_image} tokens",
         "variants": {
             name: {f"turn_{turn}_ms": statistics.median(times) for turn, times in enumerate(zip(*rounds), 1)}
             for name, rounds in chats.items()

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ..arguments import one_line
 from ..chat import IMAGE_PLACEHOLDER
 from ..config import OpenClipVisionConfig, YiVLConfig, check_rope
-from ..connector import Projector
+from ..connector import Connector, build_connector
+from ..connector.config import ConnectorConfig
 from ..generation import set_end_tokens_
 from ..model import YiVLForConditionalGeneration
 from ..processor import prepare_tokenizer
@@ -25,7 +26,7 @@ _TABLE_MULTIPLE = 64  # rows of the embedding table, for fast matrix products
 
 
 def from_parts(
-    tower: str, pretrained: str | None, language_model: str, image_size: int
+    tower: str, pretrained: str | None, language_model: str, image_size: int, connector: ConnectorConfig | None = None
 ) -> tuple[YiVLForConditionalGeneration, Any]:
     """The model in float32, and its tokenizer with `<image_placeholder>` added.
 
@@ -34,6 +35,7 @@ def from_parts(
         pretrained: the tag of its weights, such as laion2b_s32b_b79k, or a weight file; None for random weights.
         language_model: a directory or hub id.
         image_size: in pixels; the tower's position grid is resized to it.
+        connector: None for Yi-VL's projector.
 
     Raises:
         ValueError: a part does not exist, or does not fit.
@@ -63,19 +65,28 @@ def from_parts(
         vision_config=vision_tower.config,
         text_config=language.config,
         image_token_id=image_token_id,
+        connector_config=connector,
         tie_word_embeddings=language.config.tie_word_embeddings,
     )
     with torch.device("meta"):  # the weights are there already
         model = YiVLForConditionalGeneration(config)
-    projector = Projector(vision_tower.config.hidden_size, language.config.hidden_size)
-    projector.apply(language._init_weights)
     model.model.vision_tower = vision_tower
-    model.model.multi_modal_projector = projector
+    model.model.multi_modal_projector = fresh_connector(config, language)
     model.model.language_model = language.model
     model.lm_head = language.lm_head
     model.generation_config = language.generation_config
     set_end_tokens_(model.generation_config, tokenizer)
     return model, tokenizer
+
+
+def fresh_connector(config: YiVLConfig, language: PreTrainedModel) -> Connector:
+    """The connector of a configuration with fresh weights in float32, linear layers drawn as the language model's."""
+    connector = build_connector(
+        config.connector_config, config.vision_config.hidden_size, config.text_config.hidden_size
+    )
+    connector.apply(language._init_weights)
+    connector.init_weights_()
+    return connector
 
 
 def _load_tower(name: str, pretrained: str | None) -> OpenClipTower:

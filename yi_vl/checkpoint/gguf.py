@@ -89,7 +89,7 @@ def plan_gguf(source: Checkpoint, name: str, type: GgufType) -> tuple[list[GgufF
     notes = []
     if "tokenizer.ggml.eot_token_id" not in language.fields:
         notes.append(f"{STOP_STRING} is not one token of this tokenizer: give it to llama.cpp as a stop string.")
-    if reason := vision_unsupported(source.config.vision_config):
+    if reason := vision_unsupported(source.config):
         return [language], [*notes, f"Only the language model is written: {reason}."]
     vision_type = "f16" if type == "q8_0" else type
     vision_matrix_type = _matrix_type(vision_type)

@@ -39,8 +39,11 @@ _BLOCK_NAMES = {
 _PROJECTOR_NAMES = {"linear_1": "mm.0", "norm_1": "mm.1", "linear_2": "mm.3", "norm_2": "mm.4"}
 
 
-def vision_unsupported(vision: OpenClipVisionConfig) -> str | None:
-    """Why clip.cpp cannot hold a tower; None if it can."""
+def vision_unsupported(config: YiVLConfig) -> str | None:
+    """Why clip.cpp cannot hold a tower and its connector; None if it can."""
+    vision, connector = config.vision_config, config.connector_config
+    if not connector.is_projector:
+        return f"llama.cpp's clip has no place for a connector of type {connector.type}, which this model has"
     if vision.stem_widths:
         return "llama.cpp's clip has no place for a convolutional stem, which this model's tower has"
     if vision.timm_model:

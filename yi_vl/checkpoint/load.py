@@ -217,6 +217,7 @@ def check_fit(config: YiVLConfig, processor: YiVLProcessor) -> None:
         ("the image token's id", config.image_token_id, processor.image_token_id),
         ("the image size in pixels", vision.image_size, processor.image_processor.size_px),
         ("the patch size in pixels", vision.patch_size, processor.patch_size),
+        ("the number of tokens per image", config.num_image_tokens, processor.tokens_per_image),
     ):
         if in_model != in_processor:
             raise ValueError(

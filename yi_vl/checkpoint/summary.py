@@ -73,7 +73,7 @@ def measure(config: YiVLConfig) -> Sizes:
     num_tensors = len(model.state_dict())
 
     official_counts = num_official_tensors = None
-    if config.vision_config.is_plain:
+    if config.vision_config.is_plain and config.connector_config.is_projector:
         num_tables = 1 if config.tie_word_embeddings else 2
         num_added_rows = config.text_config.vocab_size - config.image_token_id
         added = num_added_rows * config.text_config.hidden_size * num_tables

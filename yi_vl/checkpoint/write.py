@@ -141,7 +141,7 @@ def _plan_native(source: Checkpoint, shard_bytes: int) -> _Plan:
 
 
 def _plan_official(source: Checkpoint, shard_bytes: int) -> _Plan:
-    _expect_plain_tower(source, "official")
+    _expect_yi_vl_parts(source, "official")
     num_rows = source.config.image_token_id
     outputs = [
         output
@@ -164,7 +164,7 @@ def _plan_official(source: Checkpoint, shard_bytes: int) -> _Plan:
 
 
 def _plan_llava_hf(source: Checkpoint, shard_bytes: int) -> _Plan:
-    _expect_plain_tower(source, "llava-hf")
+    _expect_yi_vl_parts(source, "llava-hf")
     outputs = [
         output
         for name, tensor in source.tensors.items()
@@ -232,7 +232,13 @@ def _write_index(folder: Path, files: list[OutputFile]) -> None:
     write_json(folder / f"{name}.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def _expect_plain_tower(source: Checkpoint, layout: Layout) -> None:
+def _expect_yi_vl_parts(source: Checkpoint, layout: Layout) -> None:
+    connector = source.config.connector_config
+    if not connector.is_projector:
+        raise ValueError(
+            f"{source.folder} has a connector of type {connector.type}; the layout {layout!r} has a place for the "
+            "projector of type mlp only."
+        )
     if not source.config.vision_config.is_plain:
         raise ValueError(
             f"{source.folder} has a tower that is not open_clip's plain one (a convolutional stem, or one of timm's); "

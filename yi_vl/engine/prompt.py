@@ -90,7 +90,7 @@ class InputProcessor:
         Raises:
             TooLongError: it leaves no room for an answer.
         """
-        num_tokens, patches = len(encoded.input_ids), self.processor.patches_per_image
+        num_tokens, patches = len(encoded.input_ids), self.processor.tokens_per_image
         if num_tokens > self.max_tokens:
             raise TooLongError(num_tokens, len(encoded.image_starts), patches, self.max_tokens)
         keys = tuple(

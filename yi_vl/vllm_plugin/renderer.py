@@ -79,16 +79,16 @@ class YiVLRenderer(HfRenderer):
                 raise ValueError("continue_final_message: the last message must be the assistant's.")
             del segments[-len(end_of_message(self._chat_format)) :]
         tokenizer, config = self.get_tokenizer(), self.model_config.hf_config
-        patches_per_image = config.vision_config.num_patches
+        tokens_per_image = config.num_image_tokens
         encoded = encode(
             segments,
             tokenizer,
             config.image_token_id,
-            patches_per_image,
+            tokens_per_image,
             max_tokens=self.model_config.max_model_len - 1,
             max_token_length=tokenizer.max_chars_per_token,
         )
-        return _one_token_per_image(encoded, patches_per_image)
+        return _one_token_per_image(encoded, tokens_per_image)
 
 
 def _keeping_image_mode(params: ChatParams) -> ChatParams:
@@ -106,8 +106,8 @@ def _checked(parsed: list[Message]) -> list[Message]:
     return parsed
 
 
-def _one_token_per_image(encoded: Encoded, patches_per_image: int) -> list[int]:
-    repeated = {start + patch for start in encoded.image_starts for patch in range(1, patches_per_image)}
+def _one_token_per_image(encoded: Encoded, tokens_per_image: int) -> list[int]:
+    repeated = {start + patch for start in encoded.image_starts for patch in range(1, tokens_per_image)}
     return [id for index, id in enumerate(encoded.input_ids) if index not in repeated]
 
 

@@ -30,7 +30,7 @@ from train.nano.data.sample import CATEGORIES, Category, Sample
 from train.nano.pretrain.tower import SampleStream, TowerModule, TowerRecipe, make_optimizer
 from train.nano.text.mosaic import SIGNS, ideal_cells
 from yi_vl import YiVLForConditionalGeneration, YiVLProcessor
-from yi_vl.connector import Projector
+from yi_vl.connector import Connector
 from yi_vl.image import YiVLImageProcessor
 from yi_vl.vision import OpenClipTower
 
@@ -56,7 +56,7 @@ class SignBatch:
 class TowerAndProjector(TowerModule):
     """The model's vision tower and projector."""
 
-    def __init__(self, tower: OpenClipTower, projector: Projector) -> None:
+    def __init__(self, tower: OpenClipTower, projector: Connector) -> None:
         super().__init__()
         self.tower, self.projector = tower, projector
 

@@ -1,11 +1,13 @@
-"""The projector: image features of the vision tower into the language model's embedding space."""
+"""The projector: Yi-VL's own connector, of each image feature into the language model's embedding space."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
+from .base import Connector
 
-class Projector(nn.Module):
+
+class Projector(Connector):
     """Linear, LayerNorm, exact GELU, Linear, LayerNorm: Yi-VL's `mlp2x_gelu_Norm`.
 
     The norms are what distinguishes it from LLaVA's: they keep image features at the scale of text embeddings.
