@@ -179,7 +179,7 @@ def test_backend_attention_goes_through_the_interface(inputs: dict[str, torch.Te
 
 def test_backend_config_knows_its_parts() -> None:
     config = tiny_model().config
-    assert config.sub_configs.keys() == {"vision_config", "text_config"}
+    assert config.sub_configs.keys() == {"vision_config", "text_config", "connector_config"}
     assert config.get_text_config() is config.text_config
     plan = YiVLForConditionalGeneration(config).model.language_model.config.base_model_tp_plan
     assert plan["layers.*.self_attn.q_proj"] and plan["layers.*.mlp.down_proj"], "tensor parallelism, from Llama"
