@@ -39,7 +39,8 @@ class Router(nn.Module):
         Places that top-p leaves free have the id E and the weight 0.
         """
         config = self.config
-        probabilities = F.linear(hidden_states, self.weight).float().softmax(-1)  # (T, E)
+        with torch.autocast(hidden_states.device.type, enabled=False):  # in 16 bits probabilities would tie
+            probabilities = F.linear(hidden_states.float(), self.weight.float()).softmax(-1)  # (T, E)
         weights, ids = probabilities.topk(config.num_routed, dim=-1)  # (T, K), the most probable first
         if config.router_top_p is not None:
             is_free = weights.cumsum(-1) - weights >= config.router_top_p  # the sum before it suffices
