@@ -53,11 +53,11 @@ def _attention(text: YiHybridConfig) -> str:
 
 def _sharing(text: YiHybridConfig) -> str:
     assert text.kv_source_layers is not None
-    users = {
-        source: _layers(i for i, s in enumerate(text.kv_source_layers) if s == source != i)
-        for source in sorted(text.shared_layers)
-    }
-    return "; ".join(f"those of layer {source} also in {layers}" for source, layers in users.items()) or "of each layer"
+    groups = [
+        "+".join(str(index) for index, source in enumerate(text.kv_source_layers) if source == shared)
+        for shared in sorted(text.shared_layers)
+    ]
+    return f"shared by layers {', '.join(groups)}; all other layers have their own" if groups else "of each layer"
 
 
 def _cache(text: YiHybridConfig) -> str:
