@@ -29,8 +29,9 @@ LAYERS = (
     {"engine"},
     {"checkpoint"},
     {"predict"},
-    {"server", "conversion", "info", "terminal", "loading"},
-    {"expand"},
+    {"server", "conversion", "info", "hybrid_info", "terminal", "loading"},
+    {"expand", "upcycle"},
+    {"cli_architecture"},
     {"cli", "vllm_plugin"},
     {"__main__"},
 )
@@ -56,7 +57,7 @@ STARTS = (
         ([program, *arguments, "--help"], 0, (*FRAMEWORKS, *WEB, "numpy", "PIL", "datasets"))
         for program, *arguments in (
             ["yi_vl"], ["yi_vl", "ask"], ["yi_vl", "chat"], ["yi_vl", "serve"], ["yi_vl", "info"], ["yi_vl", "convert"],
-            ["yi_vl", "expand"],
+            ["yi_vl", "expand"], ["yi_vl", "upcycle"],
             ["train"], ["demo"], ["eval"], ["eval", "mmmu"], ["eval", "score"], ["eval", "speed"],
         )
     ),
@@ -73,6 +74,7 @@ STARTS = (
     (["yi_vl", "info", "nothing-here"], 2, (*FRAMEWORKS, *WEB, "numpy", "PIL")),
     (["yi_vl", "convert", "nothing-here", "there"], 2, (*FRAMEWORKS, *WEB, "numpy", "PIL")),
     (["yi_vl", "expand", "nothing-here", "there", "--double", "1:2"], 2, (*FRAMEWORKS, *WEB, "numpy", "PIL")),
+    (["yi_vl", "upcycle", "nothing-here", "there", "--every", "2"], 2, (*FRAMEWORKS, *WEB, "numpy", "PIL")),
     (["yi_vl", "convert", "nothing-here"], 2, (*FRAMEWORKS, *WEB, "numpy", "PIL")),
     (["demo", "--model", "nothing-here"], 2, (*FRAMEWORKS, *WEB, "numpy", "PIL")),
     (["demo", "--host", "0.0.0.0"], 2, (*FRAMEWORKS, *WEB, "numpy", "PIL")),

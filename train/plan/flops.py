@@ -18,6 +18,7 @@ from yi_vl.checkpoint.key_map import EMBEDDING, HEAD, LANGUAGE
 from yi_vl.config import YiVLConfig
 
 from ..config import LORA, TrainableConfig
+from ..data.batch import IGNORE, StepBatch
 from ..trainable import language_names, select
 
 _MLP = ("gate", "up", "down")
@@ -55,6 +56,17 @@ def batch_flops(
     """Of the rows of a micro-batch, (B, S) each."""
     rows = [Row(*counts) for counts in zip(attention_mask.sum(1).tolist(), is_supervised.sum(1).tolist())]
     return _language_flops(model, trainable, rows, num_images) + num_images * _image_flops(model, trainable)
+
+
+def step_batch_flops(model: YiVLConfig, trainable: TrainableConfig, batch: StepBatch) -> int:
+    """Of one rank's part of a step."""
+    return sum(
+        batch_flops(
+            model, trainable, micro.attention_mask, micro.labels[:, 1:] != IGNORE,
+            0 if micro.images is None else len(micro.images),
+        )
+        for micro in batch.micro_batches
+    )  # fmt: skip
 
 
 def num_blocks(model: YiVLConfig) -> int:
