@@ -254,6 +254,30 @@ def test_info_on_presets_and_folders(run: Run, folder: str, tmp_path: Path) -> N
     assert "16 per image" in run("info", str(tmp_path))[1]
 
 
+@pytest.mark.parametrize(
+    ("content", "shown"),
+    [
+        (None, "yi-vl (### Human: ...)"),
+        ({"processor_class": "YiVLProcessor"}, "yi-vl (### Human: ...)"),
+        ({"chat_format": "chatml"}, "chatml (<|im_start|>user ... <|im_end|>)"),
+    ],
+)
+def test_info_shows_the_chat_format(run: Run, folder: str, tmp_path: Path, content: Any, shown: str) -> None:
+    (tmp_path / "config.json").write_bytes((Path(folder) / "config.json").read_bytes())
+    if content is not None:
+        (tmp_path / "processor_config.json").write_text(json.dumps(content))
+    code, out, _ = run("info", str(tmp_path))
+    assert code == 0 and shown in out
+
+
+@pytest.mark.parametrize("content", ['{"chat_format": "vicuna"}', '{"chat_format": ["chatml"]}', "[1]", "{"])
+def test_info_refuses_a_chat_format_that_there_is_not(run: Run, folder: str, tmp_path: Path, content: str) -> None:
+    (tmp_path / "config.json").write_bytes((Path(folder) / "config.json").read_bytes())
+    (tmp_path / "processor_config.json").write_text(content)
+    code, _, err = run("info", str(tmp_path))
+    assert code == 2 and err.count("\n") == 1 and "processor_config.json" in err
+
+
 def test_help_names_every_command(run: Run) -> None:
     code, out, _ = run("--help")
     assert code == 0 and all(command in out for command in ("ask", "chat", "info", "expand"))

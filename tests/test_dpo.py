@@ -26,6 +26,7 @@ from train.init import initial_processor
 from train.metrics import read_metrics, validation_rows
 from train.plan.__main__ import Hardware, make_plan
 from train.plan.estimate import strategies
+from train.plan.rows import SampleTokens
 from train.trainer import Trainer, train
 from yi_vl.model import YiVLForConditionalGeneration
 
@@ -357,9 +358,9 @@ def test_held_out_answers_are_compared_with_the_chosen(pairs: Configure, tmp_pat
 def test_the_plan_counts_both_answers_the_copy_and_its_forward_pass() -> None:
     config = Path(__file__).parents[1] / "train/configs/nano/preference.yaml"
     hardware, ddp = Hardware(1, 80e9, 312, 0.4), strategies("bf16")[0]
-    sources = ("dpo.reference=shards", "dpo.reference=model")
-    plans = [make_plan(config, ["trainable.language=true", source], "nano", 32, 64) for source in sources]
+    sources, tokens = ("dpo.reference=shards", "dpo.reference=model"), SampleTokens(chat=64)
+    plans = [make_plan(config, ["trainable.language=true", source], "nano", tokens) for source in sources]
     assert [made.rows_per_gpu(hardware) for made in plans] == [16, 16]
-    weights = [made.memory(hardware, ddp, made.row, False).weights for made in plans]
+    weights = [made.memory(hardware, ddp, made.rows[0][1], False).weights for made in plans]
     assert weights[1] - weights[0] == 2 * sum(plans[0].parameters.total.values())
     assert 1.3 < plans[1].flops(False) / plans[0].flops(False) < 2

@@ -20,8 +20,9 @@ from toy_runs import losses
 import yi_vl
 from train.config import TrainConfig
 from train.trainer import train
+from yi_vl.arguments import ranges
 from yi_vl.checkpoint import convert, open_checkpoint
-from yi_vl.expand import Layer, entries, expand, layers_after_every, layers_doubled
+from yi_vl.expand import Layer, expand, layers_after_every, layers_doubled
 from yi_vl.model import YiVLForConditionalGeneration
 
 pytestmark = pytest.mark.core
@@ -106,8 +107,8 @@ def test_where_the_copies_stand() -> None:
     assert shown(layers_doubled(4, 1, 3)) == ["0", "1", "2", "1+", "2+", "3"]
     yi_9b = layers_doubled(32, 12, 28)
     assert len(yi_9b) == 48
-    assert entries([position for position, layer in enumerate(yi_9b) if layer.is_new]) == ["28-43"]
-    assert entries([4, 9, 10, 11, 14]) == ["4", "9-11", "14"]
+    assert ranges([position for position, layer in enumerate(yi_9b) if layer.is_new]) == ["28-43"]
+    assert ranges([4, 9, 10, 11, 14]) == ["4", "9-11", "14"]
 
 
 def test_it_is_written_shard_by_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

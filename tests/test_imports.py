@@ -18,18 +18,20 @@ ROOT = Path(__file__).parents[1]
 # for its modules that have no entry of their own.
 LAYERS = (
     {"arguments", "chat", "connector", "files", "hardware", "program", "runtime", "startup", "versions"}
-    | {"autotune", "engine.fingerprint", "engine.kv_cache", "checkpoint.key_map"},
+    | {"autotune", "engine.fingerprint", "checkpoint.key_map"},
     {"config", "chat_template", "linear"},
     {"vision_blocks", "decoder"},
-    {"image", "messages", "generation", "quantize", "vision", "engine.prefix_cache", "checkpoint.json_files"},
+    {"image", "messages", "generation", "quantize", "vision", "engine.kv_cache", "checkpoint.json_files"},
+    {"engine.prefix_cache"},
     {"model", "checkpoint.weight_files"},
     {"processor"},
     {"auto"},
     {"engine"},
     {"checkpoint"},
     {"predict"},
-    {"server", "conversion", "info", "terminal", "loading"},
-    {"expand"},
+    {"server", "conversion", "info", "hybrid_info", "terminal", "loading"},
+    {"expand", "upcycle"},
+    {"cli_architecture"},
     {"cli", "vllm_plugin"},
     {"__main__"},
 )
@@ -55,7 +57,7 @@ STARTS = (
         ([program, *arguments, "--help"], 0, (*FRAMEWORKS, *WEB, "numpy", "PIL", "datasets"))
         for program, *arguments in (
             ["yi_vl"], ["yi_vl", "ask"], ["yi_vl", "chat"], ["yi_vl", "serve"], ["yi_vl", "info"], ["yi_vl", "convert"],
-            ["yi_vl", "expand"],
+            ["yi_vl", "expand"], ["yi_vl", "upcycle"],
             ["train"], ["demo"], ["eval"], ["eval", "mmmu"], ["eval", "score"], ["eval", "speed"],
         )
     ),
@@ -72,6 +74,7 @@ STARTS = (
     (["yi_vl", "info", "nothing-here"], 2, (*FRAMEWORKS, *WEB, "numpy", "PIL")),
     (["yi_vl", "convert", "nothing-here", "there"], 2, (*FRAMEWORKS, *WEB, "numpy", "PIL")),
     (["yi_vl", "expand", "nothing-here", "there", "--double", "1:2"], 2, (*FRAMEWORKS, *WEB, "numpy", "PIL")),
+    (["yi_vl", "upcycle", "nothing-here", "there", "--every", "2"], 2, (*FRAMEWORKS, *WEB, "numpy", "PIL")),
     (["yi_vl", "convert", "nothing-here"], 2, (*FRAMEWORKS, *WEB, "numpy", "PIL")),
     (["demo", "--model", "nothing-here"], 2, (*FRAMEWORKS, *WEB, "numpy", "PIL")),
     (["demo", "--host", "0.0.0.0"], 2, (*FRAMEWORKS, *WEB, "numpy", "PIL")),

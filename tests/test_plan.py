@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from conftest import RunApp
 from tiny import tiny_config, tiny_processor
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
@@ -31,11 +31,12 @@ from train.config_file import load_config
 from train.lora import add_adapters_
 from train.loss import Objective
 from train.optim import build_optimizer, cast_frozen_, checkpoint_activations_, set_trainable_
-from train.plan.__main__ import USABLE, Hardware, Plan, _released, app, describe, make_plan, verdict
+from train.plan.__main__ import USABLE, Hardware, Plan, _released, app, describe, make_plan, memory_table, verdict
 from train.plan.count import SavedBytes, count_flops, count_saved_bytes
 from train.plan.curves import draw_curves
 from train.plan.estimate import count_parameters, logit_bytes, step_memory, strategies
 from train.plan.flops import Row, batch_flops, step_flops
+from train.plan.rows import SampleTokens
 from train.qlora import read_int4
 from yi_vl.config import OpenClipVisionConfig, YiVLConfig, preset
 from yi_vl.model import YiVLForConditionalGeneration
@@ -44,6 +45,8 @@ ROOT = Path(__file__).parents[1]
 STAGES = ("align-224", "upscale-448", "chat-448")
 IMAGE_TOKEN_ID, NUM_ROWS = 300, 2
 ROW = Row(tokens=61, supervised=20)
+TEXT_ROW = Row(tokens=61, supervised=60, has_image=False)
+LANGUAGE_STAGE, ONE_SOURCE = ROOT / "train/configs/nano/language.yaml", "data.sources=[{name: books, shards: x}]"
 Run = Callable[..., tuple[int, str, str]]
 
 MODEL = YiVLConfig(  # no two dimensions alike
@@ -58,6 +61,7 @@ MODEL = YiVLConfig(  # no two dimensions alike
 )  # fmt: skip
 NOTHING_SAVED = SavedBytes(0, 0, 0, 0)
 ALL, TOWER_AND_PROJECTOR = TrainableConfig(), TrainableConfig(language=False)
+LANGUAGE = TrainableConfig(False, False)
 PROJECTOR = TrainableConfig(vision=False, language=False)
 COMBINATIONS = [TrainableConfig(*trains) for trains in product([True, False], repeat=3) if any(trains)]
 PARTS = [  # of the language model: within layers, across them, with a table, and below all that is frozen
@@ -80,12 +84,14 @@ def objective(trains: TrainableConfig, dtype: torch.dtype = torch.float32, is_ch
     return Objective(model.to(dtype), num_sources=1)
 
 
-def batch() -> tuple[Tensor, ...]:
-    ids = torch.ones(NUM_ROWS, ROW.tokens, dtype=torch.long)
-    ids[:, : MODEL.vision_config.num_patches] = IMAGE_TOKEN_ID
+def batch(row: Row = ROW) -> tuple[Any, ...]:
+    ids = torch.ones(NUM_ROWS, row.tokens, dtype=torch.long)
+    if row.has_image:
+        ids[:, : MODEL.vision_config.num_patches] = IMAGE_TOKEN_ID
     labels = torch.full_like(ids, -100)
-    labels[:, -ROW.supervised :] = 5
-    return ids, torch.ones_like(ids), labels, torch.randn(NUM_ROWS, 3, 70, 70), torch.zeros(NUM_ROWS, dtype=torch.long)
+    labels[:, -row.supervised :] = 5
+    pixels = torch.randn(NUM_ROWS, 3, 70, 70) if row.has_image else None
+    return ids, torch.ones_like(ids), labels, pixels, torch.zeros(NUM_ROWS, dtype=torch.long)
 
 
 def allocations(function: Callable[[], Any]) -> tuple[int, int, Any]:
@@ -139,15 +145,22 @@ def test_frozen_matrices_take_two_bytes(trains: TrainableConfig) -> None:
         assert memory.weights - 2 * gathered == sum(parameter.nbytes for parameter in step.parameters())
 
 
-def log_probability_bytes(model: YiVLConfig) -> int:
-    return NUM_ROWS * logit_bytes(model, ROW) // 3
+def log_probability_bytes(model: YiVLConfig, row: Row = ROW) -> int:
+    return NUM_ROWS * logit_bytes(model, row) // 3
 
 
-@pytest.mark.parametrize("trains", [ALL, TOWER_AND_PROJECTOR, TrainableConfig(vision=False), *PARTS], ids=str)
+@pytest.mark.parametrize(
+    ("trains", "row"),
+    [
+        *((trains, ROW) for trains in (ALL, TOWER_AND_PROJECTOR, TrainableConfig(vision=False), *PARTS)),
+        *((trains, TEXT_ROW) for trains in (ALL, LANGUAGE, PARTS[0])),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("is_low", [False, True])
-def test_activations_are_what_a_forward_pass_leaves(trains: TrainableConfig, is_low: bool) -> None:
+def test_activations_are_what_a_forward_pass_leaves(trains: TrainableConfig, row: Row, is_low: bool) -> None:
     """Within 1%: fp32 weights under autocast, whose copies are kept as well, and bf16 weights, as FSDP gathers them."""
-    step, inputs = objective(trains, torch.bfloat16 if is_low else torch.float32), batch()
+    step, inputs = objective(trains, torch.bfloat16 if is_low else torch.float32), batch(row)
     cast_frozen_(step.model, "bf16")
 
     def forward() -> Any:
@@ -156,8 +169,8 @@ def test_activations_are_what_a_forward_pass_leaves(trains: TrainableConfig, is_
 
     forward()  # makes what is made once
     left, _, _ = allocations(forward)
-    saved = count_saved_bytes(MODEL, TrainConfig(trainable=trains), ROW, NUM_ROWS, is_low, "cpu")
-    kept = saved.activations + saved.weight_copies + log_probability_bytes(MODEL)
+    saved = count_saved_bytes(MODEL, TrainConfig(trainable=trains), row, NUM_ROWS, is_low, "cpu")
+    kept = saved.activations + saved.weight_copies + log_probability_bytes(MODEL, row)
     assert left == pytest.approx(kept, rel=0.01)
     with torch.autocast("cpu", torch.bfloat16):
         at_the_end, _, _ = allocations(lambda: step(*inputs))
@@ -315,6 +328,20 @@ def test_operations_are_exact(trains: TrainableConfig, is_checkpointed: bool) ->
         assert NUM_ROWS * step_flops(MODEL, trains, ROW) == expected
 
 
+@pytest.mark.skipif(
+    " @ " in inspect.getsource(LlamaRotaryEmbedding.forward), reason="multiplies rotary angles as matrices"
+)
+@pytest.mark.parametrize("trains", [ALL, LANGUAGE, TrainableConfig(False, True), PARTS[1]], ids=str)
+def test_operations_of_texts_are_exact(trains: TrainableConfig) -> None:
+    """A blank image is encoded for a micro-batch of texts if the tower or the projector is trained."""
+    step = objective(trains)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        step(*batch(TEXT_ROW))[0].backward()
+    assert count_flops(MODEL, TrainConfig(trainable=trains), TEXT_ROW, NUM_ROWS) == counter.get_total_flops()
+    if not (trains.vision or trains.projector):
+        assert NUM_ROWS * step_flops(MODEL, trains, TEXT_ROW) == counter.get_total_flops()
+
+
 def test_counts_are_those_of_the_release() -> None:
     counted = count_parameters(preset("6b"), TrainConfig(trainable=TOWER_AND_PROJECTOR))
     assert [round(count / 1e6, 2) for count in counted.total.values()] == [631.75, 22.04, 6061.56]  # 64 rows added
@@ -336,7 +363,7 @@ def rows(output: str, first: str) -> list[list[str]]:
 
 @pytest.fixture(scope="module")
 def chat_6b() -> Plan:
-    return make_plan(ROOT / "train/configs/6b/chat-448.yaml", [], model=None, caption_tokens=32, chat_tokens=256)
+    return make_plan(ROOT / "train/configs/6b/chat-448.yaml", [])
 
 
 @pytest.mark.slow
@@ -356,13 +383,12 @@ def test_the_stages_of_a_release_are_summed_beside_the_published_hours(run: Run)
 
 
 def test_models_on_yi_1_5_are_known_and_not_published() -> None:
-    options: dict[str, Any] = {"model": None, "caption_tokens": 32, "chat_tokens": 256}
     for size, num_layers in (("6b-1.5", 32), ("9b-1.5", 48), ("34b-1.5", 60)):
-        plans = [make_plan(ROOT / f"train/configs/{size}/{stage}.yaml", [], **options) for stage in STAGES]
+        plans = [make_plan(ROOT / f"train/configs/{size}/{stage}.yaml", []) for stage in STAGES]
         assert [made.model.text_config.num_hidden_layers for made in plans] == [num_layers] * 3
         assert plans[0].parameters.trained["language"] == 0 < plans[2].parameters.trained["language"]
         assert _released(plans) is None
-    assert _released([make_plan(ROOT / f"train/configs/6b/{stage}.yaml", [], **options) for stage in STAGES]) == "6b"
+    assert _released([make_plan(ROOT / f"train/configs/6b/{stage}.yaml", []) for stage in STAGES]) == "6b"
 
 
 @pytest.mark.slow
@@ -402,7 +428,7 @@ def test_what_is_no_training_config_beside_one_does_not_matter(tmp_path: Path) -
         shutil.copy(ROOT / f"train/configs/6b/{stage}.yaml", tmp_path)
     (tmp_path / "a-search.yaml").write_text("search_dir: runs/search\n")
     with pytest.raises(ValueError, match="runs/6b/align-224/final is not there yet"):
-        make_plan(tmp_path / "chat-448.yaml", [], model=None, caption_tokens=32, chat_tokens=256)
+        make_plan(tmp_path / "chat-448.yaml", [])
 
 
 def test_hours_follow_from_operations(chat_6b: Plan) -> None:
@@ -415,7 +441,7 @@ def test_hours_follow_from_operations(chat_6b: Plan) -> None:
 
 def test_a_ramp_changes_the_hours_and_not_the_memory() -> None:
     def planned(*overrides: str) -> Plan:
-        return make_plan(ROOT / "train/configs/nano/align-224.yaml", overrides, "nano", 32, 256)
+        return make_plan(ROOT / "train/configs/nano/align-224.yaml", overrides, "nano")
 
     hardware = Hardware(num_gpus=2, memory_bytes=80e9, tflops=100, utilisation=0.5)
     sources = "data.sources=[{name: a, shards: x, weight: [1, 0]}, {name: b, shards: y, weight: [0, 1], format: chat}]"
@@ -430,9 +456,52 @@ def test_a_ramp_changes_the_hours_and_not_the_memory() -> None:
     batches = "600 steps: 200 of 32 samples, 300 of 64, 100 of 16, 8 at once on a GPU; "
     assert any(line.startswith(batches) for line in lines)
     assert "learning rate: 60 steps of warm-up, constant, linear to 0 in the last 60 steps" in lines
-    assert planned(sources).row.supervised == (32 + 256) / 2  # on average over the run
+    assert planned(sources).rows[0][1].supervised == (32 + 256) / 2  # on average over the run
     # 10 of 11 samples are of the second half, of which three quarters are chats
-    assert planned(sources, "batch_ramp=[[300, 320]]").row.supervised == round(32 + 224 * (10 * 0.75 + 0.25) / 11)
+    ramp = "batch_ramp=[[300, 320]]"
+    assert planned(sources, ramp).rows[0][1].supervised == round(32 + 224 * (10 * 0.75 + 0.25) / 11)
+
+
+TEXT_SOURCE = "data.sources=[{name: a, shards: x, format: caption}, {name: b, shards: y, format: text, weight: 3}]"
+
+
+def test_a_stage_of_texts_has_no_image_tokens(run: Run) -> None:
+    code, output, _ = run(
+        LANGUAGE_STAGE, "data.format=text", ONE_SOURCE, "--model", "nano", "--gpus", 1, "--text-tokens", 90
+    )
+    assert code == 0 and "90 tokens a text" in output and "of them its image" not in output
+    assert "90 tokens in a text" in output and {row[-1] for row in rows(output, "DDP")} == {"yes"}
+
+
+@pytest.mark.parametrize(
+    ("long_text", "num_tokens", "expected"), [("pack", 7, 512), ("split", 1300, 434), ("split", 80, 80)]
+)
+def test_documents_become_rows_as_the_trainer_makes_them(long_text: str, num_tokens: int, expected: int) -> None:
+    overrides = ["data.format=text", ONE_SOURCE, f"data.long_text={long_text}", "max_tokens=512"]
+    made = make_plan(LANGUAGE_STAGE, overrides, "nano", SampleTokens(text=num_tokens))
+    assert made.rows == [(1.0, Row(expected, expected - 1, has_image=False))]
+    assert made.num_tokens == made.num_samples * expected
+
+
+def test_a_mixture_of_images_and_texts_is_both() -> None:
+    def planned(*overrides: str) -> Plan:
+        return make_plan(ROOT / "train/configs/nano/align-224.yaml", ["micro_batch=8", *overrides], "nano")
+
+    both = planned(TEXT_SOURCE, "data.long_text=pack", "max_tokens=300")
+    images, texts = planned(), planned("data.format=text", "data.long_text=pack", "max_tokens=300")
+    (quarter, image_row), (rest, text_row) = both.rows
+    assert (quarter, rest) == (0.25, 0.75) and not text_row.has_image
+    assert [image_row] == [row for _, row in images.rows] and [text_row] == [row for _, row in texts.rows]
+    assert both.flops(False) == pytest.approx(0.25 * images.flops(False) + 0.75 * texts.flops(False))
+    assert both.num_tokens == 0.25 * images.num_tokens + 0.75 * texts.num_tokens
+    hardware = Hardware(num_gpus=2, memory_bytes=80e9, tflops=100, utilisation=0.5)
+    assert any("; 300 tokens a text (75% of the samples)" in line for line in describe(both, hardware))
+    ddp = strategies("bf16")[0]
+    totals = [both.memory(hardware, ddp, row, False).total for _, row in both.rows]
+    usable = Hardware(2, (min(totals) + max(totals)) / 2 / USABLE, 100, 0.5)
+    assert verdict(both, usable, ddp, False) == "no", "as one kind of rows does not fit"
+    cells = list(memory_table(both, hardware).columns[-2].cells)
+    assert cells[0] == f"{max(totals) / 1e9:,.1f}"
 
 
 def test_curves_are_drawn(tmp_path: Path) -> None:
@@ -452,7 +521,10 @@ def test_curves_are_drawn(tmp_path: Path) -> None:
         (("train/configs/nano/signs.yaml", "init_from.checkpoint=no/such", "--gpus", "1"), "no/such is not there yet"),
         (("train/configs/6b/chat-448.yaml", "--gpus", "100"), "global_batch 256 does not divide by 100 GPUs"),
         (("train/configs/6b/chat-448.yaml", "batch_ramp=[[9, 200]]"), "448.yaml: batch_ramp: 200 does not divide by"),
-        (("train/configs/6b/chat-448.yaml", "data.sources.1.format=text"), "the format of 'vizwiz-vqa' is text; only"),
+        (
+            ("train/configs/nano/language.yaml", "--model", "nano", "max_tokens=64", "data.format=text", ONE_SOURCE),
+            "yaml: texts of 512 tokens exceed max_tokens 64 and would be skipped; set data.long_text to split or pack",
+        ),
         (("train/configs/6b/chat-448.yaml", "--model", "7b"), "7b"),
         (("train/configs/6b/chat-448.yaml", "max_tokens=1100"), "exceed max_tokens 1100"),
         (("train/configs/6b/align-224.yaml", "init_from.tower.name=ViT-none"), "no model named 'ViT-none'"),

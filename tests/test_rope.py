@@ -318,8 +318,7 @@ def test_samples_longer_than_the_positions_are_refused_by_run_and_plan(configure
     with pytest.raises(ValueError, match="max_tokens is 600, but the language model has 512 positions"):
         train(configure("max_tokens=600"))
     path = ROOT / "train/configs/9b-1.5/chat-448.yaml"
-    options: dict[str, Any] = {"model": None, "caption_tokens": 32, "chat_tokens": 256}
     with pytest.raises(ValueError, match="max_tokens is 16384, but the language model has 4096 positions"):
-        make_plan(path, ["max_tokens=16384"], **options)
-    longer = make_plan(path, ["max_tokens=16384", "init_from.rope={max_positions: 16384}"], **options)
+        make_plan(path, ["max_tokens=16384"])
+    longer = make_plan(path, ["max_tokens=16384", "init_from.rope={max_positions: 16384}"])
     assert longer.model.text_config.max_position_embeddings == 16384

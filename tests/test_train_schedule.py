@@ -18,7 +18,8 @@ from train import metrics
 from train.config import ComponentScheduleConfig, ScheduleConfig, TrainConfig, num_steps
 from train.config_file import load_config
 from train.describe import describe_batches, schedule_lines
-from train.metrics import Reporter, draw_schedule, read_metrics
+from train.loss_curve import draw_schedule
+from train.metrics import Reporter, read_metrics
 from train.optim import learning_rates, set_learning_rates_
 from train.schedule import (
     BatchSizes,

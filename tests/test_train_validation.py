@@ -18,7 +18,8 @@ import yi_vl
 from train import checkpoint
 from train.config import TrainConfig
 from train.data.batch import num_supervised
-from train.metrics import draw_loss_curve, read_metrics, validation_rows
+from train.loss_curve import draw_loss_curve
+from train.metrics import read_metrics, validation_rows
 from train.trainer import Trainer, train
 from train.validation import Validation
 from yi_vl.model import YiVLForConditionalGeneration

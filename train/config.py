@@ -7,6 +7,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from .config_decoder import DistillConfig, ExpertsConfig
 from .schedule import COSINE, BatchSizes
 
 PREFERENCE = "preference"
@@ -283,7 +284,9 @@ class TrainConfig:
     image_size: int = 448
     objective: str = LIKELIHOOD  # of the supervised tokens; or dpo, on sources of the format preference
     dpo: DpoConfig = field(default_factory=DpoConfig)  # with objective: dpo
+    distill: DistillConfig | None = None
     trainable: TrainableConfig = field(default_factory=TrainableConfig)
+    experts: ExpertsConfig = field(default_factory=ExpertsConfig)  # of a language model that has them
     lora: LoraConfig = field(default_factory=LoraConfig)  # with trainable.language: lora
     lr: LearningRateConfig = field(default_factory=LearningRateConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

@@ -32,6 +32,7 @@ from .config import (
     flat_settings,
     num_steps,
 )
+from .config_decoder import ExpertsConfig
 from .schedule import COMPONENTS, SHAPES, component_schedule, num_decay_steps, num_warmup_steps
 from .trainable import parse_language
 
@@ -62,6 +63,7 @@ def check(config: TrainConfig, where: str) -> None:
     precisions = ", ".join(PRECISIONS)
     require(config.precision in PRECISIONS, f"precision is {config.precision!r}; expected one of {precisions}.")
     _check_trainable(config, require)
+    _check_experts(config.experts, require)
     require(
         config.data.long_text == SKIP or config.max_tokens >= _MIN_ROW_TOKENS,
         f"max_tokens is {config.max_tokens}; data.long_text: {config.data.long_text} needs {_MIN_ROW_TOKENS} or more.",
@@ -146,11 +148,12 @@ def _check_init(config: TrainConfig, require: _Require) -> None:
         _check_rope(init.rope, require)
     is_known = config.chat_format is None or config.chat_format in CHAT_FORMATS
     require(is_known, f"chat_format is {config.chat_format!r}; expected one of {', '.join(CHAT_FORMATS)}, or null.")
-    for key, value in (("chat_format", config.chat_format), ("init_from.rope", init.rope)):
+    routing = None if config.experts == ExpertsConfig() else config.experts
+    for key, value in (("chat_format", config.chat_format), ("init_from.rope", init.rope), ("experts", routing)):
         require(
             value is None or config.trainable.language != LORA,
             f"{key} cannot be set with trainable.language: lora: adapters are loaded into the checkpoint that they "
-            "adapt, and have its chat format and positions; set it to null.",
+            "adapt, and have its chat format, positions and routing; leave it out.",
         )
 
 
@@ -191,6 +194,28 @@ def _check_trainable(config: TrainConfig, require: _Require) -> None:
         require(lora.rank > 0, f"lora.rank is {lora.rank}; it must be positive.")
         require(lora.alpha > 0, f"lora.alpha is {lora.alpha}; it must be positive.")
         require(0 <= lora.dropout < 1, f"lora.dropout is {lora.dropout}; expected 0 to 1.")
+
+
+def _check_experts(experts: ExpertsConfig, require: _Require) -> None:
+    top_p, start = experts.top_p, experts.top_p_from_step
+    require(top_p is None or 0 < top_p <= 1, f"experts.top_p is {top_p}; expected more than 0, to 1.")
+    require(start >= 0, f"experts.top_p_from_step is {start}; it must not be negative.")
+    for key, value, default in (("top_p_from_step", start, 0), ("norm_topk_prob", experts.norm_topk_prob, True)):
+        require(
+            top_p is not None or value == default,
+            f"experts.{key} is {str(value).lower()}, but there is no experts.top_p; give it, or leave both out.",
+        )
+    for key in ("max_experts", "balance_parts"):
+        value = getattr(experts, key)
+        require(value is None or value > 0, f"experts.{key} is {value}; it must be positive.")
+    weights = experts.balance_weights
+    require(
+        weights is None or (len(weights) == 3 and min(weights) >= 0),
+        f"experts.balance_weights is {weights}; expected three numbers of 0 or more: of the balance over all ranks, "
+        "over one, and over a part of one's tokens.",
+    )
+    weight = experts.entropy_weight
+    require(weight is None or weight >= 0, f"experts.entropy_weight is {weight}; it must not be negative.")
 
 
 def _check_validation(validation: ValidationConfig, data: DataConfig, require: _Require) -> None:
@@ -270,6 +295,11 @@ def _check_objective(config: TrainConfig, require: _Require) -> None:
     require(dpo.beta > 0, f"dpo.beta is {dpo.beta}; it must be positive.")
     require(0 <= dpo.label_smoothing < 0.5, f"dpo.label_smoothing is {dpo.label_smoothing}; expected 0 to below 0.5.")
     require(dpo.sft_weight >= 0, f"dpo.sft_weight is {dpo.sft_weight}; it must not be negative.")
+    if config.distill is not None:
+        weight, temperature = config.distill.weight, config.distill.temperature
+        require(not is_dpo, f"distill is for objective {LIKELIHOOD}; with {DPO} set it to null.")
+        require(0 < weight <= 1, f"distill.weight is {weight}; expected more than 0, to 1, or distill: null.")
+        require(temperature > 0, f"distill.temperature is {temperature}; it must be positive.")
     references = (FROM_MODEL, FROM_SHARDS)
     require(
         dpo.reference in references, f"dpo.reference is {dpo.reference!r}; expected one of {', '.join(references)}."

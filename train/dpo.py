@@ -20,7 +20,7 @@ from yi_vl.model import YiVLForConditionalGeneration
 
 from .config import DpoConfig
 from .data.batch import IGNORE
-from .loss import Objective
+from .loss import Objective, Predictions
 
 ReferenceContext = Callable[[], AbstractContextManager[YiVLForConditionalGeneration]]
 
@@ -32,6 +32,7 @@ class PreferenceObjective(Objective):
         reference: gives the reference model while its context lasts; None: `forward` is given its log-probabilities.
     """
 
+    metrics_name = "preference"
     metric_names = ("accuracy", "reward_margin", "reward_chosen", "reward_rejected", "logp_chosen", "logp_rejected")
 
     def __init__(
@@ -46,7 +47,12 @@ class PreferenceObjective(Objective):
         self._reference = reference
 
     def forward(  # type: ignore[override]
-        self, labels: Tensor, source_ids: Tensor, references: Sequence[tuple[float, float]] | None = None, **inputs: Any
+        self,
+        labels: Tensor,
+        source_ids: Tensor,
+        references: Sequence[tuple[float, float]] | None = None,
+        router_weight: float = 0.0,
+        **inputs: Any,
     ) -> tuple[Tensor, Tensor]:
         """The summed loss, and detached (num_sources, 2 + M): each source's summed loss, pairs and metrics.
 
@@ -55,10 +61,12 @@ class PreferenceObjective(Objective):
             source_ids: (2P,)
             references: log-probabilities of the chosen and the rejected answers under the reference, of each pair; not
                 a tensor, which FSDP would round to the weights' dtype.
-            inputs: the other arguments of `token_losses`, with (2P, S) tensors.
+            router_weight: as of `Objective`.
+            inputs: the other arguments of `predictions`, with (2P, S) tensors.
         """
         # The policy first: autocast caches weights that it casts, and those cast without gradients have none.
-        policy = self.answer_log_probabilities(self.model, labels, **inputs)  # (P, 2)
+        predictions = self.predictions(self.model, labels=labels, **inputs)
+        policy = self._of_answers(predictions, labels)  # (P, 2)
         if references is not None:
             reference = torch.tensor(references, device=policy.device)  # (P, 2)
         else:
@@ -69,12 +77,16 @@ class PreferenceObjective(Objective):
         losses, rewards = preference_losses(policy, reference, num_tokens, self._config)
         margins = rewards[:, 0] - rewards[:, 1]
         metrics = [(margins > 0).float(), margins, *rewards.unbind(1), *policy.unbind(1)]
-        return losses.sum(), self.sum_by_source(losses, source_ids[::2], metrics)
+        loss = losses.sum() + self.added_loss(predictions, router_weight)
+        return loss, self.sum_by_source(losses, source_ids[::2], metrics)
 
     def answer_log_probabilities(self, model: YiVLForConditionalGeneration, labels: Tensor, **inputs: Any) -> Tensor:
         """Log-probabilities of the supervised tokens of each row, summed: (P, 2) of chosen and rejected answers."""
-        losses, tokens = self.token_losses(model, labels=labels, **inputs)
-        by_token = losses.new_zeros(labels.numel()).index_copy(0, tokens, -losses)  # no index is there twice
+        return self._of_answers(self.predictions(model, labels=labels, **inputs), labels)
+
+    def _of_answers(self, predictions: Predictions, labels: Tensor) -> Tensor:
+        losses = F.cross_entropy(predictions.logits, predictions.targets, reduction="none")
+        by_token = losses.new_zeros(labels.numel()).index_copy(0, predictions.tokens, -losses)  # none is there twice
         return by_token.view(-1, 2, labels.shape[1]).sum(2)
 
 

@@ -8,23 +8,36 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
+from yi_vl.decoder.experts import RouterSums
+from yi_vl.decoder.losses import router_losses
 from yi_vl.model import YiVLForConditionalGeneration
 
 from .attention.cpu import PACKED, GroupedPacking, round_up
 from .attention.packing import VARLEN, Packing
 from .data.batch import IGNORE
+from .experts import has_experts, layer_sums, trains_routers
 from .neftune import noise_scale, noisy_embeddings
 
 _CPU_TOKENS = 64  # K is rounded up to a multiple of this on a CPU; see attention/cpu.py
 # By attention implementation; rows stay padded with any other.
 _PACKINGS: dict[str, type[Packing]] = {PACKED: GroupedPacking, VARLEN: Packing}
+
+
+class Predictions(NamedTuple):
+    """Of the supervised tokens of a micro-batch."""
+
+    logits: Tensor  # (K, V) float32
+    targets: Tensor  # (K,)
+    tokens: Tensor  # (K,) the index of each among the B*S tokens
+    router_sums: tuple[RouterSums, ...] | None  # of experts in training mode
+    unused_vision: Tensor | None  # see `Objective._zero_of_vision`
 
 
 class Objective(nn.Module):
@@ -34,9 +47,11 @@ class Objective(nn.Module):
         neftune: the noise of neftune.py in training mode; None: no noise.
 
     Attributes:
+        metrics_name: of the metrics in metrics.jsonl.
         metric_names: what `forward` sums besides the loss and its terms.
     """
 
+    metrics_name = ""
     metric_names: tuple[str, ...] = ()
 
     def __init__(self, model: YiVLForConditionalGeneration, num_sources: int, neftune: float | None = None) -> None:
@@ -44,6 +59,8 @@ class Objective(nn.Module):
         self.model = model
         self._neftune = neftune
         self._num_sources = num_sources
+        self._trains_routers = trains_routers(model)
+        self._expert_sums: Tensor | None = None  # (L, 3 + E)
         present = {type(module).__name__ for module in model.modules()}
         self._no_split_modules = [name for name in model._no_split_modules if name in present]  # FSDP shards by these
         attention = model.model.language_model.config._attn_implementation
@@ -58,6 +75,7 @@ class Objective(nn.Module):
         pixel_values: Tensor | None,
         source_ids: Tensor,
         shared_prefix_length: int = 0,
+        router_weight: float = 0.0,
     ) -> tuple[Tensor, Tensor]:
         """The summed loss, and detached (num_sources, 2 + M): each source's summed loss, terms and metrics.
 
@@ -67,14 +85,18 @@ class Objective(nn.Module):
             input_ids, attention_mask, labels: (B, S), labels unshifted.
             pixel_values: (N, 3, H, W), or None.
             source_ids: (B,)
+            router_weight: of the auxiliary loss of experts, which is a mean, in the summed loss.
         """
-        losses, tokens = self.token_losses(
+        predictions = self.predictions(
             self.model, input_ids, attention_mask, labels, pixel_values, shared_prefix_length
         )
-        per_source = self.sum_by_source(losses, source_ids[tokens // input_ids.shape[1]])
-        return losses.sum(), per_source
+        losses, metrics = self.token_losses(
+            predictions, input_ids, attention_mask, labels, pixel_values, shared_prefix_length
+        )
+        per_source = self.sum_by_source(losses, source_ids[predictions.tokens // input_ids.shape[1]], metrics)
+        return losses.sum() + self.added_loss(predictions, router_weight), per_source
 
-    def token_losses(
+    def predictions(
         self,
         model: YiVLForConditionalGeneration,
         input_ids: Tensor,
@@ -83,39 +105,63 @@ class Objective(nn.Module):
         pixel_values: Tensor | None,
         shared_prefix_length: int = 0,
         image_index: list[int] | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """The cross entropy of each supervised token, (K,), and its index among the B*S tokens, (K,).
+    ) -> Predictions:
+        """The logits of the supervised tokens.
 
         Rows are padded on the right, so causal attention ignores padding without a mask. Packed rows have no padding;
         on a CPU the first `shared_prefix_length` tokens, the same in all rows, are computed once.
 
         Args:
-            model: this objective's, or another of the same architecture and attention.
+            model: this objective's, or another with the same attention and image tokens.
             image_index: for each <image> in the rows its image among the N; None: each image is there once, in order.
         """
-        noise = self._noise_scale(input_ids, attention_mask)
+        is_own = model is self.model
+        noise = self._noise_scale(input_ids, attention_mask) if is_own else None
         if noise is not None:
             shared_prefix_length = 0  # every row has noise of its own
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE)  # (B, S): the next token
         tokens = torch.arange(targets.numel(), device=targets.device).view_as(targets)  # (B, S)
         inputs: dict[str, Any] = {"input_ids": input_ids}
+        token_mask = attention_mask
         if self._packing is not None:
             packing = self._packing.of(attention_mask, shared_prefix_length)
             inputs = packing.inputs(input_ids)
             targets, tokens = packing.take(targets, IGNORE), packing.take(tokens, 0)  # (1, T)
             noise = packing.take(noise, 0) if noise is not None else None
-        unused_vision = self._zero_of_vision(input_ids.device) if pixel_values is None else None
+            token_mask = packing.num_rows(attention_mask)
+        if has_experts(model.config.text_config):
+            inputs["token_mask"] = token_mask
+        unused_vision = self._zero_of_vision(input_ids.device) if is_own and pixel_values is None else None
         inputs |= _image_inputs(model, pixel_values, image_index)
         with noisy_embeddings(model.model.language_model, noise) if noise is not None else nullcontext():
-            hidden = model.model(use_cache=False, **inputs).last_hidden_state  # (1, T, D)
+            outputs = model.model(use_cache=False, **inputs)
+        hidden = outputs.last_hidden_state.flatten(0, 1)  # (T, D)
         supervised = (targets != IGNORE).flatten().nonzero().squeeze(1)  # (K,)
         num_pads = round_up(len(supervised), self._multiple) - len(supervised)
-        hidden = hidden.flatten(0, 1).index_select(0, F.pad(supervised, (0, num_pads)))  # (K, D)
-        logits = model.lm_head(hidden)[: len(supervised)]  # (K, V)
-        losses = F.cross_entropy(logits.float(), targets.flatten()[supervised], reduction="none")  # (K,)
-        if unused_vision is not None:
-            losses = losses + unused_vision
-        return losses, tokens.flatten()[supervised]
+        logits = model.lm_head(hidden.index_select(0, F.pad(supervised, (0, num_pads))))[: len(supervised)]  # (K, V)
+        return Predictions(
+            logits.float(), targets.flatten()[supervised], tokens.flatten()[supervised], outputs.router_sums,
+            unused_vision,
+        )  # fmt: skip
+
+    def token_losses(self, predictions: Predictions, *_: Any) -> tuple[Tensor, Sequence[Tensor]]:
+        """The loss of each supervised token and its metrics, (K,) each; the inputs of the forward pass are unused."""
+        return F.cross_entropy(predictions.logits, predictions.targets, reduction="none"), ()
+
+    def added_loss(self, predictions: Predictions, router_weight: float) -> Tensor | float:
+        """The experts' weighted auxiliary loss, if a router is trained, and unused vision; keeps the experts' sums."""
+        unused = predictions.unused_vision if predictions.unused_vision is not None else 0.0
+        if predictions.router_sums is None:
+            return unused
+        losses = router_losses(predictions.router_sums, self.model.config.text_config)  # (L,)
+        sums = layer_sums(predictions.router_sums, losses)
+        self._expert_sums = sums if self._expert_sums is None else self._expert_sums + sums
+        return unused + router_weight * losses.mean() if self._trains_routers else unused
+
+    def take_expert_sums(self) -> Tensor | None:
+        """The sums over the forward passes since the last call, see `layer_sums`; None without experts."""
+        sums, self._expert_sums = self._expert_sums, None
+        return sums
 
     @torch.no_grad()
     def sum_by_source(self, losses: Tensor, source_ids: Tensor, metrics: Sequence[Tensor] = ()) -> Tensor:

@@ -1,4 +1,4 @@
-"""Logging of a run: the start-up table, the progress bar, metrics.jsonl, samples-RANK.jsonl and the loss curve."""
+"""Logging of a run: the start-up table, the progress bar, metrics.jsonl and samples-RANK.jsonl."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from statistics import mean
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -26,11 +27,9 @@ from yi_vl.model import YiVLForConditionalGeneration
 from .config import TrainConfig, batch_sizes, num_steps
 from .data.batch import StepBatch
 from .describe import describe_batches, schedule_lines
+from .experts import describe_experts, expert_metrics
 from .optim import component_parameters
 from .qlora import num_weights
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples-{}.jsonl"  # of a rank
@@ -41,6 +40,7 @@ def component_table(model: YiVLForConditionalGeneration, config: TrainConfig) ->
     model are trained, and what changes over the run."""
     language = config.trainable.language
     below = [f"of the language model: {', '.join(language)}"] if isinstance(language, list) else []
+    below += describe_experts(model, model.config.text_config, config)
     below += [describe_batches(config), *schedule_lines(config)]
     caption = escape("\n".join(below))
     table = Table(title=f"{config.run_dir}: trainable parameters", caption=caption, caption_justify="left")
@@ -57,17 +57,21 @@ class MetricsWindow:
     """Sums over the steps since the last row of metrics.jsonl.
 
     Args:
+        metrics_name: of the metrics in a row.
         metric_names: what the objective sums besides the loss.
     """
 
-    def __init__(self, config: TrainConfig, accelerator: Accelerator, metric_names: Sequence[str] = ()) -> None:
-        self._metric_names = metric_names
+    def __init__(
+        self, config: TrainConfig, accelerator: Accelerator, metrics_name: str = "", metric_names: Sequence[str] = ()
+    ) -> None:
+        self._metrics_name, self._metric_names = metrics_name, metric_names
         self._names = [source.name for source in config.data.sources]
         self._accelerator = accelerator
         self._clear()
 
     def _clear(self) -> None:
         self._per_source = self.zeros()
+        self._expert_sums: Tensor | None = None  # of a language model of experts, see experts.py
         self._grad_norm: float | None = None
         self.component_norms: dict[str, float] = {}  # before clipping, of the step that is logged
         self.num_steps, self._num_samples, self._num_tokens, self._flops = 0, 0, 0, 0  # the last three: timed steps'
@@ -77,8 +81,13 @@ class MetricsWindow:
         """The shape of what the objective sums per source."""
         return torch.zeros(len(self._names), 2 + len(self._metric_names))
 
-    def add(self, batch: StepBatch, per_source: Tensor, grad_norm: float, flops: int) -> None:
+    def add(
+        self, batch: StepBatch, per_source: Tensor, grad_norm: float, flops: int, expert_sums: Tensor | None = None
+    ) -> None:
         self._per_source = self._per_source.to(per_source.device) + per_source
+        if expert_sums is not None:
+            before = self._expert_sums
+            self._expert_sums = expert_sums if before is None else before.to(expert_sums.device) + expert_sums
         self._grad_norm = grad_norm if math.isfinite(grad_norm) else None
         self._flops += flops
         self._num_tokens += sum(int(micro.attention_mask.sum()) for micro in batch.micro_batches)
@@ -94,10 +103,12 @@ class MetricsWindow:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to log the loss of all steps since the last row."""
-        return {"per_source": self._per_source.cpu(), "num_steps": self.num_steps}
+        experts = self._expert_sums.cpu() if self._expert_sums is not None else None
+        return {"per_source": self._per_source.cpu(), "num_steps": self.num_steps, "expert_sums": experts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._per_source, self.num_steps = state["per_source"], state["num_steps"]
+        self._expert_sums = state.get("expert_sums")  # absent from checkpoints of earlier versions
 
     def metrics(
         self, step: int, lr: dict[str, float], batch_size: int, counts: dict[str, int], steps_skipped: int
@@ -132,8 +143,10 @@ class MetricsWindow:
             "samples_too_long": too_long,
             "steps_skipped": steps_skipped,
         }
+        if self._expert_sums is not None:
+            metrics["experts"] = expert_metrics(self._accelerator.reduce(self._expert_sums, "sum"))
         if self._metric_names:
-            metrics["preference"] = {
+            metrics[self._metrics_name] = {
                 name: value / num_terms for name, value in zip(self._metric_names, sums_of_metrics)
             }
         if device.type == "cuda":
@@ -148,6 +161,8 @@ def flatten(metrics: dict[str, Any], prefix: str = "") -> dict[str, float]:
     for key, value in metrics.items():
         if isinstance(value, dict):
             flat |= flatten(value, f"{prefix}{key}/")
+        elif isinstance(value, list):  # of layers
+            flat |= flatten({str(index): number for index, number in enumerate(value)}, f"{prefix}{key}/")
         elif value is not None:
             flat[prefix + key] = value
     return flat
@@ -209,6 +224,8 @@ class Reporter:
         )
         if preference := metrics.get("preference"):
             numbers += f"  accuracy {preference['accuracy']:.2f}  margin {preference['reward_margin']:.2f}"
+        if experts := metrics.get("experts"):
+            numbers += f"  experts per token {mean(experts['experts_per_token']):.2f}"
         self._bar.update(self._task, numbers=numbers)
         if not self._is_main:
             return
@@ -269,81 +286,3 @@ def validation_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _shown(loss: float | None) -> str:
     return "NaN/Inf" if loss is None else f"{loss:.4f}"
-
-
-def draw_loss_curve(run_dir: Path) -> None:
-    """loss.png from metrics.jsonl: the loss, faintly that of each source, dashed those held out; below them the
-    learning rate and the batch size."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    path = run_dir / METRICS_FILE
-    all_rows = read_metrics(path) if path.exists() else []
-    rows = training_rows(all_rows)
-    if not rows:
-        return
-    figure, (axes, below) = pyplot.subplots(
-        2, 1, figsize=(8, 6), height_ratios=(3, 1), sharex=True, layout="constrained"
-    )
-    names = sorted({name for row in rows for name in row["loss_per_source"]})
-    for name in names if len(names) > 1 else ():
-        points = [(row["step"], row["loss_per_source"][name]) for row in rows if name in row["loss_per_source"]]
-        axes.plot(*zip(*points), linewidth=0.8, alpha=0.6, label=name)
-    axes.plot([row["step"] for row in rows], [row["loss"] for row in rows], linewidth=1.6, color="black", label="all")
-    _draw_validation(axes, validation_rows(all_rows))
-    axes.set_ylabel("loss per pair of answers" if "preference" in rows[-1] else "loss per supervised token")
-    axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.3)
-    if len(axes.get_lines()) > 1:
-        axes.legend(fontsize="small", ncols=2)
-    axes.set_title(str(run_dir))
-    draw_schedule(below, rows)
-    figure.savefig(run_dir / "loss.png", dpi=120)
-    pyplot.close(figure)
-
-
-def draw_schedule(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
-    """The learning rate of each component, and on a second axis the batch size.
-
-    Args:
-        rows: with `step`, `lr` and, unless they are of an earlier version, `batch_size`.
-    """
-    steps = [row["step"] for row in rows]
-    components = dict.fromkeys(name for row in rows for name in row["lr"])
-    rates = {name: [row["lr"].get(name, math.nan) for row in rows] for name in components}
-    for names, values in _equal_ones(rates):
-        axes.plot(steps, values, linewidth=1.2, label=f"learning rate: {', '.join(names)}")
-    axes.set_xlabel("step")
-    axes.set_ylabel("learning rate")
-    axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.3)
-    sizes = [row.get("batch_size", math.nan) for row in rows]
-    right = axes.twinx()
-    right.plot(steps, sizes, linewidth=1.2, color="grey", linestyle="--", drawstyle="steps-pre", label="batch size")
-    right.set_ylabel("batch size")
-    right.set_ylim(bottom=0)
-    lines = [*axes.get_lines(), *right.get_lines()]
-    axes.legend(
-        handles=lines, fontsize="small", ncols=len(lines), frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0)
-    )
-
-
-def _equal_ones(rates: dict[str, list[float]]) -> list[tuple[list[str], list[float]]]:
-    """Components whose rates are equal at every step, with these rates."""
-    groups: dict[tuple[float, ...], list[str]] = {}
-    for name, values in rates.items():
-        groups.setdefault(tuple(values), []).append(name)
-    return [(names, list(values)) for values, names in groups.items()]
-
-
-def _draw_validation(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
-    """Held-out losses, dashed: their mean, and faintly each source."""
-    names = list(rows[-1]["validation_loss_per_source"]) if rows else []
-    for name in names if len(names) > 1 else ():
-        losses = [row["validation_loss_per_source"].get(name) for row in rows]
-        axes.plot([row["step"] for row in rows], losses, "--", linewidth=0.8, alpha=0.6, label=f"held out: {name}")
-    if rows:
-        losses = [row["validation_loss"] for row in rows]
-        axes.plot([row["step"] for row in rows], losses, "o--", color="crimson", markersize=3, label="held out")

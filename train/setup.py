@@ -18,8 +18,10 @@ from .config import DPO, FROM_MODEL, FROM_SHARDS, TrainConfig, batch_sizes, num_
 from .data.loader import StepLoader
 from .data.reference import ReferenceModel
 from .data.stream import expand_shards
+from .distill import DistillObjective, check_teacher, teacher_config
 from .distributed import is_sharded
 from .dpo import PreferenceObjective
+from .experts import check_experts
 from .generations import HeldOut
 from .init import check_positions, fingerprint, initial_model, load_float32
 from .lora import Adapters, add_adapters_, uses_adapters
@@ -53,6 +55,8 @@ def build_model(
     else:
         model, processor = load_float32(directory)
         check_positions(model.config, config)
+    start = config.init_from.checkpoint or config.init_from.language_model
+    check_experts(model.config.text_config, config, str(start))
     saved = add_adapters_(model, config, directory) if has_adapters else model
     set_trainable_(model, config)
     cast_frozen_(model, config.precision)
@@ -82,6 +86,11 @@ def build_objective(
         ValueError: the reference model is not there, or the model is sharded and no other is there whole.
     """
     num_sources = len(config.data.sources)
+    if config.distill is not None:
+        teacher = _frozen_model(teacher_config(config, config.distill.teacher), accelerator)
+        check_teacher(teacher.config, model.config, config.distill.teacher)
+        note = f"The teacher {config.distill.teacher} takes {_gigabytes(teacher):.2f} GB on each rank."
+        return DistillObjective(model, num_sources, config.distill, lambda: teacher, config.neftune), note
     if config.objective != DPO:
         return Objective(model, num_sources, config.neftune), None
     if config.dpo.reference == FROM_SHARDS:
@@ -100,17 +109,25 @@ def build_objective(
                 yield model
 
         return PreferenceObjective(model, num_sources, config.dpo, without_adapters), None
-    reference, _ = initial_model(config, accelerator.device)
-    reference.requires_grad_(False).eval()
-    cast_frozen_(reference, config.precision)
-    _use_fast_attention_(reference, config, accelerator)
-    reference.to(accelerator.device)  # type: ignore[arg-type]
-    num_bytes = sum(parameter.nbytes for parameter in reference.parameters())
+    reference = _frozen_model(config, accelerator)
     note = (
-        f"The reference is a frozen copy of {config.init_from.checkpoint}, {num_bytes / 1e9:.2f} GB on each rank; with "
-        f"dpo.reference {FROM_SHARDS}, or adapters (trainable.language: lora), there is none."
+        f"The reference is a frozen copy of {config.init_from.checkpoint}, {_gigabytes(reference):.2f} GB on each "
+        f"rank; with dpo.reference {FROM_SHARDS}, or adapters (trainable.language: lora), there is none."
     )
     return PreferenceObjective(model, num_sources, config.dpo, lambda: nullcontext(reference)), note
+
+
+def _frozen_model(config: TrainConfig, accelerator: Accelerator) -> YiVLForConditionalGeneration:
+    """The model that a run starts from, in eval mode on this rank's device."""
+    model, _ = initial_model(config, accelerator.device)
+    model.requires_grad_(False).eval()
+    cast_frozen_(model, config.precision)
+    _use_fast_attention_(model, config, accelerator)
+    return model.to(accelerator.device)  # type: ignore[no-any-return,call-arg]
+
+
+def _gigabytes(model: YiVLForConditionalGeneration) -> float:
+    return sum(parameter.nbytes for parameter in model.parameters()) / 1e9
 
 
 def reference_model(config: TrainConfig) -> ReferenceModel | None:

@@ -18,7 +18,7 @@ from yi_vl.arguments import one_line
 from . import checkpoint
 from .config import TrainConfig, batch_sizes, num_steps
 from .config_file import to_yaml
-from .data.batch import IGNORE, MicroBatch, StepBatch
+from .data.batch import MicroBatch, StepBatch
 from .distributed import (
     build_accelerator,
     exchange,
@@ -30,10 +30,12 @@ from .distributed import (
     raise_on_all_ranks,
     ranks_line,
 )
+from .experts import auxiliary_weights, set_experts_
 from .generations import HeldOut
-from .metrics import MetricsWindow, Reporter, component_table, draw_loss_curve, flatten
+from .loss_curve import draw_curves
+from .metrics import MetricsWindow, Reporter, component_table, flatten
 from .optim import build_optimizer, gradient_norms, learning_rates, set_learning_rates_
-from .plan.flops import batch_flops
+from .plan.flops import step_batch_flops
 from .resume import check_finished, find_checkpoint
 from .setup import build_held_out, build_loader, build_model, build_objective, check_shards, reference_model
 from .signals import StopSignals
@@ -63,7 +65,7 @@ def train(config: TrainConfig) -> Path:
         raise SystemExit(128 + stop_signal)
     trainer.save(final, with_state=False)
     if trainer.accelerator.is_main_process:
-        draw_loss_curve(run_dir)
+        draw_curves(run_dir)
     trainer.accelerator.end_training()
     return final
 
@@ -90,6 +92,7 @@ class Trainer:
         self.done_steps: int = state["step"] if state is not None else 0
         self._saved_steps = self.done_steps
         self.model, self.processor, self.saved = build_model(config, self.accelerator, directory)
+        set_experts_(self.model.config.text_config, config.experts, max(0, self.done_steps - 1))
         if self.accelerator.is_main_process:
             console.print(component_table(self.model, config))
         if directory is not None:
@@ -98,7 +101,7 @@ class Trainer:
         objective, memory_note = build_objective(config, self.accelerator, self.model, self.saved)
         if memory_note is not None:
             self._print(memory_note)
-        self.log = MetricsWindow(config, self.accelerator, objective.metric_names)
+        self.log = MetricsWindow(config, self.accelerator, objective.metrics_name, objective.metric_names)
         self.objective, self.optimizer = self.accelerator.prepare(objective, build_optimizer(self.model, config))
         if self.accelerator.num_processes > 1:
             self._print(ranks_line(self.accelerator, self.objective))
@@ -175,14 +178,17 @@ class Trainer:
         """Do one step and log it."""
         reporter.note(batch.reports)
         set_learning_rates_(self.optimizer, self.done_steps, self.num_steps, self.config.schedule)
+        set_experts_(self.model.config.text_config, self.config.experts, self.done_steps)
         per_source, norm = self.step(batch, num_terms)
+        expert_sums = self.accelerator.unwrap_model(self.objective).take_expert_sums()
         self.done_steps += 1
         if self.config.log_samples:
             reporter.samples(self.done_steps, batch.names)
         if self.guard.num_consecutive:
             reporter.note([f"step {self.done_steps} skipped: its gradient norm is {norm:g}"])
         else:
-            self.log.add(batch, per_source, norm, self._flops(batch))
+            flops = step_batch_flops(self.model.config, self.config.trainable, batch)
+            self.log.add(batch, per_source, norm, flops, expert_sums)
         metrics = None
         if self._is_logged(self.done_steps) and self.log.num_steps:
             rates, size = learning_rates(self.optimizer), self.batch_sizes.size(self.done_steps - 1)
@@ -222,11 +228,12 @@ class Trainer:
         accelerator = self.accelerator
         scale = accelerator.num_processes / num_terms  # data parallelism averages gradients over ranks
         per_source = self.log.zeros().to(accelerator.device)
+        router_weights = auxiliary_weights(accelerator, self.model.config.text_config, batch, num_terms)
         for index, micro_batch in enumerate(batch.micro_batches):
             is_last = index == len(batch.micro_batches) - 1
             syncs = is_sharded(accelerator) or is_last  # FSDP always, or whole gradients would accumulate on each rank
             with nullcontext() if syncs else accelerator.no_sync(self.objective):
-                loss, losses = self.objective(**self._inputs(micro_batch))
+                loss, losses = self.objective(**self._inputs(micro_batch), router_weight=router_weights[index])
                 accelerator.backward(loss * scale)
             per_source += losses
         clip = self.config.clip_norm
@@ -237,15 +244,6 @@ class Trainer:
             self.log.component_norms = {name: clipped / clip_factor for name, clipped in norms.items()}
         self._update(norm)
         return per_source, norm
-
-    def _flops(self, batch: StepBatch) -> int:
-        return sum(
-            batch_flops(
-                self.model.config, self.config.trainable, micro_batch.attention_mask,
-                micro_batch.labels[:, 1:] != IGNORE, 0 if micro_batch.images is None else len(micro_batch.images),
-            )
-            for micro_batch in batch.micro_batches
-        )  # fmt: skip
 
     def _is_logged(self, step: int) -> bool:
         return step % self.config.log_every == 0 or step == self.num_steps

@@ -7,6 +7,7 @@ import numbers
 import os
 import re
 import reprlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,17 @@ def as_slice(value: str, name: str) -> tuple[int, int]:
     if match is None:
         raise ValueError(f"{name} is {shown(value)}; expected A:B, from A to before B, such as 12:28.")
     return int(match[1]), int(match[2])
+
+
+def ranges(numbers: Sequence[int]) -> list[str]:
+    """Numbers in ascending order as `trainable.language` takes layers: 3, 7 or 4-7."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return [f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs]
 
 
 def stat(path: Path, name: str) -> os.stat_result | None:

@@ -1,4 +1,4 @@
-"""The command line: `yi-vl ask | chat | serve | info | convert | expand`.
+"""The command line: `yi-vl ask | chat | serve | info | convert | expand | upcycle`.
 
 Heavy imports happen inside the commands, so that `yi-vl --help` is instant.
 """
@@ -15,7 +15,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from .arguments import as_path, as_slice
+from . import cli_architecture
+from .arguments import as_path
 from .loading import check, load_quickly, quick_imports
 from .program import print_error, run
 from .runtime import limit_spinning, use_huge_pages
@@ -255,6 +256,7 @@ def info(
         from .checkpoint.load import fetch, read_config
         from .checkpoint.summary import tensor_shapes
         from .config import preset
+        from .hybrid_info import hybrid_table
         from .info import config_table, size_tables
 
     folder = None if source is None else fetch(source, with_weights=False)
@@ -264,7 +266,7 @@ def info(
             print(f"{name:<72}{' x '.join(map(str, shape))}")
         return
     console = Console()
-    for table in (config_table(model, config, folder), *size_tables(config, folder)):
+    for table in (config_table(model, config, folder), *hybrid_table(config), *size_tables(config, folder)):
         console.print(table)
 
 
@@ -303,30 +305,8 @@ def convert_command(
     run_conversion(source, folder, to, type or "f16", tower_from, verify, quantize)
 
 
-@app.command()
-def expand(
-    source: Annotated[str, typer.Argument(metavar="SRC", help="A model folder or hub id, in any layout.")],
-    target: Annotated[str, typer.Argument(metavar="OUT", help="A folder that does not exist yet.")],
-    after_every: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="Behind every Nth layer a copy that adds nothing yet: the function is kept."),
-    ] = None,
-    double: Annotated[
-        str | None,
-        typer.Option(metavar="A:B", help="Behind layers A to B - 1 a copy of them all: the function is not kept."),
-    ] = None,
-) -> None:
-    """Write a model with copies of some of its layers, to train these; in our layout, shard by shard."""
-    folder = as_path(target, "OUT")
-    if folder.exists():
-        raise ValueError(f"{folder} exists already; choose another name, or remove it.")
-    if (after_every is None) == (double is None):
-        raise ValueError("say which layers to copy: --after-every N or --double A:B, one of the two.")
-    doubled = None if double is None else as_slice(double, "--double")
-    check(source)
-    with quick_imports():
-        from .expand import run_expansion
-    run_expansion(source, folder, after_every, doubled)
+app.command()(cli_architecture.expand)
+app.command()(cli_architecture.upcycle)
 
 
 def _check_conversion(folder: Path | None, to: str, type: str | None, verify: bool, quantize: str | None) -> None:

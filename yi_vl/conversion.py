@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Literal
 
@@ -60,10 +61,13 @@ def write(checkpoint: Checkpoint, target: Path, to: Layout | Literal["gguf"], ty
     """With a progress bar; what there is to know about the result is printed after it."""
     columns = ("{task.description}", BarColumn(), DownloadColumn(), TimeRemainingColumn())
     notes: list[str] = []
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task(f"{checkpoint.layout} to {to}")
+    progress = Progress(*columns, console=Console(stderr=True))
+    task = progress.add_task(f"{checkpoint.layout} to {to}")
+    with ExitStack() as stack:
 
         def show(done: int, total: int) -> None:
+            if not progress.live.is_started:  # not before all that can be refused is checked
+                stack.enter_context(progress)
             progress.update(task, completed=done, total=total)
 
         if to == "gguf":

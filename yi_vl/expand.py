@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from .arguments import ranges
 from .checkpoint import Checkpoint, holds_adapters, open_checkpoint
 from .checkpoint.find import find
 from .checkpoint.key_map import LANGUAGE
@@ -66,10 +67,15 @@ def expand(source: Checkpoint, layers: Sequence[Layer], keeps_function: bool) ->
         keeps_function: new layers begin with zeros where they add to the residual stream, and so change nothing.
 
     Raises:
-        ValueError: the checkpoint is quantized.
+        ValueError: the checkpoint is quantized, or its language model is no Llama.
     """
     if getattr(source.config, "quantization_config", None) is not None:
         raise ValueError(f"{source.folder} is quantised, and its copies could not be trained. Give the original.")
+    if (model_type := source.config.text_config.model_type) != "llama":
+        raise ValueError(
+            f"{source.folder} has a language model of the type {model_type}, whose layers differ. Expand the dense "
+            "model that it was made from, and upcycle the result."
+        )
     positions: dict[int, list[int]] = {}
     for position, layer in enumerate(layers):
         positions.setdefault(layer.source, []).append(position)
@@ -112,18 +118,7 @@ def run_expansion(source: str, target: Path, after_every: int | None, doubled: t
         layers = layers_after_every(num_layers, after_every)
         effect = "They add nothing yet, so it computes what it did before"
     write(expand(checkpoint, layers, keeps_function=doubled is None), target, "yi-vl", "f16")
-    new = entries([position for position, layer in enumerate(layers) if layer.is_new])
+    new = ranges([position for position, layer in enumerate(layers) if layer.is_new])
     print(f"{target} is written: {len(layers)} layers instead of {num_layers}, of which {', '.join(new)} are new.")
     print(f"{effect}. To train them alone, put into the training config:")
     print(f"trainable: {{vision: false, projector: false, language: [{', '.join(new)}]}}")
-
-
-def entries(positions: Sequence[int]) -> list[str]:
-    """Positions in ascending order as `trainable.language` takes them: 3, 7 or 4-7."""
-    runs: list[list[int]] = []
-    for position in positions:
-        if runs and position == runs[-1][-1] + 1:
-            runs[-1].append(position)
-        else:
-            runs.append([position])
-    return [f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs]

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .chat import CHATML, YI_VL, ChatFormat
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -13,9 +15,13 @@ if TYPE_CHECKING:
     from .config import YiVLConfig
 
 
+_CHAT_MARKS: dict[ChatFormat, str] = {YI_VL: "### Human: ...", CHATML: "<|im_start|>user ... <|im_end|>"}
+
+
 def config_table(name: str, config: YiVLConfig, folder: Path | None) -> Table:
-    """The architecture: vision tower, language model, context, quantization, adapters."""
+    """The architecture: vision tower, language model, context, chat format, quantization, adapters."""
     from .checkpoint import base_of, holds_adapters
+    from .checkpoint.load import read_chat_format
     from .checkpoint.summary import scheme_of
 
     vision, text = config.vision_config, config.text_config
@@ -40,6 +46,9 @@ def config_table(name: str, config: YiVLConfig, folder: Path | None) -> Table:
     )
     table.add_row("context", f"{text.max_position_embeddings:,} tokens, images and answer included")
     table.add_row("vocabulary", f"{text.vocab_size:,} rows; {config.image_token_id} is the image token")
+    if folder is not None:  # a preset has none of its own
+        chat_format = read_chat_format(str(folder))
+        table.add_row("chat format", f"{chat_format} ({_CHAT_MARKS[chat_format]})")
     if scheme := scheme_of(config):
         dtype = str(config.dtype).removeprefix("torch.")
         table.add_row("quantised", f"{scheme}, in the language model's linear layers; all else is {dtype}")

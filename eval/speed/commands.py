@@ -15,7 +15,11 @@ app = typer.Typer(help="Measure speed, side by side in one run.", no_args_is_hel
 PresetOption = Annotated[
     Literal["nano", "1b", "6b"], typer.Option(help="Whose size; all but nano have random weights.")
 ]
+SizeOption = Annotated[Literal["nano", "1b", "6b"], typer.Option(help="Whose language model's size.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+_CONTEXTS = "1024,2048,4096,8192,16384,32768"
 
 
 @app.command()
@@ -184,6 +188,51 @@ def engines(
     with checkpoint_of(preset) as folder:
         measured = compare_engines(folder, num_questions, new_tokens, num_rounds, with_images)
     show(measured | {"model": preset}, as_json)
+
+
+@app.command()
+def decoder(
+    preset: PresetOption = "1b",
+    contexts: Annotated[str, typer.Option(help="Lengths in tokens, separated by commas.")] = _CONTEXTS,
+    window: Annotated[int, typer.Option(min=2, help="What a sliding layer sees, in tokens.")] = 1024,
+    num_rounds: Annotated[int, typer.Option("--rounds", min=1, help="The median of so many.")] = 5,
+    image: Annotated[Path | None, typer.Option(help="Draw the curves there.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """The hybrid decoder beside a dense Llama as the context grows: time per token, TTFT, KV cache. On a CPU."""
+    import torch
+
+    from .decoder import compare_decoder
+    from .random_models import language_config
+
+    config, lengths = language_config(preset), _lengths(contexts)
+    measured = compare_decoder(config, lengths, window, num_rounds, torch.bfloat16, image)
+    show(measured | {"model": preset}, as_json)
+
+
+@app.command()
+def experts(
+    preset: PresetOption = "1b",
+    rows: Annotated[str, typer.Option(help="Tokens computed at once, separated by commas.")] = "1,8,256",
+    copies: Annotated[int, typer.Option(min=1, help="Of the dense layer.")] = 4,
+    slices: Annotated[int, typer.Option(min=1, help="Of each copy: the experts.")] = 4,
+    as_json: AsJson = False,
+) -> None:
+    """The kernels of transformers' experts beside a dense feed-forward layer of the same products. On a CPU."""
+    import torch
+
+    from .experts import compare_experts
+    from .random_models import language_config
+
+    measured = compare_experts(language_config(preset), copies, slices, _lengths(rows), torch.bfloat16)
+    show(measured | {"model": preset}, as_json)
+
+
+def _lengths(text: str) -> list[int]:
+    lengths = [int(length) for length in text.split(",") if length.strip().isdecimal()]
+    if len(lengths) != text.count(",") + 1 or 0 in lengths:
+        raise ValueError(f"{text!r} is not a list of lengths; expected numbers of 1 or more like 1024,2048.")
+    return lengths
 
 
 def show(measured: dict[str, Any], as_json: bool) -> None:

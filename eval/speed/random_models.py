@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from transformers import GenerationConfig
+from torch import nn
+from transformers import GenerationConfig, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 import yi_vl
@@ -43,22 +44,33 @@ def make(name: Preset, dtype: torch.dtype = torch.bfloat16, device: str | None =
         model = YiVLForConditionalGeneration(config)
     model.to(dtype)  # type: ignore[arg-type]  # wrapped by transformers as if it were no method
     model.to_empty(device=device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
-    generator = torch.Generator(model.device).manual_seed(0)
+    fill_(model)
     with torch.no_grad():
-        for parameter in model.parameters():
-            _repeat(parameter, generator) if parameter.ndim > 1 else parameter.fill_(1.0)
         word_ids = [token_id for piece, token_id in tokenizer.get_vocab().items() if _WORD.fullmatch(piece)]
         is_word = torch.zeros(len(model.lm_head.weight), 1, dtype=dtype).index_fill_(0, torch.tensor(word_ids), 1)
         model.lm_head.weight.mul_(is_word.to(model.device))  # an answer's text encodes to its own tokens
-        for module in model.modules():  # computed, not random
-            if isinstance(module, LlamaRotaryEmbedding):
-                module.inv_freq.copy_(LlamaRotaryEmbedding(config.text_config).inv_freq)
     model.generation_config = GenerationConfig(eos_token_id=2, pad_token_id=0)
     processor = YiVLProcessor(
         YiVLImageProcessor(config.vision_config.image_size), tokenizer, config.vision_config.patch_size
     )
     tune_linears_(model)
     return YiVL(model, processor)
+
+
+@torch.no_grad()
+def fill_(module: nn.Module) -> None:
+    """Random weights, norms of one, and rotary embeddings as they are computed, for a module of no values yet."""
+    generator = torch.Generator(next(module.parameters()).device).manual_seed(0)
+    for parameter in module.parameters():
+        _repeat(parameter, generator) if parameter.ndim > 1 else parameter.fill_(1.0)
+    for rotary in module.modules():
+        if isinstance(rotary, LlamaRotaryEmbedding):
+            rotary.inv_freq.copy_(LlamaRotaryEmbedding(rotary.config).inv_freq)
+
+
+def language_config(name: Preset) -> LlamaConfig:
+    """The configuration of a preset's language model."""
+    return _one_billion().text_config if name == "1b" else preset(name).text_config
 
 
 def _repeat(parameter: torch.Tensor, generator: torch.Generator) -> None:

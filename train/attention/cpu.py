@@ -96,6 +96,12 @@ class GroupedPacking(Packing):
         """The model's inputs, and `packing` for `packed_attention`."""
         return super().inputs(input_ids) | {"packing": self}
 
+    def num_rows(self, attention_mask: Tensor) -> Tensor:
+        """As of `Packing`: the shared prefix stands in all rows."""
+        counts = super().num_rows(attention_mask)
+        counts[:, : self.shared_prefix_length] = len(attention_mask)
+        return counts
+
 
 def round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
@@ -144,20 +150,25 @@ def packed_attention(
     attention_mask: None,
     scaling: float,
     packing: GroupedPacking,
+    sliding_window: int | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """(1, H, T, d), (1, K, T, d), (1, K, T, d) -> (1, T, H, d); a row attends causally to the prefix and itself."""
+    """(1, H, T, d), (1, K, T, d), (1, K, T, d) -> (1, T, H, d); a row attends causally to the prefix and itself.
+
+    Args:
+        sliding_window: the most tokens that one attends to, itself included; None: all before it.
+    """
     width = query.shape[3]
     sizes = [packing.shared_prefix_length, *(len(group.padded) for group in packing.groups), packing.num_pads]
     parts = [_to_tokens(heads.to(value.dtype)).split(sizes) for heads in (query, key, value)]  # (size, heads*d) each
     shared = [_to_heads(part[0], (1, packing.shared_prefix_length), width) for part in parts]
-    outputs = [_to_tokens(_causal(*shared, scaling))] if packing.shared_prefix_length else []  # type: ignore[call-arg,arg-type]  # three of them
+    outputs = [_to_tokens(_causal(*shared, scaling, sliding_window))] if packing.shared_prefix_length else []  # type: ignore[call-arg,arg-type]  # three of them
     for index, group in enumerate(packing.groups, start=1):
         queries, keys, values = (_to_heads(_Pad.apply(part[index], group), group.shape, width) for part in parts)
         if packing.shared_prefix_length:
             prefix_keys, prefix_values = (heads.expand(group.shape[0], -1, -1, -1) for heads in shared[1:])
             keys, values = torch.cat([prefix_keys, keys], dim=2), torch.cat([prefix_values, values], dim=2)
-        outputs.append(_Unpad.apply(_to_tokens(_causal(queries, keys, values, scaling)), group))
+        outputs.append(_Unpad.apply(_to_tokens(_causal(queries, keys, values, scaling, sliding_window)), group))
     outputs.append(query.new_zeros(packing.num_pads, query.shape[1] * width, dtype=value.dtype))
     return torch.cat(outputs).view(1, -1, query.shape[1], width), None
 
@@ -173,18 +184,21 @@ def _to_heads(tokens: Tensor, shape: tuple[int, int], width: int) -> Tensor:
     return tokens.view(*shape, tokens.shape[1] // width, width).transpose(1, 2)
 
 
-def _causal(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+def _causal(query: Tensor, key: Tensor, value: Tensor, scaling: float, sliding_window: int | None) -> Tensor:
     """(B, H, L, d), (B, K, S, d), (B, K, S, d) -> (B, H, L, d). The queries belong to the last L keys.
 
     The query heads that share a key head are rows of one product.
     """
     batch, heads, length, width = query.shape
     groups, size = key.shape[1], key.shape[2]
-    future = torch.full((length, size), -torch.inf, dtype=value.dtype, device=value.device).triu(size - length + 1)
-    future = future.repeat(heads // groups, 1).expand(batch * groups, -1, -1)  # (B*K, H/K*L, S)
+    unseen = torch.full((length, size), -torch.inf, dtype=value.dtype, device=value.device)
+    mask = unseen.triu(size - length + 1)
+    if sliding_window is not None:
+        mask = mask + unseen.tril(size - length - sliding_window)
+    mask = mask.repeat(heads // groups, 1).expand(batch * groups, -1, -1)  # (B*K, H/K*L, S)
     rows = query.reshape(batch * groups, -1, width)  # (B*K, H/K*L, d)
     columns = key.reshape(batch * groups, size, width)
-    scores = torch.baddbmm(future, rows, columns.transpose(1, 2), alpha=scaling)  # (B*K, H/K*L, S)
+    scores = torch.baddbmm(mask, rows, columns.transpose(1, 2), alpha=scaling)  # (B*K, H/K*L, S)
     output = torch.bmm(scores.softmax(-1), value.reshape(batch * groups, size, width))
     return output.view(batch, heads, length, width)
 

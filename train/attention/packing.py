@@ -37,6 +37,10 @@ class Packing:
         """The model's inputs for padded ids, (B, S)."""
         return {"input_ids": self.take(input_ids, 0), "position_ids": self.position_ids}
 
+    def num_rows(self, attention_mask: Tensor) -> Tensor:
+        """(1, T) in how many rows each token stands; 0 for the unused ones at the end."""
+        return self.take(attention_mask, 0)
+
     def take(self, padded: Tensor, pad: int) -> Tensor:
         """(B, S) -> (1, T), with `pad` for the unused tokens at the end"""
         return F.pad(padded.reshape(-1)[self.tokens], (0, self.num_pads), value=pad).unsqueeze(0)

@@ -1,5 +1,5 @@
 """`python -m train.nano data | train | export | measure`: nano's data, training from scratch, and measurement; and
-`preferences | style`: preferences for nano, and what they change."""
+`preferences | style`: preferences for nano, and what they change; and `experts`: how many experts a token gets."""
 
 from __future__ import annotations
 
@@ -98,6 +98,18 @@ def style(
     from train.nano.measure.style import measure_style
 
     typer.echo(measure_style(_named(models), data_dir / "heldout", every))
+
+
+@app.command()
+def experts(
+    model: Annotated[Path, typer.Argument(help="a folder of a model with experts by top-p")],
+    data_dir: Annotated[Path, typer.Option("--data", help="nano's data")] = DATA,
+    every: Annotated[int, typer.Option(min=1, help="take only each so many-th held-out question")] = 1,
+) -> None:
+    """How many experts the tokens of held-out questions get, by skill and by layer."""
+    from train.nano.measure.experts import measure_experts
+
+    typer.echo(measure_experts(model, data_dir / "heldout", every))
 
 
 @app.command()

@@ -10,40 +10,29 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoConfig
 
 from yi_vl import program
-from yi_vl.arguments import one_line
-from yi_vl.checkpoint.find import find
-from yi_vl.checkpoint.load import read_config
-from yi_vl.config import PRESETS, OpenClipVisionConfig, YiVLConfig, preset
+from yi_vl.config import PRESETS, YiVLConfig, preset
 
-from ..checkpoint import FINAL
-from ..config import DPO, FROM_MODEL, INT4, LORA, PREFERENCE, InitConfig, TrainConfig, batch_sizes, num_steps
+from ..config import DPO, FROM_MODEL, INT4, LORA, TrainConfig, batch_sizes, num_steps
 from ..config_file import load_config
 from ..describe import describe_batches, schedule_lines
 from ..init import check_positions, set_rope_
 from ..qlora import BYTES_PER_WEIGHT
-from ..schedule import mean_fractions
 from .count import SavedBytes, count_flops, count_saved_bytes
 from .estimate import Memory, Parameters, Strategy, count_parameters, logit_bytes, step_memory, strategies
 from .flops import Row, forward_flops
+from .models import initial_model, read_model
+from .rows import AVERAGE, SampleTokens, average_rows, longest
 
 app = typer.Typer(add_completion=False)
 
-_LANGUAGE_MODELS = {  # whose shapes are known without the hub
-    "01-ai/Yi-6B-Chat": "6b",
-    "01-ai/Yi-34B-Chat": "34b",
-    "01-ai/Yi-1.5-6B-Chat": "6b-1.5",
-    "01-ai/Yi-1.5-9B-Chat": "9b-1.5",
-    "01-ai/Yi-1.5-34B-Chat": "34b-1.5",
-}
 _PUBLISHED_GPU_HOURS = {"6b": 9_216, "34b": 30_720}  # all three stages: 3 and 10 days on 128 GPUs; Yi-VL's model card
 USABLE = 0.9  # of a GPU's memory; the rest is CUDA's, NCCL's and lost between blocks
 _SECONDS_PER_HOUR = 3600
@@ -64,13 +53,18 @@ class Hardware:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """A config with the model it is for, and an average row of its batches."""
+    """A config with the model it is for, and the average rows of its batches with their fractions."""
 
     path: str
     config: TrainConfig
     model: YiVLConfig
     parameters: Parameters
-    row: Row
+    rows: Sequence[tuple[float, Row]]
+
+    @property
+    def num_tokens(self) -> float:
+        """Of all its samples."""
+        return self.num_samples * sum(fraction * row.tokens for fraction, row in self.rows)
 
     @property
     def num_samples(self) -> int:
@@ -119,10 +113,14 @@ class Plan:
     def flops(self, is_checkpointed: bool) -> int:
         """Of all its steps on all GPUs."""
         config = replace(self.config, activation_checkpointing=is_checkpointed)
-        flops = self.num_samples * self.rows_per_sample * count_flops(self.model, config, self.row)
-        if self.has_reference:  # the forward pass again: without gradients
-            flops += self.num_samples * self.rows_per_sample * forward_flops(self.model, self.row)
-        return flops
+        micro_batch = config.micro_batch * self.rows_per_sample
+        flops = 0.0
+        for fraction, row in self.rows:
+            per_row = count_flops(self.model, config, row, micro_batch) / micro_batch
+            if self.has_reference:  # the forward pass again: without gradients
+                per_row += forward_flops(self.model, row)
+            flops += fraction * per_row
+        return round(self.num_samples * self.rows_per_sample * flops)
 
 
 @app.command()
@@ -139,6 +137,7 @@ def plan(
     ] = 0.4,
     caption_tokens: Annotated[int, typer.Option(min=1, help="Average text tokens per sample in caption format.")] = 32,
     chat_tokens: Annotated[int, typer.Option(min=1, help="Average text tokens per sample in chat format.")] = 256,
+    text_tokens: Annotated[int, typer.Option(min=2, help="Average tokens per document in text format.")] = 512,
     model: Annotated[
         str | None, typer.Option(help=f"{', '.join(PRESETS)} or a model folder, instead of the config's.")
     ] = None,
@@ -155,14 +154,15 @@ def plan(
     overrides = [argument for argument in configs if "=" in argument]
     if not paths:
         raise ValueError("name at least one config file; the recipes are in train/configs/.")
-    plans = [make_plan(path, overrides, model, caption_tokens, chat_tokens) for path in paths]
+    tokens = SampleTokens(caption_tokens, chat_tokens, text_tokens)
+    plans = [make_plan(path, overrides, model, tokens) for path in paths]
     console = Console()
     for made in plans:
         for line in describe(made, hardware):
             console.print(line, highlight=False, soft_wrap=True)
         console.print(memory_table(made, hardware))
     console.print(sum_table(plans, hardware))
-    for line in assumptions(plans, hardware, caption_tokens, chat_tokens):
+    for line in assumptions(plans, hardware, tokens):
         console.print(line, highlight=False, soft_wrap=True)
     if curves is not None:
         from .curves import draw_curves  # takes a second
@@ -171,28 +171,22 @@ def plan(
 
 
 def make_plan(
-    path: str | Path, overrides: Sequence[str], model: str | None, caption_tokens: int, chat_tokens: int
+    path: str | Path, overrides: Sequence[str], model: str | None = None, tokens: SampleTokens = AVERAGE
 ) -> Plan:
     """
     Raises:
         ValueError: the config is wrong, or does not tell what model it is for.
     """
     config = load_config(path, overrides)
-    shape = _read_model(model) if model is not None else _initial_model(config.init_from, Path(path))
+    shape = read_model(model) if model is not None else initial_model(config.init_from, Path(path))
     set_rope_(shape.text_config, config.init_from.rope)
     shape.vision_config.image_size = config.image_size
-    text_tokens = {"caption": caption_tokens, "chat": chat_tokens, PREFERENCE: chat_tokens}
-    sources = config.data.sources
-    formats = [source.format if source.format is not None else config.data.format for source in sources]
-    if unknown := [source.name for source, each in zip(sources, formats) if each not in text_tokens]:
-        raise ValueError(f"{path}: the format of {unknown[0]!r} is text; only samples with an image can be planned.")
-    fractions = mean_fractions([source.weights for source in sources], batch_sizes(config), num_steps(config))
-    num_text = round(sum(fraction * text_tokens[each] for fraction, each in zip(fractions.tolist(), formats)))
-    row = Row(shape.vision_config.num_patches + num_text, num_text)
-    if row.tokens > config.max_tokens:
-        raise ValueError(f"{path}: an image and {num_text} tokens of text exceed max_tokens {config.max_tokens}.")
+    try:
+        rows = average_rows(config, shape.vision_config.num_patches, tokens)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     check_positions(shape, config)
-    return Plan(str(path), config, shape, count_parameters(shape, config), row)
+    return Plan(str(path), config, shape, count_parameters(shape, config), rows)
 
 
 def describe(made: Plan, hardware: Hardware) -> list[str]:
@@ -208,20 +202,31 @@ def describe(made: Plan, hardware: Hardware) -> list[str]:
     return [
         f"\n{made.path}",
         f"  trains {trained}: {share}",
-        f"  {describe_batches(config)}, {made.rows_per_gpu(hardware)} at once on a GPU; {made.row.tokens:,} tokens a "
-        f"sample, {made.model.vision_config.num_patches:,} of them its image's",
+        f"  {describe_batches(config)}, {made.rows_per_gpu(hardware)} at once on a GPU; {_describe_rows(made)}",
         *(f"  {line}" for line in schedule_lines(config)),
         f"  activation_checkpointing: {str(config.activation_checkpointing).lower()}, so {which} hold",
         *([int4] if parameters.int4 else []),
     ]
 
 
+def _describe_rows(made: Plan) -> str:
+    patches = made.model.vision_config.num_patches
+    kinds = [
+        f"{row.tokens:,} tokens a sample, {patches:,} of them its image's"
+        if row.has_image
+        else f"{row.tokens:,} tokens a text"
+        for _, row in made.rows
+    ]
+    return "; ".join(kinds) + (f" ({made.rows[1][0]:.0%} of the samples)" if len(kinds) > 1 else "")
+
+
 def memory_table(made: Plan, hardware: Hardware) -> Table:
-    """GB per GPU, by strategy."""
+    """GB per GPU, by strategy; of a mixture, in a micro-batch of the kind of rows that takes more."""
     table = _table("GB per GPU", "weights", "grads", "optimizer", "activations", "logits", "total", "fits")
     for strategy in strategies(made.config.precision, made.config.lora.base == INT4):
         for is_checkpointed in (False, True):
-            memory = made.memory(hardware, strategy, made.row, is_checkpointed)
+            memories = [made.memory(hardware, strategy, row, is_checkpointed) for _, row in made.rows]
+            memory = max(memories, key=lambda memory: memory.total)
             held = (memory.weights, memory.gradients, memory.optimizer, memory.activations, memory.logits, memory.total)
             name = "checkpointed" if is_checkpointed else strategy.name
             cells = [f"{num_bytes / 1e9:,.1f}" for num_bytes in held]
@@ -231,15 +236,17 @@ def memory_table(made: Plan, hardware: Hardware) -> Table:
 
 def verdict(made: Plan, hardware: Hardware, strategy: Strategy, is_checkpointed: bool) -> str:
     """`yes`, `no`, or the longest row that fits. Memory grows with a row's tokens at a constant or increasing rate."""
-    limit, patches = made.config.max_tokens, made.model.vision_config.num_patches
-    usable = USABLE * hardware.memory_bytes
-    average = made.memory(hardware, strategy, made.row, is_checkpointed).total
-    if average > usable:
-        return "no"
-    most = made.memory(hardware, strategy, Row(limit, limit - patches), is_checkpointed).total
-    if most <= usable:
-        return "yes"
-    return f"to {made.row.tokens + int((limit - made.row.tokens) * (usable - average) / (most - average)):,}"
+    usable, most_tokens = USABLE * hardware.memory_bytes, made.config.max_tokens
+    for _, row in made.rows:
+        average = made.memory(hardware, strategy, row, is_checkpointed).total
+        if average > usable:
+            return "no"
+        longer = longest(row, made.config, made.model.vision_config.num_patches)
+        most = made.memory(hardware, strategy, longer, is_checkpointed).total
+        if most > usable:
+            fitting = row.tokens + int((longer.tokens - row.tokens) * (usable - average) / (most - average))
+            most_tokens = min(most_tokens, fitting)
+    return "yes" if most_tokens == made.config.max_tokens else f"to {most_tokens:,}"
 
 
 def sum_table(plans: Sequence[Plan], hardware: Hardware) -> Table:
@@ -248,7 +255,7 @@ def sum_table(plans: Sequence[Plan], hardware: Hardware) -> Table:
     sums = [0.0] * 4
     for made in plans:
         hours = [hardware.gpu_hours(made.flops(is_checkpointed)) for is_checkpointed in (False, True)]
-        numbers = [made.num_samples / 1e6, made.num_samples * made.row.tokens / 1e9, *hours]
+        numbers = [made.num_samples / 1e6, made.num_tokens / 1e9, *hours]
         sums = [total + number for total, number in zip(sums, numbers)]
         table.add_row(Path(made.path).stem, *_sum_cells(numbers, hardware))
     table.add_row("together", *_sum_cells(sums, hardware))
@@ -258,10 +265,12 @@ def sum_table(plans: Sequence[Plan], hardware: Hardware) -> Table:
     return table
 
 
-def assumptions(plans: Sequence[Plan], hardware: Hardware, caption_tokens: int, chat_tokens: int) -> list[str]:
+def assumptions(plans: Sequence[Plan], hardware: Hardware, tokens: SampleTokens) -> list[str]:
     """The assumptions behind the numbers."""
+    has_texts = any(not row.has_image for made in plans for _, row in made.rows)
+    texts = f"; {tokens.text} tokens in a text" if has_texts else ""
     lines = [
-        f"Assumed: one image and {caption_tokens} tokens of text in a caption, {chat_tokens} in a chat; "
+        f"Assumed: one image and {tokens.caption} tokens of text in a caption, {tokens.chat} in a chat{texts}; "
         f"{hardware.utilisation:.0%} of {hardware.tflops:g} TFLOP/s; {1 - USABLE:.0%} of the memory kept free; "
         "what is frozen was released in bf16.",
         "`to N` fits as long as the longest row of a micro-batch has at most N tokens.",
@@ -284,51 +293,6 @@ def _sum_cells(numbers: Sequence[float], hardware: Hardware) -> list[str]:
     samples, tokens, plain, checkpointed = numbers
     days = " to ".join(f"{hours / hardware.num_gpus / 24:.1f}" for hours in (plain, checkpointed))
     return [f"{samples:,.1f} M", f"{tokens:,.1f} B", f"{plain:,.0f}", f"{checkpointed:,.0f}", days]
-
-
-def _initial_model(init: InitConfig, path: Path) -> YiVLConfig:
-    """The model that a config at `path` starts from: its checkpoint's, or that of the config beside it that makes it.
-
-    Raises:
-        ValueError: neither is there.
-    """
-    if init.checkpoint is None:
-        assert init.tower is not None and init.language_model is not None  # config.load_config sees to it
-        text = _text_config(init.language_model)
-        tower = OpenClipVisionConfig.from_open_clip(init.tower.name)
-        return YiVLConfig(vision_config=tower, text_config=text, tie_word_embeddings=text.tie_word_embeddings)
-    if Path(init.checkpoint).is_dir():
-        return read_config(find(init.checkpoint))
-    for other in sorted(set(path.parent.glob("*.yaml")) - {path}):
-        try:
-            maker = load_config(other)
-        except ValueError:
-            continue  # it makes no model, such as a search's config
-        if Path(maker.run_dir) / FINAL == Path(init.checkpoint):
-            model = _initial_model(maker.init_from, other)
-            set_rope_(model.text_config, maker.init_from.rope)
-            return model
-    raise ValueError(
-        f"{path}: {init.checkpoint} is not there yet, nor a config beside this one that makes it; say --model with a "
-        f"folder or one of {', '.join(PRESETS)}."
-    )
-
-
-def _read_model(name: str) -> YiVLConfig:
-    return preset(name) if name in PRESETS else read_config(find(name))
-
-
-def _text_config(language_model: str) -> Any:
-    if language_model in _LANGUAGE_MODELS:
-        return preset(_LANGUAGE_MODELS[language_model]).text_config
-    try:
-        config = AutoConfig.from_pretrained(language_model)
-    except (OSError, ValueError) as error:
-        reason = one_line(error)
-        raise ValueError(f"The language model {language_model!r} cannot be found ({reason}); say --model.") from error
-    if config.model_type != "llama":
-        raise ValueError(f"{language_model!r} is a {config.model_type} model; the language model must be a llama.")
-    return config
 
 
 def _released(plans: Sequence[Plan]) -> str | None:

@@ -28,7 +28,7 @@ from yi_vl.model import YiVLForConditionalGeneration
 
 from ..config import INT4, TrainConfig
 from ..lora import add_adapters_, uses_adapters
-from ..optim import LOW_DTYPES, checkpoint_activations_, components, set_trainable_
+from ..optim import LOW_DTYPES, checkpoint_activations_, component_parameters, components, set_trainable_
 from .flops import Row, num_blocks
 
 _UNMASKED = "unmasked"
@@ -130,8 +130,8 @@ def _saved_bytes(
     return SavedBytes(activations - log_probabilities, copies, forward_copies, largest_layer)
 
 
-def count_flops(model_config: YiVLConfig, config: TrainConfig, row: Row) -> int:
-    """Floating-point operations for one row with one image, forward and backward, recomputation included.
+def count_flops(model_config: YiVLConfig, config: TrainConfig, row: Row, num_rows: int = 1) -> int:
+    """Floating-point operations for a micro-batch of rows alike, forward and backward, recomputation included.
 
     Attention is counted whole, its causal half not taken off (as Chowdhery et al. 2022, appendix B). What bitsandbytes
     does to make an int4 base's matrices again is not counted.
@@ -140,7 +140,7 @@ def count_flops(model_config: YiVLConfig, config: TrainConfig, row: Row) -> int:
     def count(num_layers: int, num_blocks: int) -> int:
         model = _shallow_model(model_config, config, num_layers, num_blocks).float()
         with FlopCounterMode(display=False) as counter:
-            _loss(model, row, 1, "meta").backward()  # type: ignore[no-untyped-call]
+            _loss(model, row, num_rows, "meta").backward()  # type: ignore[no-untyped-call]
         return counter.get_total_flops()
 
     num_layers = model_config.text_config.num_hidden_layers
@@ -155,17 +155,33 @@ def _layers_differ(config: TrainConfig) -> bool:
 
 
 def _loss(model: YiVLForConditionalGeneration, row: Row, num_rows: int, device: str) -> Tensor:
-    """`Objective`'s, for rows that begin with their image. Its masks need values, which these tensors lack."""
-    size_px, num_patches = model.config.vision_config.image_size, model.config.vision_config.num_patches
-    pixels = torch.empty(num_rows, 3, size_px, size_px, device=device)
-    ids = torch.empty(num_rows, row.tokens - num_patches, dtype=torch.long, device=device)
+    """`Objective`'s, for rows that begin with their image or are texts. Its masks need values, which these tensors
+    lack."""
+    features = _image_features(model, row, num_rows, device)  # (N, P, D)
+    num_text = row.tokens - (model.config.vision_config.num_patches if row.has_image else 0)
+    ids = torch.empty(num_rows, num_text, dtype=torch.long, device=device)
     targets = torch.empty(num_rows * row.supervised, dtype=torch.long, device=device)
     language_model = model.model.language_model
-    text = language_model.embed_tokens(ids)  # (B, S - P, D)
-    embeds = torch.cat([model.model.encode_images(pixels).to(text.dtype), text], dim=1)  # (B, S, D)
+    embeds = language_model.embed_tokens(ids)  # of a text (B, S, D), beside an image (B, S - P, D)
+    if row.has_image and features is not None:
+        embeds = torch.cat([features.to(embeds.dtype), embeds], dim=1)  # (B, S, D)
     hidden = language_model(inputs_embeds=embeds, use_cache=False).last_hidden_state
     logits = model.lm_head(hidden.flatten(0, 1).index_select(0, targets))  # (B K, V)
-    return F.cross_entropy(logits.float(), targets, reduction="none").sum()
+    losses = F.cross_entropy(logits.float(), targets, reduction="none")
+    if not row.has_image and features is not None:
+        losses = losses + (features * 0.0).sum()
+    return losses.sum()
+
+
+def _image_features(model: YiVLForConditionalGeneration, row: Row, num_rows: int, device: str) -> Tensor | None:
+    """Of one image per row; for a micro-batch of texts, of a blank one if the tower or the projector is trained."""
+    of_component = component_parameters(model)
+    is_trained = any(parameter.requires_grad for name in ("vision", "projector") for parameter in of_component[name])
+    num_images = num_rows if row.has_image else int(is_trained)
+    if not num_images:
+        return None
+    size_px = model.config.vision_config.image_size
+    return model.model.encode_images(torch.empty(num_images, 3, size_px, size_px, device=device))
 
 
 def _shallow_model(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..config import TrainConfig, batch_sizes, num_steps
-from ..metrics import draw_schedule
+from ..loss_curve import draw_schedule
 from ..schedule import COMPONENTS, component_schedule, learning_rate_factor, run_progress, source_weights
 
 if TYPE_CHECKING:

@@ -18,6 +18,7 @@ from yi_vl.checkpoint.key_map import EMBEDDING, HEAD, LANGUAGE
 from yi_vl.config import YiVLConfig
 
 from ..config import LORA, TrainableConfig
+from ..data.batch import IGNORE, StepBatch
 from ..trainable import language_names, select
 
 _MLP = ("gate", "up", "down")
@@ -25,20 +26,22 @@ _MLP = ("gate", "up", "down")
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a micro-batch, with one image. `supervised` of its `tokens` are predicted."""
+    """A row of a micro-batch, with one image or a text alone. `supervised` of its `tokens` are predicted."""
 
     tokens: int
     supervised: int
+    has_image: bool = True
 
 
 def step_flops(model: YiVLConfig, trainable: TrainableConfig, row: Row) -> int:
-    """Floating-point operations for one row with one image, forward and backward.
+    """Floating-point operations for one row, forward and backward.
 
     A matrix takes 2 of them per weight and token forward, 2 for the gradient of its input where something before it
     is trained, 2 for its own if it is; attention 4 S Q per token forward and twice that backward, the causal half not
     taken off (Chowdhery et al. 2022, appendix B, count so). S tokens, Q width of the queries.
     """
-    return _language_flops(model, trainable, [row], num_images=1) + _image_flops(model, trainable)
+    flops = _language_flops(model, trainable, [row], num_images=int(row.has_image))
+    return flops + (_image_flops(model, trainable) if row.has_image else 0)
 
 
 def forward_flops(model: YiVLConfig, row: Row) -> int:
@@ -53,6 +56,17 @@ def batch_flops(
     """Of the rows of a micro-batch, (B, S) each."""
     rows = [Row(*counts) for counts in zip(attention_mask.sum(1).tolist(), is_supervised.sum(1).tolist())]
     return _language_flops(model, trainable, rows, num_images) + num_images * _image_flops(model, trainable)
+
+
+def step_batch_flops(model: YiVLConfig, trainable: TrainableConfig, batch: StepBatch) -> int:
+    """Of one rank's part of a step."""
+    return sum(
+        batch_flops(
+            model, trainable, micro.attention_mask, micro.labels[:, 1:] != IGNORE,
+            0 if micro.images is None else len(micro.images),
+        )
+        for micro in batch.micro_batches
+    )  # fmt: skip
 
 
 def num_blocks(model: YiVLConfig) -> int:

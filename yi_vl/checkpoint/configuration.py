@@ -13,8 +13,8 @@ from typing import Any, Literal
 from transformers import GenerationConfig, LlamaConfig
 
 from ..arguments import as_int, one_line, shown
+from ..auto import OpenClipVisionConfig, YiVLConfig  # which registers the decoders that a native config.json may name
 from ..chat import IMAGE_PLACEHOLDER
-from ..config import OpenClipVisionConfig, YiVLConfig
 from ..processor import prepare_tokenizer
 from .json_files import check_numbers, read_json
 

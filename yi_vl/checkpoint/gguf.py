@@ -66,6 +66,7 @@ def write_gguf(
             if progress is not None:
                 progress(written_bytes, total_bytes)
 
+        count_written(0)
         for file in files:
             _write_file(partial / file.name, file, count_written)
         modelfile = _modelfile(files, source.make_processor().chat_format)

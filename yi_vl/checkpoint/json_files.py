@@ -25,6 +25,7 @@ _SIZES = {  # by name in any layout's configuration: the least and the most that
     "image_token_index": (0, 1 << 24),
     "feature_layer": (-1000, 1000),
     "num_labels": (0, 1 << 16),
+    "num_experts": (0, 1 << 12),
 }
 _POSITIVE = ("rms_norm_eps", "layer_norm_eps", "rope_theta")
 

@@ -16,6 +16,7 @@ from huggingface_hub.utils import filter_repo_objects
 
 from ..arguments import as_choice, one_line, shown
 from ..auto import YiVLConfig, YiVLForConditionalGeneration, YiVLProcessor  # which registers them with transformers
+from ..chat import CHAT_FORMATS, YI_VL, ChatFormat
 from ..generation import set_end_tokens_
 from ..linear import tune_linears_
 from ..quantize import METHOD, Scheme, make_config
@@ -140,6 +141,19 @@ def read_config(source: str) -> YiVLConfig:
         return read_configuration(base)
 
 
+def read_chat_format(source: str) -> ChatFormat:
+    """The chat format of a model folder or hub id, of adapters that of their base; no tokenizer is read.
+
+    Raises:
+        ValueError: its processor_config.json is damaged, or names none that there is.
+    """
+    folder = fetch(source, with_weights=False)
+    if holds_adapters(folder):
+        with _base(folder, with_weights=False) as base:
+            return _chat_format(base)
+    return _chat_format(folder)
+
+
 def load_processor(path: str | os.PathLike | None) -> YiVLProcessor:
     """The processor of a model folder or hub id, of adapters that of their base; no weights are read or fetched.
 
@@ -242,6 +256,13 @@ def _base(folder: Path, with_weights: bool) -> Iterator[Path]:
         yield base
     except ValueError as error:
         raise ValueError(f"{folder} holds adapters of {name}: {error}") from error
+
+
+def _chat_format(folder: Path) -> ChatFormat:
+    """As processor_config.json says; foreign layouts are always in Yi-VL's own."""
+    path = folder / "processor_config.json"
+    chat_format = read_json(path).get("chat_format", YI_VL) if path.exists() else YI_VL
+    return as_choice(chat_format, f"chat_format in {path}", CHAT_FORMATS)  # type: ignore[return-value]
 
 
 def _quantization_method(folder: Path) -> str | None:

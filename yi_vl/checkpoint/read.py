@@ -53,7 +53,7 @@ class LazyTensor:
 
     shape: torch.Size
     dtype: torch.dtype  # to read it in; as stored, unless it is replaced
-    pieces: tuple[Piece, ...]  # concatenated along the first dimension
+    pieces: tuple[Piece, ...]  # concatenated along the first dimension; none where `change` fills an empty tensor
     added_rows: Callable[[Tensor, int], Tensor] | None = None  # (the stored rows, the number to add) -> those to add
     change: Callable[[Tensor], Tensor] | None = None  # applied to the stored values, to merge adapters
 
@@ -64,7 +64,7 @@ class LazyTensor:
             num_rows = piece.entry.shape[0] if self.shape else 0
             piece.files.read_into(piece.name, tensor.narrow(0, num_stored, num_rows) if self.shape else tensor)
             num_stored += num_rows
-        if self.shape and num_stored < self.shape[0]:
+        if self.pieces and self.shape and num_stored < self.shape[0]:
             assert self.added_rows is not None
             tensor[num_stored:] = self.added_rows(tensor[:num_stored], self.shape[0] - num_stored)
         return (tensor if self.change is None else self.change(tensor))[index]

@@ -32,8 +32,8 @@ class Sizes:
     """The result of `measure`.
 
     The official release has neither the image token's row of the embedding tables nor the rows that pad them, and it
-    keeps the tower's queries, keys and values apart. Its figures are None for a tower with a convolutional stem, which
-    that layout cannot hold.
+    keeps the tower's queries, keys and values apart. Its figures are None for a tower with a convolutional stem or a
+    hybrid decoder, which that layout cannot hold.
     """
 
     num_parameters: dict[str, int]  # by component
@@ -73,7 +73,8 @@ def measure(config: YiVLConfig) -> Sizes:
     num_tensors = len(model.state_dict())
 
     official_counts = num_official_tensors = None
-    if config.vision_config.is_plain and config.connector_config.is_projector:
+    is_yi_vl = config.vision_config.is_plain and config.connector_config.is_projector
+    if is_yi_vl and config.text_config.model_type == "llama":
         num_tables = 1 if config.tie_word_embeddings else 2
         num_added_rows = config.text_config.vocab_size - config.image_token_id
         added = num_added_rows * config.text_config.hidden_size * num_tables
@@ -83,13 +84,21 @@ def measure(config: YiVLConfig) -> Sizes:
     total = sum(counts.values())
     memory_bytes = {"fp32": 4 * total, "bf16": 2 * total}
     for scheme in SCHEMES:
-        with suppress(ValueError):  # not with layers as wide as these
+        with suppress(ValueError):  # not with such layers
             quantized = _without_weights(config)
             quantized.to(torch.bfloat16)  # type: ignore[arg-type]  # wrapped by transformers as if it were no method
             replace_linears_(quantized, make_packed_config(scheme, config.text_config))
             _pack_int4_(quantized)
             memory_bytes[scheme] = num_bytes(quantized)
     return Sizes(counts, num_tensors, official_counts, num_official_tensors, memory_bytes)
+
+
+def language_parameters(config: YiVLConfig) -> tuple[int, int]:
+    """The parameters of the language model, and how many of them a token uses: not those of experts beyond its own."""
+    text = config.text_config
+    total = _num_parameters(_components(_without_weights(config))["language model"])
+    num_idle = text.num_experts - text.num_routed if getattr(text, "num_experts", 0) else 0
+    return total, total - num_idle * text.num_hidden_layers * 3 * text.hidden_size * text.intermediate_size
 
 
 def measure_quantized(config: YiVLConfig, folder: Path | None) -> QuantizedSizes:

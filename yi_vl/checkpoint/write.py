@@ -68,6 +68,8 @@ def convert(
     check_space(target, total_bytes)
     with atomic_path(target) as partial:
         written_bytes = 0
+        if progress is not None:
+            progress(0, total_bytes)
         for file in files:
             path = partial / file.path
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -86,11 +88,17 @@ def convert(
 def check_target(source: Checkpoint, target: Path, to: str) -> None:
     """
     Raises:
-        ValueError: the folder exists, or the layout cannot hold a quantized model, its chat format or its positions.
+        ValueError: the folder exists, or the layout cannot hold a quantized model, its language model, chat format or
+            positions.
     """
     if to != "yi-vl" and getattr(source.config, "quantization_config", None):
         raise ValueError(
             f"{source.folder} is quantised, and the layout {to!r} has no place for that. Give the original."
+        )
+    if to != "yi-vl" and source.config.text_config.model_type != "llama":
+        raise ValueError(
+            f"{source.folder} has a language model of the type {source.config.text_config.model_type}, and the layout "
+            f"{to!r} has no place for its windows, shared keys and values, or experts. Keep it in the layout 'yi-vl'."
         )
     if target.exists():
         raise ValueError(f"{target} exists already; choose another name, or remove it.")

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
@@ -39,7 +40,8 @@ class Router(nn.Module):
         Places that top-p leaves free have the id E and the weight 0.
         """
         config = self.config
-        probabilities = F.linear(hidden_states, self.weight).float().softmax(-1)  # (T, E)
+        with torch.autocast(hidden_states.device.type, enabled=False):  # in 16 bits probabilities would tie
+            probabilities = F.linear(hidden_states.float(), self.weight.float()).softmax(-1)  # (T, E)
         weights, ids = probabilities.topk(config.num_routed, dim=-1)  # (T, K), the most probable first
         if config.router_top_p is not None:
             is_free = weights.cumsum(-1) - weights >= config.router_top_p  # the sum before it suffices
@@ -57,41 +59,56 @@ class Experts(MixtralExperts):
         super().__init__(config)  # type: ignore[arg-type]  # it reads names that both configs have
         self._is_expert_parallel = True
 
+    def forward(self, hidden_states: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """(T, D), (T, K), (T, K) -> (T, D); under autocast in its dtype, which grouped products are not cast to."""
+        device = hidden_states.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.down_proj.dtype
+        if self.down_proj.dtype == dtype:
+            return super().forward(hidden_states, ids, weights)
+        low = {name: parameter.to(dtype) for name, parameter in self.named_parameters()}
+        return functional_call(self, low, (hidden_states.to(dtype), ids, weights))  # type: ignore[no-any-return]
+
 
 class SparseFeedForward(nn.Module):
     """A router and its experts, in place of a dense feed-forward layer."""
 
     def __init__(self, config: YiHybridConfig) -> None:
         super().__init__()
-        self.num_parts = config.router_balance_parts
+        self.config = config
         self.gate = Router(config)
         self.experts = Experts(config)
 
     def forward(self, hidden_states: Tensor, token_mask: Tensor | None = None) -> tuple[Tensor, RouterSums | None]:
-        """(B, S, D) -> (B, S, D), and in training mode the sums over the tokens that `token_mask`, (B, S), has."""
+        """(B, S, D) -> (B, S, D), and in training mode the sums over tokens, weighted by `token_mask`, (B, S)."""
         tokens = hidden_states.flatten(0, -2)  # (T, D)
         probabilities, ids, weights = self.gate(tokens)
         output = self.experts(tokens, ids, weights.to(tokens.dtype)).view_as(hidden_states)
         if not self.training:
             return output, None
-        return output, router_sums(probabilities, ids, token_mask, self.num_parts)
+        return output, router_sums(probabilities, ids, token_mask, self.config.router_balance_parts)
 
 
 def router_sums(probabilities: Tensor, ids: Tensor, token_mask: Tensor | None, num_parts: int) -> RouterSums:
-    """Of contiguous parts of about the same size: (T, E) probabilities, (T, K) ids, (B, S) mask -> `RouterSums`."""
+    """Of contiguous parts of about the same number of tokens: (T, E) probabilities, (T, K) ids -> `RouterSums`.
+
+    Args:
+        token_mask: (B, S), how often each token counts: 0 for padding, and more than once if it stands for several.
+    """
     num_tokens, num_experts = probabilities.shape
     device = probabilities.device
-    is_token = torch.ones(num_tokens, device=device) if token_mask is None else token_mask.flatten().float()
-    part = torch.arange(num_tokens, device=device) * num_parts // num_tokens
-    parts = F.one_hot(part, num_parts).float() * is_token.unsqueeze(1)  # (T, G)
+    counts = torch.ones(num_tokens, device=device) if token_mask is None else token_mask.flatten().float()
+    before = counts.cumsum(0) - counts
+    part = (before * num_parts).div(counts.sum().clamp_min(1), rounding_mode="floor").long().clamp_max(num_parts - 1)
+    parts = F.one_hot(part, num_parts) * counts.unsqueeze(1)  # (T, G)
     entropy = -(probabilities * probabilities.clamp_min(1e-20).log()).sum(-1)
     with torch.no_grad():
         first_choices = F.one_hot(probabilities.argmax(-1), num_experts).float()
         routed = F.one_hot(ids, num_experts + 1).sum(1)[:, :num_experts].float()
-    return RouterSums(
-        tokens=parts.sum(0),
-        probabilities=parts.T @ probabilities,
-        entropy=parts.T @ entropy,
-        first_choices=parts.T @ first_choices,
-        routed=parts.T @ routed,
-    )
+    with torch.autocast(device.type, enabled=False):  # counts are exact in float32 alone
+        return RouterSums(
+            tokens=parts.sum(0),
+            probabilities=parts.T @ probabilities,
+            entropy=parts.T @ entropy,
+            first_choices=parts.T @ first_choices,
+            routed=parts.T @ routed,
+        )

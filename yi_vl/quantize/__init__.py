@@ -75,6 +75,7 @@ def make_config(scheme: str, text_config: Any, device: str | torch.device) -> Qu
     """
     if scheme not in SCHEMES:
         raise ValueError(f"quantize is {scheme!r}; there are {' and '.join(map(repr, SCHEMES))}.")
+    _check_dense(scheme, text_config)
     device_type = "cuda" if str(device) == "auto" and torch.cuda.is_available() else str(device).partition(":")[0]
     if device_type == "cuda":
         return _torchao_config(scheme, text_config)
@@ -89,9 +90,23 @@ def make_packed_config(scheme: str, text_config: Any) -> PackedConfig:
     """The same for CPUs, whether or not this one has the kernels.
 
     Raises:
-        ValueError: the widths of the model's layers do not divide into groups.
+        ValueError: the widths of the model's layers do not divide into groups, or the model has experts.
     """
+    _check_dense(scheme, text_config)
     return PackedConfig(bits=8) if scheme == "int8" else PackedConfig(bits=4, group_size=_group_size(text_config))
+
+
+def _check_dense(scheme: str, text_config: Any) -> None:
+    """Experts are not linear layers but stacks of matrices, without a quantized kernel, and most of the weights.
+
+    Raises:
+        ValueError: the model has experts.
+    """
+    if num_experts := getattr(text_config, "num_experts", 0):
+        raise ValueError(
+            f"quantize={scheme!r} is for linear layers, and this model has {num_experts} experts in each layer, which "
+            "would keep their dtype. Leave it out, or quantize the dense model."
+        )
 
 
 def _group_size(text_config: Any) -> int:

@@ -1,0 +1,57 @@
+"""A toy Yi-VL with a hybrid language model of experts, saved, and the settings of a run that starts from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from toy_runs import trainer
+
+from train.config import TrainConfig
+from yi_vl.decoder.config import FULL, SLIDING, YiHybridConfig
+from yi_vl.model import YiVLForConditionalGeneration
+
+Configure = Callable[..., TrainConfig]
+
+
+def hybrid_config(**settings: Any) -> YiHybridConfig:
+    """Four layers: two with a window of 7 tokens, smaller than any row, and two that share keys and values."""
+    defaults: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 24,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 512,
+        "pad_token_id": 0,
+        "layer_types": [SLIDING, FULL, SLIDING, FULL],
+        "sliding_window": 7,
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "max_experts_per_tok": 4,
+        "router_balance_weights": [0.2, 0.3, 0.5],
+        "router_balance_parts": 2,
+        "router_entropy_weight": 0.1,
+    }
+    return YiHybridConfig(**defaults | settings)
+
+
+def configure_hybrid(configure: Configure, folder: Path, **settings: Any) -> Configure:
+    """A function (overrides) -> the settings of a toy run from a hybrid of random weights, spread wide, in `folder`."""
+    if not folder.exists():
+        torch.set_num_threads(1)
+        dense = trainer(configure())
+        config = dense.model.config
+        config.text_config = hybrid_config(vocab_size=config.text_config.vocab_size, **settings)
+        torch.manual_seed(0)
+        model = YiVLForConditionalGeneration(config)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if parameter.ndim > 1:
+                    parameter.mul_(20 if "gate.weight" in name else 3)  # decided routers, unlike new ones
+        model.to(torch.bfloat16).float().save_pretrained(folder)  # type: ignore[arg-type]  # as released
+        dense.processor.save_pretrained(folder)
+    start_from = f"init_from={{checkpoint: {folder}, tower: null, language_model: null}}"
+    return lambda *overrides: configure(start_from, *overrides)

@@ -1,0 +1,47 @@
+"""Settings of a training run for a hybrid language model: routing and losses of its experts, and distillation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from omegaconf import MISSING
+
+
+@dataclass
+class ExpertsConfig:
+    """Routing and auxiliary losses of a language model of experts (yi_vl/decoder); null: as the model has them.
+
+    What they are at the last step is saved with the trained model.
+
+    top_p: each token gets the fewest experts whose probabilities reach this sum.
+    top_p_from_step: until so many steps are done, the model's number of experts for each token instead (top-k), with
+        weights divided by their sum.
+    norm_topk_prob: whether weights are divided by their sum with `top_p`, too; arXiv 2403.07652 does not.
+    max_experts: the most experts that a token gets by top-p.
+    balance_weights: of the balance loss over a micro-batch of all ranks, of one rank, and of a part of a rank's tokens.
+    balance_parts: parts of a rank's micro-batch.
+    entropy_weight: of the entropy of the router's probabilities.
+    """
+
+    top_p: float | None = None
+    top_p_from_step: int = 0
+    norm_topk_prob: bool = True
+    max_experts: int | None = None
+    balance_weights: list[float] | None = None
+    balance_parts: int | None = None
+    entropy_weight: float | None = None
+
+
+@dataclass
+class DistillConfig:
+    """Distillation from another Yi-VL (arXiv 1503.02531), such as the dense model that a hybrid one is made from.
+
+    The loss of a supervised token is (1 - weight) x cross entropy + weight x temperature^2 x KL(teacher | model).
+
+    teacher: a folder or hub id that `yi_vl.load` reads, of the same tokens.
+    temperature: both models' logits are divided by it.
+    """
+
+    teacher: str = MISSING
+    weight: float = 0.5
+    temperature: float = 1.0
