@@ -45,15 +45,31 @@ class RopeConfig:
 
 
 @dataclass
+class ConnectorConfig:
+    """A fresh connector in place of the model's; null: its paper's size. See `yi_vl.connector.config.ConnectorConfig`.
+
+    type: `mlp`, Yi-VL's projector; `qformer`, `resampler` or `abstractor`.
+    """
+
+    type: str = MISSING
+    num_tokens: int | None = None
+    hidden_size: int | None = None
+    num_layers: int | None = None
+    num_heads: int | None = None
+
+
+@dataclass
 class InitConfig:
-    """Where the weights come from: a checkpoint, or a tower and a language model with a fresh projector.
+    """Where the weights come from: a checkpoint, or a tower and a language model with a fresh connector.
 
     checkpoint: a folder or hub id in any layout that `yi_vl.load` reads; LoRA adapters are merged.
+    connector: null: the checkpoint's, from parts Yi-VL's projector.
     """
 
     checkpoint: str | None = None
     tower: TowerConfig | None = None
     language_model: str | None = None
+    connector: ConnectorConfig | None = None
     rope: RopeConfig | None = None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import asdict
 
 from yi_vl.chat import CHAT_FORMATS
 
@@ -21,6 +22,7 @@ from .config import (
     ROPE_SCALINGS,
     SAMPLE_FORMATS,
     SKIP,
+    ConnectorConfig,
     DataConfig,
     DpoConfig,
     GenerationsConfig,
@@ -146,15 +148,31 @@ def _check_init(config: TrainConfig, require: _Require) -> None:
     require(not has_parts or is_complete, "init_from: a model from parts needs both tower and language_model.")
     if init.rope is not None:
         _check_rope(init.rope, require)
+    if init.connector is not None:
+        _check_connector(init.connector, require)
     is_known = config.chat_format is None or config.chat_format in CHAT_FORMATS
     require(is_known, f"chat_format is {config.chat_format!r}; expected one of {', '.join(CHAT_FORMATS)}, or null.")
     routing = None if config.experts == ExpertsConfig() else config.experts
-    for key, value in (("chat_format", config.chat_format), ("init_from.rope", init.rope), ("experts", routing)):
+    for key, value in (
+        ("chat_format", config.chat_format),
+        ("init_from.rope", init.rope),
+        ("init_from.connector", init.connector),
+        ("experts", routing),
+    ):
         require(
             value is None or config.trainable.language != LORA,
             f"{key} cannot be set with trainable.language: lora: adapters are loaded into the checkpoint that they "
-            "adapt, and have its chat format, positions and routing; leave it out.",
+            "adapt, and have its chat format, positions, connector and routing; leave it out.",
         )
+
+
+def _check_connector(connector: ConnectorConfig, require: _Require) -> None:
+    from yi_vl.connector.config import ConnectorConfig as ModelConnectorConfig  # takes a second to import
+
+    try:
+        ModelConnectorConfig(**asdict(connector))
+    except ValueError as error:
+        require(False, f"init_from.connector: {error}")
 
 
 def _check_rope(rope: RopeConfig, require: _Require) -> None:
@@ -305,7 +323,11 @@ def _check_objective(config: TrainConfig, require: _Require) -> None:
         dpo.reference in references, f"dpo.reference is {dpo.reference!r}; expected one of {', '.join(references)}."
     )
     require(not is_dpo or config.neftune is None, f"neftune is for objective {LIKELIHOOD}; with {DPO} set it to null.")
-    for key, value in (("chat_format", config.chat_format), ("init_from.rope", config.init_from.rope)):
+    for key, value in (
+        ("chat_format", config.chat_format),
+        ("init_from.rope", config.init_from.rope),
+        ("init_from.connector", config.init_from.connector),
+    ):
         require(
             dpo.reference == FROM_MODEL or value is None,
             f"{key} is set, but the log-probabilities that dpo.reference: {FROM_SHARDS} reads are of the model as it "

@@ -91,7 +91,7 @@ def check_teacher(teacher: YiVLConfig, model: YiVLConfig, name: str) -> None:
     for what, of_teacher, of_model in (
         ("tokens", teacher.text_config.vocab_size, model.text_config.vocab_size),
         ("as image token", teacher.image_token_id, model.image_token_id),
-        ("tokens an image", teacher.vision_config.num_patches, model.vision_config.num_patches),
+        ("tokens an image", teacher.num_image_tokens, model.num_image_tokens),
     ):
         if of_teacher != of_model:
             raise ValueError(

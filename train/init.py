@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +11,17 @@ import torch
 
 from yi_vl.arguments import one_line
 from yi_vl.checkpoint import holds_adapters
-from yi_vl.checkpoint.assemble import from_parts
+from yi_vl.checkpoint.assemble import fresh_connector, from_parts
 from yi_vl.checkpoint.find import find
 from yi_vl.checkpoint.load import check_fit, fetch, load_model, load_processor, read_config
 from yi_vl.config import OpenClipVisionConfig, YiVLConfig, check_rope
+from yi_vl.connector.config import ConnectorConfig as ModelConnectorConfig
 from yi_vl.files import sha256
 from yi_vl.image import YiVLImageProcessor
 from yi_vl.model import YiVLForConditionalGeneration
 from yi_vl.processor import YiVLProcessor, prepare_tokenizer
 
-from .config import INT4, LORA, RopeConfig, TrainConfig
+from .config import INT4, LORA, ConnectorConfig, RopeConfig, TrainConfig
 from .qlora import read_int4
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin")
@@ -51,6 +53,10 @@ def initial_model(config: TrainConfig, device: torch.device) -> tuple[YiVLForCon
         model, tokenizer = from_parts(init.tower.name, init.tower.pretrained, init.language_model, config.image_size)
         image_processor = YiVLImageProcessor(config.image_size)
         processor = YiVLProcessor(image_processor, tokenizer, patch_size=model.config.vision_config.patch_size)
+    if init.connector is not None:
+        set_connector_(model.config, init.connector)
+        model.model.multi_modal_projector = fresh_connector(model.config, model.model.language_model).to(device)
+    processor.num_image_tokens = model.config.connector_config.num_tokens
     if model.config.vision_config.image_size != config.image_size:
         model.model.vision_tower.resize_grid_(config.image_size)
         model.config.vision_config.image_size = config.image_size
@@ -87,6 +93,12 @@ def fingerprint(path: str | Path) -> str:
     if not files:
         raise ValueError(f"{path} holds no weights ({', '.join(_WEIGHT_SUFFIXES)}).")
     return hashlib.sha256("".join(sorted(map(sha256, files))).encode()).hexdigest()[:16]
+
+
+def set_connector_(model_config: YiVLConfig, connector: ConnectorConfig | None) -> None:
+    """Change the connector in a model's configuration; None changes nothing."""
+    if connector is not None:
+        model_config.connector_config = ModelConnectorConfig(**asdict(connector))
 
 
 def set_rope_(text_config: Any, rope: RopeConfig | None) -> None:
@@ -141,7 +153,7 @@ def initial_processor(config: TrainConfig) -> YiVLProcessor:
     if init.checkpoint is not None:
         processor = load_processor(init.checkpoint)
         processor.image_processor.size_px = config.image_size
-        return _in_chat_format(processor, config)
+        return _with_settings(processor, config)
     assert init.tower is not None and init.language_model is not None
     try:
         tokenizer = prepare_tokenizer(init.language_model)
@@ -149,6 +161,12 @@ def initial_processor(config: TrainConfig) -> YiVLProcessor:
         raise ValueError(f"The tokenizer of {init.language_model!r} cannot be loaded: {one_line(error)}.") from error
     patch_size = OpenClipVisionConfig.from_open_clip(init.tower.name).patch_size
     processor = YiVLProcessor(YiVLImageProcessor(config.image_size), tokenizer, patch_size=patch_size)
+    return _with_settings(processor, config)
+
+
+def _with_settings(processor: YiVLProcessor, config: TrainConfig) -> YiVLProcessor:
+    if (connector := config.init_from.connector) is not None:
+        processor.num_image_tokens = ModelConnectorConfig(**asdict(connector)).num_tokens
     return _in_chat_format(processor, config)
 
 

@@ -23,7 +23,7 @@ from yi_vl.config import PRESETS, YiVLConfig, preset
 from ..config import DPO, FROM_MODEL, INT4, LORA, TrainConfig, batch_sizes, num_steps
 from ..config_file import load_config
 from ..describe import describe_batches, schedule_lines
-from ..init import check_positions, set_rope_
+from ..init import check_positions, set_connector_, set_rope_
 from ..qlora import BYTES_PER_WEIGHT
 from .count import SavedBytes, count_flops, count_saved_bytes
 from .estimate import Memory, Parameters, Strategy, count_parameters, logit_bytes, step_memory, strategies
@@ -180,9 +180,10 @@ def make_plan(
     config = load_config(path, overrides)
     shape = read_model(model) if model is not None else initial_model(config.init_from, Path(path))
     set_rope_(shape.text_config, config.init_from.rope)
+    set_connector_(shape, config.init_from.connector)
     shape.vision_config.image_size = config.image_size
     try:
-        rows = average_rows(config, shape.vision_config.num_patches, tokens)
+        rows = average_rows(config, shape.num_image_tokens, tokens)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     check_positions(shape, config)
@@ -210,9 +211,9 @@ def describe(made: Plan, hardware: Hardware) -> list[str]:
 
 
 def _describe_rows(made: Plan) -> str:
-    patches = made.model.vision_config.num_patches
+    num_image_tokens = made.model.num_image_tokens
     kinds = [
-        f"{row.tokens:,} tokens a sample, {patches:,} of them its image's"
+        f"{row.tokens:,} tokens a sample, {num_image_tokens:,} of them its image's"
         if row.has_image
         else f"{row.tokens:,} tokens a text"
         for _, row in made.rows
@@ -241,7 +242,7 @@ def verdict(made: Plan, hardware: Hardware, strategy: Strategy, is_checkpointed:
         average = made.memory(hardware, strategy, row, is_checkpointed).total
         if average > usable:
             return "no"
-        longer = longest(row, made.config, made.model.vision_config.num_patches)
+        longer = longest(row, made.config, made.model.num_image_tokens)
         most = made.memory(hardware, strategy, longer, is_checkpointed).total
         if most > usable:
             fitting = row.tokens + int((longer.tokens - row.tokens) * (usable - average) / (most - average))

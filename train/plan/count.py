@@ -158,7 +158,7 @@ def _loss(model: YiVLForConditionalGeneration, row: Row, num_rows: int, device: 
     """`Objective`'s, for rows that begin with their image or are texts. Its masks need values, which these tensors
     lack."""
     features = _image_features(model, row, num_rows, device)  # (N, P, D)
-    num_text = row.tokens - (model.config.vision_config.num_patches if row.has_image else 0)
+    num_text = row.tokens - (model.config.num_image_tokens if row.has_image else 0)
     ids = torch.empty(num_rows, num_text, dtype=torch.long, device=device)
     targets = torch.empty(num_rows * row.supervised, dtype=torch.long, device=device)
     language_model = model.model.language_model

@@ -7,15 +7,20 @@ left out.
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
+import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from yi_vl.checkpoint.key_map import EMBEDDING, HEAD, LANGUAGE
 from yi_vl.config import YiVLConfig
+from yi_vl.connector import build_connector
+from yi_vl.connector.config import ConnectorConfig
 
 from ..config import LORA, TrainableConfig
 from ..data.batch import IGNORE, StepBatch
@@ -137,6 +142,24 @@ def _image_flops(model: YiVLConfig, trainable: TrainableConfig) -> int:
     blocks = num_blocks(model) * (block + 4 * tokens**2 * vision.hidden_size)
     pixels = 2 * 3 * vision.patch_size**2 * vision.hidden_size * patches
     flops: int = blocks * (3 if trainable.vision else 1) + pixels * (2 if trainable.vision else 1)
+    if not model.connector_config.is_projector:
+        passes = 1 + (trainable.vision or trainable.projector) + trainable.projector
+        return flops + passes * _connector_flops(
+            model.connector_config.to_json_string(), vision.hidden_size, width, patches
+        )
     first, second = 2 * vision.hidden_size * width * patches, 2 * width**2 * patches
     flops += first * (1 + trainable.vision + trainable.projector)
     return flops + second * (1 + (trainable.vision or trainable.projector) + trainable.projector)
+
+
+@lru_cache
+def _connector_flops(config: str, vision_width: int, language_width: int, num_patches: int) -> int:
+    """Of one image's forward pass, counted.
+
+    Args:
+        config: of the connector, as JSON.
+    """
+    connector_config = ConnectorConfig.from_dict(json.loads(config))
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        build_connector(connector_config, vision_width, language_width)(torch.empty(1, num_patches, vision_width))
+    return counter.get_total_flops()

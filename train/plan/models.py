@@ -15,7 +15,7 @@ from yi_vl.config import PRESETS, OpenClipVisionConfig, YiVLConfig, preset
 from ..checkpoint import FINAL
 from ..config import InitConfig
 from ..config_file import load_config
-from ..init import set_rope_
+from ..init import set_connector_, set_rope_
 
 _LANGUAGE_MODELS = {  # whose shapes are known without the hub
     "01-ai/Yi-6B-Chat": "6b",
@@ -47,6 +47,7 @@ def initial_model(init: InitConfig, path: Path) -> YiVLConfig:
         if Path(maker.run_dir) / FINAL == Path(init.checkpoint):
             model = initial_model(maker.init_from, other)
             set_rope_(model.text_config, maker.init_from.rope)
+            set_connector_(model, maker.init_from.connector)
             return model
     raise ValueError(
         f"{path}: {init.checkpoint} is not there yet, nor a config beside this one that makes it; say --model with a "

@@ -29,7 +29,7 @@ class SampleTokens:
 AVERAGE = SampleTokens()
 
 
-def average_rows(config: TrainConfig, num_patches: int, tokens: SampleTokens) -> list[tuple[float, Row]]:
+def average_rows(config: TrainConfig, num_image_tokens: int, tokens: SampleTokens) -> list[tuple[float, Row]]:
     """The average row of the samples with an image and that of the texts, each with its fraction of the samples.
 
     Samples of every format but text are taken to have one image.
@@ -44,19 +44,19 @@ def average_rows(config: TrainConfig, num_patches: int, tokens: SampleTokens) ->
     rows = []
     if with_image:
         fraction, num_text = _average(with_image)
-        if num_patches + num_text > config.max_tokens:
+        if num_image_tokens + num_text > config.max_tokens:
             raise ValueError(f"an image and {num_text} tokens of text exceed max_tokens {config.max_tokens}.")
-        rows.append((fraction, Row(num_patches + num_text, num_text)))
+        rows.append((fraction, Row(num_image_tokens + num_text, num_text)))
     if texts := [fraction for fraction, each in zip(fractions, formats) if each == TEXT]:
         num_text = _text_row_tokens(config, tokens.text)
         rows.append((sum(texts), Row(num_text, num_text - 1, has_image=False)))
     return rows
 
 
-def longest(row: Row, config: TrainConfig, num_patches: int) -> Row:
+def longest(row: Row, config: TrainConfig, num_image_tokens: int) -> Row:
     """A row of the same kind that has `max_tokens` tokens."""
     limit = config.max_tokens
-    return Row(limit, limit - num_patches if row.has_image else limit - 1, row.has_image)
+    return Row(limit, limit - num_image_tokens if row.has_image else limit - 1, row.has_image)
 
 
 def _average(samples: Sequence[tuple[float, int]]) -> tuple[float, int]:
