@@ -14,13 +14,16 @@ import yi_vl
 from train.config import TrainableConfig, TrainConfig
 from train.config_file import load_config, to_yaml
 from train.init import initial_model, initial_processor
+from train.plan.__main__ import _released, make_plan
 from train.plan.count import count_flops
 from train.plan.flops import Row, step_flops
+from train.plan.rows import AVERAGE
 from train.trainer import train
 from yi_vl.config import preset
 from yi_vl.connector.config import ABSTRACTOR, MLP, QFORMER, RESAMPLER, TYPES, ConnectorConfig
 
 Configure = Callable[..., TrainConfig]
+ALIGN_6B = Path(__file__).parents[1] / "train/configs/6b/align-224.yaml"
 TOKENS = {MLP: 4, QFORMER: 4, RESAMPLER: 5, ABSTRACTOR: 9}  # of a 28 px image in patches of 14
 
 
@@ -105,3 +108,10 @@ def test_flops_are_those_that_are_counted(type_: str) -> None:
     config = TrainConfig(trainable=trains)
     row = Row(model.num_image_tokens + 32, 32)
     assert step_flops(model, trains, row) == pytest.approx(count_flops(model, config, row), rel=0.02)
+
+
+@pytest.mark.parametrize(("overrides", "release"), [([], "6b"), (["init_from.connector={type: qformer}"], None)])
+def test_a_plan_with_another_connector_has_not_the_releases_hours(overrides: list[str], release: str | None) -> None:
+    made = make_plan(ALIGN_6B, overrides)
+    assert _released([made]) == release
+    assert made.rows[0][1].tokens == (256 if release else 32) + AVERAGE.caption

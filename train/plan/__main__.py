@@ -304,12 +304,13 @@ def _released(plans: Sequence[Plan]) -> str | None:
     return None
 
 
-def _dimensions(model: YiVLConfig) -> list[float]:
+def _dimensions(model: YiVLConfig) -> list[float | str]:
     keys = (
         "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
         "rms_norm_eps",
     )  # fmt: skip
-    return [getattr(part, key, 0) for part in (model.vision_config, model.text_config) for key in keys]
+    numbers = [getattr(part, key, 0) for part in (model.vision_config, model.text_config) for key in keys]
+    return [model.text_config.model_type, model.connector_config.type, *numbers]
 
 
 if __name__ == "__main__":
