@@ -87,7 +87,7 @@ def test_a_wrong_setting_is_refused_when_the_config_is_read(override: str, messa
 
 
 def test_adapters_are_refused(configure: Configure, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="init_from.connector cannot be set with trainable.language: lora"):
+    with pytest.raises(ValueError, match=r"init_from\.connector cannot be set with trainable\.language: lora"):
         configure(
             "init_from.tower=null", "init_from.language_model=null", f"init_from.checkpoint={tmp_path}",
             setting(QFORMER), "trainable.language=lora",

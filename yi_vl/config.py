@@ -14,6 +14,7 @@ from .connector.config import ConnectorConfig
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)  # OpenAI CLIP's, kept by OpenCLIP ViT-H-14 and by Yi-VL
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
+TIMM = "timm/"  # before the name of a tower that open_clip has no model of
 _CLASSES_FILE = Path("yi_vl_classes.py")
 _CLASSES = {
     "AutoConfig": "YiVLConfig",
@@ -62,13 +63,16 @@ class OpenClipVisionConfig(PreTrainedConfig):
 
     @classmethod
     def from_open_clip(cls, name: str, **overrides: Any) -> OpenClipVisionConfig:
-        """The configuration of an open_clip model's tower, by its name (`open_clip.list_models()`).
+        """The configuration of an open_clip model's tower, by its name (`open_clip.list_models()`), or of one of timm's
+        by `timm/NAME`.
 
         Raises:
             ValueError: the name is unknown, or the tower is not a plain OpenCLIP vision transformer.
         """
         import open_clip
 
+        if name.startswith(TIMM):
+            return cls._from_timm(name, {"timm_model_name": name.removeprefix(TIMM)}, overrides)
         model = open_clip.get_model_config(name)
         if model is None:
             raise ValueError(f"open_clip has no model named {name!r}; `open_clip.list_models()` lists the names.")
@@ -102,8 +106,13 @@ class OpenClipVisionConfig(PreTrainedConfig):
         import torch
 
         model_name = tower["timm_model_name"]
-        with torch.device("meta"):
-            trunk: Any = timm.create_model(model_name, pretrained=False)
+        try:
+            with torch.device("meta"):
+                trunk: Any = timm.create_model(model_name, pretrained=False)
+        except RuntimeError as error:  # an unknown name
+            raise ValueError(
+                f"timm has no model named {model_name!r}; `timm.list_models()` lists the names."
+            ) from error
         mean = tuple(trunk.default_cfg.get("mean", ()))
         if not hasattr(trunk, "blocks") or not hasattr(trunk, "set_input_size") or mean != IMAGE_MEAN:
             raise ValueError(
@@ -113,7 +122,7 @@ class OpenClipVisionConfig(PreTrainedConfig):
         block, patch_size = trunk.blocks[0], trunk.patch_embed.patch_size[0]
         return cls(
             **{
-                "image_size": tower.get("image_size", 224),
+                "image_size": tower.get("image_size", trunk.default_cfg["input_size"][-1]),
                 "patch_size": patch_size,
                 "hidden_size": trunk.embed_dim,
                 "intermediate_size": block.mlp.fc2.in_features,

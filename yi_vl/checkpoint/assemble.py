@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 from ..arguments import one_line
 from ..chat import IMAGE_PLACEHOLDER
-from ..config import OpenClipVisionConfig, YiVLConfig, check_rope
+from ..config import TIMM, OpenClipVisionConfig, YiVLConfig, check_rope
 from ..connector import Connector, build_connector
 from ..connector.config import ConnectorConfig
 from ..generation import set_end_tokens_
@@ -22,6 +22,7 @@ from ..vision import OpenClipTower
 logger = logging.getLogger(__name__)
 
 _CONTRASTIVE_HEADS = ("proj", "head.", "trunk.head.")
+_LAST_OF_TIMM = ("norm.", "fc_norm.", "head.")  # behind the block whose output is taken
 _TABLE_MULTIPLE = 64  # rows of the embedding table, for fast matrix products
 
 
@@ -31,9 +32,9 @@ def from_parts(
     """The model in float32, and its tokenizer with `<image_placeholder>` added.
 
     Args:
-        tower: an open_clip model's name, such as ViT-H-14.
+        tower: an open_clip model's name, such as ViT-H-14, or timm/ and the name of a timm model.
         pretrained: the tag of its weights, such as laion2b_s32b_b79k, or a weight file; None for random weights.
-        language_model: a directory or hub id.
+        language_model: a directory or hub id, of a language model or of a Yi-VL, whose language model is taken.
         image_size: in pixels; the tower's position grid is resized to it.
         connector: None for Yi-VL's projector.
 
@@ -43,19 +44,7 @@ def from_parts(
     vision_tower = _load_tower(tower, pretrained)
     if image_size != vision_tower.config.image_size:
         vision_tower.resize_grid_(image_size)
-    try:
-        text_config = AutoConfig.from_pretrained(language_model)
-        check_rope(text_config)
-        if getattr(text_config, "quantization_config", None):
-            method = dict(text_config.quantization_config).get("quant_method")
-            raise ValueError(f"its weights are quantised ({method}), and are to be trained. Give the original.")
-        tokenizer = prepare_tokenizer(language_model)
-        language = AutoModelForCausalLM.from_pretrained(language_model, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"The language model {language_model!r} cannot be loaded: {one_line(error)}.") from error
-    if text_config.model_type != "llama":
-        raise ValueError(f"{language_model!r} is a {text_config.model_type} model; the language model must be a llama.")
-
+    language, tokenizer = _load_language(language_model)
     image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER)
     num_rows = max(language.config.vocab_size, -(-(image_token_id + 1) // _TABLE_MULTIPLE) * _TABLE_MULTIPLE)
     if num_rows != language.config.vocab_size:
@@ -79,6 +68,30 @@ def from_parts(
     return model, tokenizer
 
 
+def _load_language(name: str) -> tuple[LlamaForCausalLM, Any]:
+    """A language model in float32, or that of a Yi-VL; and its tokenizer with `<image_placeholder>` added."""
+    try:
+        config = AutoConfig.from_pretrained(name)
+        text_config = config.get_text_config()
+        check_rope(text_config)
+        if getattr(config, "quantization_config", None):
+            method = dict(config.quantization_config).get("quant_method")
+            raise ValueError(f"its weights are quantised ({method}), and are to be trained. Give the original.")
+        if text_config.model_type != "llama":
+            raise ValueError(f"it is a {text_config.model_type} model; the language model must be a llama")
+        tokenizer = prepare_tokenizer(name)
+        if not isinstance(config, YiVLConfig):
+            return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32), tokenizer
+        whole = YiVLForConditionalGeneration.from_pretrained(name, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"The language model {name!r} cannot be loaded: {one_line(error)}.") from error
+    with torch.device("meta"):
+        language = LlamaForCausalLM(whole.config.text_config)
+    language.model, language.lm_head = whole.model.language_model, whole.lm_head
+    language.generation_config = whole.generation_config
+    return language, tokenizer
+
+
 def fresh_connector(config: YiVLConfig, language: PreTrainedModel) -> Connector:
     """The connector of a configuration with fresh weights in float32, linear layers drawn as the language model's."""
     connector = build_connector(
@@ -93,6 +106,8 @@ def _load_tower(name: str, pretrained: str | None) -> OpenClipTower:
     import open_clip
 
     config = OpenClipVisionConfig.from_open_clip(name)
+    if name.startswith(TIMM):
+        return _load_timm_tower(name, config, pretrained)
     tags = open_clip.list_pretrained_tags_by_model(name)
     if pretrained is not None and not Path(pretrained).exists() and pretrained not in tags:
         raise ValueError(
@@ -109,4 +124,23 @@ def _load_tower(name: str, pretrained: str | None) -> OpenClipTower:
     tower.visual.load_state_dict(
         {key: tensor for key, tensor in weights.items() if not key.startswith(_CONTRASTIVE_HEADS)}
     )
+    return tower
+
+
+def _load_timm_tower(name: str, config: OpenClipVisionConfig, pretrained: str | None) -> OpenClipTower:
+    from timm.models import load_checkpoint
+
+    if pretrained is not None and not Path(pretrained).is_file():
+        raise ValueError(f"There are no weights {pretrained!r} for the tower {name!r}: no such file.")
+    tower = OpenClipTower(config)
+    if pretrained is None:
+        return tower
+    try:
+        trunk: Any = tower.visual.trunk
+        loaded = load_checkpoint(trunk, pretrained, strict=False)
+    except Exception as error:  # whatever the file makes of torch.load
+        raise ValueError(f"The weights {pretrained!r} do not load into {name!r}: {one_line(error)}.") from error
+    different = [*loaded.missing_keys, *loaded.unexpected_keys]
+    if wrong := [key for key in different if not key.startswith(_LAST_OF_TIMM)]:
+        raise ValueError(f"The weights {pretrained!r} do not load into {name!r}: {wrong[0]} is in one of both only.")
     return tower
