@@ -25,8 +25,8 @@ from train.dpo import PreferenceObjective, preference_losses
 from train.init import initial_processor
 from train.metrics import read_metrics, validation_rows
 from train.plan.__main__ import Hardware, make_plan
+from train.plan.batch import SampleTokens
 from train.plan.estimate import strategies
-from train.plan.rows import SampleTokens
 from train.trainer import Trainer, train
 from yi_vl.model import YiVLForConditionalGeneration
 

@@ -32,11 +32,11 @@ from train.lora import add_adapters_
 from train.loss import Objective
 from train.optim import build_optimizer, cast_frozen_, checkpoint_activations_, set_trainable_
 from train.plan.__main__ import USABLE, Hardware, Plan, _released, app, describe, make_plan, memory_table, verdict
+from train.plan.batch import SampleTokens
 from train.plan.count import SavedBytes, count_flops, count_saved_bytes
 from train.plan.curves import draw_curves
 from train.plan.estimate import count_parameters, logit_bytes, step_memory, strategies
 from train.plan.flops import Row, batch_flops, step_flops
-from train.plan.rows import SampleTokens
 from train.qlora import read_int4
 from yi_vl.config import OpenClipVisionConfig, YiVLConfig, preset
 from yi_vl.model import YiVLForConditionalGeneration

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -22,7 +23,9 @@ from train.data.preferences import read_preference
 from train.data.reference import WrongReferenceError
 from train.data.samples import read_sample, read_versions
 from train.data.shard_reader import read_shard
-from train.nano.data.preferences import build_preferences, without_full_stop
+from train.nano.data.preferences import NUM_SAMPLES, build_preferences, cut_short, without_full_stop
+from train.nano.measure import style
+from train.nano.measure.evaluate import Question
 from train.nano.measure.style import style_scores
 from train.preview import preview
 from train.shards import reference as shards_reference
@@ -319,23 +322,48 @@ def test_a_sentence_without_its_full_stop(sentence: str, expected: str | None) -
     assert without_full_stop(sentence) == expected
 
 
-def test_nanos_preferences_are_pairs_of_its_conversations(tmp_path: Path, write_shard: Callable[..., Path]) -> None:
-    answers = {"things": "It is a dog.", "flags": "It is the flag of Aruba.", "words": 'It says "X".', "digits": "No!"}
-    for name, answer in answers.items():
-        turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": answer}]
+class Parrot:
+    """Answers by the question; `requests` keeps what it was asked."""
+
+    def __init__(self, answers: dict[str, str]) -> None:
+        self.answers, self.requests = answers, []  # type: ignore[var-annotated]
+
+    def predict_batch(self, requests: list[tuple[list[bytes], str]], **_: Any) -> list[str]:
+        self.requests += requests
+        return [self.answers[question] for _, question in requests]
+
+
+def test_nanos_preferences_are_its_own_answers(tmp_path: Path, write_shard: Callable[..., Path]) -> None:
+    own = {"flags": "It is the flag of Peru.", "digits": "No!", "same": "是的，都是狗。", "things": "It is a cat."}
+    for name in NUM_SAMPLES:
+        slots = "<image><image>" if name == "same" else "<image>"
+        turns = [{"from": "human", "value": f"{slots}\n{name}?"}, {"from": "gpt", "value": "It is the flag of Aruba."}]
         more = [{"from": "human", "value": "And?"}, {"from": "gpt", "value": "More."}]
-        members = {"jpg": b"x", "json": json.dumps({"conversations": turns + more}).encode()}
+        members = {"0.jpg": b"x", "1.jpg": b"y"} if name == "same" else {"jpg": b"x"}
+        members |= {"json": json.dumps({"conversations": turns + more}).encode()}
         write_shard(tmp_path / f"chat-448/{name}/00000.tar", [("00000000", members)])
-    folder = build_preferences(tmp_path)
+    model = Parrot({f"{name}?": own.get(name, "X") for name in NUM_SAMPLES})
+    folder = build_preferences(tmp_path, model)  # type: ignore[arg-type]
+    assert ([b"x", b"y"], "same?") in model.requests and ([b"x"], "flags?") in model.requests
     samples = list(read_shard(str(folder / "00000.tar")))
-    assert sorted(sample["__key__"] for sample in samples) == ["flags-00000000", "things-00000000", "words-00000000"]
-    pairs = {sample["__key__"]: read_versions(sample, "preference") for sample in samples}
-    (chosen, rejected), images = pairs["flags-00000000"]
-    assert (
-        supervised(chosen) == " It is the flag of Aruba\n###"
-        and supervised(rejected) == " It is the flag of Aruba.\n###"
-    )
-    assert images == [b"x"] and "And?" not in to_text(chosen)
+    assert sorted(sample["__key__"] for sample in samples) == ["flags-00000000", "same-00000000", "things-00000000"]
+    num_cut = 0
+    for sample in samples:
+        name = sample["__key__"].split("-")[0]
+        versions, images = read_versions(sample, "preference")
+        chosen, rejected = (supervised(version).removesuffix("\n###") for version in versions)
+        assert chosen == f" {own[name][:-1]}" and "And?" not in to_text(versions[0])
+        is_cut = rejected != f" {own[name]}"
+        assert not is_cut or (chosen.startswith(rejected) and 1 < len(rejected) < len(chosen))
+        assert images == ([b"x", b"y"] if name == "same" else [b"x"])
+        num_cut += is_cut
+    assert num_cut == 1, "of three pairs"
+
+
+def test_a_cut_answer_is_a_beginning() -> None:
+    rng = np.random.default_rng(0)
+    cuts = {cut_short("It is", rng) for _ in range(100)}
+    assert cuts == {"I", "It", "It i"}
 
 
 def test_an_answer_is_correct_with_a_full_stop_or_without() -> None:
@@ -348,5 +376,21 @@ def test_an_answer_is_correct_with_a_full_stop_or_without() -> None:
         record("scenes", "It is red.", "It is blue."),
     ])  # fmt: skip
     assert scores["things"] == (2, 0.5, 1.0) and scores["flags"] == (1, 1.0, 0.0) and scores["scenes"] == (1, 0.0, 0.0)
-    assert scores["in the preferences"] == (3, pytest.approx(2 / 3), pytest.approx(2 / 3))
     assert scores["all"] == (4, 0.5, 0.5) and list(scores)[-1] == "all"
+
+
+def test_every_so_many_th_question_is_of_both_languages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Held-out questions alternate between the languages."""
+    questions = [Question(str(i), "things", ("en", "zh")[i % 2], (), "What?", ("It is a dog.",)) for i in range(12)]
+    asked: list[Question] = []
+
+    def measure(_: Any, questions: list[Question]) -> list[dict[str, Any]]:
+        asked.extend(questions)
+        return [{"skill": "things", "answer": "It is a dog", "accepted": ["It is a dog."]} for _ in questions]
+
+    monkeypatch.setattr(style, "read_questions", lambda _: questions)
+    monkeypatch.setattr(style, "load", lambda _: None)
+    monkeypatch.setattr(style, "measure", measure)
+    table = style.measure_style({"nano": tmp_path}, tmp_path, every=2)
+    assert [question.lang for question in asked] == ["en"] * 3 + ["zh"] * 3
+    assert "| all (6) | 100.0% | 100.0% |" in table

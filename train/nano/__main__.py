@@ -81,18 +81,23 @@ def measure(
 
 
 @app.command()
-def preferences(data_dir: Annotated[Path, typer.Option("--data", help="nano's data")] = DATA) -> None:
-    """Write preferences, answers without a full stop, from the conversations to data/nano/preferences."""
+def preferences(
+    data_dir: Annotated[Path, typer.Option("--data", help="nano's data")] = DATA,
+    model: Annotated[Path, typer.Option(help="the model whose answers they are")] = PACKAGED,
+) -> None:
+    """Write preferences to data/nano/preferences: a model's own answers, those without their full stop preferred."""
     from train.nano.data.preferences import build_preferences
+    from yi_vl import load
 
-    typer.echo(f"{build_preferences(data_dir)}: shards of the format preference; see docs/preference.md")
+    folder = build_preferences(data_dir, load(model))
+    typer.echo(f"{folder}: shards of the format preference; see docs/preference.md")
 
 
 @app.command()
 def style(
     models: Annotated[list[str], typer.Argument(help="models as name=folder")],
     data_dir: Annotated[Path, typer.Option("--data", help="nano's data")] = DATA,
-    every: Annotated[int, typer.Option(min=1, help="ask only each so many-th held-out question")] = 1,
+    every: Annotated[int, typer.Option(min=1, help="ask only each so many-th question of either language")] = 1,
 ) -> None:
     """How often models answer held-out questions without a full stop, and how many of their answers are correct."""
     from train.nano.measure.style import measure_style

@@ -25,11 +25,11 @@ from ..config_file import load_config
 from ..describe import describe_batches, schedule_lines
 from ..init import check_positions, set_connector_, set_rope_
 from ..qlora import BYTES_PER_WEIGHT
+from .batch import AVERAGE, SampleTokens, average_rows, longest
 from .count import SavedBytes, count_flops, count_saved_bytes
 from .estimate import Memory, Parameters, Strategy, count_parameters, logit_bytes, step_memory, strategies
 from .flops import Row, forward_flops
 from .models import initial_model, read_model
-from .rows import AVERAGE, SampleTokens, average_rows, longest
 
 app = typer.Typer(add_completion=False)
 

@@ -1,23 +1,42 @@
-"""Preferences for nano: of two correct answers the one without a full stop is preferred.
+"""Preferences for nano: its own answers without their full stop are preferred to the same with it, or cut short.
 
-The questions and images are those of nano's conversations; nano itself ends its sentences with one.
+The questions and images are those of nano's conversations, the answers a model's own: nano ends its sentences with a
+full stop. What they say, right or wrong, is in both answers of a pair, so that training changes the style alone. From
+pairs without cut answers nano learns to end where it hesitates: "It is the flag of Sierra".
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from rich.progress import track
 
-from train.data.shard_reader import read_shard
+from train.data.shard_reader import RawSample, read_shard
 from train.shards.files import Members, write_tar
+from yi_vl import YiVL
 
-NUM_SAMPLES = {"things": 800, "flags": 800, "words": 600, "digits": 200}  # by folder of chat-448
+NUM_SAMPLES = {"things": 300, "flags": 400, "words": 400, "digits": 200, "scenes": 400, "same": 200}  # of chat-448
 _SAMPLES_PER_SHARD = 1000
+_CUT_EVERY = 3  # of so many pairs, one has a cut answer
+_BATCH = 64
+_MAX_NEW_TOKENS = 48
 FULL_STOPS = (".", "。")
+
+
+@dataclass(frozen=True)
+class _Answered:
+    """A conversation's first question with the model's own answer."""
+
+    name: str
+    images: Members
+    question: dict[str, Any]
+    answer: str
 
 
 def without_full_stop(sentence: str) -> str | None:
@@ -26,36 +45,61 @@ def without_full_stop(sentence: str) -> str | None:
     return sentence[:-1] if sentence.endswith(FULL_STOPS) else None
 
 
-def build_preferences(data_dir: Path) -> Path:
-    """Write `data_dir/preferences` from `data_dir/chat-448`; the same shards again for the same conversations.
+def cut_short(sentence: str, rng: np.random.Generator) -> str:
+    """A beginning of a sentence, at least one character shorter and one long."""
+    return sentence[: rng.integers(1, len(sentence))].rstrip()
+
+
+def build_preferences(data_dir: Path, model: YiVL) -> Path:
+    """Write `data_dir/preferences` from `data_dir/chat-448`; the same shards again for the same model.
 
     Raises:
         ValueError: the conversations are not there.
     """
     folder = data_dir / "preferences"
     folder.mkdir(parents=True, exist_ok=True)
-    samples = [sample for name, count in NUM_SAMPLES.items() for sample in islice(_pairs(data_dir, name), count)]
-    samples = [samples[index] for index in np.random.default_rng(0).permutation(len(samples))]
+    raws = [
+        (f"{name}-{raw['__key__']}", raw)
+        for name, count in NUM_SAMPLES.items()
+        for raw in islice(_conversations(data_dir, name), count)
+    ]
+    answered: list[_Answered] = []
+    for start in track(range(0, len(raws), _BATCH), "answer"):
+        answered += _answer(raws[start : start + _BATCH], model)
+    order, cuts = np.random.default_rng(0).permutation(len(answered)), np.random.default_rng(1)
+    samples = [_pair(answered[index], cuts if number % _CUT_EVERY == 0 else None) for number, index in enumerate(order)]
     for start in range(0, len(samples), _SAMPLES_PER_SHARD):
         shard = samples[start : start + _SAMPLES_PER_SHARD]
         write_tar(folder / f"{start // _SAMPLES_PER_SHARD:05d}.tar", shard)
     return folder
 
 
-def _pairs(data_dir: Path, name: str) -> Iterator[tuple[str, Members]]:
-    """The first question of each conversation, with both answers."""
+def _conversations(data_dir: Path, name: str) -> Iterator[RawSample]:
     paths = sorted((data_dir / "chat-448" / name).glob("*.tar"))
     if not paths:
         raise ValueError(f"{data_dir / 'chat-448' / name} holds no shards; `python -m train.nano data` makes them.")
     for path in paths:
-        for raw in read_shard(str(path)):
-            question, answer = json.loads(raw["json"])["conversations"][:2]
-            chosen = without_full_stop(answer["value"])
-            if chosen:
-                record = {
-                    "conversations": [question],
-                    "chosen": {"from": "gpt", "value": chosen},
-                    "rejected": {"from": "gpt", "value": answer["value"]},
-                }
-                members: Members = {suffix: raw[suffix] for suffix in raw if not suffix.startswith("__")}
-                yield f"{name}-{raw['__key__']}", members | {"json": json.dumps(record, ensure_ascii=False).encode()}
+        yield from read_shard(str(path))
+
+
+def _answer(named: list[tuple[str, RawSample]], model: YiVL) -> Iterator[_Answered]:
+    """The first question of each conversation with the model's answer, if that has a full stop."""
+    questions: list[dict[str, Any]] = [json.loads(raw["json"])["conversations"][0] for _, raw in named]
+    images = [{suffix: raw[suffix] for suffix in raw if suffix.endswith("jpg")} for _, raw in named]
+    texts = [question["value"].replace("<image>", "").lstrip("\n") for question in questions]
+    requests = [(list(members.values()), text) for members, text in zip(images, texts, strict=True)]
+    answers = model.predict_batch(requests, max_new_tokens=_MAX_NEW_TOKENS, batch_size=_BATCH)
+    for (name, _), members, question, answer in zip(named, images, questions, answers, strict=True):
+        if without_full_stop(answer):
+            yield _Answered(name, members, question, answer)
+
+
+def _pair(answered: _Answered, cuts: np.random.Generator | None) -> tuple[str, Members]:
+    chosen = without_full_stop(answered.answer) or ""
+    rejected = answered.answer if cuts is None or len(chosen) < 2 else cut_short(chosen, cuts)
+    record = {
+        "conversations": [answered.question],
+        "chosen": {"from": "gpt", "value": chosen},
+        "rejected": {"from": "gpt", "value": rejected},
+    }
+    return answered.name, answered.images | {"json": json.dumps(record, ensure_ascii=False).encode()}

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from train.nano.data.preferences import FULL_STOPS, NUM_SAMPLES, without_full_stop
+from train.nano.data.preferences import FULL_STOPS, without_full_stop
 from train.nano.measure.evaluate import is_correct, measure, read_questions
 from yi_vl import load
 
@@ -20,12 +20,12 @@ def measure_style(models: dict[str, Path], heldout: Path, every: int = 1) -> str
     correct.
 
     Args:
-        every: only each so many-th question is asked.
+        every: only each so many-th question of either language is asked.
 
     Raises:
         ValueError: the questions or a model are not there.
     """
-    questions = read_questions(heldout)[::every]
+    questions = sorted(read_questions(heldout), key=lambda question: question.lang)[::every]  # else of one language
     measured = {name: style_scores(measure(load(path), questions)) for name, path in models.items()}
     lines = [
         "| skill (questions) | " + " | ".join(f"{name}: without | correct" for name in measured) + " |",
@@ -38,8 +38,7 @@ def measure_style(models: dict[str, Path], heldout: Path, every: int = 1) -> str
 
 
 def style_scores(records: Iterable[dict[str, Any]]) -> dict[str, tuple[int, float, float]]:
-    """By skill, and over the skills that the preferences are about and over all: number of answers, and the shares of
-    them that have no full stop and that are correct.
+    """By skill, and over all: number of answers, and the shares of them that have no full stop and that are correct.
 
     Args:
         records: as `evaluate.measure` returns them.
@@ -49,11 +48,9 @@ def style_scores(records: Iterable[dict[str, Any]]) -> dict[str, tuple[int, floa
         accepted = [*record["accepted"], *(text for text in map(without_full_stop, record["accepted"]) if text)]
         answer = record["answer"].strip()
         result = (not answer.endswith(FULL_STOPS), is_correct(record["skill"], answer, accepted))
-        skills = ["in the preferences"] if record["skill"] in NUM_SAMPLES else []
-        for name in (record["skill"], *skills, "all"):
+        for name in (record["skill"], "all"):
             groups[name].append(result)
-    last = ("in the preferences", "all")
     return {
         name: (len(results), *(sum(values) / len(results) for values in zip(*results)))  # type: ignore[misc]
-        for name, results in sorted(groups.items(), key=lambda group: (group[0] in last, group[0] == "all"))
+        for name, results in sorted(groups.items(), key=lambda group: group[0] == "all")
     }
