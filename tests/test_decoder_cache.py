@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fake_cuda import fake_cuda
 from serving import client_of, serving
 from test_prefix_cache import Watched
 from tiny import NUM_PATCHES, OFFICIAL, prefill, tiny_hybrid, uncached
 from transformers.cache_utils import Cache
 
+from eval.speed.cache import compare_cache
 from yi_vl.decoder.config import YiHybridConfig
 from yi_vl.engine import prompt_lookup
 from yi_vl.engine.kv_cache import GrowableLayer, WindowLayer, gather, layers_of, load_, new_cache, row_of
@@ -273,6 +275,22 @@ def test_a_server_answers_as_alone(yi_vl: YiVL) -> None:
         assert asyncio.run(ask_all(address)) == expected
 
 
+def test_on_a_gpu_answers_are_those_of_a_cpu(yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prompt_lookup, "_NGRAM_TOKENS", 1)
+    requests = [(WIDE, QUESTIONS[1]), (None, QUESTIONS[2]), ([WIDE, TALL], "Hi"), (WIDE, "Why?")]
+
+    def answers(model: YiVL) -> list[Any]:
+        chat = model.chat()
+        first = [chat.ask("What?", WIDE, max_new_tokens=6), chat.ask("And?", max_new_tokens=6)]
+        return [first, model.predict_batch(requests, batch_size=3, max_new_tokens=10)]
+
+    expected = answers(uncached(yi_vl))
+    with fake_cuda(monkeypatch):
+        on_cuda = tiny_hybrid(WINDOW)
+        on_cuda.model.model.language_model.set_experts_implementation("eager")  # others need a real GPU
+        assert answers(YiVL(on_cuda.model.to("cuda"), on_cuda.processor)) == expected  # type: ignore[arg-type]
+
+
 # Prefixes
 
 
@@ -384,14 +402,33 @@ def test_a_chat_that_goes_on_keeps_a_few_prefixes_and_others_keep_theirs(yi_vl: 
     assert prefixes.num_cached(key.reusable_head) >= len(key) - 1 - prefixes.spacing
 
 
+def test_the_table_of_memory_is_that_of_the_formula() -> None:
+    rows = list(compare_cache(num_layers=16, window=16, every=4, group=2)["variants"].values())
+    assert [round(row["times_smaller"], 2) for row in rows] == [1.21, 2.1, 3.32, 4.13, 4.7]
+    assert all(row["hybrid_MiB"] == row["formula_MiB"] for row in rows)
+
+
+@pytest.mark.parametrize("num_tokens", [39, 40, 41, 60])
+def test_what_a_window_of_40_has_dropped_is_not_given_back(yi_vl: YiVL, num_tokens: int) -> None:
+    config = YiHybridConfig(**{**text_config(yi_vl).to_dict(), "sliding_window": 40})
+    prefixes, cache, key = PrefixCache(1 << 17, config), new_cache(config), PrefixKey(np.arange(num_tokens))
+    for index in (0, 1, 2, 4, 5):
+        cache.update(*torch.zeros(2, 1, 1, num_tokens, 1), index)
+    prefixes.put(key, cache)
+    assert prefixes.num_cached(key.extended([1])) == num_tokens
+    assert prefixes.num_cached(key.head(num_tokens - 3).extended([1])) == (36 if num_tokens == 39 else 0)
+
+
 def test_prefixes_given_back_are_those_put_in_and_complete(yi_vl: YiVL) -> None:
     """A token's key is the sum of all ids up to it; windows of prefixes that are found have the right ones."""
-    config, draw = text_config(yi_vl), random.Random(0)
+    window, draw = 40, random.Random(0)
+    config = YiHybridConfig(**{**text_config(yi_vl).to_dict(), "sliding_window": window})
     prefixes, keys, num_found = PrefixCache(1 << 17, config), [], 0
-    for _ in range(150):
+    for _ in range(200):
         ids = [7] * draw.choice([25, 60]) + [draw.randrange(2)] * draw.randrange(1, 50) + [draw.randrange(3)] * 9
         if keys and draw.random() < 0.6:
             ids = [*draw.choice(keys), *ids[-draw.randrange(1, 40) :]]
+        ids = ids[: draw.choice([window - 1, window, window + 1, window + 2, 400])]
         keys.append(ids)
         key = PrefixKey(np.array(ids, dtype=np.int64), (ImageKey(bytes([draw.randrange(2)]), 8, 20),))
         sums = (torch.tensor(ids).cumsum(0) + 1000 * key.images[0].digest[0]).double()
@@ -399,7 +436,7 @@ def test_prefixes_given_back_are_those_put_in_and_complete(yi_vl: YiVL) -> None:
         length = found.get_seq_length()
         assert length == prefixes.num_cached(key) and (not length or set(layers_of(found)) == {0, 1, 2, 4, 5})
         for index, (layer_keys, _) in layers_of(found).items():
-            num_stored = min(length, WINDOW - 1) if index % 2 == 0 else length
+            num_stored = min(length, window - 1) if index % 2 == 0 else length
             assert layer_keys.flatten().tolist() == sums[length - num_stored : length].tolist()
         num_found += length > 25
         cache = new_cache(config)
