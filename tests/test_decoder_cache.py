@@ -93,6 +93,7 @@ def prompt_of(yi_vl: YiVL, text: str, *images: Any, **options: Any) -> Prompt:
 # One cache
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("chunk", [1, 2, 5, WINDOW - 1, WINDOW, WINDOW + 1, 31])
 def test_cached_equals_uncached_at_every_length_and_bytes_are_those_of_the_formula(yi_vl: YiVL, chunk: int) -> None:
     config, model, num_tokens = text_config(yi_vl), yi_vl.model, 3 * WINDOW
@@ -177,6 +178,7 @@ def new_cache_of(rows: list[torch.Tensor], window: int) -> Cache:
 # Batches
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("max_tokens", [4096, 61, 5])
 def test_prompts_that_are_prefilled_together_are_computed_as_if_alone(yi_vl: YiVL, max_tokens: int) -> None:
     """What follows their common prefix is of different lengths: padding must not shorten a window."""
@@ -275,19 +277,18 @@ def test_a_server_answers_as_alone(yi_vl: YiVL) -> None:
         assert asyncio.run(ask_all(address)) == expected
 
 
-def test_on_a_gpu_answers_are_those_of_a_cpu(yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_gpu_answers_are_those_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prompt_lookup, "_NGRAM_TOKENS", 1)
-    requests = [(WIDE, QUESTIONS[1]), (None, QUESTIONS[2]), ([WIDE, TALL], "Hi"), (WIDE, "Why?")]
+    requests = [(WIDE, QUESTIONS[1]), (None, QUESTIONS[2]), (WIDE, "Why?")]
 
     def answers(model: YiVL) -> list[Any]:
         chat = model.chat()
-        first = [chat.ask("What?", WIDE, max_new_tokens=6), chat.ask("And?", max_new_tokens=6)]
-        return [first, model.predict_batch(requests, batch_size=3, max_new_tokens=10)]
+        first = [chat.ask("What?", WIDE, max_new_tokens=4), chat.ask("And?", max_new_tokens=4)]
+        return [first, model.predict_batch(requests, batch_size=2, max_new_tokens=6)]
 
-    expected = answers(uncached(yi_vl))
+    expected = answers(tiny_hybrid(WINDOW, num_experts=0))
     with fake_cuda(monkeypatch):
-        on_cuda = tiny_hybrid(WINDOW)
-        on_cuda.model.model.language_model.set_experts_implementation("eager")  # others need a real GPU
+        on_cuda = tiny_hybrid(WINDOW, num_experts=0)  # their kernels need a real GPU
         assert answers(YiVL(on_cuda.model.to("cuda"), on_cuda.processor)) == expected  # type: ignore[arg-type]
 
 
@@ -335,7 +336,7 @@ def test_a_conversation_is_computed_from_its_longest_whole_prefix(chat: Chat, ch
     yi_vl, new = chat.yi_vl, user_message([], "Something else?")
     messages: list[Any] = []
     ends = []
-    for question, reply in (("What is in this picture, and what is not?", "A dog and a cat."), ("Why?", "It is so.")):
+    for question, reply in (("What is in this image, and what is not?", "A dog and a cat."), ("Why?", "It is so.")):
         messages.append(user_message([] if messages else images, question))
         ends.append(finish(yi_vl, messages, reply))
         messages.append({"role": "assistant", "content": reply})
@@ -347,7 +348,7 @@ def test_a_conversation_is_computed_from_its_longest_whole_prefix(chat: Chat, ch
     elif change == "edit the last turn":
         messages, start = [*messages[:-2], new], ends[0]
     elif change == "edit the first turn":
-        messages = [user_message(images, "What is in that picture, and what is not?"), *messages[1:-1]]
+        messages = [user_message(images, "What is in that image, and what is not?"), *messages[1:-1]]
         start = max(image_ends, default=0)
     else:
         messages, start = [user_message([TALL], "What?")], 0
@@ -385,7 +386,7 @@ def test_a_long_system_prompt_is_shared_from_the_third_conversation_on(chat: Cha
     assert min(computed[:2]) > 50 and computed[2] < 15
 
 
-def test_a_chat_that_goes_on_keeps_a_few_prefixes_and_others_keep_theirs(yi_vl: YiVL) -> None:
+def test_a_long_chat_keeps_a_few_prefixes_and_drops_none_of_another(yi_vl: YiVL) -> None:
     fresh, messages, other = uncached(yi_vl), [user_message([WIDE], "What?")], [user_message([TALL], "Where?")]
     finish(fresh, other, "There.")
     num_before = len(fresh.engine.prefixes)
@@ -423,7 +424,7 @@ def test_prefixes_given_back_are_those_put_in_and_complete(yi_vl: YiVL) -> None:
     """A token's key is the sum of all ids up to it; windows of prefixes that are found have the right ones."""
     window, draw = 40, random.Random(0)
     config = YiHybridConfig(**{**text_config(yi_vl).to_dict(), "sliding_window": window})
-    prefixes, keys, num_found = PrefixCache(1 << 17, config), [], 0
+    prefixes, keys, num_hits = PrefixCache(1 << 17, config), [], 0
     for _ in range(200):
         ids = [7] * draw.choice([25, 60]) + [draw.randrange(2)] * draw.randrange(1, 50) + [draw.randrange(3)] * 9
         if keys and draw.random() < 0.6:
@@ -432,13 +433,13 @@ def test_prefixes_given_back_are_those_put_in_and_complete(yi_vl: YiVL) -> None:
         keys.append(ids)
         key = PrefixKey(np.array(ids, dtype=np.int64), (ImageKey(bytes([draw.randrange(2)]), 8, 20),))
         sums = (torch.tensor(ids).cumsum(0) + 1000 * key.images[0].digest[0]).double()
-        found = prefixes.find(key)
-        length = found.get_seq_length()
-        assert length == prefixes.num_cached(key) and (not length or set(layers_of(found)) == {0, 1, 2, 4, 5})
-        for index, (layer_keys, _) in layers_of(found).items():
+        cached = prefixes.find(key)
+        length = cached.get_seq_length()
+        assert length == prefixes.num_cached(key) and (not length or set(layers_of(cached)) == {0, 1, 2, 4, 5})
+        for index, (layer_keys, _) in layers_of(cached).items():
             num_stored = min(length, window - 1) if index % 2 == 0 else length
             assert layer_keys.flatten().tolist() == sums[length - num_stored : length].tolist()
-        num_found += length > 25
+        num_hits += length > 25
         cache = new_cache(config)
         load_(cache, {}, 0)
         for index in (0, 1, 2, 4, 5):
@@ -448,4 +449,4 @@ def test_prefixes_given_back_are_those_put_in_and_complete(yi_vl: YiVL) -> None:
         assert prefixes.num_cached(key) >= len(key) - 1 - prefixes.spacing
         stored = sum(entry.num_bytes for entry in prefixes._entries.values())
         assert prefixes.num_bytes == stored <= prefixes.max_bytes
-    assert num_found > 50
+    assert num_hits > 50
