@@ -11,14 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fake_cuda import fake_cuda
 from serving import client_of, serving
 from test_prefix_cache import Watched
 from tiny import NUM_PATCHES, OFFICIAL, prefill, tiny_hybrid, uncached
 from transformers.cache_utils import Cache
 
+from eval.speed.cache import compare_cache
 from yi_vl.decoder.config import YiHybridConfig
 from yi_vl.engine import prompt_lookup
-from yi_vl.engine.kv_cache import GrowableLayer, WindowLayer, gather, layers_of, load_, new_cache, row_of
+from yi_vl.engine.kv_cache import GrowableLayer, WindowLayer, gather, layers_of, load_, new_cache, row_of, shift_row_
 from yi_vl.engine.pace import Pace
 from yi_vl.engine.prefix_cache import ImageKey, PrefixCache, PrefixKey
 from yi_vl.engine.prompt import Prompt
@@ -91,6 +93,7 @@ def prompt_of(yi_vl: YiVL, text: str, *images: Any, **options: Any) -> Prompt:
 # One cache
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("chunk", [1, 2, 5, WINDOW - 1, WINDOW, WINDOW + 1, 31])
 def test_cached_equals_uncached_at_every_length_and_bytes_are_those_of_the_formula(yi_vl: YiVL, chunk: int) -> None:
     config, model, num_tokens = text_config(yi_vl), yi_vl.model, 3 * WINDOW
@@ -157,8 +160,12 @@ def test_rows_longer_and_shorter_than_the_window_are_gathered() -> None:
             cache.update(step[:, None, :, None], step[:, None, :, None], index)
         mask = torch.cat([mask, torch.arange(extra) < torch.tensor(kept)[:, None]], dim=1)
         rows = [row + new.int().tolist()[:count] for row, new, count in zip(rows, step, kept)]
-        if has_gap:
+        if has_gap and draw.random() < 0.5:
             cache, mask = gather([(cache, mask, range(len(rows)))])
+        elif has_gap:
+            for slot, count in enumerate(kept):
+                if count < extra:
+                    shift_row_(cache, mask, slot, extra - count)
         for slot, row in enumerate(rows):
             stored = row_of(cache, slot, mask)
             assert stored[1][0].flatten().int().tolist() == row
@@ -175,6 +182,7 @@ def new_cache_of(rows: list[torch.Tensor], window: int) -> Cache:
 # Batches
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("max_tokens", [4096, 61, 5])
 def test_prompts_that_are_prefilled_together_are_computed_as_if_alone(yi_vl: YiVL, max_tokens: int) -> None:
     """What follows their common prefix is of different lengths: padding must not shorten a window."""
@@ -273,6 +281,21 @@ def test_a_server_answers_as_alone(yi_vl: YiVL) -> None:
         assert asyncio.run(ask_all(address)) == expected
 
 
+def test_on_a_gpu_answers_are_those_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prompt_lookup, "_NGRAM_TOKENS", 1)
+    requests = [(WIDE, QUESTIONS[1]), (None, QUESTIONS[2]), (WIDE, "Why?")]
+
+    def answers(model: YiVL) -> list[Any]:
+        chat = model.chat()
+        first = [chat.ask("What?", WIDE, max_new_tokens=4), chat.ask("And?", max_new_tokens=4)]
+        return [first, model.predict_batch(requests, batch_size=2, max_new_tokens=6)]
+
+    expected = answers(tiny_hybrid(WINDOW, num_experts=0))
+    with fake_cuda(monkeypatch):
+        on_cuda = tiny_hybrid(WINDOW, num_experts=0)  # their kernels need a real GPU
+        assert answers(YiVL(on_cuda.model.to("cuda"), on_cuda.processor)) == expected  # type: ignore[arg-type]
+
+
 # Prefixes
 
 
@@ -317,7 +340,7 @@ def test_a_conversation_is_computed_from_its_longest_whole_prefix(chat: Chat, ch
     yi_vl, new = chat.yi_vl, user_message([], "Something else?")
     messages: list[Any] = []
     ends = []
-    for question, reply in (("What is in this picture, and what is not?", "A dog and a cat."), ("Why?", "It is so.")):
+    for question, reply in (("What is in this image, and what is not?", "A dog and a cat."), ("Why?", "It is so.")):
         messages.append(user_message([] if messages else images, question))
         ends.append(finish(yi_vl, messages, reply))
         messages.append({"role": "assistant", "content": reply})
@@ -329,7 +352,7 @@ def test_a_conversation_is_computed_from_its_longest_whole_prefix(chat: Chat, ch
     elif change == "edit the last turn":
         messages, start = [*messages[:-2], new], ends[0]
     elif change == "edit the first turn":
-        messages = [user_message(images, "What is in that picture, and what is not?"), *messages[1:-1]]
+        messages = [user_message(images, "What is in that image, and what is not?"), *messages[1:-1]]
         start = max(image_ends, default=0)
     else:
         messages, start = [user_message([TALL], "What?")], 0
@@ -367,7 +390,7 @@ def test_a_long_system_prompt_is_shared_from_the_third_conversation_on(chat: Cha
     assert min(computed[:2]) > 50 and computed[2] < 15
 
 
-def test_a_chat_that_goes_on_keeps_a_few_prefixes_and_others_keep_theirs(yi_vl: YiVL) -> None:
+def test_a_long_chat_keeps_a_few_prefixes_and_drops_none_of_another(yi_vl: YiVL) -> None:
     fresh, messages, other = uncached(yi_vl), [user_message([WIDE], "What?")], [user_message([TALL], "Where?")]
     finish(fresh, other, "There.")
     num_before = len(fresh.engine.prefixes)
@@ -384,24 +407,43 @@ def test_a_chat_that_goes_on_keeps_a_few_prefixes_and_others_keep_theirs(yi_vl: 
     assert prefixes.num_cached(key.reusable_head) >= len(key) - 1 - prefixes.spacing
 
 
+def test_the_table_of_memory_is_that_of_the_formula() -> None:
+    rows = list(compare_cache(num_layers=16, window=16, every=4, group=2)["variants"].values())
+    assert [round(row["times_smaller"], 2) for row in rows] == [1.21, 2.1, 3.32, 4.13, 4.7]
+    assert all(row["hybrid_MiB"] == row["formula_MiB"] for row in rows)
+
+
+@pytest.mark.parametrize("num_tokens", [39, 40, 41, 60])
+def test_what_a_window_of_40_has_dropped_is_not_given_back(yi_vl: YiVL, num_tokens: int) -> None:
+    config = YiHybridConfig(**{**text_config(yi_vl).to_dict(), "sliding_window": 40})
+    prefixes, cache, key = PrefixCache(1 << 17, config), new_cache(config), PrefixKey(np.arange(num_tokens))
+    for index in (0, 1, 2, 4, 5):
+        cache.update(*torch.zeros(2, 1, 1, num_tokens, 1), index)
+    prefixes.put(key, cache)
+    assert prefixes.num_cached(key.extended([1])) == num_tokens
+    assert prefixes.num_cached(key.head(num_tokens - 3).extended([1])) == (36 if num_tokens == 39 else 0)
+
+
 def test_prefixes_given_back_are_those_put_in_and_complete(yi_vl: YiVL) -> None:
     """A token's key is the sum of all ids up to it; windows of prefixes that are found have the right ones."""
-    config, draw = text_config(yi_vl), random.Random(0)
-    prefixes, keys, num_found = PrefixCache(1 << 17, config), [], 0
-    for _ in range(150):
+    window, draw = 40, random.Random(0)
+    config = YiHybridConfig(**{**text_config(yi_vl).to_dict(), "sliding_window": window})
+    prefixes, keys, num_hits = PrefixCache(1 << 17, config), [], 0
+    for _ in range(200):
         ids = [7] * draw.choice([25, 60]) + [draw.randrange(2)] * draw.randrange(1, 50) + [draw.randrange(3)] * 9
         if keys and draw.random() < 0.6:
             ids = [*draw.choice(keys), *ids[-draw.randrange(1, 40) :]]
+        ids = ids[: draw.choice([window - 1, window, window + 1, window + 2, 400])]
         keys.append(ids)
         key = PrefixKey(np.array(ids, dtype=np.int64), (ImageKey(bytes([draw.randrange(2)]), 8, 20),))
         sums = (torch.tensor(ids).cumsum(0) + 1000 * key.images[0].digest[0]).double()
-        found = prefixes.find(key)
-        length = found.get_seq_length()
-        assert length == prefixes.num_cached(key) and (not length or set(layers_of(found)) == {0, 1, 2, 4, 5})
-        for index, (layer_keys, _) in layers_of(found).items():
-            num_stored = min(length, WINDOW - 1) if index % 2 == 0 else length
+        cached = prefixes.find(key)
+        length = cached.get_seq_length()
+        assert length == prefixes.num_cached(key) and (not length or set(layers_of(cached)) == {0, 1, 2, 4, 5})
+        for index, (layer_keys, _) in layers_of(cached).items():
+            num_stored = min(length, window - 1) if index % 2 == 0 else length
             assert layer_keys.flatten().tolist() == sums[length - num_stored : length].tolist()
-        num_found += length > 25
+        num_hits += length > 25
         cache = new_cache(config)
         load_(cache, {}, 0)
         for index in (0, 1, 2, 4, 5):
@@ -411,4 +453,4 @@ def test_prefixes_given_back_are_those_put_in_and_complete(yi_vl: YiVL) -> None:
         assert prefixes.num_cached(key) >= len(key) - 1 - prefixes.spacing
         stored = sum(entry.num_bytes for entry in prefixes._entries.values())
         assert prefixes.num_bytes == stored <= prefixes.max_bytes
-    assert num_found > 50
+    assert num_hits > 50

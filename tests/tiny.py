@@ -69,7 +69,7 @@ def spread_model(config: YiVLConfig, seed: int) -> YiVLForConditionalGeneration:
     return model.eval()
 
 
-def tiny_hybrid(window: int, seed: int = 0, max_position_embeddings: int = 512) -> YiVL:
+def tiny_hybrid(window: int, num_experts: int = 4, max_position_embeddings: int = 512) -> YiVL:
     """With the hybrid decoder: layers of windows and full ones by turns, two of which share keys and values, and
     experts by top-p."""
     config = tiny_config()
@@ -84,11 +84,11 @@ def tiny_hybrid(window: int, seed: int = 0, max_position_embeddings: int = 512) 
         pad_token_id=0,
         layer_types=layer_pattern(6, 2),
         sliding_window=window,
-        num_experts=4,
+        num_experts=num_experts,
         router_top_p=0.5,
         max_experts_per_tok=3,
     )
-    return YiVL(spread_model(config, seed), tiny_processor())
+    return YiVL(spread_model(config, seed=0), tiny_processor())
 
 
 def tiny_processor(patch_size: int = PATCH_SIZE_PX) -> YiVLProcessor:

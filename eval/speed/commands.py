@@ -171,6 +171,20 @@ def lookup(
 
 
 @app.command()
+def cache(
+    layers: Annotated[int, typer.Option(min=1)] = 16,
+    window: Annotated[int, typer.Option(min=2, help="Tokens that a sliding layer sees.")] = 512,
+    every: Annotated[int, typer.Option(min=1, help="One of so many layers sees all tokens.")] = 4,
+    share: Annotated[int, typer.Option(min=1, help="So many consecutive full layers share keys and values.")] = 2,
+    as_json: AsJson = False,
+) -> None:
+    """Memory of keys and values as the context grows: a dense decoder, and one of windows and shared ones."""
+    from .cache import compare_cache
+
+    show(compare_cache(layers, window, every, share), as_json)
+
+
+@app.command()
 def engines(
     preset: PresetOption = "nano",
     num_questions: Annotated[int, typer.Option(min=1, help="Asked in every round.")] = 32,
