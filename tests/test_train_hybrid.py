@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -26,6 +27,7 @@ from toy_runs import stop_after, trainer
 
 import yi_vl
 from train import loss as objective_module
+from train.attention.cpu import GroupedPacking
 from train.attention.packing import Packing
 from train.config import TrainableConfig, TrainConfig
 from train.config_decoder import DistillConfig, ExpertsConfig
@@ -171,10 +173,11 @@ def test_packed_rows_are_padded_rows(hybrid: Configure, monkeypatch: pytest.Monk
     """
     config = hybrid("data.sources.0.weight=0.001", f"experts={{top_p: 0.4, balance_parts: {num_parts}}}")
     run, inputs = inputs_of(config)
-    padded_model = YiVLForConditionalGeneration(run.model.config)
+    padded_model = YiVLForConditionalGeneration(copy.deepcopy(run.model.config))  # with attention of its own
     padded_model.load_state_dict(run.model.state_dict())
     padded_model.model.language_model.set_attn_implementation("eager")
     on_cpu, padded = Objective(run.model, 2), Objective(padded_model, 2)
+    assert on_cpu._packing is GroupedPacking and padded._packing is None
     monkeypatch.setitem(objective_module._PACKINGS, "eager", Packing)
     like_flash = Objective(padded_model, 2)
     prefix = inputs["shared_prefix_length"]
