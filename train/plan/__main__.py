@@ -23,17 +23,28 @@ from yi_vl.config import PRESETS, YiVLConfig, preset
 from ..config import DPO, FROM_MODEL, INT4, LORA, TrainConfig, batch_sizes, num_steps
 from ..config_file import load_config
 from ..describe import describe_batches, schedule_lines
+from ..experts import check_experts, set_experts_
 from ..init import check_positions, set_connector_, set_rope_
 from ..qlora import BYTES_PER_WEIGHT
 from .batch import AVERAGE, SampleTokens, average_rows, longest
 from .count import SavedBytes, count_flops, count_saved_bytes
-from .estimate import Memory, Parameters, Strategy, count_parameters, logit_bytes, step_memory, strategies
+from .estimate import (
+    Memory,
+    Parameters,
+    Strategy,
+    count_parameters,
+    describe_experts,
+    logit_bytes,
+    step_memory,
+    strategies,
+)
 from .flops import Row, forward_flops
 from .models import initial_model, read_model
 
 app = typer.Typer(add_completion=False)
 
 _PUBLISHED_GPU_HOURS = {"6b": 9_216, "34b": 30_720}  # all three stages: 3 and 10 days on 128 GPUs; Yi-VL's model card
+_TEACHER = "  distill: the teacher, whole on each GPU, and its forward passes are not counted"
 USABLE = 0.9  # of a GPU's memory; the rest is CUDA's, NCCL's and lost between blocks
 _SECONDS_PER_HOUR = 3600
 
@@ -187,6 +198,8 @@ def make_plan(
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     check_positions(shape, config)
+    check_experts(shape.text_config, config, str(path))
+    set_experts_(shape.text_config, config.experts, num_steps(config) - 1)
     return Plan(str(path), config, shape, count_parameters(shape, config), rows)
 
 
@@ -203,10 +216,12 @@ def describe(made: Plan, hardware: Hardware) -> list[str]:
     return [
         f"\n{made.path}",
         f"  trains {trained}: {share}",
+        *(f"  {line}" for line in describe_experts(made.model)),
         f"  {describe_batches(config)}, {made.rows_per_gpu(hardware)} at once on a GPU; {_describe_rows(made)}",
         *(f"  {line}" for line in schedule_lines(config)),
         f"  activation_checkpointing: {str(config.activation_checkpointing).lower()}, so {which} hold",
         *([int4] if parameters.int4 else []),
+        *([_TEACHER] if config.distill.teacher is not None else []),
     ]
 
 
