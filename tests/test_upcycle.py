@@ -19,6 +19,8 @@ from tiny import OFFICIAL, tiny_config, tiny_processor
 
 import yi_vl
 from train.config import TrainConfig
+from train.nano.measure.evaluate import read_questions
+from train.nano.measure.experts import count_experts, measure_experts
 from train.trainer import train
 from yi_vl.checkpoint import convert, open_checkpoint
 from yi_vl.decoder.config import FULL, SLIDING, YiHybridConfig
@@ -245,8 +247,8 @@ def test_a_factor_that_16_bits_round_is_named(dense: Path, tmp_path: Path, run: 
     [
         ((), "Nothing is to change: give --experts and --slices, --every and --window, or --top-p"),
         (("--experts", "1"), "Nothing is to change"),
-        (("--experts", "0"), "--experts is 0; it must be from 1"),
-        (("--experts", "2", "--slices", "-1"), "--slices is -1; it must be from 1"),
+        (("--experts", "0"), "--experts is 0; it must be at least 1"),
+        (("--experts", "2", "--slices", "-1"), "--slices is -1; it must be at least 1"),
         (("--experts", "2", "--slices", "5"), "--slices is 5; expected a divisor of 64, the width"),
         (("--every", "0", "--window", "8"), "--every is 0; expected 1 to 4, the number of layers"),
         (("--every", "5", "--window", "8"), "--every is 5; expected 1 to 4, the number of layers"),
@@ -261,6 +263,7 @@ def test_a_factor_that_16_bits_round_is_named(dense: Path, tmp_path: Path, run: 
         ((*EXPERTS, "--top-p", "nan"), "--top-p is nan; expected more than 0 and at most 1"),
         ((*EXPERTS, "--top-p", "0.4", "--max-experts", "13"), "--max-experts is 13; expected 1 to 12"),
         ((*EXPERTS, "--max-experts", "4"), "--max-experts is for routing by top-p; add --top-p"),
+        (("--experts", "99999", "--slices", "4"), "--experts times --slices is 399996; it must be from 1 to 4,096"),
         ((*EXPERTS, "--seed", "-1"), "--seed is -1"),
     ],
 )
@@ -437,3 +440,31 @@ def test_the_printed_line_trains_attention_alone(
     before, after = (yi_vl.load(path, device="cpu", dtype=torch.float32).model.state_dict() for path in (target, final))
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved == {name for name in before if ".self_attn." in name}
+
+
+def test_experts_per_token_are_counted_by_skill(dense: Path, hybrid: Path, tmp_path: Path) -> None:
+    rows = [
+        {"id": "0", "skill": "flags", "lang": "en", "images": [WIDE], "question": "Flag?", "accepted": ["France."]},
+        {
+            "id": "1",
+            "skill": "same",
+            "lang": "zh",
+            "images": [WIDE, WIDE],
+            "question": "一样吗？",
+            "accepted": ["是。"],
+        },
+        {"id": "2", "skill": "flags", "lang": "en", "images": [WIDE], "question": "Which?", "accepted": ["Chad."]},
+    ]
+    (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    convert(upcycle(open_checkpoint(dense), Changes(experts=3, slices=4)), tmp_path / "top-k", "yi-vl")
+    counts = count_experts(yi_vl.load(tmp_path / "top-k", device="cpu"), read_questions(tmp_path))
+    assert counts.keys() == {"flags", "same", "all"}
+    assert [int(counts[skill]["image"][0]) for skill in ("flags", "same", "all")] == [2 * 16, 2 * 16, 4 * 16]
+    for by_role in counts.values():
+        for sums in by_role.values():
+            assert sums[0] > 0 and torch.equal(sums[1:], 4 * sums[:1].expand(4))  # tokens, then experts of four layers
+    table = [line.strip("|").split("|") for line in measure_experts(hybrid, tmp_path).splitlines()]
+    assert [row[0].strip() for row in table[2:]] == ["flags (2)", "same (1)", "all (3)"]
+    assert all(1 <= float(mean) <= 5 for row in table[2:] for mean in row[1:])
+    with pytest.raises(ValueError, match="does not route by top-p"):
+        measure_experts(tmp_path / "top-k", tmp_path)
