@@ -18,10 +18,11 @@ ROOT = Path(__file__).parents[1]
 # for its modules that have no entry of their own.
 LAYERS = (
     {"arguments", "chat", "connector", "files", "hardware", "program", "runtime", "startup", "versions"}
-    | {"autotune", "engine.fingerprint", "engine.kv_cache", "checkpoint.key_map"},
+    | {"autotune", "engine.fingerprint", "checkpoint.key_map"},
     {"config", "chat_template", "linear"},
     {"vision_blocks", "decoder"},
-    {"image", "messages", "generation", "quantize", "vision", "engine.prefix_cache", "checkpoint.json_files"},
+    {"image", "messages", "generation", "quantize", "vision", "engine.kv_cache", "checkpoint.json_files"},
+    {"engine.prefix_cache"},
     {"model", "checkpoint.weight_files"},
     {"processor"},
     {"auto"},

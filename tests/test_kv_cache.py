@@ -6,7 +6,6 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from yi_vl.engine import kv_cache as cache_module
 from yi_vl.engine.kv_cache import GrowableLayer, gather, layers_of, new_cache
 
 
@@ -16,7 +15,7 @@ def states(num_rows: int, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_it_holds_what_transformers_cache_holds_however_far_it_grows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache_module, "_RESERVE_TOKENS", 3)
+    monkeypatch.setattr(GrowableLayer, "num_reserved", 3)
     layer, reference = GrowableLayer(), DynamicCache()
     for num_tokens in (5, 1, 1, 1, 1, 4, 1, 2):
         given = states(2, num_tokens)
@@ -62,7 +61,7 @@ def test_gathered_rows_are_padded_in_front_and_only_as_far_as_the_longest_is_lon
     has_gap = torch.tensor([[True, True, False, False, True], [True] * 5])
     gathered, is_token = gather([(first, has_gap, [0]), (second, torch.ones(1, 3, dtype=torch.bool), [0, 0])])
     assert is_token.tolist() == [[True] * 3] * 3
-    for layer_keys, layer_values in layers_of(gathered):
+    for layer_keys, layer_values in layers_of(gathered).values():
         assert torch.equal(layer_keys[0], keys[0][:, has_gap[0]]) and torch.equal(layer_values[1], more_values[0])
     gathered, is_token = gather([(first, has_gap, [1]), (second, torch.ones(1, 3, dtype=torch.bool), [0])])
     assert is_token.tolist() == [[True] * 5, [False] * 2 + [True] * 3]

@@ -133,7 +133,12 @@ def test_the_prefix_cache_is_bounded(yi_vl: YiVL) -> None:
     for question in ("What?", "Where?", "Why?", "How?", "Who?"):
         fresh.chat(system=question * 9).ask(question, [TALL], max_new_tokens=4)
         assert 0 < fresh.engine.prefixes.num_bytes <= 2.5 * num_bytes_of_one
-        parts = [part for entry in fresh.engine.prefixes._entries.values() for layer in entry.layers for part in layer]
+        parts = [
+            part
+            for entry in fresh.engine.prefixes._entries.values()
+            for layer in entry.layers.values()
+            for part in layer
+        ]
         held = {part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in parts}
         assert sum(held.values()) == fresh.engine.prefixes.num_bytes  # no reserve, nothing larger kept alive
     fresh.clear_cache()
@@ -177,7 +182,9 @@ def test_prefixes_are_found_by_blocks_and_dropped_with_them() -> None:
         prefixes.put(key, cache_of(len(key)))
         assert prefixes.num_cached(key) == len(key)
         assert prefixes.num_bytes == sum(8 * len(entry.key) for entry in entries) <= prefixes.max_bytes
-    assert {id(entry) for entries in prefixes._by_hash.values() for entry in entries} == set(prefixes._entries)
+    assert {id(entry) for entries in prefixes._divisible._entries.values() for entry in entries} == set(
+        prefixes._entries
+    )
     assert 10 < len(prefixes) < 60
 
 

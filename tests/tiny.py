@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache
 
 from yi_vl.chat import from_llava
 from yi_vl.config import OpenClipVisionConfig, YiVLConfig
+from yi_vl.decoder.config import YiHybridConfig, layer_pattern
 from yi_vl.engine.prompt import Prompt
 from yi_vl.engine.running_batch import RunningBatch
 from yi_vl.engine.sampling import Sampling
@@ -53,15 +54,41 @@ def tiny_config(stem_widths: list[int] | None = None, max_position_embeddings: i
 
 def tiny_model(seed: int = 0, **config: object) -> YiVLForConditionalGeneration:
     """Random weights, spread wide enough that no two logits tie."""
+    return spread_model(tiny_config(**config), seed)
+
+
+def spread_model(config: YiVLConfig, seed: int) -> YiVLForConditionalGeneration:
     torch.set_num_threads(1)  # at this size more threads only wait for each other
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = YiVLForConditionalGeneration(tiny_config(**config))
+        model = YiVLForConditionalGeneration(config)
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.ndim > 1:
                     parameter.mul_(4)
     return model.eval()
+
+
+def tiny_hybrid(window: int, seed: int = 0, max_position_embeddings: int = 512) -> YiVL:
+    """With the hybrid decoder: layers of windows and full ones by turns, two of which share keys and values, and
+    experts by top-p."""
+    config = tiny_config()
+    config.text_config = YiHybridConfig(
+        vocab_size=960,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=max_position_embeddings,
+        pad_token_id=0,
+        layer_types=layer_pattern(6, 2),
+        sliding_window=window,
+        num_experts=4,
+        router_top_p=0.5,
+        max_experts_per_tok=3,
+    )
+    return YiVL(spread_model(config, seed), tiny_processor())
 
 
 def tiny_processor(patch_size: int = PATCH_SIZE_PX) -> YiVLProcessor:

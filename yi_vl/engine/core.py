@@ -58,7 +58,7 @@ class EngineCore:
 
     def clear_cache(self) -> None:
         """Drop the cached prefixes and image features."""
-        self.prefixes = PrefixCache(_MAX_PREFIX_BYTES)
+        self.prefixes = PrefixCache(_MAX_PREFIX_BYTES, self._model.config.text_config)
         self._features = ImageFeatures(self._model, self._processor)
         self._weights: int | None = None  # fingerprint of the weights that the cached values were computed with
 
@@ -159,7 +159,7 @@ class EngineCore:
         return batch.sample(self._sampler)
 
     def _num_uncached(self, request: Request) -> int:
-        return max(1, len(request.prompt) - self.prefixes.num_cached(request.prompt.key))
+        return max(1, len(request.prompt) - self.prefixes.num_cached(request.prompt.key.reusable_head))
 
 
 def fail(requests: Iterable[Request], error: Exception) -> list[StepOutput]:

@@ -9,12 +9,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
+from torch.nn import functional as F
 from transformers.cache_utils import Cache
 
 from ..model import YiVLForConditionalGeneration
 from .image_features import ImageFeatures
-from .kv_cache import gather
+from .kv_cache import gather, has_gaps
 from .prefix_cache import PrefixCache, PrefixKey, shared_prefix_length
 from .request import Request
 from .running_batch import RunningBatch, forward
@@ -72,44 +72,63 @@ class Prefill:
         rows = self._rows
         num_columns = max(1, max_tokens // len(rows.keys))
         self.num_computed += len(rows.keys) * min(num_columns, rows.num_remaining)
-        logits = rows.step(self._model, num_columns)
-        if rows.num_remaining:
-            return None
-        if rows.keys is not self._keys:
-            self._prefixes.put(self._shared_key, rows.cache)
+        before = rows.num_tokens
+        rows.step(self._model, num_columns)
+        self._store(rows, before)
+        if not rows.num_remaining and rows.keys is not self._keys:
             self._rows = self._all_rows(rows.cache)
             return None
-        for row, key in enumerate(self._keys):
-            self._prefixes.put(key, rows.cache, row, rows.attention_mask)
-        return RunningBatch(self._model, self.requests, rows.cache, rows.attention_mask, logits)
+        rows.compact()
+        if rows.num_remaining:
+            return None
+        return RunningBatch(self._model, self.requests, rows.cache, rows.attention_mask, rows.logits)
+
+    def _store(self, rows: _PaddedPrompts, before: Sequence[int]) -> None:
+        """Cache prefixes that end among the tokens just computed; `before` are each row's tokens before these."""
+        for row, (key, start, stop) in enumerate(zip(rows.keys, before, rows.num_tokens, strict=True)):
+            for end in sorted(end for end in rows.ends[row] if start < end <= stop):
+                is_shared = rows.keys is not self._keys or end < max(rows.ends[row])
+                self._prefixes.put(key.head(end), rows.cache, row, rows.attention_mask, is_shared)
 
     def _shared_rows(self) -> _PaddedPrompts | None:
         """What all prompts share, as one row; None where it is cached, or nothing is shared."""
         cached = self._prefixes.find(self._shared_key)
-        if cached.get_seq_length() == len(self._shared_key):
+        if len(self._shared_key) - cached.get_seq_length() <= self._prefixes.spacing:
             return None
-        return _PaddedPrompts([self._shared_key], [cached], self._features, self._device)
+        ends = self._prefixes.ends(self._shared_key) | {len(self._shared_key)}
+        return _PaddedPrompts([self._shared_key], [cached], [ends], self._features, self._device)
 
     def _all_rows(self, shared: Cache | None = None) -> _PaddedPrompts:
         """All prompts, each after its own longest cached prefix."""
-        prefixes = [self._prefixes.find(key.head(key.reusable(len(key) - 1))) for key in self._keys]
+        prefixes = [self._prefixes.find(key.reusable_head) for key in self._keys]
         if shared is not None:  # it may have been too large to be cached
             length = shared.get_seq_length()
             prefixes = [prefix if prefix.get_seq_length() >= length else shared for prefix in prefixes]
-        return _PaddedPrompts(self._keys, prefixes, self._features, self._device)
+        ends = [self._prefixes.ends(key) for key in self._keys]
+        return _PaddedPrompts(self._keys, prefixes, ends, self._features, self._device)
 
 
 class _PaddedPrompts:
     """B prompts, or what they share, each after its own prefix; padded on the left.
 
+    Where windows, which count columns, would be too short for padding between a prefix and what follows, the latter is
+    padded on the right instead, and `compact` is to be called after each step.
+
     Args:
         prefixes: a KV cache of one row for each.
+        ends: for each, numbers of first tokens that are to be stored.
     """
 
     def __init__(
-        self, keys: list[PrefixKey], prefixes: Sequence[Cache], features: ImageFeatures, device: torch.device
+        self,
+        keys: list[PrefixKey],
+        prefixes: Sequence[Cache],
+        ends: list[set[int]],
+        features: ImageFeatures,
+        device: torch.device,
     ) -> None:
         self.keys = keys
+        self.ends = ends
         self._device = device
         self._starts = [prefix.get_seq_length() for prefix in prefixes]
         masks = [torch.ones(1, start, dtype=torch.bool, device="cpu") for start in self._starts]
@@ -126,7 +145,11 @@ class _PaddedPrompts:
         )
         self.features = features.cached(list(self._digests))  # digest -> (P, D)
         self._num_done = 0
-        self._num_columns = max(len(key) - start for key, start in zip(keys, self._starts, strict=True))  # R
+        lengths = [len(key) - start for key, start in zip(keys, self._starts, strict=True)]
+        self._num_columns = max(lengths)  # R
+        padding = [0 if any(self.cache.is_sliding) else self._num_columns - length for length in lengths]
+        self._first_columns, self._last_columns = padding, [p + n - 1 for p, n in zip(padding, lengths)]
+        self._logits: dict[int, Tensor] = {}  # (V,) after the last token of each row
         self._inputs: tuple[Tensor, Tensor, Tensor] | None = None
 
     @property
@@ -134,29 +157,49 @@ class _PaddedPrompts:
         return self._num_columns - self._num_done
 
     @property
+    def num_tokens(self) -> list[int]:
+        """Of each row, in the cache."""
+        return self.attention_mask.sum(1).tolist()
+
+    @property
+    def logits(self) -> Tensor:
+        """(B, V), after all tokens."""
+        return torch.stack([self._logits[row] for row in range(len(self.keys))])
+
+    @property
     def missing_images(self) -> list[bytes]:
         return [digest for digest in self._digests if digest not in self.features]
 
-    def step(self, model: YiVLForConditionalGeneration, num_columns: int) -> Tensor:
-        """Logits (B, V) after the next chunk, of so many tokens of each row."""
+    def step(self, model: YiVLForConditionalGeneration, num_columns: int) -> None:
+        """Compute the next chunk, of so many tokens of each row."""
         if self._inputs is None:
             self._inputs = self._padded(model)
-        stop = self._num_done + num_columns
-        embeddings, mask, position_ids = (columns[:, self._num_done : stop] for columns in self._inputs)
+        start, stop = self._num_done, min(self._num_done + num_columns, self._num_columns)
+        embeddings, mask, position_ids = (columns[:, start:stop] for columns in self._inputs)
         self.attention_mask = torch.cat([self.attention_mask, mask], dim=1)
-        logits = forward(model, self.cache, self.attention_mask, position_ids, inputs_embeds=embeddings)[:, -1]
-        self._num_done += embeddings.shape[1]
-        return logits
+        column_of = {row: last - start for row, last in enumerate(self._last_columns) if start <= last < stop}
+        columns = sorted(set(column_of.values())) or [stop - start - 1]
+        indices = torch.tensor(columns, device=self._device)
+        logits = forward(model, self.cache, self.attention_mask, position_ids, indices, inputs_embeds=embeddings)
+        self._logits |= {row: logits[row, columns.index(column)] for row, column in column_of.items()}
+        self._num_done = stop
+
+    def compact(self) -> None:
+        """Move padding that is not in front of a row's tokens there, for windows."""
+        if any(self.cache.is_sliding) and has_gaps(self.attention_mask):
+            self.cache, self.attention_mask = gather([(self.cache, self.attention_mask, range(len(self.keys)))])
 
     def _padded(self, model: YiVLForConditionalGeneration) -> tuple[Tensor, Tensor, Tensor]:
-        """Embeddings (B, R, D), which of them are tokens (B, R) bool, and position ids (B, R); padded on the left."""
-        rows = [self._embed(model, key, start) for key, start in zip(self.keys, self._starts, strict=True)]
-        embeddings = pad_sequence(rows, batch_first=True, padding_side="left")
-        lengths = torch.tensor([len(row) for row in rows], device=self._device).unsqueeze(1)
-        starts = torch.tensor(self._starts, device=self._device).unsqueeze(1)
-        offsets = torch.arange(self._num_columns, device=self._device) - self._num_columns + lengths  # (B, R)
-        is_token = offsets >= 0
-        return embeddings, is_token, (offsets + starts).masked_fill(~is_token, 0)
+        """Embeddings (B, R, D), which of them are tokens (B, R) bool, and position ids (B, R)."""
+        embeddings, is_token, position_ids = [], [], []
+        for row, (key, start) in enumerate(zip(self.keys, self._starts, strict=True)):
+            first, last = self._first_columns[row], self._last_columns[row]
+            columns = torch.arange(self._num_columns, device=self._device)
+            is_token.append((columns >= first) & (columns <= last))
+            position_ids.append((columns - first + start).masked_fill(~is_token[-1], 0))
+            embedded = self._embed(model, key, start)
+            embeddings.append(F.pad(embedded, (0, 0, first, self._num_columns - 1 - last)))
+        return torch.stack(embeddings), torch.stack(is_token), torch.stack(position_ids)
 
     def _embed(self, model: YiVLForConditionalGeneration, key: PrefixKey, start: int) -> Tensor:
         """(S - start, D): embeddings of a row's tokens after its prefix, image features included."""

@@ -15,13 +15,15 @@ from typing import Generic, TypeVar
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
+from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 
-from .kv_cache import new_cache, row_of
+from .kv_cache import load_, new_cache, row_of, window_of
 
 Value = TypeVar("Value")
 _BLOCK_TOKENS = 16
 _MAX_COMPARED = 64
+_MAX_ENDS = 3  # of one conversation, where windows are: an answer's, the next prompt's, and its answer's
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,12 @@ class PrefixKey:
             current = hash((current, self.token_ids[end - _BLOCK_TOKENS : end].tobytes(), *digests))
             hashes.append(current)
         return hashes
+
+    @cached_property
+    def reusable_head(self) -> PrefixKey:
+        """What of a prompt may come from a cache: all but the last token, whose logits are needed, and no part of an
+        image."""
+        return self.head(self.reusable(len(self) - 1))
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -123,8 +131,10 @@ class LRUCache(Generic[Value]):
 @dataclass(frozen=True, eq=False)
 class _Entry:
     key: PrefixKey
-    layers: list[tuple[Tensor, Tensor]]  # keys and values of each layer, (1, H, T, E)
+    layers: dict[int, tuple[Tensor, Tensor]]  # keys and values by layer, (1, H, T, E), or the last tokens of a window
     num_bytes: int
+    is_whole: bool  # windows have dropped what any shorter prefix needs
+    is_shared: bool
 
 
 class PrefixCache:
@@ -134,15 +144,25 @@ class PrefixCache:
     of blocks of 16 tokens; of those that share the most blocks with a prompt, the 64 newest are compared, so that a
     lookup does not take longer the more there are.
 
+    Where layers keep a window only, an entry of more tokens than that gives back no shorter prefix. Then prefixes are
+    stored at several ends of a prompt (`ends`), and of each conversation those of the last two turns are kept, beside
+    those that other conversations share; none is stored that is less than an eighth of a window longer than another.
+
     Args:
         max_bytes: of all keys and values together; the least recently used are dropped first.
+        config: of the language model; see `new_cache`.
     """
 
-    def __init__(self, max_bytes: int) -> None:
+    def __init__(self, max_bytes: int, config: PreTrainedConfig | None = None) -> None:
         self.max_bytes = max_bytes
         self.num_bytes = 0
+        self._config = config
+        self._window = window_of(config)
+        self.spacing = 0 if self._window is None else (self._window - 1) // 8
         self._entries: OrderedDict[int, _Entry] = OrderedDict()  # by id, most recently used last
-        self._by_hash: dict[int, list[_Entry]] = {}
+        self._divisible = _BlockIndex()  # entries that give back any prefix of theirs, by all of their blocks
+        self._whole = _BlockIndex()  # the others, by the last block
+        self._branching = _BlockIndex()  # the others, by all blocks
         self._lock = Lock()
 
     def __len__(self) -> int:
@@ -155,58 +175,117 @@ class PrefixCache:
 
     def find(self, key: PrefixKey) -> Cache:
         """A cache of one row with the longest stored prefix of `key`; it may be empty."""
-        cache = new_cache()
+        cache = new_cache(self._config)
         with self._lock:
             length, entry = self._longest(key)
             if entry is None:
                 return cache
             self._entries.move_to_end(id(entry))
-        for index, (layer_keys, layer_values) in enumerate(entry.layers):
-            cache.update(layer_keys[:, :, :length], layer_values[:, :, :length], index)
+        load_(cache, entry.layers, length)
         return cache
 
-    def put(self, key: PrefixKey, cache: Cache, row: int = 0, attention_mask: Tensor | None = None) -> None:
-        """Store one row of a cache.
+    def ends(self, key: PrefixKey) -> set[int]:
+        """So many first tokens of a prompt are to be stored: all; where windows are, all but the last, which has to be
+        computed when the prompt is asked again, those up to the end of the last image, and those that the prompt shares
+        with a stored conversation."""
+        if self._window is None:
+            return {len(key)}
+        with self._lock:
+            branch = self._branching.longest(key)[0]
+        ends = {key.reusable(branch), len(key.reusable_head), *(image.end for image in key.images[-1:])}
+        return {end for end in ends if 0 < end <= len(key.reusable_head)}
+
+    def put(
+        self,
+        key: PrefixKey,
+        cache: Cache,
+        row: int = 0,
+        attention_mask: Tensor | None = None,
+        is_shared: bool = False,
+    ) -> None:
+        """Store the first tokens of one row of a cache.
 
         Args:
-            key: of the tokens in that row.
+            key: of these tokens.
             attention_mask: (B, T) bool, of the whole cache; None where all of it are tokens.
+            is_shared: by conversations that go on differently.
         """
-        layers = row_of(cache, row, attention_mask)
-        num_tokens = layers[0][0].shape[2] if layers else 0
-        assert num_tokens == len(key), f"{num_tokens} tokens cached, {len(key)} in the key"
-        num_bytes = sum(part.nbytes for layer in layers for part in layer)
+        layers = row_of(cache, row, attention_mask, len(key))
+        num_bytes = sum(part.nbytes for layer in layers.values() for part in layer)
         if num_bytes > self.max_bytes:
             return
         with self._lock:
             length, longest = self._longest(key)
-            if length == len(key):  # a stored one begins with it
+            if length and len(key) - length <= self.spacing:  # a stored one begins with it, or nearly
                 return
-            if longest is not None and length == len(longest.key):  # it begins with a stored one
-                self._remove(longest)
-            entry = _Entry(key, [(keys.clone(), values.clone()) for keys, values in layers], num_bytes)
-            self._entries[id(entry)] = entry
-            for block_hash in key.block_hashes:
-                self._by_hash.setdefault(block_hash, []).append(entry)
-            self.num_bytes += num_bytes
+            is_whole = self._window is not None and len(key) >= self._window
+            if longest is not None and length == len(longest.key) and not (is_whole or longest.is_whole):
+                self._remove(longest)  # the new one begins with it, and gives back all of it
+            copies = {index: (keys.clone(), values.clone()) for index, (keys, values) in layers.items()}
+            self._add(_Entry(key, copies, num_bytes, is_whole, is_shared))
+            ends = [entry for entry in self._whole.prefixes_of(key) if not entry.is_shared]
+            for entry in ends[:-_MAX_ENDS]:
+                self._remove(entry)
             while self.num_bytes > self.max_bytes:
                 self._remove(next(iter(self._entries.values())))
 
     def _longest(self, key: PrefixKey) -> tuple[int, _Entry | None]:
-        """The entry that has the most tokens in common with a key, and how many."""
-        for block_hash in reversed(key.block_hashes):
-            if entries := self._by_hash.get(block_hash):
-                newest = entries[-_MAX_COMPARED:]
-                lengths = [entry.key.num_common(key) for entry in newest]
-                longest = max(lengths)
-                return longest, newest[lengths.index(longest)]
-        return 0, None
+        """The entry that gives back the most tokens of a key, and how many."""
+        divisible, whole = self._divisible.longest(key), self._whole.longest(key, is_whole=True)
+        return divisible if divisible[0] >= whole[0] else whole
+
+    def _add(self, entry: _Entry) -> None:
+        self._entries[id(entry)] = entry
+        for index, hashes in self._indices_of(entry):
+            index.add(entry, hashes)
+        self.num_bytes += entry.num_bytes
 
     def _remove(self, entry: _Entry) -> None:
         del self._entries[id(entry)]
-        for block_hash in entry.key.block_hashes:
-            entries = self._by_hash[block_hash]
+        for index, hashes in self._indices_of(entry):
+            index.remove(entry, hashes)
+        self.num_bytes -= entry.num_bytes
+
+    def _indices_of(self, entry: _Entry) -> list[tuple[_BlockIndex, list[int]]]:
+        hashes = entry.key.block_hashes
+        return (
+            [(self._whole, hashes[-1:]), (self._branching, hashes)] if entry.is_whole else [(self._divisible, hashes)]
+        )
+
+
+class _BlockIndex:
+    """Entries by hashes of blocks."""
+
+    def __init__(self) -> None:
+        self._entries: dict[int, list[_Entry]] = {}
+
+    def add(self, entry: _Entry, hashes: Sequence[int]) -> None:
+        for block_hash in hashes:
+            self._entries.setdefault(block_hash, []).append(entry)
+
+    def remove(self, entry: _Entry, hashes: Sequence[int]) -> None:
+        for block_hash in hashes:
+            entries = self._entries[block_hash]
             entries.remove(entry)
             if not entries:
-                del self._by_hash[block_hash]
-        self.num_bytes -= entry.num_bytes
+                del self._entries[block_hash]
+
+    def longest(self, key: PrefixKey, is_whole: bool = False) -> tuple[int, _Entry | None]:
+        """The entry that has the most tokens in common with a key, and how many; all of its tokens if `is_whole`."""
+        for block_hash in reversed(key.block_hashes):
+            newest = self._entries.get(block_hash, ())[-_MAX_COMPARED:]
+            lengths = [entry.key.num_common(key) for entry in newest]
+            if is_whole:
+                lengths = [num if num == len(entry.key) else 0 for num, entry in zip(lengths, newest)]
+            if longest := max(lengths, default=0):
+                return longest, newest[lengths.index(longest)]
+        return 0, None
+
+    def prefixes_of(self, key: PrefixKey) -> list[_Entry]:
+        """The entries that a key begins with, of those whose last block stands here; the shortest first."""
+        entries = [entry for block_hash in key.block_hashes for entry in self._entries.get(block_hash, ())]
+        return sorted((entry for entry in entries if entry.key.num_common(key) == len(entry.key)), key=_length)
+
+
+def _length(entry: _Entry) -> int:
+    return len(entry.key)

@@ -101,8 +101,10 @@ class RunningBatch:
         self.attention_mask = torch.cat([self.attention_mask, is_kept], dim=1)
         for layer in self.cache.layers:
             assert isinstance(layer, GrowableLayer)
-            layer.truncate(num_cached + longest)
-        if self.attention_mask.shape[1] > _MAX_PADDING * self.attention_mask.sum(1).max():
+            if layer.is_initialized:
+                layer.truncate(num_cached + longest)
+        is_window_cut = any(self.cache.is_sliding) and not is_kept.all()  # windows count columns
+        if is_window_cut or self.attention_mask.shape[1] > _MAX_PADDING * self.attention_mask.sum(1).max():
             self.select(range(len(self)))  # which leaves out what was rejected between the tokens of others
 
     @property
@@ -134,12 +136,15 @@ def forward(
     cache: Cache,
     attention_mask: Tensor,
     position_ids: Tensor,
-    num_logits: int = 1,
+    num_logits: int | Tensor = 1,
     **inputs: Tensor,
 ) -> Tensor:
     """Logits (B, num_logits, V) after the last of new tokens, whose keys and values are added to the cache.
 
-    `attention_mask`: (B, T) bool, of all tokens; `position_ids` and `inputs` are of the new ones.
+    Args:
+        attention_mask: (B, T) bool, of all tokens.
+        position_ids: (B, S) of the new ones, as are `inputs`.
+        num_logits: or the indices, (N,), of new tokens, for logits (B, N, V) after these.
     """
     outputs = model(
         **inputs,
@@ -148,4 +153,4 @@ def forward(
         logits_to_keep=num_logits,
         **{CACHE_ARGUMENT: cache},
     )
-    return outputs.logits[:, -num_logits:]
+    return outputs.logits if isinstance(num_logits, Tensor) else outputs.logits[:, -num_logits:]
