@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, distributed
 from toy_runs import trainer
 
 from train.config import TrainConfig
 from yi_vl.decoder.config import FULL, SLIDING, YiHybridConfig
+from yi_vl.decoder.experts import router_sums
+from yi_vl.decoder.losses import router_loss
 from yi_vl.model import YiVLForConditionalGeneration
 
 Configure = Callable[..., TrainConfig]
@@ -55,3 +59,30 @@ def configure_hybrid(configure: Configure, folder: Path, **settings: Any) -> Con
         dense.processor.save_pretrained(folder)
     start_from = f"init_from={{checkpoint: {folder}, tower: null, language_model: null}}"
     return lambda *overrides: configure(start_from, *overrides)
+
+
+def level_one(rank: int | None = None, port: int = 0, folder: Path | None = None) -> tuple[Tensor, Tensor]:
+    """The balance loss over ranks of nine tokens, of which rank 0 has three, and its gradient in a weight of all.
+
+    Args:
+        rank: of two, which saves both to `folder`, the gradient averaged as data parallelism does, by tokens; None:
+            one process with all tokens.
+    """
+    if rank is not None:
+        store = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        os.environ.update(store)
+        distributed.init_process_group("gloo", rank=rank, world_size=2)
+    tokens = torch.randn(9, 8, generator=torch.Generator().manual_seed(0))
+    weight = torch.linspace(-1, 1, 32).view(4, 8).sin().requires_grad_()
+    local = tokens if rank is None else tokens.split([3, 6])[rank]
+    probabilities = (local @ weight.T).softmax(-1)
+    sums = router_sums(probabilities, probabilities.topk(2).indices, None, 2)
+    config = hybrid_config(router_balance_weights=[1.0, 0.0, 0.0], router_entropy_weight=0.0)
+    loss = router_loss([sums, sums], config)
+    (gradient,) = torch.autograd.grad(loss, weight)
+    if rank is not None and folder is not None:
+        gradient = gradient * len(local) / 9
+        distributed.all_reduce(gradient)
+        torch.save((loss.detach(), gradient), folder / f"{rank}.pt")
+        distributed.destroy_process_group()
+    return loss.detach(), gradient

@@ -29,6 +29,7 @@ from train.config import TrainConfig
 from train.config_file import load_config
 from train.data.batch import StepBatch
 from train.data.loader import StepLoader
+from train.experts import set_experts_
 from train.metrics import read_metrics, training_rows, validation_rows
 from train.optim import set_learning_rates_
 from train.setup import reference_model
@@ -122,6 +123,7 @@ def one_process(config: TrainConfig) -> list[float]:
     numbers = []
     for step in range(config.steps or 0):
         set_learning_rates_(run.optimizer, step, run.num_steps, config.schedule)
+        set_experts_(run.model.config.text_config, config.experts, step)
         first, second = (next(loader) for loader in loaders)
         batch = StepBatch([*first.micro_batches, *second.micro_batches], [], 0, {}, [])
         per_source, norm = run.step(batch, batch.num_terms)

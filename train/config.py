@@ -284,7 +284,7 @@ class TrainConfig:
     image_size: int = 448
     objective: str = LIKELIHOOD  # of the supervised tokens; or dpo, on sources of the format preference
     dpo: DpoConfig = field(default_factory=DpoConfig)  # with objective: dpo
-    distill: DistillConfig | None = None
+    distill: DistillConfig = field(default_factory=DistillConfig)
     trainable: TrainableConfig = field(default_factory=TrainableConfig)
     experts: ExpertsConfig = field(default_factory=ExpertsConfig)  # of a language model that has them
     lora: LoraConfig = field(default_factory=LoraConfig)  # with trainable.language: lora

@@ -32,7 +32,7 @@ from .config import (
     flat_settings,
     num_steps,
 )
-from .config_decoder import ExpertsConfig
+from .config_decoder import DistillConfig, ExpertsConfig
 from .schedule import COMPONENTS, SHAPES, component_schedule, num_decay_steps, num_warmup_steps
 from .trainable import parse_language
 
@@ -295,11 +295,7 @@ def _check_objective(config: TrainConfig, require: _Require) -> None:
     require(dpo.beta > 0, f"dpo.beta is {dpo.beta}; it must be positive.")
     require(0 <= dpo.label_smoothing < 0.5, f"dpo.label_smoothing is {dpo.label_smoothing}; expected 0 to below 0.5.")
     require(dpo.sft_weight >= 0, f"dpo.sft_weight is {dpo.sft_weight}; it must not be negative.")
-    if config.distill is not None:
-        weight, temperature = config.distill.weight, config.distill.temperature
-        require(not is_dpo, f"distill is for objective {LIKELIHOOD}; with {DPO} set it to null.")
-        require(0 < weight <= 1, f"distill.weight is {weight}; expected more than 0, to 1, or distill: null.")
-        require(temperature > 0, f"distill.temperature is {temperature}; it must be positive.")
+    _check_distill(config.distill, is_dpo, require)
     references = (FROM_MODEL, FROM_SHARDS)
     require(
         dpo.reference in references, f"dpo.reference is {dpo.reference!r}; expected one of {', '.join(references)}."
@@ -321,3 +317,11 @@ def _check_objective(config: TrainConfig, require: _Require) -> None:
         f"dpo.reference is {FROM_SHARDS}, of unquantized weights, but lora.base is {lora.base}; set dpo.reference to "
         f"{FROM_MODEL}, which then takes no memory.",
     )
+
+
+def _check_distill(distill: DistillConfig, is_dpo: bool, require: _Require) -> None:
+    has_teacher, weight, temperature = distill.teacher is not None, distill.weight, distill.temperature
+    require(has_teacher or distill == DistillConfig(), "distill has settings, but no teacher; name distill.teacher.")
+    require(not has_teacher or not is_dpo, f"distill is for objective {LIKELIHOOD}; with {DPO} leave it out.")
+    require(0 < weight <= 1, f"distill.weight is {weight}; expected more than 0, to 1.")
+    require(temperature > 0, f"distill.temperature is {temperature}; it must be positive.")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from omegaconf import MISSING
-
 
 @dataclass
 class ExpertsConfig:
@@ -38,10 +36,10 @@ class DistillConfig:
 
     The loss of a supervised token is (1 - weight) x cross entropy + weight x temperature^2 x KL(teacher | model).
 
-    teacher: a folder or hub id that `yi_vl.load` reads, of the same tokens.
+    teacher: a folder or hub id that `yi_vl.load` reads, of the same tokens; null: no distillation.
     temperature: both models' logits are divided by it.
     """
 
-    teacher: str = MISSING
+    teacher: str | None = None
     weight: float = 0.5
     temperature: float = 1.0

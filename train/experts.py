@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from yi_vl.decoder.experts import Router, RouterSums
 
-from .config import TrainConfig, num_steps
+from .config import LORA, TrainConfig, num_steps
 from .config_decoder import ExpertsConfig
 from .data.batch import StepBatch
 from .distributed import exchange
@@ -38,9 +38,15 @@ def check_experts(text_config: Any, config: TrainConfig, model: str) -> None:
         model: its name, for errors.
 
     Raises:
-        ValueError: the language model has no experts, or too few for the settings of `experts`.
+        ValueError: the language model has no experts, or too few for the settings of `experts`; or it has experts,
+            which `lora.base` would leave as they are.
     """
     experts = config.experts
+    if has_experts(text_config) and config.lora.base is not None:
+        raise ValueError(
+            f"lora.base: {config.lora.base} stores linear layers in four bits, but most of {model} are experts, which "
+            "are no linear layers and would stay as they are; set lora.base to null."
+        )
     if experts == ExpertsConfig():
         return
     if not has_experts(text_config):
@@ -102,6 +108,8 @@ def describe_experts(model: nn.Module, text_config: Any, config: TrainConfig) ->
         routing = f"{routing} for {start:,} steps, then {by_top_p}" if start else by_top_p
         routing += " (top_p_from_step is after the end)" if start >= num_steps(config) else ""
     lines = [f"experts: {text_config.num_experts} in each layer, {routing}"]
+    if config.trainable.language == LORA:
+        lines.append("experts: without adapters, which are on linear layers; attention alone is adapted")
     if not trains_routers(model):
         return [*lines, "experts: the routers are frozen, so there is no auxiliary loss"]
     weights = ", ".join(f"{weight:g}" for weight in text_config.router_balance_weights)
@@ -123,6 +131,11 @@ def layer_sums(layers: Sequence[RouterSums], losses: Tensor) -> Tensor:
     """
     sums = RouterSums(*(torch.stack(parts).double().sum(1) for parts in zip(*layers)))
     return torch.cat([torch.stack([sums.tokens, sums.entropy, sums.tokens * losses], dim=1), sums.routed], dim=1)
+
+
+def experts_per_token(sums: Tensor | None) -> float | None:
+    """The mean over tokens and layers, from `layer_sums`; None without them."""
+    return None if sums is None else float(sums[:, _NUM_SUMS:].sum() / sums[:, 0].sum().clamp_min(1))
 
 
 def expert_metrics(sums: Tensor) -> dict[str, list[float]]:

@@ -20,6 +20,7 @@ from yi_vl.model import YiVLForConditionalGeneration
 from yi_vl.processor import YiVLProcessor, prepare_tokenizer
 
 from .config import INT4, LORA, RopeConfig, TrainConfig
+from .experts import check_experts
 from .qlora import read_int4
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin")
@@ -42,6 +43,7 @@ def initial_model(config: TrainConfig, device: torch.device) -> tuple[YiVLForCon
             _check_adaptable(init.checkpoint)
         if config.lora.base == INT4:
             _check_unquantized(init.checkpoint)
+            check_experts(read_config(find(init.checkpoint)).text_config, config, init.checkpoint)
             model, processor = read_int4(init.checkpoint, config.precision, device)
             check_fit(model.config, processor)
         else:

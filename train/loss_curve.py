@@ -126,6 +126,8 @@ def draw_expert_curves(run_dir: Path) -> None:
             axes.plot([row["step"] for row in rows], values, linewidth=1.2, color=colour, label=f"layer {number}")
         axes.set_ylabel(label, fontsize="small")
         axes.grid(alpha=0.3)
+        if name == "unused_experts":
+            axes.set_ylim(bottom=0)
     if len(panels[0].get_lines()) <= 12:
         panels[0].legend(fontsize="small", ncols=6, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     panels[-1].set_xlabel("step")

@@ -49,7 +49,7 @@ def set_trainable_(model: YiVLForConditionalGeneration, config: TrainConfig) -> 
     """Freeze what is not trained, and put it in eval mode: batch statistics are weights as well.
 
     A frozen language model with activation checkpointing stays in training mode, as transformers checkpoints nothing in
-    eval mode; Llama has no dropout, so its layers compute the same in both.
+    eval mode; the language models have no dropout, so their layers compute the same in both.
 
     Raises:
         ValueError: an entry of `trainable.language` selects no parameter of this model.

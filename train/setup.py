@@ -86,7 +86,7 @@ def build_objective(
         ValueError: the reference model is not there, or the model is sharded and no other is there whole.
     """
     num_sources = len(config.data.sources)
-    if config.distill is not None:
+    if config.distill.teacher is not None:
         teacher = _frozen_model(teacher_config(config, config.distill.teacher), accelerator)
         check_teacher(teacher.config, model.config, config.distill.teacher)
         note = f"The teacher {config.distill.teacher} takes {_gigabytes(teacher):.2f} GB on each rank."

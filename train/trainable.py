@@ -20,6 +20,7 @@ from .config import LORA
 _KEY = "trainable.language"
 _LAYERS = re.compile(r"([0-9]{1,6})(?:\s*(-)\s*([0-9]{1,6})?)?")  # N, N-M, N-
 _LAYER_NAME = re.compile(re.escape(LANGUAGE) + r"layers\.([0-9]+)\.(.+)")
+_EXPERTS = ["mlp.gate.weight", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 _ENTRIES = "layers (3, 4-7, 28-) and patterns of parameter names (lm_head.*)"
 
 
@@ -74,21 +75,31 @@ def _hint(entry: Any) -> str:
     return ""
 
 
-def language_names(num_layers: int, attention_bias: bool = False, mlp_bias: bool = False) -> list[str]:
-    """The names of all parameters of a Llama and its head, in the native layout."""
-    layer = ["input_layernorm.weight", "post_attention_layernorm.weight"]
-    for module, matrices, has_bias in (
-        ("self_attn", "qkvo", attention_bias),
-        ("mlp", ("gate", "up", "down"), mlp_bias),
-    ):
-        for matrix in matrices:
-            layer += [f"{module}.{matrix}_proj.{end}" for end in ("weight", *(["bias"] if has_bias else []))]
-    return [
-        f"{LANGUAGE}embed_tokens.weight",
-        *(f"{LANGUAGE}layers.{number}.{name}" for number in range(num_layers) for name in layer),
-        f"{LANGUAGE}norm.weight",
-        HEAD,
-    ]
+def language_names(
+    num_layers: int,
+    attention_bias: bool = False,
+    mlp_bias: bool = False,
+    kv_sources: Sequence[int] = (),
+    has_experts: bool = False,
+) -> list[str]:
+    """The names of all parameters of a Llama or a hybrid decoder and its head, in the native layout.
+
+    Args:
+        kv_sources: for each layer the one whose keys and values it attends to; empty: its own.
+    """
+    names = [f"{LANGUAGE}embed_tokens.weight"]
+    for number in range(num_layers):
+        has_keys = not kv_sources or kv_sources[number] == number
+        layer = ["input_layernorm.weight", "post_attention_layernorm.weight"]
+        layer += _linears("self_attn", "qkvo" if has_keys else "qo", attention_bias)
+        layer += _EXPERTS if has_experts else _linears("mlp", ("gate", "up", "down"), mlp_bias)
+        names += [f"{LANGUAGE}layers.{number}.{name}" for name in layer]
+    return [*names, f"{LANGUAGE}norm.weight", HEAD]
+
+
+def _linears(module: str, matrices: Sequence[str], has_bias: bool) -> list[str]:
+    ends = ["weight", "bias"] if has_bias else ["weight"]
+    return [f"{module}.{matrix}_proj.{end}" for matrix in matrices for end in ends]
 
 
 def select(entries: Sequence[str], names: Collection[str]) -> set[str]:

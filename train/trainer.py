@@ -30,7 +30,7 @@ from .distributed import (
     raise_on_all_ranks,
     ranks_line,
 )
-from .experts import auxiliary_weights, set_experts_
+from .experts import auxiliary_weights, experts_per_token, set_experts_
 from .generations import HeldOut
 from .loss_curve import draw_curves
 from .metrics import MetricsWindow, Reporter, component_table, flatten
@@ -187,7 +187,8 @@ class Trainer:
         if self.guard.num_consecutive:
             reporter.note([f"step {self.done_steps} skipped: its gradient norm is {norm:g}"])
         else:
-            flops = step_batch_flops(self.model.config, self.config.trainable, batch)
+            model_config, per_token = self.model.config, experts_per_token(expert_sums)
+            flops = step_batch_flops(model_config, self.config.trainable, batch, per_token)
             self.log.add(batch, per_source, norm, flops, expert_sums)
         metrics = None
         if self._is_logged(self.done_steps) and self.log.num_steps:

@@ -28,11 +28,21 @@ from ..checkpoint import FINAL
 from ..config import DPO, FROM_MODEL, INT4, LORA, PREFERENCE, InitConfig, TrainConfig, batch_sizes, num_steps
 from ..config_file import load_config
 from ..describe import describe_batches, schedule_lines
+from ..experts import check_experts, set_experts_
 from ..init import check_positions, set_rope_
 from ..qlora import BYTES_PER_WEIGHT
 from ..schedule import mean_fractions
 from .count import SavedBytes, count_flops, count_saved_bytes
-from .estimate import Memory, Parameters, Strategy, count_parameters, logit_bytes, step_memory, strategies
+from .estimate import (
+    Memory,
+    Parameters,
+    Strategy,
+    count_parameters,
+    describe_experts,
+    logit_bytes,
+    step_memory,
+    strategies,
+)
 from .flops import Row, forward_flops
 
 app = typer.Typer(add_completion=False)
@@ -192,6 +202,8 @@ def make_plan(
     if row.tokens > config.max_tokens:
         raise ValueError(f"{path}: an image and {num_text} tokens of text exceed max_tokens {config.max_tokens}.")
     check_positions(shape, config)
+    check_experts(shape.text_config, config, str(path))
+    set_experts_(shape.text_config, config.experts, num_steps(config) - 1)
     return Plan(str(path), config, shape, count_parameters(shape, config), row)
 
 
@@ -208,6 +220,7 @@ def describe(made: Plan, hardware: Hardware) -> list[str]:
     return [
         f"\n{made.path}",
         f"  trains {trained}: {share}",
+        *(f"  {line}" for line in describe_experts(made.model)),
         f"  {describe_batches(config)}, {made.rows_per_gpu(hardware)} at once on a GPU; {made.row.tokens:,} tokens a "
         f"sample, {made.model.vision_config.num_patches:,} of them its image's",
         *(f"  {line}" for line in schedule_lines(config)),

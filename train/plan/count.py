@@ -1,7 +1,8 @@
 """FLOPs and saved bytes of a micro-batch, counted by torch on a model without weights.
 
 Models of three layers or fewer are run: both counts are linear in the number of layers and of tower blocks, from the
-second on (the first's input may need no gradient). Where `trainable.language` is a list, layers differ: all are run.
+second on (the first's input may need no gradient). In a hybrid decoder, or where `trainable.language` is a list, layers
+differ: all are run.
 """
 
 from __future__ import annotations
@@ -22,16 +23,20 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AttentionInterface
+from transformers.integrations.moe import ExpertsInterface
 
 from yi_vl.config import YiVLConfig
+from yi_vl.decoder.config import YiHybridConfig
 from yi_vl.model import YiVLForConditionalGeneration
 
 from ..config import INT4, TrainConfig
+from ..experts import has_experts
 from ..lora import add_adapters_, uses_adapters
 from ..optim import LOW_DTYPES, checkpoint_activations_, components, set_trainable_
 from .flops import Row, num_blocks
 
 _UNMASKED = "unmasked"
+_BALANCED = "balanced"
 
 
 @dataclass(frozen=True)
@@ -103,10 +108,15 @@ def _saved_bytes(
     model_config: YiVLConfig, config: TrainConfig, row: Row, num_rows: int, is_low: bool, device: str
 ) -> SavedBytes:
     depths = (model_config.text_config.num_hidden_layers, num_blocks(model_config))
-    run_depths = (depths[0] if _layers_differ(config) else 3, 3)
+    runs_all = _layers_differ(model_config, config)
+    run_depths = (depths[0] if runs_all else 3, 3)
     model = _shallow_model(model_config, config, *run_depths, is_low)
     language_model = model.model.language_model
-    layers = [*language_model.layers, language_model.norm] if _layers_differ(config) else language_model.layers[1:3]
+    layers = (
+        [*language_model.layers, language_model.norm]
+        if _layers_differ(model_config, config)
+        else language_model.layers[1:3]
+    )
     stacks = (layers, _blocks(model)[1:3])
     with FakeTensorMode(allow_non_fake_inputs=True), _autocast(device, config.precision):
         model.to_empty(device=device)
@@ -144,14 +154,14 @@ def count_flops(model_config: YiVLConfig, config: TrainConfig, row: Row) -> int:
         return counter.get_total_flops()
 
     num_layers = model_config.text_config.num_hidden_layers
-    run_layers = num_layers if _layers_differ(config) else 2
+    run_layers = num_layers if _layers_differ(model_config, config) else 2
     base = count(run_layers, 2)
     layers = (num_layers - run_layers) * (count(run_layers + 1, 2) - base) if num_layers != run_layers else 0
     return base + layers + (num_blocks(model_config) - 2) * (count(run_layers, 3) - base)
 
 
-def _layers_differ(config: TrainConfig) -> bool:
-    return isinstance(config.trainable.language, list)
+def _layers_differ(model_config: YiVLConfig, config: TrainConfig) -> bool:
+    return isinstance(config.trainable.language, list) or isinstance(model_config.text_config, YiHybridConfig)
 
 
 def _loss(model: YiVLForConditionalGeneration, row: Row, num_rows: int, device: str) -> Tensor:
@@ -177,6 +187,8 @@ def _shallow_model(
     shallow.vision_config.feature_layer = num_blocks(model_config) - 1 - model_config.vision_config.num_hidden_layers
     model = meta_model(shallow, config, is_low)
     model.model.language_model.set_attn_implementation(_UNMASKED)
+    if has_experts(shallow.text_config):
+        model.model.language_model.set_experts_implementation(_BALANCED)
     del _blocks(model)[num_run : num_blocks(model_config)]
     return model
 
@@ -226,9 +238,29 @@ class _SavedCounter(TorchDispatchMode):
 
 
 def _attend_unmasked(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Any:
-    """Attention of rows without padding for transformers, whose own reads the values of masks."""
+    """Attention of rows without padding for transformers, whose own reads the values of masks.
+
+    A window takes as many keys as it has tokens, whichever they are.
+    """
+    window = getattr(module, "sliding_window", None)
+    key, value = key[:, :, :window], value[:, :, :window]
     attended = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
     return attended.transpose(1, 2), None
+
+
+def _run_balanced_experts(module: Any, hidden_states: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    """Experts that get the same number of tokens each, for transformers, whose kernels read how many each gets.
+
+    (T, D), (T, K), (T, K) -> (T, D), with the products and the copies of its grouped kernel.
+    """
+    (num_tokens, num_places), num_experts = ids.shape, module.num_experts
+    num_rows = num_tokens * num_places
+    order = F.pad(ids.flatten().sort().indices, (0, -num_rows % num_experts))
+    rows = hidden_states[order // num_places].unflatten(0, (num_experts, -1))  # (E, rows, D)
+    gate, up = torch.bmm(rows, module.gate_up_proj.transpose(1, 2)).chunk(2, dim=-1)
+    outputs = torch.bmm(module.act_fn(gate) * up, module.down_proj.transpose(1, 2)).flatten(0, 1)[:num_rows]
+    weighted = outputs * weights.flatten()[order[:num_rows]].unsqueeze(1)
+    return weighted[order[:num_rows]].view(num_tokens, num_places, -1).sum(1).to(hidden_states.dtype)
 
 
 class _FusedAttention(TorchFunctionMode):
@@ -259,6 +291,7 @@ def _autocast(device: str, precision: str) -> Iterator[None]:
 
 
 AttentionInterface.register(_UNMASKED, _attend_unmasked)
+ExpertsInterface.register(_BALANCED, _run_balanced_experts)
 
 
 def _storage(tensor: Tensor) -> int:

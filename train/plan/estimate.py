@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from yi_vl.config import YiVLConfig
 
 from ..config import INT4, TrainConfig
+from ..experts import has_experts
 from ..optim import component_parameters
 from ..qlora import BYTES_PER_WEIGHT
 from .count import SavedBytes, meta_model
@@ -95,6 +96,20 @@ def count_parameters(model_config: YiVLConfig, config: TrainConfig) -> Parameter
         max(sizes_trained, default=0), outside_units=sum(total.values()) - sum(sizes), int4=_count(int4.values()),
         largest_int4=max((parameter.numel() for parameter in int4.values()), default=0),
     )  # fmt: skip
+
+
+def describe_experts(model: YiVLConfig) -> list[str]:
+    """A line about how many of the experts' parameters a token gets; none without experts."""
+    text = model.text_config
+    if not has_experts(text):
+        return []
+    each = 3 * text.hidden_size * text.intermediate_size * text.num_hidden_layers
+    total, active = text.num_experts * each / 1e6, text.num_routed * each / 1e6
+    most = " at most" if text.router_top_p is not None else ""
+    return [
+        f"experts: {text.num_experts} in each layer, {total:,.1f} M parameters; counted for each token are "
+        f"{text.num_routed}{most}, {active:,.1f} M"
+    ]
 
 
 def step_memory(

@@ -16,9 +16,11 @@ from torch import Tensor
 
 from yi_vl.checkpoint.key_map import EMBEDDING, HEAD, LANGUAGE
 from yi_vl.config import YiVLConfig
+from yi_vl.decoder.config import FULL, SLIDING
 
 from ..config import LORA, TrainableConfig
 from ..data.batch import IGNORE, StepBatch
+from ..experts import has_experts
 from ..trainable import language_names, select
 
 _MLP = ("gate", "up", "down")
@@ -37,7 +39,8 @@ def step_flops(model: YiVLConfig, trainable: TrainableConfig, row: Row) -> int:
 
     A matrix takes 2 of them per weight and token forward, 2 for the gradient of its input where something before it
     is trained, 2 for its own if it is; attention 4 S Q per token forward and twice that backward, the causal half not
-    taken off (Chowdhery et al. 2022, appendix B, count so). S tokens, Q width of the queries.
+    taken off (Chowdhery et al. 2022, appendix B, count so). S tokens, or a layer's window of them; Q width of the
+    queries. Of experts, those that a token gets.
     """
     return _language_flops(model, trainable, [row], num_images=1) + _image_flops(model, trainable)
 
@@ -49,19 +52,27 @@ def forward_flops(model: YiVLConfig, row: Row) -> int:
 
 
 def batch_flops(
-    model: YiVLConfig, trainable: TrainableConfig, attention_mask: Tensor, is_supervised: Tensor, num_images: int
-) -> int:
+    model: YiVLConfig, trainable: TrainableConfig, attention_mask: Tensor, is_supervised: Tensor, num_images: int,
+    experts_per_token: float | None = None,
+) -> int:  # fmt: skip
     """Of the rows of a micro-batch, (B, S) each."""
     rows = [Row(*counts) for counts in zip(attention_mask.sum(1).tolist(), is_supervised.sum(1).tolist())]
-    return _language_flops(model, trainable, rows, num_images) + num_images * _image_flops(model, trainable)
+    flops = _language_flops(model, trainable, rows, num_images, experts_per_token)
+    return flops + num_images * _image_flops(model, trainable)
 
 
-def step_batch_flops(model: YiVLConfig, trainable: TrainableConfig, batch: StepBatch) -> int:
-    """Of one rank's part of a step."""
+def step_batch_flops(
+    model: YiVLConfig, trainable: TrainableConfig, batch: StepBatch, experts_per_token: float | None = None
+) -> int:
+    """Of one rank's part of a step.
+
+    Args:
+        experts_per_token: the mean over tokens and layers; None: the most.
+    """
     return sum(
         batch_flops(
             model, trainable, micro.attention_mask, micro.labels[:, 1:] != IGNORE,
-            0 if micro.images is None else len(micro.images),
+            0 if micro.images is None else len(micro.images), experts_per_token,
         )
         for micro in batch.micro_batches
     )  # fmt: skip
@@ -73,58 +84,107 @@ def num_blocks(model: YiVLConfig) -> int:
     return range(vision.num_hidden_layers)[vision.feature_layer] + 1
 
 
-def _language_flops(model: YiVLConfig, trainable: TrainableConfig, rows: Iterable[Row], num_images: int) -> int:
+@dataclass(frozen=True)
+class _Layers:
+    """What of a language model decides which products there are."""
+
+    num_layers: int
+    attention_bias: bool
+    mlp_bias: bool
+    is_tied: bool
+    kv_sources: tuple[int, ...]  # as in `language_names`
+    has_window: tuple[bool, ...]
+    has_experts: bool
+
+    @classmethod
+    def of(cls, model: YiVLConfig) -> _Layers:
+        text = model.text_config
+        types = getattr(text, "layer_types", None) or [FULL] * text.num_hidden_layers
+        return cls(
+            text.num_hidden_layers, bool(text.attention_bias), bool(text.mlp_bias), bool(model.tie_word_embeddings),
+            tuple(getattr(text, "kv_source_layers", ())), tuple(layer_type == SLIDING for layer_type in types),
+            has_experts(text),
+        )  # fmt: skip
+
+
+def _language_flops(
+    model: YiVLConfig, trainable: TrainableConfig, rows: Iterable[Row], num_images: int,
+    experts_per_token: float | None = None,
+) -> int:  # fmt: skip
     text = model.text_config
     width = text.hidden_size
     head = getattr(text, "head_dim", None) or width // text.num_attention_heads
     q_width, kv_width = head * text.num_attention_heads, head * text.num_key_value_heads
     selection = tuple(trainable.language) if isinstance(trainable.language, list) else trainable.language
     has_gradient = trainable.language == LORA or (num_images > 0 and (trainable.vision or trainable.projector))
-    traits = bool(text.attention_bias), bool(text.mlp_bias), bool(model.tie_word_embeddings)
-    passes = _passes(text.num_hidden_layers, *traits, selection, has_gradient)
-    sizes = {"q": q_width, "k": kv_width, "v": kv_width, "o": q_width} | dict.fromkeys(_MLP, text.intermediate_size)
+    layers = _Layers.of(model)
+    passes = _passes(layers, selection, has_gradient)
+    hidden = text.intermediate_size
+    if layers.has_experts:
+        hidden *= experts_per_token if experts_per_token is not None else text.num_routed
+    sizes = {"q": q_width, "k": kv_width, "v": kv_width, "o": q_width} | dict.fromkeys(_MLP, hidden)
+    sizes["router"] = text.num_experts if layers.has_experts else 0
     per_token = 2 * width * sum(size * passes[matrix] for matrix, size in sizes.items())
-    per_pair = 2 * q_width * (passes["scores"] + passes["mixture"])
+    per_pair = 2 * q_width * passes["attention"]
+    per_window_pair = 2 * q_width * passes["window"]
     per_logits = 2 * width * text.vocab_size * passes["head"]
-    return sum(per_token * row.tokens + per_pair * row.tokens**2 + per_logits * row.supervised for row in rows)
+    window = text.sliding_window if any(layers.has_window) else 0
+    return round(
+        sum(
+            row.tokens * (per_token + per_pair * row.tokens + per_window_pair * min(row.tokens, window))
+            + per_logits * row.supervised
+            for row in rows
+        )
+    )
 
 
 @lru_cache
-def _passes(
-    num_layers: int, attention_bias: bool, mlp_bias: bool, is_tied: bool, selection: bool | str | tuple[str, ...],
-    has_gradient: bool,
-) -> Counter[str]:  # fmt: skip
+def _passes(layers: _Layers, selection: bool | str | tuple[str, ...], has_gradient: bool) -> Counter[str]:
     """How often the product of each matrix is computed in all layers: forward, for its input's gradient, for its own.
 
     Args:
         selection: `trainable.language`.
         has_gradient: whether the gradient of the first layer's input is needed, for what is trained before it.
     """
-    names = language_names(num_layers, attention_bias, mlp_bias)
+    names = language_names(
+        layers.num_layers, layers.attention_bias, layers.mlp_bias, layers.kv_sources, layers.has_experts
+    )
     trained = set(names) if selection is True else select(selection, names) if isinstance(selection, tuple) else set()
-    if is_tied and trained & {EMBEDDING, HEAD}:
+    if layers.is_tied and trained & {EMBEDDING, HEAD}:
         trained = trained | {EMBEDDING, HEAD}
-    modules = {name.rpartition(".")[0] for name in trained}  # by their weight or their bias
     passes: Counter[str] = Counter()
 
-    def multiply(matrix: str, module: str, has_gradient: bool) -> bool:
+    def multiply(matrix: str, weight: str, has_gradient: bool) -> bool:
         """Count the passes of a product whose input has a gradient; whether its output has."""
-        passes[matrix] += 1 + has_gradient + (f"{module}.weight" in trained)
-        return has_gradient or module in modules
+        passes[matrix] += 1 + has_gradient + (weight in trained)
+        return has_gradient or weight in trained or f"{weight.removesuffix('weight')}bias" in trained
 
     has_gradient = has_gradient or EMBEDDING in trained
-    for number in range(num_layers):
+    keys_and_values: dict[int, tuple[bool, bool]] = {}  # of each layer, whether they have a gradient
+    for number in range(layers.num_layers):
         layer = f"{LANGUAGE}layers.{number}"
-        normed = has_gradient or f"{layer}.input_layernorm" in modules
-        query, key, value = (multiply(matrix, f"{layer}.self_attn.{matrix}_proj", normed) for matrix in "qkv")
-        passes["scores"] += 1 + query + key
-        passes["mixture"] += 1 + (query or key) + value  # of the values, by the scores
-        attended = multiply("o", f"{layer}.self_attn.o_proj", query or key or value)
+        source = layers.kv_sources[number] if layers.kv_sources else number
+        normed = has_gradient or f"{layer}.input_layernorm.weight" in trained
+        query = multiply("q", f"{layer}.self_attn.q_proj.weight", normed)
+        if source == number:
+            key, value = (multiply(matrix, f"{layer}.self_attn.{matrix}_proj.weight", normed) for matrix in "kv")
+            keys_and_values[number] = key, value
+        key, value = keys_and_values[source]
+        pairs = "window" if layers.has_window[number] else "attention"
+        passes[pairs] += 1 + query + key  # the scores
+        passes[pairs] += 1 + (query or key) + value  # the mixture of the values by them
+        attended = multiply("o", f"{layer}.self_attn.o_proj.weight", query or key or value)
         has_gradient = has_gradient or attended
-        normed = has_gradient or f"{layer}.post_attention_layernorm" in modules
-        gate, up = (multiply(matrix, f"{layer}.mlp.{matrix}_proj", normed) for matrix in ("gate", "up"))
-        has_gradient = multiply("down", f"{layer}.mlp.down_proj", gate or up) or has_gradient
-    multiply("head", HEAD.removesuffix(".weight"), has_gradient or f"{LANGUAGE}norm" in modules)
+        normed = has_gradient or f"{layer}.post_attention_layernorm.weight" in trained
+        mlp = f"{layer}.mlp"
+        if layers.has_experts:
+            routed = multiply("router", f"{mlp}.gate.weight", normed)
+            gate, up = (multiply(matrix, f"{mlp}.experts.gate_up_proj", normed) for matrix in ("gate", "up"))
+            has_gradient = multiply("down", f"{mlp}.experts.down_proj", gate or up) or routed or has_gradient
+        else:
+            gate, up = (multiply(matrix, f"{mlp}.{matrix}_proj.weight", normed) for matrix in ("gate", "up"))
+            has_gradient = multiply("down", f"{mlp}.down_proj.weight", gate or up) or has_gradient
+    multiply("head", HEAD, has_gradient or f"{LANGUAGE}norm.weight" in trained)
     return passes
 
 

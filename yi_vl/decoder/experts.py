@@ -62,7 +62,8 @@ class Experts(MixtralExperts):
     def forward(self, hidden_states: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """(T, D), (T, K), (T, K) -> (T, D); under autocast in its dtype, which grouped products are not cast to."""
         device = hidden_states.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.down_proj.dtype
+        is_cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if is_cast else self.down_proj.dtype
         if self.down_proj.dtype == dtype:
             return super().forward(hidden_states, ids, weights)
         low = {name: parameter.to(dtype) for name, parameter in self.named_parameters()}
@@ -99,16 +100,20 @@ def router_sums(probabilities: Tensor, ids: Tensor, token_mask: Tensor | None, n
     counts = torch.ones(num_tokens, device=device) if token_mask is None else token_mask.flatten().float()
     before = counts.cumsum(0) - counts
     part = (before * num_parts).div(counts.sum().clamp_min(1), rounding_mode="floor").long().clamp_max(num_parts - 1)
-    parts = F.one_hot(part, num_parts) * counts.unsqueeze(1)  # (T, G)
+
+    def sum_parts(values: Tensor) -> Tensor:
+        """(T, ...) -> (G, ...)"""
+        weighted = values * counts.view(-1, *[1] * (values.ndim - 1))
+        return weighted.new_zeros(num_parts, *values.shape[1:]).index_add(0, part, weighted)
+
     entropy = -(probabilities * probabilities.clamp_min(1e-20).log()).sum(-1)
     with torch.no_grad():
         first_choices = F.one_hot(probabilities.argmax(-1), num_experts).float()
         routed = F.one_hot(ids, num_experts + 1).sum(1)[:, :num_experts].float()
-    with torch.autocast(device.type, enabled=False):  # counts are exact in float32 alone
-        return RouterSums(
-            tokens=parts.sum(0),
-            probabilities=parts.T @ probabilities,
-            entropy=parts.T @ entropy,
-            first_choices=parts.T @ first_choices,
-            routed=parts.T @ routed,
-        )
+    return RouterSums(
+        tokens=sum_parts(torch.ones_like(counts)),
+        probabilities=sum_parts(probabilities),
+        entropy=sum_parts(entropy),
+        first_choices=sum_parts(first_choices),
+        routed=sum_parts(routed),
+    )

@@ -52,12 +52,12 @@ def _over_ranks(rank: RouterSums) -> RouterSums:
     """The sums over all ranks' tokens, (L, 1, ...), with the gradient of this rank's mean probabilities."""
     if not distributed.is_initialized() or distributed.get_world_size() == 1:
         return rank
-    own = rank.probabilities
-    sums = torch.cat([rank.tokens.unsqueeze(-1), rank.first_choices, own.detach()], dim=-1)  # (L, 1, 1 + 2 E)
+    local = rank.probabilities
+    sums = torch.cat([rank.tokens.unsqueeze(-1), rank.first_choices, local.detach()], dim=-1)  # (L, 1, 1 + 2 E)
     distributed.all_reduce(sums)
-    tokens, first_choices, probabilities = sums.split([1, own.shape[-1], own.shape[-1]], dim=-1)
+    tokens, first_choices, probabilities = sums.split([1, local.shape[-1], local.shape[-1]], dim=-1)
     ratio = tokens / rank.tokens.clamp_min(1).unsqueeze(-1)
-    gradient_alone = (own - own.detach()) * ratio
+    gradient_alone = (local - local.detach()) * ratio
     return rank._replace(
         tokens=tokens.squeeze(-1), first_choices=first_choices, probabilities=probabilities + gradient_alone
     )
