@@ -120,8 +120,10 @@ def _advice(source: Checkpoint, changes: Changes) -> Iterator[str]:
         yield "It computes something else than before: heal it, that is, train it before use."
     else:
         yield "It computes what it did before."
-    if changes.slices & (changes.slices - 1) and source.dtype.itemsize < 4:
-        yield f"Output weights times {changes.slices} are rounded in {str(source.dtype).removeprefix('torch.')}."
+    if changes.num_experts and changes.slices & (changes.slices - 1):
+        dtype = source.tensors[f"{LANGUAGE}layers.0.mlp.down_proj.weight"].dtype
+        if dtype.itemsize < torch.float32.itemsize:
+            yield f"Output weights times {changes.slices} are rounded in {str(dtype).removeprefix('torch.')}."
     trained, parts = ("attention", "*.self_attn.*") if changes.has_attention else ("experts and routers", "*.mlp.*")
     yield f"To train {trained} alone, put into the training config:"
     yield f'trainable: {{vision: false, projector: false, language: ["{parts}"]}}'
