@@ -19,6 +19,8 @@ from tiny import OFFICIAL, tiny_config, tiny_processor
 
 import yi_vl
 from train.config import TrainConfig
+from train.nano.measure.evaluate import read_questions
+from train.nano.measure.experts import count_experts, measure_experts
 from train.trainer import train
 from yi_vl.checkpoint import convert, open_checkpoint
 from yi_vl.decoder.config import FULL, SLIDING, YiHybridConfig
@@ -51,10 +53,10 @@ def logits(folder: Path, with_image: bool = True, dtype: torch.dtype = torch.flo
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four layers of random weights, spread so that a change of the function is seen in the logits."""
+    """Six layers of random weights, spread so that a change of the function is seen in the logits."""
     folder = tmp_path_factory.mktemp("dense")
     config = tiny_config()
-    config.text_config.num_hidden_layers = 4
+    config.text_config.num_hidden_layers = 6
     config.text_config.attention_bias = True
     torch.manual_seed(0)
     model = YiVLForConditionalGeneration(config)
@@ -68,7 +70,7 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def hybrid(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All of it at once: layers 1 and 3 see all tokens, and 3 has the keys and values of 1."""
+    """All of it at once: layers 1, 3 and 5 see all tokens, and 3 has the keys and values of 1."""
     folder = tmp_path_factory.mktemp("hybrid") / "model"
     changes = Changes(experts=3, slices=4, every=2, window=8, top_p=0.3, max_experts=5)
     convert(upcycle(open_checkpoint(dense), changes), folder, "yi-vl")
@@ -105,7 +107,7 @@ def test_experts_are_slices_of_copies(dense: Path, tmp_path: Path) -> None:
         for path in (dense, tmp_path / "out")
     )
     routers = []
-    for number in range(4):
+    for number in range(6):
         gate, up, down = (old[LAYER.format(number) + f"mlp.{part}_proj.weight"] for part in ("gate", "up", "down"))
         prefix = LAYER.format(number) + "mlp."
         for expert in range(12):
@@ -117,7 +119,7 @@ def test_experts_are_slices_of_copies(dense: Path, tmp_path: Path) -> None:
         assert torch.equal(rows, rows[:, :1].expand_as(rows))
         routers.append(rows[:, 0])
     distinct = torch.cat(routers)
-    assert len(distinct.unique(dim=0)) == 12 and 0.01 < distinct.std() < 0.03
+    assert len(distinct.unique(dim=0)) == 18 and 0.01 < distinct.std() < 0.03
     assert {name for name in old if ".mlp." not in name} == {name for name in new if ".mlp." not in name}
 
 
@@ -167,8 +169,8 @@ def test_what_is_switched_on_later_is_as_if_at_once(dense: Path, hybrid: Path, t
 
 def test_windows_and_sharing(dense: Path, windows: Path, hybrid: Path) -> None:
     text = open_checkpoint(hybrid).config.text_config
-    assert text.layer_types == [SLIDING, FULL] * 2 and text.sliding_window == 8
-    assert text.kv_source_layers == [0, 1, 2, 1]
+    assert text.layer_types == [SLIDING, FULL] * 3 and text.sliding_window == 8
+    assert text.kv_source_layers == [0, 1, 2, 1, 4, 5]
     assert (text.router_top_p, text.max_experts_per_tok, text.num_experts_per_tok) == (0.3, 5, 4)
     old, new = open_checkpoint(dense).tensors, open_checkpoint(windows).tensors
     dropped = {LAYER.format(3) + f"self_attn.{part}_proj.{end}" for part in "kv" for end in ("weight", "bias")}
@@ -182,9 +184,9 @@ def test_windows_and_sharing(dense: Path, windows: Path, hybrid: Path) -> None:
 def test_sharing_alone_and_windows_alone(dense: Path) -> None:
     source = open_checkpoint(dense)
     shared = upcycle(source, Changes(share=3)).config.text_config
-    assert shared.layer_types == [FULL] * 4 and shared.kv_source_layers == [0, 0, 0, 3]
+    assert shared.layer_types == [FULL] * 6 and shared.kv_source_layers == [0, 0, 0, 3, 3, 3]
     sliding = upcycle(source, Changes(every=2, window=16, share=1))
-    assert sliding.config.text_config.kv_source_layers == list(range(4))
+    assert sliding.config.text_config.kv_source_layers == list(range(6))
     narrower = upcycle(sliding, Changes(window=4)).config.text_config
     assert (narrower.layer_types, narrower.sliding_window) == (sliding.config.text_config.layer_types, 4)
 
@@ -203,15 +205,15 @@ def test_info_describes_it(hybrid: Path, dense: Path, run: Run, monkeypatch: pyt
     code, out, _ = run("info", str(hybrid))
     assert code == 0
     for text in (
-        "full in layers 1, 3; a window of 8 tokens in layers 0, 2",
+        "full in layers 1, 3, 5; a window of 8 tokens in layers 0, 2, 4",
         "shared by layers 1+3; all other layers have their own",
-        "64 bytes per token beyond the window (bf16); 0.0 MB of 512 tokens, 3.9 times less",
+        "128 bytes per token beyond the window (bf16); 0.1 MB of 512 tokens, 2.9 times less",
         "12 experts of width 16 in each layer; per token the most probable up to a sum of 0.3, 5 at most (top-p)",
     ):
         assert text in out, text
     model = yi_vl.load(hybrid, device="cpu").model
     total = sum(p.numel() for p in (*model.model.language_model.parameters(), *model.lm_head.parameters()))
-    active = total - 4 * 7 * 3 * 32 * 16
+    active = total - 6 * 7 * 3 * 32 * 16
     assert f"{total:,} of the language model, at most {active:,} active per token" in out
     assert "int8" not in out and "hybrid" not in run("info", str(dense))[1].replace(str(dense), "")
     code, out, _ = run("info", str(hybrid), "--tensors")
@@ -245,22 +247,23 @@ def test_a_factor_that_16_bits_round_is_named(dense: Path, tmp_path: Path, run: 
     [
         ((), "Nothing is to change: give --experts and --slices, --every and --window, or --top-p"),
         (("--experts", "1"), "Nothing is to change"),
-        (("--experts", "0"), "--experts is 0; it must be from 1"),
-        (("--experts", "2", "--slices", "-1"), "--slices is -1; it must be from 1"),
+        (("--experts", "0"), "--experts is 0; it must be at least 1"),
+        (("--experts", "2", "--slices", "-1"), "--slices is -1; it must be at least 1"),
         (("--experts", "2", "--slices", "5"), "--slices is 5; expected a divisor of 64, the width"),
-        (("--every", "0", "--window", "8"), "--every is 0; expected 1 to 4, the number of layers"),
-        (("--every", "5", "--window", "8"), "--every is 5; expected 1 to 4, the number of layers"),
+        (("--every", "0", "--window", "8"), "--every is 0; expected 1 to 6, the number of layers"),
+        (("--every", "7", "--window", "8"), "--every is 7; expected 1 to 6, the number of layers"),
         (("--every", "3"), "say how many tokens the others see: --window W"),
         (("--every", "3", "--window", "1"), "--window is 1; expected a number of tokens of 2 or more"),
         (("--window", "8"), "--window is for layers without full attention; add --every E"),
         (("--every", "1", "--window", "8"), "--window is for layers without full attention; add --every E"),
-        (("--every", "2", "--window", "8", "--share", "3"), "--share is 3; expected 1 to 2, the number of layers"),
-        (("--share", "0"), "--share is 0; expected 1 to 4"),
+        (("--every", "2", "--window", "8", "--share", "4"), "--share is 4; expected 1 to 3, the number of layers"),
+        (("--share", "0"), "--share is 0; expected 1 to 6"),
         (("--top-p", "0.4"), "--top-p and --max-experts are for a model with experts; add --experts"),
         ((*EXPERTS, "--top-p", "0"), "--top-p is 0.0; expected more than 0 and at most 1"),
         ((*EXPERTS, "--top-p", "nan"), "--top-p is nan; expected more than 0 and at most 1"),
         ((*EXPERTS, "--top-p", "0.4", "--max-experts", "13"), "--max-experts is 13; expected 1 to 12"),
         ((*EXPERTS, "--max-experts", "4"), "--max-experts is for routing by top-p; add --top-p"),
+        (("--experts", "99999", "--slices", "4"), "--experts times --slices is 399996; it must be from 1 to 4,096"),
         ((*EXPERTS, "--seed", "-1"), "--seed is -1"),
     ],
 )
@@ -380,7 +383,7 @@ def test_adapters_of_its_attention_are_merged(hybrid: Path, tmp_path: Path) -> N
     model = _adapted(hybrid, tmp_path / "adapters", target_modules=["q_proj", "k_proj"]).merge_and_unload()
     expected, merged = model.state_dict(), yi_vl.load(tmp_path / "adapters", dtype=torch.float32).model.state_dict()
     original = yi_vl.load(hybrid, dtype=torch.float32).model.state_dict()
-    assert sum(not torch.equal(original[name], tensor) for name, tensor in merged.items()) == 4 + 3
+    assert sum(not torch.equal(original[name], tensor) for name, tensor in merged.items()) == 6 + 5
     for name, tensor in merged.items():
         torch.testing.assert_close(tensor, expected[name])
 
@@ -399,8 +402,8 @@ def test_other_adapters_are_refused_by_name(hybrid: Path, dense: Path, tmp_path:
 @pytest.mark.parametrize(
     ("values", "reason"),
     [
-        ({"kv_source_layers": [0, 1, 3, 3]}, "kv_source_layers[2] is 3"),
-        ({"layer_types": ["full_attention"]}, "layer_types has 1 entries; expected 4"),
+        ({"kv_source_layers": [0, 1, 3, 3, 4, 5]}, "kv_source_layers[2] is 3"),
+        ({"layer_types": ["full_attention"]}, "layer_types has 1 entries; expected 6"),
         ({"num_experts": 10**9}, "num_experts is 1000000000"),
         ({"num_experts": 4, "max_experts_per_tok": 4}, "of another shape"),
     ],
@@ -437,3 +440,31 @@ def test_the_printed_line_trains_attention_alone(
     before, after = (yi_vl.load(path, device="cpu", dtype=torch.float32).model.state_dict() for path in (target, final))
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved == {name for name in before if ".self_attn." in name}
+
+
+def test_experts_per_token_are_counted_by_skill(dense: Path, hybrid: Path, tmp_path: Path) -> None:
+    rows = [
+        {"id": "0", "skill": "flags", "lang": "en", "images": [WIDE], "question": "Flag?", "accepted": ["France."]},
+        {
+            "id": "1",
+            "skill": "same",
+            "lang": "zh",
+            "images": [WIDE, WIDE],
+            "question": "一样吗？",
+            "accepted": ["是。"],
+        },
+        {"id": "2", "skill": "flags", "lang": "en", "images": [WIDE], "question": "Which?", "accepted": ["Chad."]},
+    ]
+    (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    convert(upcycle(open_checkpoint(dense), Changes(experts=3, slices=4)), tmp_path / "top-k", "yi-vl")
+    counts = count_experts(yi_vl.load(tmp_path / "top-k", device="cpu"), read_questions(tmp_path))
+    assert counts.keys() == {"flags", "same", "all"}
+    assert [int(counts[skill]["image"][0]) for skill in ("flags", "same", "all")] == [2 * 16, 2 * 16, 4 * 16]
+    for by_role in counts.values():
+        for sums in by_role.values():
+            assert sums[0] > 0 and torch.equal(sums[1:], 4 * sums[:1].expand(6))  # tokens, then experts of each layer
+    table = [line.strip("|").split("|") for line in measure_experts(hybrid, tmp_path).splitlines()]
+    assert [row[0].strip() for row in table[2:]] == ["flags (2)", "same (1)", "all (3)"]
+    assert all(1 <= float(mean) <= 5 for row in table[2:] for mean in row[1:])
+    with pytest.raises(ValueError, match="does not route by top-p"):
+        measure_experts(tmp_path / "top-k", tmp_path)

@@ -85,7 +85,7 @@ def _experts(text: YiHybridConfig) -> str:
 
 
 def _layers(numbers: Iterator[int]) -> str:
-    """ "layer 2", "layers 0-1, 3"; empty for none."""
+    """Such as: layer 2; layers 0-1, 3; nothing for none."""
     parts = ranges(list(numbers))
     plural = "s" if len(parts) > 1 or any("-" in part for part in parts) else ""
     return f"layer{plural} {', '.join(parts)}" if parts else ""

@@ -20,6 +20,7 @@ from .arguments import as_int
 from .auto import YiHybridConfig
 from .checkpoint import Checkpoint, holds_adapters, open_checkpoint
 from .checkpoint.find import find
+from .checkpoint.json_files import MAX_EXPERTS
 from .checkpoint.key_map import LANGUAGE
 from .checkpoint.load import fetch
 from .checkpoint.read import LazyTensor
@@ -29,7 +30,7 @@ from .hybrid_info import hybrid_rows, language_parameters
 
 _LAYER_NAME = re.compile(re.escape(LANGUAGE) + r"layers\.(\d+)\.(.+)")
 _KEYS_AND_VALUES = ("self_attn.k_proj.", "self_attn.v_proj.")
-_MOST = 1 << 20  # experts, slices; any seed
+_MAX_SEED = (1 << 63) - 1
 _NOT_ARGUMENTS = ("model_type", "architectures", "transformers_version")
 
 
@@ -119,8 +120,10 @@ def _advice(source: Checkpoint, changes: Changes) -> Iterator[str]:
         yield "It computes something else than before: heal it, that is, train it before use."
     else:
         yield "It computes what it did before."
-    if changes.slices & (changes.slices - 1) and source.dtype.itemsize < 4:
-        yield f"Output weights times {changes.slices} are rounded in {str(source.dtype).removeprefix('torch.')}."
+    if changes.num_experts and changes.slices & (changes.slices - 1):
+        dtype = source.tensors[f"{LANGUAGE}layers.0.mlp.down_proj.weight"].dtype
+        if dtype.itemsize < torch.float32.itemsize:
+            yield f"Output weights times {changes.slices} are rounded in {str(dtype).removeprefix('torch.')}."
     trained, parts = ("attention", "*.self_attn.*") if changes.has_attention else ("experts and routers", "*.mlp.*")
     yield f"To train {trained} alone, put into the training config:"
     yield f'trainable: {{vision: false, projector: false, language: ["{parts}"]}}'
@@ -134,12 +137,10 @@ def _check(source: Checkpoint, changes: Changes) -> None:
     text = source.config.text_config
     if getattr(source.config, "quantization_config", None) is not None:
         raise ValueError(f"{source.folder} is quantised, and could not be trained further. Give the original.")
-    for option, number, least in (
-        ("--experts", changes.experts, 1),
-        ("--slices", changes.slices, 1),
-        ("--seed", changes.seed, 0),
-    ):
-        as_int(number, option, least, _MOST)
+    as_int(changes.experts, "--experts", 1)
+    as_int(changes.slices, "--slices", 1)
+    as_int(changes.experts * changes.slices, "--experts times --slices", 1, MAX_EXPERTS)
+    as_int(changes.seed, "--seed", 0, _MAX_SEED)
     if not (changes.num_experts or changes.has_attention or changes.has_routing):
         raise ValueError("Nothing is to change: give --experts and --slices, --every and --window, or --top-p.")
     num_experts = getattr(text, "num_experts", 0)

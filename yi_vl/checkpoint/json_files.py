@@ -9,6 +9,7 @@ from typing import Any
 from ..arguments import as_float, as_int, one_line, shown
 
 _MAX_BYTES = 1 << 26  # an index of a million tensors
+MAX_EXPERTS = 1 << 12  # of a layer
 _SECTIONS = ("text_config", "vision_config")
 _SIZES = {  # by name in any layout's configuration: the least and the most that it may be
     "num_hidden_layers": (1, 1000),
@@ -25,7 +26,7 @@ _SIZES = {  # by name in any layout's configuration: the least and the most that
     "image_token_index": (0, 1 << 24),
     "feature_layer": (-1000, 1000),
     "num_labels": (0, 1 << 16),
-    "num_experts": (0, 1 << 12),
+    "num_experts": (0, MAX_EXPERTS),
 }
 _POSITIVE = ("rms_norm_eps", "layer_norm_eps", "rope_theta")
 
