@@ -45,6 +45,8 @@ def compare_decoder(
     Raises:
         ValueError: the image cannot be written.
     """
+    if image is not None and not image.parent.is_dir():
+        raise ValueError(f"{image}: there is no folder {image.parent}.")
     contexts = sorted(set(contexts))
     models = make_models(dense, window, dtype)
     curves = {name: Curve(contexts, layer_types_of(model.config)) for name, model in models.items()}

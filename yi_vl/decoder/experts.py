@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
+from ..versions import HAS_GRADIENTS_OF_FREE_PLACES
 from .config import YiHybridConfig
 
 
@@ -56,6 +57,13 @@ class Experts(MixtralExperts):
     def __init__(self, config: YiHybridConfig) -> None:
         super().__init__(config)  # type: ignore[arg-type]  # it reads names that both configs have
         self._is_expert_parallel = True
+
+    def forward(self, hidden_states: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """(T, D), and ids and weights (T, K) of each token's experts -> (T, D)."""
+        if not HAS_GRADIENTS_OF_FREE_PLACES and torch.is_grad_enabled():
+            ids = torch.where(ids == self.num_experts, ids[:, :1], ids)  # the first expert once more, of weight 0
+        output: Tensor = super().forward(hidden_states, ids, weights)
+        return output
 
 
 class SparseFeedForward(nn.Module):
