@@ -50,8 +50,8 @@ def test_the_models_have_the_same_weights_but_for_the_experts(dense: LlamaConfig
     models = make_models(dense, WINDOW, torch.float32)
     original = dict(models["dense"].named_parameters())
     for name, model in models.items():
-        own = [key for key, value in model.named_parameters() if value is not original.get(key)]
-        assert all(".mlp." in key for key in own) and bool(own) == (name == "hybrid, experts")
+        added = [key for key, value in model.named_parameters() if value is not original.get(key)]
+        assert all(".mlp." in key for key in added) and bool(added) == (name == "hybrid, experts")
     active = [sum(p.numel() for p in model.model.layers[0].mlp.parameters()) for model in models.values()]
     assert active[2] == decoder.COPIES * active[0] + models["hybrid, experts"].model.layers[0].mlp.gate.weight.numel()
 

@@ -20,7 +20,9 @@ class SharedKvCache:
     def _get_attn_cls(self) -> Callable[..., Any]:
         """vLLM's hook: what makes a layer's attention."""
         attention: Callable[..., Any] = super()._get_attn_cls()  # type: ignore[misc]  # vLLM's class is the next one
-        sources = getattr(self.text_config, "kv_source_layers", None)
+        sources: list[int] | None = getattr(self.text_config, "kv_source_layers", None)
+        if sources is None:
+            return attention
 
         def make(*, prefix: str, **settings: Any) -> Any:
             index = extract_layer_index(prefix)
@@ -29,7 +31,7 @@ class SharedKvCache:
                 settings["kv_sharing_target_layer_name"] = source
             return attention(prefix=prefix, **settings)
 
-        return attention if sources is None else make
+        return make
 
 
 class YiHybridForCausalLM(SharedKvCache, TransformersForCausalLM):
