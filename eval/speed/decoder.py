@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 
 from yi_vl.decoder.config import FULL, SLIDING, YiHybridConfig
@@ -45,6 +45,8 @@ def compare_decoder(
     Raises:
         ValueError: the image cannot be written.
     """
+    if image is not None and not image.parent.is_dir():
+        raise ValueError(f"{image}: there is no folder {image.parent}.")
     contexts = sorted(set(contexts))
     models = make_models(dense, window, dtype)
     curves = {name: Curve(contexts, layer_types_of(model.config)) for name, model in models.items()}
@@ -82,10 +84,11 @@ def make_models(dense: LlamaConfig, window: int, dtype: torch.dtype) -> dict[str
     shared = {name: value for name, value in dense.to_dict().items() if name not in ("model_type", "architectures")}
     shared |= {"sliding_window": window, "layer_types": None}
     original = _new(LlamaForCausalLM, dense, dtype)
-    models = {"dense": original}
+    models: dict[str, PreTrainedModel] = {"dense": original}
     for name, changed in (("hybrid", {}), ("hybrid, experts", experts)):
         with torch.device("meta"):
-            model = YiHybridForCausalLM(YiHybridConfig(**shared | changed)).to(dtype)
+            model: PreTrainedModel = YiHybridForCausalLM(YiHybridConfig(**shared | changed))
+        model.to(dtype)  # type: ignore[arg-type]  # wrapped by transformers as if it were no method
         models[name] = _with_modules_of(model, original)
     for model in models.values():
         model.set_attn_implementation(GROUPED)
@@ -94,7 +97,8 @@ def make_models(dense: LlamaConfig, window: int, dtype: torch.dtype) -> dict[str
 
 def _new(model_class: type[PreTrainedModel], config: LlamaConfig, dtype: torch.dtype) -> PreTrainedModel:
     with torch.device("meta"):
-        model = model_class(config).to(dtype)
+        model = model_class(config)
+    model.to(dtype)  # type: ignore[arg-type]  # wrapped by transformers as if it were no method
     model.to_empty(device="cpu").eval()
     fill_(model)
     return model
@@ -115,14 +119,14 @@ def _expert_names(model: PreTrainedModel) -> tuple[str, ...]:
     return tuple(name for name, module in model.named_modules() if isinstance(module, SparseFeedForward))
 
 
-def layer_types_of(config: LlamaConfig) -> list[str]:
+def layer_types_of(config: PreTrainedConfig) -> list[str]:
     """Of each layer; a Llama's are all full."""
     return getattr(config, "layer_types", None) or [FULL] * config.num_hidden_layers
 
 
-def new_cache(config: LlamaConfig) -> Cache:
+def new_cache(config: PreTrainedConfig) -> Cache:
     """An empty cache in which window layers keep their window, and the others all tokens."""
-    window = getattr(config, "sliding_window", None)
+    window: int = getattr(config, "sliding_window", 0)
     layers = [
         DynamicSlidingWindowLayer(sliding_window=window) if layer_type == SLIDING else GrowableLayer()
         for layer_type in layer_types_of(config)
@@ -149,8 +153,8 @@ def random_cache(model: PreTrainedModel, num_tokens: int, dtype: torch.dtype) ->
 
 def held_bytes(cache: Cache) -> int:
     """Of the keys and values of a cache."""
-    held = [state for layer in cache.layers if layer.is_initialized for state in (layer.keys, layer.values)]
-    return sum(state.nbytes for state in held)  # type: ignore[union-attr]
+    layers: list[Any] = cache.layers
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers if layer.is_initialized)
 
 
 @dataclass
@@ -219,6 +223,6 @@ def _in_turns(variants: dict[str, Callable[[], Forward]], num_rounds: int) -> di
         for name, variant in variants.items():
             measured[name].append(variant())
     return {
-        name: {kind: statistics.median(forward[kind] for forward in forwards) for kind in forwards[0]}
+        name: {part: statistics.median(forward[part] for forward in forwards) for part in forwards[0]}
         for name, forwards in measured.items()
     }

@@ -51,9 +51,9 @@ def compare_experts(
         tokens = torch.randn(1, num_rows, dense.hidden_size, generator=generator).to(dtype)
         kernels = {"dense": partial(_seconds, layers, tokens)}
         kernels |= {name: partial(_expert_seconds, config, name, experts, tokens) for name in _KERNELS}
-        gathered = num_rows * slices * experts[0].experts.gate_up_proj[0].nbytes
+        gathered = num_rows * slices * 2 * config.intermediate_size * config.hidden_size * dtype.itemsize
         if gathered > _MAX_GATHERED_BYTES:
-            not_measured.append(f"batched_mm of {num_rows} rows: it copies {gathered / 1e9:.0f} GB of weights")
+            not_measured.append(f"batched_mm of {num_rows} rows: it copies {gathered / 1e9:.1g} GB of weights")
             del kernels["batched_mm"]
         measured = measure_rounds(kernels)
         num_rounds.append(len(measured["dense"]))

@@ -74,7 +74,7 @@ class HybridAttention(nn.Module):
             sliding_window=self.sliding_window,
             **kwargs,
         )
-        return self.o_proj(output.flatten(2)), keys, values
+        return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), keys, values  # vLLM's has no rows
 
     def _heads(self, projected: Tensor) -> Tensor:
         """(B, S, heads*E) -> (B, heads, S, E)"""

@@ -13,6 +13,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
+from ..versions import HAS_GRADIENTS_OF_FREE_PLACES
 from .config import YiHybridConfig
 
 
@@ -60,7 +61,12 @@ class Experts(MixtralExperts):
         self._is_expert_parallel = True
 
     def forward(self, hidden_states: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        """(T, D), (T, K), (T, K) -> (T, D); under autocast in its dtype, which grouped products are not cast to."""
+        """(T, D), and ids and weights (T, K) of each token's experts -> (T, D).
+
+        Under autocast in its dtype, which grouped products are not cast to.
+        """
+        if not HAS_GRADIENTS_OF_FREE_PLACES and torch.is_grad_enabled():
+            ids = torch.where(ids == self.num_experts, ids[:, :1], ids)  # the first expert once more, of weight 0
         device = hidden_states.device.type
         is_cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if is_cast else self.down_proj.dtype

@@ -1,7 +1,8 @@
 """vLLM's entry point for Yi-VL (`vllm.general_plugins`): vLLM calls `register` in each of its processes.
 
 With it Yi-VL needs no flags there (no `--trust-remote-code`, no `--model-impl`), and its answers are those of
-`yi_vl.load`: see `renderer.py` for prompts, `model.py` for which tokens can be sampled, `answer.py` for the text.
+`yi_vl.load`: see `renderer.py` for prompts, `model.py` for which tokens can be sampled, `answer.py` for the text,
+`hybrid.py` for the hybrid decoder.
 Written against vLLM 0.32.
 """
 
@@ -16,15 +17,17 @@ _MODE = "yi_vl"  # vLLM chooses tokenizer and renderer by one name, its `--token
 def register() -> None:
     """Make vLLM know Yi-VL. Calling it again changes nothing."""
     from vllm import ModelRegistry
-    from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
     from vllm.renderers.registry import RENDERER_REGISTRY
     from vllm.tokenizers.registry import TokenizerRegistry
+    from vllm.transformers_utils.model_arch_config_convertor import MODEL_ARCH_CONFIG_CONVERTORS
 
     import yi_vl.auto  # noqa: F401  # configuration, processor and model, for transformers' Auto classes
 
     from .answer import strip_answers
+    from .hybrid_config import HYBRID, HybridModelConfig, WithoutFusedExperts
 
-    class YiVLModelConfig(VerifyAndUpdateConfig):
+    class YiVLModelConfig(HybridModelConfig):
         """What is given on the command line, or stands in generation_config.json, is left as it is."""
 
         @staticmethod
@@ -41,4 +44,7 @@ def register() -> None:
         TokenizerRegistry.register(_MODE, "vllm.tokenizers.hf", "CachedHfTokenizer")
     ModelRegistry.register_model(_ARCHITECTURE, f"{__name__}.model:YiVLForConditionalGeneration")
     MODELS_CONFIG_MAP[_ARCHITECTURE] = YiVLModelConfig
+    ModelRegistry.register_model(HYBRID, f"{__name__}.hybrid:{HYBRID}")
+    MODELS_CONFIG_MAP[HYBRID] = HybridModelConfig
+    MODEL_ARCH_CONFIG_CONVERTORS |= dict.fromkeys(("yi_vl", "yi_hybrid"), WithoutFusedExperts)
     strip_answers()

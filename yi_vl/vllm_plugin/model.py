@@ -15,11 +15,13 @@ from vllm.model_executor.models.transformers.multimodal import (
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.tokenizers.registry import cached_tokenizer_from_config
 
+from .hybrid import SharedKvCache
+
 
 @MULTIMODAL_REGISTRY.register_processor(
     MultiModalProcessor, info=MultiModalProcessingInfo, dummy_inputs=MultiModalDummyInputsBuilder
 )
-class YiVLForConditionalGeneration(TransformersMultiModalForCausalLM):
+class YiVLForConditionalGeneration(SharedKvCache, TransformersMultiModalForCausalLM):
     """vLLM's class by the name in config.json; the modules inside are `yi_vl.model.YiVLModel`'s."""
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
