@@ -9,6 +9,7 @@ import pytest
 import torch
 from test_connectors import SMALL
 from toy_runs import losses, stop_after, trainer
+from train.plan.rows import AVERAGE
 
 import yi_vl
 from train.config import TrainableConfig, TrainConfig
@@ -17,7 +18,6 @@ from train.init import initial_model, initial_processor
 from train.plan.__main__ import _released, make_plan
 from train.plan.count import count_flops
 from train.plan.flops import Row, step_flops
-from train.plan.rows import AVERAGE
 from train.trainer import train
 from yi_vl.config import preset
 from yi_vl.connector.config import ABSTRACTOR, MLP, QFORMER, RESAMPLER, TYPES, ConnectorConfig

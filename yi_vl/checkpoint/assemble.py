@@ -81,7 +81,8 @@ def _load_language(name: str) -> tuple[LlamaForCausalLM, Any]:
             raise ValueError(f"it is a {text_config.model_type} model; the language model must be a llama")
         tokenizer = prepare_tokenizer(name)
         if not isinstance(config, YiVLConfig):
-            return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32), tokenizer
+            language: Any = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+            return language, tokenizer
         whole = YiVLForConditionalGeneration.from_pretrained(name, dtype=torch.float32)
     except (OSError, ValueError) as error:
         raise ValueError(f"The language model {name!r} cannot be loaded: {one_line(error)}.") from error
