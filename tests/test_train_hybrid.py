@@ -430,6 +430,13 @@ def test_a_teacher_that_agrees_adds_nothing(hybrid: Configure) -> None:
     torch.testing.assert_close(step.eval()(**inputs)[0], plain)
 
 
+def test_a_run_does_not_change_between_a_teacher_and_none(hybrid: Configure, tmp_path: Path) -> None:
+    config = hybrid("steps=4", "checkpoint={every_steps: 2, keep_last: 1}")
+    stop_after(trainer(config), 3)
+    with pytest.raises(ValueError, match=r"distill.teacher null, this run has .*start, but .* of another loss"):
+        trainer(hybrid("steps=4", f"distill.teacher={tmp_path}/start"))
+
+
 def test_a_teacher_of_other_tokens_is_refused(hybrid: Configure, tiny_folder: Path) -> None:
     with pytest.raises(ValueError, match=r"distill.teacher .* has 960 tokens, the model that learns 448"):
         trainer(hybrid(f"distill.teacher={tiny_folder}", "image_size=56"))
@@ -499,9 +506,10 @@ def test_a_plan_counts_the_experts(
     assert saved[1].activations > 1.2 * saved[0].activations and saved[0].weight_copies == saved[1].weight_copies
     settings = tmp_path / "toy.yaml"
     start = f"init_from={{checkpoint: {tmp_path}/start, tower: null, language_model: null}}"
-    code, out, err = run_app("plan", plan.app, settings, start, "experts.top_p=0.4", "--gpus", 2)
+    code, out, err = run_app("plan", plan.app, settings, start, "experts.top_p=0.4", "distill.teacher=x", "--gpus", 2)
     assert code == 0, err
     assert "experts: 6 in each layer, 0.1 M parameters; counted for each token are 4 at most" in " ".join(out.split())
+    assert "the teacher, whole on each GPU, and its forward passes are not counted" in out
 
 
 # --- many ranks
