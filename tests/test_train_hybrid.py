@@ -173,11 +173,13 @@ def test_routing_is_a_function_of_the_step() -> None:
 
 def test_the_start_says_how_tokens_are_routed(hybrid: Configure, capsys: pytest.CaptureFixture[str]) -> None:
     train(hybrid("steps=1", *ROUTED))
-    said = " ".join(capsys.readouterr().err.split())
-    assert "experts: 6 in each layer, top 2 for each token for 3 steps, then as few for each token as reach 0.4" in said
-    assert "3 at most (top_p_from_step is after the end)" in said
-    assert "balance losses 0.2, 0.3, 0.5 over ranks, one rank and its 3 parts; entropy 0.1" in said
-    assert "experts per token 2.00" in said
+    output = " ".join(capsys.readouterr().err.split())
+    assert (
+        "experts: 6 in each layer, top 2 for each token for 3 steps, then as few for each token as reach 0.4" in output
+    )
+    assert "3 at most (top_p_from_step is after the end)" in output
+    assert "balance losses 0.2, 0.3, 0.5 over ranks, one rank and its 3 parts; entropy 0.1" in output
+    assert "experts per token 2.00" in output
 
 
 def test_held_out_loss_has_no_auxiliary_loss(hybrid: Configure, tmp_path: Path) -> None:
@@ -267,8 +269,8 @@ def test_adapters_are_on_attention_alone_and_say_so(
 ) -> None:
     settings = ("trainable={vision: false, language: lora}", "lora={rank: 4, alpha: 8}", "lr.language=1e-2")
     final = train(hybrid("steps=2", *settings))
-    said = " ".join(capsys.readouterr().err.split())
-    assert "experts: without adapters" in said and "the routers are frozen, so there is no auxiliary loss" in said
+    output = " ".join(capsys.readouterr().err.split())
+    assert "experts: without adapters" in output and "the routers are frozen, so there is no auxiliary loss" in output
     merged, start = (yi_vl.load(path).model.state_dict() for path in (final, tmp_path / "start"))
     moved = {name for name in start if "layers" in name and not torch.equal(start[name].float(), merged[name].float())}
     assert moved and all(".self_attn." in name for name in moved if "language_model" in name)

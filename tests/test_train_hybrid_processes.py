@@ -25,13 +25,13 @@ def two_ranks(hybrid: Configure, tmp_path: Path) -> Configure:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_two_ranks_learn_as_one(two_ranks: Configure, tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize("parallelism", ["ddp", "fsdp"])
+def test_two_ranks_learn_as_one(two_ranks: Configure, tmp_path: Path, parallelism: str) -> None:
     """With auxiliary losses, but the balance over ranks, which one process does not have; and with metrics that a
     resumed run has as well."""
     expected = one_process(two_ranks(f"run_dir={tmp_path}/one"))
     config = two_ranks("checkpoint={every_steps: 3, keep_last: 1}")
-    environment = launched(kind) if kind == "fsdp" else {}
+    environment = launched(parallelism) if parallelism == "fsdp" else {}
     assert finish(start(config, 2, **environment)) == [0, 0], output_path(config, 1).read_text()
     assert logged(config) == pytest.approx(expected, rel=2e-4)
     final = Path(config.run_dir) / "final"
