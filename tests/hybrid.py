@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -11,13 +12,15 @@ import torch
 from torch import Tensor, distributed
 from toy_runs import trainer
 
-from train.config import TrainConfig
+from train.config import TrainableConfig, TrainConfig
+from train.trainer import Trainer
 from yi_vl.decoder.config import FULL, SLIDING, YiHybridConfig
 from yi_vl.decoder.experts import router_sums
 from yi_vl.decoder.losses import router_loss
 from yi_vl.model import YiVLForConditionalGeneration
 
 Configure = Callable[..., TrainConfig]
+TRAINED = (TrainableConfig(), TrainableConfig(False, False, ["*.self_attn.*"]), TrainableConfig(True, True, False))
 
 
 def hybrid_config(**settings: Any) -> YiHybridConfig:
@@ -86,3 +89,28 @@ def level_one(rank: int | None = None, port: int = 0, folder: Path | None = None
         torch.save((loss.detach(), gradient), folder / f"{rank}.pt")
         distributed.destroy_process_group()
     return loss.detach(), gradient
+
+
+def inputs_of(config: TrainConfig, **overrides: Any) -> tuple[Trainer, dict[str, Any]]:
+    run = trainer(config)
+    micro = next(iter(run.loader)).micro_batches[-1]
+    assert micro.shared_prefix_length > 20 and micro.images is not None and not micro.attention_mask.all()
+    return run, run._inputs(micro) | {"router_weight": 50.0} | overrides
+
+
+def gradients_of(model: YiVLForConditionalGeneration, loss: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return gradients
+
+
+def assert_close(gradients: dict[str, Tensor], expected: dict[str, Tensor], rtol: float = 1e-3) -> None:
+    assert gradients.keys() == expected.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=rtol, atol=1e-5, msg=name)
+
+
+def text_config(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "config.json").read_text())["text_config"]  # type: ignore[no-any-return]

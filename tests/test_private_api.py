@@ -33,6 +33,7 @@ USED = {
     "torch.ops.mkldnn._reorder_linear_weight": "decoding with packed weights; without it they are not packed",
     "torch.utils._python_dispatch.TorchDispatchMode": "train.plan: seeing the operations of a forward pass",
     "transformers.generation.BaseStreamer": "eval speed: when generate's tokens come",
+    "transformers.integrations.moe.ExpertsInterface": "train.plan: experts on tensors without values",
     "transformers.initialization": "initialising a tower in the way that loading can skip",
     "transformers.modeling_outputs.BaseModelOutput": "the tower's output",
     "transformers.modeling_outputs.BaseModelOutputWithPast": "the model's output, whatever its cache is called",

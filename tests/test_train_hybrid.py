@@ -1,148 +1,49 @@
-"""Training a decoder of hybrid attention and experts: losses, routing by step, metrics, distillation, and limits."""
+"""Training a decoder of hybrid attention and experts: one loss however it is computed, routing by step, metrics."""
 
 from __future__ import annotations
 
-import json
-import math
-import os
+import copy
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import RunApp
-from hybrid import Configure, configure_hybrid, hybrid_config, level_one
+from hybrid import (
+    TRAINED,
+    Configure,
+    assert_close,
+    configure_hybrid,
+    gradients_of,
+    hybrid_config,
+    inputs_of,
+    text_config,
+)
 from preference_runs import pair_sample
-from processes import CONTEXT, finish, free_port, output_path, start
-from test_train_processes import launched, logged, one_process, rows
-from torch import Tensor
-from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from test_train_processes import rows
 from toy_runs import stop_after, trainer
 
 import yi_vl
 from train import loss as objective_module
+from train.attention.cpu import GroupedPacking
 from train.attention.packing import Packing
 from train.config import TrainableConfig, TrainConfig
-from train.config_decoder import DistillConfig, ExpertsConfig
+from train.config_decoder import ExpertsConfig
 from train.data.batch import StepBatch
-from train.distill import DistillObjective, kl_divergences
-from train.experts import expert_metrics, layer_sums, set_experts_
+from train.experts import expert_metrics, set_experts_
 from train.loss import Objective
-from train.metrics import flatten
 from train.optim import checkpoint_activations_, set_trainable_
-from train.plan import __main__ as plan
-from train.plan.count import count_flops, count_saved_bytes
-from train.plan.estimate import count_parameters
-from train.plan.flops import Row, batch_flops
 from train.trainable import language_names
-from train.trainer import Trainer, train
-from yi_vl.decoder.experts import RouterSums, router_sums
-from yi_vl.decoder.losses import balance_loss, router_loss, router_losses
+from train.trainer import train
 from yi_vl.model import YiVLForConditionalGeneration
 
-TRAINED = (TrainableConfig(), TrainableConfig(False, False, ["*.self_attn.*"]), TrainableConfig(True, True, False))
 NO_BALANCE = "experts={balance_weights: [0, 0, 0], entropy_weight: 1}"
 
 
 @pytest.fixture
 def hybrid(configure: Configure, tmp_path: Path) -> Configure:
     return configure_hybrid(configure, tmp_path / "start")
-
-
-def gradients_of(model: YiVLForConditionalGeneration, loss: Tensor) -> dict[str, Tensor]:
-    model.zero_grad()
-    loss.backward()
-    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    return gradients
-
-
-def assert_close(gradients: dict[str, Tensor], expected: dict[str, Tensor], rtol: float = 1e-3) -> None:
-    assert gradients.keys() == expected.keys()
-    for name, gradient in gradients.items():
-        torch.testing.assert_close(gradient, expected[name], rtol=rtol, atol=1e-5, msg=name)
-
-
-# --- losses
-
-PROBABILITIES = torch.tensor([[0.9, 0.1], [0.6, 0.4], [0.2, 0.8], [0.7, 0.3]])
-IDS = torch.tensor([[0, 1], [0, 2], [1, 2], [0, 1]])  # 2 is no expert, but a place that top-p leaves free
-
-
-def sums_of(mask: Tensor | None = None, num_parts: int = 2, probabilities: Tensor = PROBABILITIES) -> RouterSums:
-    return router_sums(
-        probabilities, torch.tensor([[0, 1], [0, 2], [1, 2], [0, 1]])[: len(probabilities)], mask, num_parts
-    )
-
-
-def test_losses_are_those_computed_by_hand() -> None:
-    """f = (3/4, 1/4), P = (0.6, 0.4) of all; of the halves (1, 0), (0.75, 0.25) and (1/2, 1/2), (0.45, 0.55)."""
-    probabilities = PROBABILITIES.clone().requires_grad_()
-    sums = sums_of(probabilities=probabilities)
-    whole, parts = 2 * (0.75 * 0.6 + 0.25 * 0.4), (2 * 0.75 + 2 * 0.5 * (0.45 + 0.55)) / 2
-    entropy = -sum(p * math.log(p) for row in PROBABILITIES.tolist() for p in row) / 4
-    config = hybrid_config(router_balance_weights=[0.2, 0.3, 0.5], router_entropy_weight=0.1)
-    loss = router_loss([sums], config)
-    assert loss.item() == pytest.approx(0.2 * whole + 0.3 * whole + 0.5 * parts + 0.1 * entropy)
-    assert balance_loss(sums).item() == pytest.approx(parts)
-    alone = hybrid_config(router_balance_weights=[0.0, 1.0, 0.0], router_entropy_weight=0.0)
-    router_loss([sums], alone).backward()
-    assert probabilities.grad is not None
-    torch.testing.assert_close(probabilities.grad, torch.tensor([[2 * 0.75 / 4, 2 * 0.25 / 4]]).expand(4, 2))
-    other = sums_of(probabilities=PROBABILITIES.flip(1))
-    assert router_losses([sums, other], alone).tolist() == pytest.approx([whole, 2 * (0.75 * 0.6 + 0.25 * 0.4)])
-
-
-def test_padding_does_not_count_and_a_token_may_stand_for_several() -> None:
-    padded, ids = (torch.cat([x[:1], x[2:3], x[1:]]) for x in (PROBABILITIES, IDS))
-    masked = router_sums(padded, ids, torch.tensor([[1, 0, 1, 1, 1]]), 2)
-    for kept, expected in zip(masked, sums_of()):
-        torch.testing.assert_close(kept, expected)
-    assert masked.routed.sum(0).tolist() == [3, 3], "the place that top-p leaves free is no expert"
-    twice = router_sums(*(torch.cat([x, x[:1]]) for x in (PROBABILITIES, IDS)), None, 1)
-    for weighted, repeated in zip(sums_of(torch.tensor([[2, 1, 1, 1]]), num_parts=1), twice):
-        torch.testing.assert_close(weighted, repeated)
-
-
-def test_metrics_of_a_layer_are_those_computed_by_hand() -> None:
-    """Expert 0 gets three tokens, expert 1 three, expert 2 none; one place of each of two tokens is free."""
-    ids = torch.tensor([[0, 1], [0, 3], [1, 3], [0, 1]])
-    sums = router_sums(F.pad(PROBABILITIES, (0, 1)), ids, None, 2)
-    metrics = expert_metrics(2 * layer_sums([sums, sums], torch.tensor([0.5, 0.7])))
-    assert metrics["experts_per_token"] == [1.5, 1.5] and metrics["unused_experts"] == [1, 1]
-    assert metrics["max_load"] == pytest.approx([1.5, 1.5]) and metrics["auxiliary_loss"] == pytest.approx([0.5, 0.7])
-    assert metrics["entropy"][0] == pytest.approx(sums.entropy.sum().item() / 4)
-    assert flatten({"experts": metrics})["experts/auxiliary_loss/1"] == pytest.approx(0.7)
-
-
-@pytest.mark.slow
-def test_the_balance_over_ranks_is_that_of_all_tokens(tmp_path: Path) -> None:
-    """On two ranks with other numbers of tokens; gradients averaged by tokens are those of one process."""
-    port = free_port()
-    ranks = [CONTEXT.Process(target=level_one, args=(rank, port, tmp_path)) for rank in range(2)]
-    for rank in ranks:
-        rank.start()
-    assert finish(ranks) == [0, 0]
-    expected, gradient = level_one()
-    for rank in range(2):
-        loss, of_rank = torch.load(tmp_path / f"{rank}.pt")
-        torch.testing.assert_close(loss, expected)
-        torch.testing.assert_close(of_rank, gradient)
-
-
-# --- one objective, however it is computed
-
-
-def inputs_of(config: TrainConfig, **overrides: Any) -> tuple[Trainer, dict[str, Any]]:
-    run = trainer(config)
-    micro = next(iter(run.loader)).micro_batches[-1]
-    assert micro.shared_prefix_length > 20 and micro.images is not None and not micro.attention_mask.all()
-    return run, run._inputs(micro) | {"router_weight": 50.0} | overrides
 
 
 @pytest.mark.parametrize("trains", TRAINED, ids=str)
@@ -171,10 +72,11 @@ def test_packed_rows_are_padded_rows(hybrid: Configure, monkeypatch: pytest.Monk
     """
     config = hybrid("data.sources.0.weight=0.001", f"experts={{top_p: 0.4, balance_parts: {num_parts}}}")
     run, inputs = inputs_of(config)
-    padded_model = YiVLForConditionalGeneration(run.model.config)
+    padded_model = YiVLForConditionalGeneration(copy.deepcopy(run.model.config))  # with attention of its own
     padded_model.load_state_dict(run.model.state_dict())
     padded_model.model.language_model.set_attn_implementation("eager")
     on_cpu, padded = Objective(run.model, 2), Objective(padded_model, 2)
+    assert on_cpu._packing is GroupedPacking and padded._packing is None
     monkeypatch.setitem(objective_module._PACKINGS, "eager", Packing)
     like_flash = Objective(padded_model, 2)
     prefix = inputs["shared_prefix_length"]
@@ -228,13 +130,7 @@ def test_the_number_of_micro_batches_does_not_count(hybrid: Configure) -> None:
     assert_close(kept_gradients(hybrid(*settings), thrice)[0], kept_gradients(hybrid(*settings))[0])
 
 
-# --- a run
-
 ROUTED = ("experts={top_p: 0.4, top_p_from_step: 3, norm_topk_prob: false, balance_parts: 3, max_experts: 3}",)
-
-
-def text_config(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "config.json").read_text())["text_config"]  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize("stopped_at", [3, 5])
@@ -277,11 +173,13 @@ def test_routing_is_a_function_of_the_step() -> None:
 
 def test_the_start_says_how_tokens_are_routed(hybrid: Configure, capsys: pytest.CaptureFixture[str]) -> None:
     train(hybrid("steps=1", *ROUTED))
-    said = " ".join(capsys.readouterr().err.split())
-    assert "experts: 6 in each layer, top 2 for each token for 3 steps, then as few for each token as reach 0.4" in said
-    assert "3 at most (top_p_from_step is after the end)" in said
-    assert "balance losses 0.2, 0.3, 0.5 over ranks, one rank and its 3 parts; entropy 0.1" in said
-    assert "experts per token 2.00" in said
+    output = " ".join(capsys.readouterr().err.split())
+    assert (
+        "experts: 6 in each layer, top 2 for each token for 3 steps, then as few for each token as reach 0.4" in output
+    )
+    assert "3 at most (top_p_from_step is after the end)" in output
+    assert "balance losses 0.2, 0.3, 0.5 over ranks, one rank and its 3 parts; entropy 0.1" in output
+    assert "experts per token 2.00" in output
 
 
 def test_held_out_loss_has_no_auxiliary_loss(hybrid: Configure, tmp_path: Path) -> None:
@@ -348,9 +246,6 @@ def test_what_a_model_cannot_do_is_refused_by_name(configure: Configure, hybrid:
         hybrid("objective=dpo", "data={format: preference, sources: [{name: a, shards: b}]}", "distill.teacher=x")
 
 
-# --- parts of the language model
-
-
 @pytest.mark.parametrize("settings", [{}, {"attention_bias": True}, {"num_experts": 0, "mlp_bias": True}])
 def test_the_names_are_the_models(configure: Configure, tmp_path: Path, settings: dict[str, Any]) -> None:
     run = trainer(configure_hybrid(configure, tmp_path / "start", **settings)())
@@ -374,169 +269,9 @@ def test_adapters_are_on_attention_alone_and_say_so(
 ) -> None:
     settings = ("trainable={vision: false, language: lora}", "lora={rank: 4, alpha: 8}", "lr.language=1e-2")
     final = train(hybrid("steps=2", *settings))
-    said = " ".join(capsys.readouterr().err.split())
-    assert "experts: without adapters" in said and "the routers are frozen, so there is no auxiliary loss" in said
+    output = " ".join(capsys.readouterr().err.split())
+    assert "experts: without adapters" in output and "the routers are frozen, so there is no auxiliary loss" in output
     merged, start = (yi_vl.load(path).model.state_dict() for path in (final, tmp_path / "start"))
     moved = {name for name in start if "layers" in name and not torch.equal(start[name].float(), merged[name].float())}
     assert moved and all(".self_attn." in name for name in moved if "language_model" in name)
     assert len([name for name in moved if "language_model" in name]) == 4 * 4 - 2
-
-
-# --- distillation
-
-
-def test_the_kl_is_that_computed_by_hand() -> None:
-    teacher, model = torch.tensor([[2.0, 0.0, -1.0]]), torch.tensor([[0.0, 1.0, 0.5]])
-    p, q = (F.softmax(logits / 2, dim=-1)[0].tolist() for logits in (teacher, model))
-    expected = sum(a * math.log(a / b) for a, b in zip(p, q))
-    assert kl_divergences(teacher, model, 2.0).item() == pytest.approx(expected, rel=1e-5)
-    assert kl_divergences(model, model, 2.0).item() == pytest.approx(0, abs=1e-6)
-
-
-def test_a_model_learns_from_its_teacher(hybrid: Configure, tmp_path: Path) -> None:
-    """The healing stage: attention alone is trained, beside the model before its windows were cut."""
-    teacher = tmp_path / "teacher"
-    run = trainer(hybrid())
-    run.model.config.text_config.sliding_window = 400
-    run.save(teacher, with_state=False)
-    before = yi_vl.load(teacher).model.state_dict()
-    distill = f"distill={{teacher: {teacher}, weight: 1, temperature: 2}}"
-    heal = "trainable={vision: false, projector: false, language: ['*.self_attn.*']}"
-    config = hybrid("steps=12", "lr.language=3e-3", "schedule.warmup=0", "micro_batch=8", distill, heal)
-    final = train(config)
-    divergence = [row["distillation"]["kl"] for row in rows(config)]
-    assert sum(divergence[-3:]) < 0.8 * sum(divergence[:3])
-    assert all(row["loss"] == pytest.approx(4 * row["distillation"]["kl"], rel=1e-4) for row in rows(config))
-    after = yi_vl.load(final).model.state_dict()
-    assert after.keys() == before.keys()
-    moved = {name for name in before if not torch.equal(before[name], after[name])}
-    assert moved and all(".self_attn." in name for name in moved)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in yi_vl.load(teacher).model.state_dict().items())
-
-
-def test_a_teacher_that_agrees_adds_nothing(hybrid: Configure) -> None:
-    run, inputs = inputs_of(hybrid("data.sources.0.weight=0.001"))
-    plain, _ = Objective(run.model, 2)(**inputs | {"router_weight": 0.0})
-    twin = YiVLForConditionalGeneration(run.model.config)
-    twin.load_state_dict(run.model.state_dict())
-    step = DistillObjective(run.model, 2, DistillConfig("x", 0.25, 3.0), lambda: twin.eval())
-    loss, per_source = step(**inputs | {"router_weight": 0.0})
-    torch.testing.assert_close(loss, 0.75 * plain)
-    assert per_source[:, 2].sum().item() == pytest.approx(plain.item(), rel=1e-4)
-    assert per_source[:, 3].sum().item() == pytest.approx(0, abs=1e-3)
-    torch.testing.assert_close(step.eval()(**inputs)[0], plain)
-
-
-def test_a_teacher_of_other_tokens_is_refused(hybrid: Configure, tiny_folder: Path) -> None:
-    with pytest.raises(ValueError, match=r"distill.teacher .* has 960 tokens, the model that learns 448"):
-        trainer(hybrid(f"distill.teacher={tiny_folder}", "image_size=56"))
-
-
-# --- plan
-
-ROW = Row(tokens=30, supervised=9)
-
-
-def counted_step(model: YiVLForConditionalGeneration, trains: TrainableConfig) -> Callable[[], Tensor]:
-    set_trainable_(model, TrainConfig(trainable=trains))
-    patches = model.config.vision_config.num_patches
-    ids = torch.ones(2, ROW.tokens, dtype=torch.long)
-    ids[:, :patches] = model.config.image_token_id
-    labels = torch.full_like(ids, -100)
-    labels[:, -ROW.supervised :] = 5
-    size_px = model.config.vision_config.image_size
-    pixels = torch.randn(2, 3, size_px, size_px)
-    step = partial(Objective(model, 1), ids, torch.ones_like(ids), labels, pixels, torch.zeros(2, dtype=torch.long))
-    return lambda: step()[0]
-
-
-@pytest.mark.parametrize(
-    "trains",
-    [
-        *TRAINED,
-        TrainableConfig(False, False, ["*.layers.1.self_attn.v_proj.*"]),
-        TrainableConfig(False, False, ["*.gate.*"]),
-        TrainableConfig(False, True, ["*.layers.2.mlp.experts.down_proj", "*.layers.0.*norm*"]),
-    ],
-    ids=str,
-)
-def test_operations_are_exact(hybrid: Configure, trains: TrainableConfig) -> None:
-    """But for the window of attention, whose products the reference computes whole."""
-    model = trainer(hybrid()).model
-    model.model.language_model.set_attn_implementation("sdpa")
-    model.model.language_model.set_experts_implementation("batched_mm")
-    text, config = model.config.text_config, TrainConfig(trainable=trains)
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        counted_step(model, trains)().backward()
-    text.sliding_window = ROW.tokens
-    mask = torch.ones(2, ROW.tokens, dtype=torch.bool)
-    supervised = torch.arange(ROW.tokens).expand(2, -1) < ROW.supervised
-    assert batch_flops(model.config, trains, mask, supervised, 2) == counter.get_total_flops()
-    for window in (ROW.tokens, 7):
-        text.sliding_window = window
-        assert 2 * count_flops(model.config, config, ROW) == batch_flops(model.config, trains, mask, supervised, 2)
-    more = batch_flops(model.config, trains, mask, supervised, 2, experts_per_token=3.0)
-    assert more > batch_flops(model.config, trains, mask, supervised, 2, experts_per_token=2.0)
-
-
-def test_a_plan_counts_the_experts(
-    hybrid: Configure, tmp_path: Path, run_app: RunApp, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = hybrid("experts.top_p=0.4")
-    model = trainer(config).model
-    counted = count_parameters(model.config, config)
-    assert counted.total["language"] == sum(
-        parameter.numel() for name, parameter in model.named_parameters() if "language" in name or "lm_head" in name
-    )
-    assert counted.largest_unit == sum(p.numel() for p in model.model.language_model.layers[0].parameters())
-    saved = [count_saved_bytes(model.config, replace(config, precision="bf16"), ROW, 2, False, "cpu")]
-    more = replace(config, precision="bf16")
-    model.config.text_config.max_experts_per_tok = 6
-    saved.append(count_saved_bytes(model.config, more, ROW, 2, False, "cpu"))
-    assert saved[1].activations > 1.2 * saved[0].activations and saved[0].weight_copies == saved[1].weight_copies
-    settings = tmp_path / "toy.yaml"
-    start = f"init_from={{checkpoint: {tmp_path}/start, tower: null, language_model: null}}"
-    code, out, err = run_app("plan", plan.app, settings, start, "experts.top_p=0.4", "--gpus", 2)
-    assert code == 0, err
-    assert "experts: 6 in each layer, 0.1 M parameters; counted for each token are 4 at most" in " ".join(out.split())
-
-
-# --- many ranks
-
-
-@pytest.fixture
-def two_ranks(hybrid: Configure, tmp_path: Path) -> Configure:
-    return lambda *overrides: hybrid(
-        f"data.sources=[{{name: chats, shards: '{tmp_path}/chats/*.tar'}}]", "data.workers=1", "log_samples=true",
-        "steps=4", "experts={top_p: 0.4, top_p_from_step: 2, balance_weights: [0, 1, 1]}", *overrides,
-    )  # fmt: skip
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_two_ranks_learn_as_one(two_ranks: Configure, tmp_path: Path, kind: str) -> None:
-    """With auxiliary losses, but the balance over ranks, which one process does not have; and with metrics that a
-    resumed run has as well."""
-    expected = one_process(two_ranks(f"run_dir={tmp_path}/one"))
-    config = two_ranks("checkpoint={every_steps: 3, keep_last: 1}")
-    environment = launched(kind) if kind == "fsdp" else {}
-    assert finish(start(config, 2, **environment)) == [0, 0], output_path(config, 1).read_text()
-    assert logged(config) == pytest.approx(expected, rel=2e-4)
-    final = Path(config.run_dir) / "final"
-    assert text_config(final)["router_top_p"] == 0.4
-    tokens = [row["experts"]["experts_per_token"] for row in rows(config)]
-    assert tokens[0] == [2.0] * 4 and all(number < 2 for number in tokens[-1])
-    before = [(row["loss"], row["experts"]) for row in rows(config)]
-    os.rename(final, final.with_name("first"))
-    assert finish(start(config, 2, **environment)) == [0, 0], output_path(config, 1).read_text()
-    assert [(row["loss"], row["experts"]) for row in rows(config)] == before
-
-
-@pytest.mark.slow
-def test_spread_weights_learn_from_a_teacher(two_ranks: Configure, tmp_path: Path) -> None:
-    """Which is whole on each rank."""
-    settings = (f"distill.teacher={tmp_path}/start", "trainable.language=['*.self_attn.*', '*.gate.*']")
-    expected = one_process(two_ranks(f"run_dir={tmp_path}/one", *settings))
-    config = two_ranks(*settings)
-    assert finish(start(config, 2, **launched("fsdp"))) == [0, 0], output_path(config, 1).read_text()
-    assert logged(config) == pytest.approx(expected, rel=2e-4)

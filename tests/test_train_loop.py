@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -17,6 +18,7 @@ from toy_runs import losses, step_once, trainer
 
 from train import loss as objective
 from train import setup
+from train.attention.cpu import GroupedPacking
 from train.attention.packing import Packing
 from train.config import ScheduleConfig, TrainConfig
 from train.config_file import load_config
@@ -125,7 +127,7 @@ def test_the_objective_is_the_models_own_loss(
     micro = next(iter(run.loader)).micro_batches[-1]
     inputs = run._inputs(micro)
     assert micro.shared_prefix_length > 20 and micro.images is not None and not micro.attention_mask.all()
-    usual = YiVLForConditionalGeneration(run.model.config)
+    usual = YiVLForConditionalGeneration(copy.deepcopy(run.model.config))  # with attention of its own
     usual.load_state_dict(run.model.state_dict())
     usual.model.language_model.set_attn_implementation("eager")
     reference = usual(
@@ -137,6 +139,7 @@ def test_the_objective_is_the_models_own_loss(
     ).loss
     expected = gradients_of(usual, reference)
     on_cpu, padded = Objective(run.model, 2), Objective(usual, 2)
+    assert on_cpu._packing is GroupedPacking and padded._packing is None
     monkeypatch.setitem(objective._PACKINGS, "eager", Packing)
     variants = [
         (on_cpu, micro.shared_prefix_length),

@@ -160,6 +160,8 @@ def _refusal(key: str, before: TrainConfig, config: TrainConfig, done_steps: int
         done = [list(batch_sizes(run).stretches(done_steps)) for run in (before, config)]
         if done[0] != done[1]:
             return "but the steps already done were of another size; give `steps` instead of `epochs`"
+    if key == "distill.teacher" and None in (before.distill.teacher, config.distill.teacher):
+        return "but the checkpoint's log is of another loss"
     if config.checkpoint.keep_best and before.validation is not None and fnmatch(key, "validation.s*"):
         return "but checkpoint.keep_best compares its losses with earlier ones"
     return next((reason for pattern, reason in _REFUSED.items() if fnmatch(key, pattern)), None)

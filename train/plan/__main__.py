@@ -55,6 +55,7 @@ _LANGUAGE_MODELS = {  # whose shapes are known without the hub
     "01-ai/Yi-1.5-34B-Chat": "34b-1.5",
 }
 _PUBLISHED_GPU_HOURS = {"6b": 9_216, "34b": 30_720}  # all three stages: 3 and 10 days on 128 GPUs; Yi-VL's model card
+_TEACHER = "  distill: the teacher, whole on each GPU, and its forward passes are not counted"
 USABLE = 0.9  # of a GPU's memory; the rest is CUDA's, NCCL's and lost between blocks
 _SECONDS_PER_HOUR = 3600
 
@@ -226,6 +227,7 @@ def describe(made: Plan, hardware: Hardware) -> list[str]:
         *(f"  {line}" for line in schedule_lines(config)),
         f"  activation_checkpointing: {str(config.activation_checkpointing).lower()}, so {which} hold",
         *([int4] if parameters.int4 else []),
+        *([_TEACHER] if config.distill.teacher is not None else []),
     ]
 
 

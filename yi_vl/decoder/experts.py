@@ -106,14 +106,17 @@ def router_sums(probabilities: Tensor, ids: Tensor, token_mask: Tensor | None, n
         weighted = values * counts.view(-1, *[1] * (values.ndim - 1))
         return weighted.new_zeros(num_parts, *values.shape[1:]).index_add(0, part, weighted)
 
-    entropy = -(probabilities * probabilities.clamp_min(1e-20).log()).sum(-1)
-    with torch.no_grad():
-        first_choices = F.one_hot(probabilities.argmax(-1), num_experts).float()
-        routed = F.one_hot(ids, num_experts + 1).sum(1)[:, :num_experts].float()
+    def count_parts(choices: Tensor) -> Tensor:
+        """(T, n) ids of experts, or E for none -> (G, E)"""
+        bins = (part.unsqueeze(1) * (num_experts + 1) + choices).flatten()
+        weights = counts.unsqueeze(1).expand_as(choices).flatten()
+        totals = counts.new_zeros(num_parts * (num_experts + 1)).index_add(0, bins, weights)
+        return totals.view(num_parts, num_experts + 1)[:, :num_experts]
+
     return RouterSums(
         tokens=sum_parts(torch.ones_like(counts)),
         probabilities=sum_parts(probabilities),
-        entropy=sum_parts(entropy),
-        first_choices=sum_parts(first_choices),
-        routed=sum_parts(routed),
+        entropy=sum_parts(-(probabilities * probabilities.clamp_min(1e-20).log()).sum(-1)),
+        first_choices=count_parts(probabilities.argmax(-1, keepdim=True)),
+        routed=count_parts(ids),
     )
