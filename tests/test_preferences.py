@@ -334,15 +334,17 @@ class Parrot:
 
 
 def test_nanos_preferences_are_its_own_answers(tmp_path: Path, write_shard: Callable[..., Path]) -> None:
-    own = {"flags": "It is the flag of Peru.", "digits": "No!", "same": "是的，都是狗。", "things": "It is a cat."}
+    own = {"flags": "It is the flag of Peru.", "digits": "No!", "same": "是的，都是狗。", "things": "it is a cat."}
+    gold = own | {"things": "It is a cat.", "words": "It says OK."}
     for name in NUM_SAMPLES:
         slots = "<image><image>" if name == "same" else "<image>"
-        turns = [{"from": "human", "value": f"{slots}\n{name}?"}, {"from": "gpt", "value": "It is the flag of Aruba."}]
+        turns = [{"from": "human", "value": f"{slots}\n{name}?"}, {"from": "gpt", "value": gold.get(name, "X.")}]
         more = [{"from": "human", "value": "And?"}, {"from": "gpt", "value": "More."}]
         members = {"0.jpg": b"x", "1.jpg": b"y"} if name == "same" else {"jpg": b"x"}
         members |= {"json": json.dumps({"conversations": turns + more}).encode()}
         write_shard(tmp_path / f"chat-448/{name}/00000.tar", [("00000000", members)])
-    model = Parrot({f"{name}?": own.get(name, "X") for name in NUM_SAMPLES})
+    answers = own | {"words": "It says NO.", "scenes": "X"}  # wrong, and without a full stop
+    model = Parrot({f"{name}?": answers[name] for name in NUM_SAMPLES})
     folder = build_preferences(tmp_path, model)  # type: ignore[arg-type]
     assert ([b"x", b"y"], "same?") in model.requests and ([b"x"], "flags?") in model.requests
     samples = list(read_shard(str(folder / "00000.tar")))

@@ -1,8 +1,9 @@
 """Preferences for nano: its own answers without their full stop are preferred to the same with it, or cut short.
 
 The questions and images are those of nano's conversations, the answers a model's own: nano ends its sentences with a
-full stop. What they say, right or wrong, is in both answers of a pair, so that training changes the style alone. From
-pairs without cut answers nano learns to end where it hesitates: "It is the flag of Sierra".
+full stop. What they say is in both answers of a pair, so that training changes the style alone; only correct answers are
+taken, or training would strengthen the wrong ones. From pairs without cut answers nano learns to end where it
+hesitates: "It is the flag of Sierra".
 """
 
 from __future__ import annotations
@@ -83,14 +84,17 @@ def _conversations(data_dir: Path, name: str) -> Iterator[RawSample]:
 
 
 def _answer(named: list[tuple[str, RawSample]], model: YiVL) -> Iterator[_Answered]:
-    """The first question of each conversation with the model's answer, if that has a full stop."""
-    questions: list[dict[str, Any]] = [json.loads(raw["json"])["conversations"][0] for _, raw in named]
+    """The first question of each conversation with the model's answer, if that is the conversation's and has a full
+    stop."""
+    conversations = [json.loads(raw["json"])["conversations"] for _, raw in named]
+    questions: list[dict[str, Any]] = [turns[0] for turns in conversations]
+    golds: list[str] = [turns[1]["value"] for turns in conversations]
     images = [{suffix: raw[suffix] for suffix in raw if suffix.endswith("jpg")} for _, raw in named]
     texts = [question["value"].replace("<image>", "").lstrip("\n") for question in questions]
     requests = [(list(members.values()), text) for members, text in zip(images, texts, strict=True)]
     answers = model.predict_batch(requests, max_new_tokens=_MAX_NEW_TOKENS, batch_size=_BATCH)
-    for (name, _), members, question, answer in zip(named, images, questions, answers, strict=True):
-        if without_full_stop(answer):
+    for (name, _), members, question, gold, answer in zip(named, images, questions, golds, answers, strict=True):
+        if without_full_stop(answer) and answer.strip().casefold() == gold.strip().casefold():
             yield _Answered(name, members, question, answer)
 
 
