@@ -20,7 +20,7 @@ from transformers.cache_utils import Cache
 from eval.speed.cache import compare_cache
 from yi_vl.decoder.config import YiHybridConfig
 from yi_vl.engine import prompt_lookup
-from yi_vl.engine.kv_cache import GrowableLayer, WindowLayer, gather, layers_of, load_, new_cache, row_of
+from yi_vl.engine.kv_cache import GrowableLayer, WindowLayer, gather, layers_of, load_, new_cache, row_of, shift_row_
 from yi_vl.engine.pace import Pace
 from yi_vl.engine.prefix_cache import ImageKey, PrefixCache, PrefixKey
 from yi_vl.engine.prompt import Prompt
@@ -160,8 +160,12 @@ def test_rows_longer_and_shorter_than_the_window_are_gathered() -> None:
             cache.update(step[:, None, :, None], step[:, None, :, None], index)
         mask = torch.cat([mask, torch.arange(extra) < torch.tensor(kept)[:, None]], dim=1)
         rows = [row + new.int().tolist()[:count] for row, new, count in zip(rows, step, kept)]
-        if has_gap:
+        if has_gap and draw.random() < 0.5:
             cache, mask = gather([(cache, mask, range(len(rows)))])
+        elif has_gap:
+            for slot, count in enumerate(kept):
+                if count < extra:
+                    shift_row_(cache, mask, slot, extra - count)
         for slot, row in enumerate(rows):
             stored = row_of(cache, slot, mask)
             assert stored[1][0].flatten().int().tolist() == row

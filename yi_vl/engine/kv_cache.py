@@ -186,11 +186,8 @@ def row_of(
         layer = cache.layers[index]
         assert isinstance(layer, GrowableLayer)
         kept = columns[len(columns) - layer.num_kept(len(columns)) :] - layer.num_dropped
-        indices: slice | Tensor = slice(0, 0)
-        if len(kept):
-            first, end = int(kept[0]), int(kept[-1]) + 1
-            assert first >= 0, f"a window has dropped {-first} of the tokens asked for"
-            indices = slice(first, end) if end - first == len(kept) else kept.to(keys.device)
+        assert not len(kept) or kept[0] >= 0, f"a window has dropped {-int(kept[0])} of the tokens asked for"
+        indices = _slice_of(kept)
         layers[index] = keys[row : row + 1, :, indices], values[row : row + 1, :, indices]
     return layers
 
@@ -236,9 +233,25 @@ def gather(parts: Sequence[tuple[Cache, Tensor, Sequence[int]]]) -> tuple[Cache,
     return Cache(layers=gathered), attention_mask  # type: ignore[arg-type]
 
 
+def shift_row_(cache: Cache, attention_mask: Tensor, row: int, num_columns: int) -> None:
+    """Move padding that is behind a row's tokens in front of them, in the cache and in its mask (B, T)."""
+    for keys, values in layers_of(cache).values():
+        for part in (keys, values):
+            part[row, :, num_columns:] = part[row, :, :-num_columns].clone()
+    attention_mask[row] = F.pad(attention_mask[row, :-num_columns], (num_columns, 0))
+
+
 def has_gaps(attention_mask: Tensor) -> bool:
     """Whether there is padding between tokens, or behind them."""
     return bool((attention_mask[:, :-1] & ~attention_mask[:, 1:]).any())
+
+
+def _slice_of(columns: Tensor) -> slice | Tensor:
+    """Ascending indices as a slice, where none is left out."""
+    if not len(columns):
+        return slice(0, 0)
+    first, last = int(columns[0]), int(columns[-1])
+    return slice(first, last + 1) if last - first + 1 == len(columns) else columns
 
 
 class _Source:
@@ -247,32 +260,27 @@ class _Source:
     def __init__(self, cache: Cache, mask: Tensor, rows: list[int]) -> None:
         self.rows = rows
         self.layers = layers_of(cache)
-        self.num_tokens = int(mask.sum(1).max())
+        counts = mask.sum(1, keepdim=True)
+        self.num_tokens = int(counts.max())
+        self.mask = torch.arange(self.num_tokens, device=mask.device) >= self.num_tokens - counts
         self._num_columns = mask.shape[1]
-        self._indices: Tensor | None = None  # (R, num_tokens) of the columns to take; None: the last ones
-        first = mask.shape[1] - self.num_tokens
-        if has_gaps(mask):
-            self._indices = mask.int().argsort(dim=1, stable=True)[:, first:]
-            self.mask = mask.gather(1, self._indices)
-        else:
-            self.mask = mask[:, first:]
+        self._columns = [row.nonzero()[:, 0] for row in mask.cpu()] if has_gaps(mask) else None  # of tokens
 
     def copy(self, index: int, layer: GrowableLayer, start: int) -> None:
         """Write the rows of one layer from row `start` on, behind padding up to the tokens that `layer` stores."""
         stop = start + len(self.rows)
-        num_tokens = min(self.num_tokens, layer.num_stored) if index in self.layers else 0
-        num_padding = layer.num_stored - num_tokens
-        is_all = bool(num_tokens) and self.rows == list(range(len(self.layers[index][0])))
         for position, target in enumerate((layer.keys, layer.values)):
             target = target[start:stop]  # type: ignore[index]
-            target[:, :, :num_padding] = 0  # what is masked must be finite
-            if not num_tokens:
-                continue
-            source = self.layers[index][position]
-            rows = source if is_all else source[self.rows]
-            if self._indices is None:
-                target[:, :, num_padding:] = rows[:, :, rows.shape[2] - num_tokens :]
+            source = self.layers[index][position] if index in self.layers else None
+            if source is None:
+                target.zero_()  # what is masked must be finite
+            elif self._columns is None:
+                num_padding = max(0, layer.num_stored - self.num_tokens)
+                target[:, :, :num_padding] = 0
+                rows = source if self.rows == list(range(len(source))) else source[self.rows]
+                target[:, :, num_padding:] = rows[:, :, rows.shape[2] - layer.num_stored + num_padding :]
             else:
-                indices = self._indices[:, self.num_tokens - num_tokens :].to(source.device)
-                indices = (indices - (self._num_columns - rows.shape[2])).clamp_min(0)[:, None, :, None]
-                target[:, :, num_padding:] = rows.gather(2, indices.expand(-1, rows.shape[1], -1, rows.shape[3]))
+                for slot, (row, columns) in enumerate(zip(self.rows, self._columns, strict=True)):
+                    kept = columns[-layer.num_stored :] - (self._num_columns - source.shape[2])
+                    target[slot, :, : layer.num_stored - len(kept)] = 0
+                    target[slot, :, layer.num_stored - len(kept) :] = source[row][:, _slice_of(kept)]

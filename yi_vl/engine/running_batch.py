@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from ..versions import CACHE_ARGUMENT
-from .kv_cache import GrowableLayer, gather
+from .kv_cache import GrowableLayer, gather, shift_row_
 from .request import Request, StepOutput
 from .sampler import Sampler
 from .sampling import Sampling
@@ -103,8 +103,11 @@ class RunningBatch:
             assert isinstance(layer, GrowableLayer)
             if layer.is_initialized:
                 layer.truncate(num_cached + longest)
-        is_window_cut = any(self.cache.is_sliding) and not is_kept.all()  # windows count columns
-        if is_window_cut or self.attention_mask.shape[1] > _MAX_PADDING * self.attention_mask.sum(1).max():
+        if any(self.cache.is_sliding):  # windows count columns, padding between tokens included
+            for row, num in enumerate(num_kept):
+                if num < longest:
+                    shift_row_(self.cache, self.attention_mask, row, longest - num)
+        if self.attention_mask.shape[1] > _MAX_PADDING * self.attention_mask.sum(1).max():
             self.select(range(len(self)))  # which leaves out what was rejected between the tokens of others
 
     @property
