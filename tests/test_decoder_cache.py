@@ -20,7 +20,7 @@ from transformers.cache_utils import Cache
 from eval.speed.cache import compare_cache
 from yi_vl.decoder.config import YiHybridConfig
 from yi_vl.engine import prompt_lookup
-from yi_vl.engine.kv_cache import GrowableLayer, WindowLayer, gather, layers_of, load_, new_cache, row_of, shift_row_
+from yi_vl.engine.kv_cache import GrowableLayer, WindowLayer, gather, layers_of, new_cache, row_of, shift_row_
 from yi_vl.engine.pace import Pace
 from yi_vl.engine.prefix_cache import ImageKey, PrefixCache, PrefixKey
 from yi_vl.engine.prompt import Prompt
@@ -356,9 +356,9 @@ def test_a_conversation_is_computed_from_its_longest_whole_prefix(chat: Chat, ch
         start = max(image_ends, default=0)
     else:
         messages, start = [user_message([TALL], "What?")], 0
-    prefixes, num_tokens = yi_vl.engine.prefixes, len(yi_vl.engine.prepare(messages))
-    assert chat.num_computed(messages) <= num_tokens - start + prefixes.spacing
-    assert chat.num_computed(messages) <= 1 + prefixes.spacing  # and again
+    num_tokens = len(yi_vl.engine.prepare(messages))
+    assert chat.num_computed(messages) <= num_tokens - start
+    assert chat.num_computed(messages) == 1  # and again
 
 
 def test_an_image_asked_about_again_is_not_prefilled_again(chat: Chat) -> None:
@@ -383,6 +383,21 @@ def test_several_questions_about_an_image_at_once_share_its_prefill(chat: Chat) 
     assert chat.num_computed([user_message([WIDE], QUESTIONS[3])]) < 20
 
 
+def test_a_short_chat_about_an_image_is_one_entry() -> None:
+    """Which gives back all its prefixes from the end of the image on."""
+    yi_vl = tiny_hybrid(80)
+    messages = [user_message([WIDE], "What?")]
+    for number in range(3):
+        num_tokens = finish(yi_vl, messages, f"Answer {number}.")
+        messages += [{"role": "assistant", "content": f"Answer {number}."}, user_message([], f"And {number}?")]
+    (entry,), prefixes = yi_vl.engine.prefixes._entries.values(), yi_vl.engine.prefixes
+    (image,) = yi_vl.engine.prepare(messages).key.images
+    assert entry.shortest == image.end and len(entry.key) == num_tokens > 3 * 80 - 40
+    for length in range(image.end, num_tokens + 1):
+        assert prefixes.num_cached(entry.key.head(length)) == length
+    assert prefixes.num_cached(entry.key.head(image.end - 1)) == 0
+
+
 def test_a_long_system_prompt_is_shared_from_the_third_conversation_on(chat: Chat) -> None:
     """Where the second leaves the first is known only then."""
     system = {"role": "system", "content": "Be brief and kind. " * 12}
@@ -399,12 +414,18 @@ def test_a_long_chat_keeps_a_few_prefixes_and_drops_none_of_another(yi_vl: YiVL)
         messages += [{"role": "assistant", "content": f"Answer {number}."}, user_message([], f"And {number}?")]
     prefixes, config = fresh.engine.prefixes, text_config(yi_vl)
     assert num_before < len(prefixes) <= num_before + 5  # the system prompt, the image's end, and the last three
+    num_bytes = 0
     for entry in prefixes._entries.values():
-        held = {part.untyped_storage().data_ptr(): part for layer in entry.layers.values() for part in layer}
-        assert sum(part.untyped_storage().nbytes() for part in held.values()) == formula(config, len(entry.key))
-    assert prefixes.num_bytes == sum(formula(config, len(entry.key)) for entry in prefixes._entries.values())
+        parts = [part for layer in entry.layers.values() for part in layer]
+        held = {part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in parts}
+        num_tokens = len(entry.key)
+        num_more = num_tokens - max(entry.shortest, min(num_tokens, WINDOW - 1))  # of each window, for shorter prefixes
+        per_token = formula(config, 1) // len(entry.layers)
+        assert sum(held.values()) == formula(config, num_tokens) + 3 * num_more * per_token and num_more < WINDOW
+        num_bytes += sum(held.values())
+    assert prefixes.num_bytes == num_bytes
     key = fresh.engine.prepare(other).key
-    assert prefixes.num_cached(key.reusable_head) >= len(key) - 1 - prefixes.spacing
+    assert prefixes.num_cached(key.reusable_head) >= len(key) - 1
 
 
 def test_the_table_of_memory_is_that_of_the_formula() -> None:
@@ -445,12 +466,11 @@ def test_prefixes_given_back_are_those_put_in_and_complete(yi_vl: YiVL) -> None:
             assert layer_keys.flatten().tolist() == sums[length - num_stored : length].tolist()
         num_hits += length > 25
         cache = new_cache(config)
-        load_(cache, {}, 0)
         for index in (0, 1, 2, 4, 5):
             cache.update(sums[None, None, :, None], sums[None, None, :, None], index)
         for end in sorted(prefixes.ends(key)):
             prefixes.put(key.head(end), cache, is_shared=end < len(key) - 1)
-        assert prefixes.num_cached(key) >= len(key) - 1 - prefixes.spacing
+        assert prefixes.num_cached(key) >= len(key) - 1
         stored = sum(entry.num_bytes for entry in prefixes._entries.values())
         assert prefixes.num_bytes == stored <= prefixes.max_bytes
     assert num_hits > 50

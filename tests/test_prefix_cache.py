@@ -182,7 +182,7 @@ def test_prefixes_are_found_by_blocks_and_dropped_with_them() -> None:
         prefixes.put(key, cache_of(len(key)))
         assert prefixes.num_cached(key) == len(key)
         assert prefixes.num_bytes == sum(8 * len(entry.key) for entry in entries) <= prefixes.max_bytes
-    assert {id(entry) for entries in prefixes._divisible._entries.values() for entry in entries} == set(
+    assert {id(entry) for entries in prefixes._reusable._entries.values() for entry in entries} == set(
         prefixes._entries
     )
     assert 10 < len(prefixes) < 60

@@ -192,10 +192,17 @@ def row_of(
     return layers
 
 
-def load_(cache: Cache, layers: dict[int, tuple[Tensor, Tensor]], num_tokens: int) -> None:
-    """Fill an empty cache with the first so many tokens of what `row_of` gave: all, or fewer where no window ended."""
+def load_(cache: Cache, layers: dict[int, tuple[Tensor, Tensor]], num_stored: int, num_tokens: int) -> None:
+    """Fill an empty cache of one row.
+
+    Args:
+        layers: keys and values up to token `num_stored`; where windows are, the last ones that `num_tokens` need.
+        num_tokens: how many tokens the cache is to have.
+    """
     for index, (keys, values) in layers.items():
-        cache.update(keys[:, :, :num_tokens], values[:, :, :num_tokens], index)
+        stop = keys.shape[2] - (num_stored - num_tokens)
+        num_kept = cache.layers[index].num_kept(num_tokens) if index < len(cache) else num_tokens  # type: ignore[union-attr]
+        cache.update(keys[:, :, stop - num_kept : stop], values[:, :, stop - num_kept : stop], index)
         layer = cache.layers[index]
         assert isinstance(layer, GrowableLayer)
         layer.num_dropped = num_tokens - layer.num_stored

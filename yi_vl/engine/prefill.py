@@ -93,7 +93,7 @@ class Prefill:
     def _shared_rows(self) -> _PaddedPrompts | None:
         """What all prompts share, as one row; None where it is cached, or nothing is shared."""
         cached = self._prefixes.find(self._shared_key)
-        if len(self._shared_key) - cached.get_seq_length() <= self._prefixes.spacing:
+        if cached.get_seq_length() == len(self._shared_key):
             return None
         ends = self._prefixes.ends(self._shared_key) | {len(self._shared_key)}
         return _PaddedPrompts([self._shared_key], [cached], [ends], self._features, self._device)

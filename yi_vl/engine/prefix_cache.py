@@ -6,7 +6,7 @@ T tokens, H key-value heads, E head width.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from threading import Lock
@@ -14,6 +14,7 @@ from typing import Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
@@ -23,7 +24,7 @@ from .kv_cache import load_, new_cache, row_of, window_of
 Value = TypeVar("Value")
 _BLOCK_TOKENS = 16
 _MAX_COMPARED = 64
-_MAX_ENDS = 3  # of one conversation, where windows are: an answer's, the next prompt's, and its answer's
+_MAX_ENDS = 3  # entries of one conversation, where windows are: up to an answer, the next prompt, and its answer
 
 
 @dataclass(frozen=True)
@@ -131,10 +132,18 @@ class LRUCache(Generic[Value]):
 @dataclass(frozen=True, eq=False)
 class _Entry:
     key: PrefixKey
-    layers: dict[int, tuple[Tensor, Tensor]]  # keys and values by layer, (1, H, T, E), or the last tokens of a window
-    num_bytes: int
-    is_whole: bool  # windows have dropped what any shorter prefix needs
+    layers: dict[int, tuple[Tensor, Tensor]]  # keys and values by layer, (1, H, T, E), or of a window's last tokens
+    shortest: int  # tokens of the shortest prefix that it gives back: windows have dropped what others need
     is_shared: bool
+
+    @property
+    def num_bytes(self) -> int:
+        return _num_bytes(self.layers)
+
+    def num_reusable(self, key: PrefixKey) -> int:
+        """How many of a prompt's first tokens it gives back."""
+        num_common = self.key.num_common(key)
+        return num_common if num_common >= self.shortest else 0
 
 
 class PrefixCache:
@@ -144,9 +153,10 @@ class PrefixCache:
     of blocks of 16 tokens; of those that share the most blocks with a prompt, the 64 newest are compared, so that a
     lookup does not take longer the more there are.
 
-    Where layers keep a window only, an entry of more tokens than that gives back no shorter prefix. Then prefixes are
-    stored at several ends of a prompt (`ends`), and of each conversation those of the last two turns are kept, beside
-    those that other conversations share; none is stored that is less than an eighth of a window longer than another.
+    Where layers keep windows of W tokens, an entry of more gives back only prefixes of some length. So a prompt is
+    stored at several ends (`ends`). An end soon after another is stored with it, as one entry that has up to W-1 more
+    tokens of its windows, and gives back any prefix between the two. Of one conversation the last few entries are kept,
+    beside those that others share.
 
     Args:
         max_bytes: of all keys and values together; the least recently used are dropped first.
@@ -158,11 +168,9 @@ class PrefixCache:
         self.num_bytes = 0
         self._config = config
         self._window = window_of(config)
-        self.spacing = 0 if self._window is None else (self._window - 1) // 8
         self._entries: OrderedDict[int, _Entry] = OrderedDict()  # by id, most recently used last
-        self._divisible = _BlockIndex()  # entries that give back any prefix of theirs, by all of their blocks
-        self._whole = _BlockIndex()  # the others, by the last block
-        self._branching = _BlockIndex()  # the others, by all blocks
+        self._reusable = _BlockIndex()  # entries by the blocks at which prefixes end that they give back
+        self._branching = _BlockIndex()  # those that do not give back all, by all of their blocks
         self._lock = Lock()
 
     def __len__(self) -> int:
@@ -181,7 +189,7 @@ class PrefixCache:
             if entry is None:
                 return cache
             self._entries.move_to_end(id(entry))
-        load_(cache, entry.layers, length)
+        load_(cache, entry.layers, len(entry.key), length)
         return cache
 
     def ends(self, key: PrefixKey) -> set[int]:
@@ -191,7 +199,7 @@ class PrefixCache:
         if self._window is None:
             return {len(key)}
         with self._lock:
-            branch = self._branching.longest(key)[0]
+            branch = self._branching.longest(key, lambda entry: entry.key.num_common(key))[0]
         ends = {key.reusable(branch), len(key.reusable_head), *(image.end for image in key.images[-1:])}
         return {end for end in ends if 0 < end <= len(key.reusable_head)}
 
@@ -211,28 +219,63 @@ class PrefixCache:
             is_shared: by conversations that go on differently.
         """
         layers = row_of(cache, row, attention_mask, len(key))
-        num_bytes = sum(part.nbytes for layer in layers.values() for part in layer)
-        if num_bytes > self.max_bytes:
+        if _num_bytes(layers) > self.max_bytes:
             return
         with self._lock:
             length, longest = self._longest(key)
-            if length and len(key) - length <= self.spacing:  # a stored one begins with it, or nearly
+            if length == len(key):  # a stored one begins with it
                 return
-            is_whole = self._window is not None and len(key) >= self._window
-            if longest is not None and length == len(longest.key) and not (is_whole or longest.is_whole):
-                self._remove(longest)  # the new one begins with it, and gives back all of it
-            copies = {index: (keys.clone(), values.clone()) for index, (keys, values) in layers.items()}
-            self._add(_Entry(key, copies, num_bytes, is_whole, is_shared))
-            ends = [entry for entry in self._whole.prefixes_of(key) if not entry.is_shared]
-            for entry in ends[:-_MAX_ENDS]:
-                self._remove(entry)
+            entry = self._new_entry(key, layers, longest, length, is_shared)
+            if longest is not None and length == len(longest.key) and entry.shortest <= longest.shortest:
+                self._remove(longest)  # the new one begins with it, and gives back what it does
+            self._add(entry)
+            self._drop_old_ends(key)
             while self.num_bytes > self.max_bytes:
                 self._remove(next(iter(self._entries.values())))
 
+    def _new_entry(
+        self,
+        key: PrefixKey,
+        layers: dict[int, tuple[Tensor, Tensor]],
+        longest: _Entry | None,
+        length: int,
+        is_shared: bool,
+    ) -> _Entry:
+        """A copy; windows begin where those of `longest` do, which gives back `length` tokens, if it is near enough."""
+        if longest is None or not self._is_near(key, longest, length):
+            shortest = 0 if self._window is None or len(key) < self._window else len(key)
+            copies = {index: (keys.clone(), values.clone()) for index, (keys, values) in layers.items()}
+            return _Entry(key, copies, shortest, is_shared)
+        copies = {}
+        for index, (keys, values) in layers.items():
+            old_keys, old_values = longest.layers[index]
+            stop, num_new = old_keys.shape[2] - (len(longest.key) - length), len(key) - length
+            is_full = keys.shape[2] == len(key)
+            copies[index] = (
+                keys.clone() if is_full else torch.cat([old_keys[:, :, :stop], keys[:, :, -num_new:]], dim=2),
+                values.clone() if is_full else torch.cat([old_values[:, :, :stop], values[:, :, -num_new:]], dim=2),
+            )
+        is_shared = is_shared or (longest.is_shared and length == len(longest.key))
+        return _Entry(key, copies, longest.shortest, is_shared)
+
+    def _is_near(self, key: PrefixKey, longest: _Entry, length: int) -> bool:
+        """Whether an entry's windows up to token `length` and the tokens of a key after it are few enough for one."""
+        if self._window is None or len(key) < self._window:
+            return False
+        num_new, num_kept = len(key) - length, self._window - 1
+        num_stored = min(keys.shape[2] for keys, _ in longest.layers.values()) - (len(longest.key) - length)
+        return num_new <= num_kept and num_stored + num_new <= 2 * num_kept
+
+    def _drop_old_ends(self, key: PrefixKey) -> None:
+        """Of the entries that a conversation begins with, those that are neither shared nor the last few."""
+        if self._window is not None:
+            ends = [entry for entry in self._reusable.prefixes_of(key) if not entry.is_shared]
+            for entry in ends[:-_MAX_ENDS]:
+                self._remove(entry)
+
     def _longest(self, key: PrefixKey) -> tuple[int, _Entry | None]:
         """The entry that gives back the most tokens of a key, and how many."""
-        divisible, whole = self._divisible.longest(key), self._whole.longest(key, is_whole=True)
-        return divisible if divisible[0] >= whole[0] else whole
+        return self._reusable.longest(key, lambda entry: entry.num_reusable(key))
 
     def _add(self, entry: _Entry) -> None:
         self._entries[id(entry)] = entry
@@ -248,9 +291,8 @@ class PrefixCache:
 
     def _indices_of(self, entry: _Entry) -> list[tuple[_BlockIndex, list[int]]]:
         hashes = entry.key.block_hashes
-        return (
-            [(self._whole, hashes[-1:]), (self._branching, hashes)] if entry.is_whole else [(self._divisible, hashes)]
-        )
+        reusable = self._reusable, hashes[max(0, entry.shortest // _BLOCK_TOKENS - 1) :]
+        return [reusable, (self._branching, hashes)] if entry.shortest else [reusable]
 
 
 class _BlockIndex:
@@ -270,21 +312,23 @@ class _BlockIndex:
             if not entries:
                 del self._entries[block_hash]
 
-    def longest(self, key: PrefixKey, is_whole: bool = False) -> tuple[int, _Entry | None]:
-        """The entry that has the most tokens in common with a key, and how many; all of its tokens if `is_whole`."""
+    def longest(self, key: PrefixKey, measure: Callable[[_Entry], int]) -> tuple[int, _Entry | None]:
+        """The entry that has the most tokens of a key, and how many; `measure` counts them."""
         for block_hash in reversed(key.block_hashes):
-            newest = self._entries.get(block_hash, ())[-_MAX_COMPARED:]
-            lengths = [entry.key.num_common(key) for entry in newest]
-            if is_whole:
-                lengths = [num if num == len(entry.key) else 0 for num, entry in zip(lengths, newest)]
+            newest = self._entries.get(block_hash, [])[-_MAX_COMPARED:]
+            lengths = [measure(entry) for entry in newest]
             if longest := max(lengths, default=0):
                 return longest, newest[lengths.index(longest)]
         return 0, None
 
     def prefixes_of(self, key: PrefixKey) -> list[_Entry]:
-        """The entries that a key begins with, of those whose last block stands here; the shortest first."""
-        entries = [entry for block_hash in key.block_hashes for entry in self._entries.get(block_hash, ())]
-        return sorted((entry for entry in entries if entry.key.num_common(key) == len(entry.key)), key=_length)
+        """The entries that a key begins with, the shortest first."""
+        entries = {id(entry): entry for block_hash in key.block_hashes for entry in self._entries.get(block_hash, ())}
+        return sorted((e for e in entries.values() if e.key.num_common(key) == len(e.key)), key=_length)
+
+
+def _num_bytes(layers: dict[int, tuple[Tensor, Tensor]]) -> int:
+    return sum(part.nbytes for layer in layers.values() for part in layer)
 
 
 def _length(entry: _Entry) -> int:
