@@ -202,6 +202,7 @@ def load_(cache: Cache, layers: dict[int, tuple[Tensor, Tensor]], num_stored: in
     for index, (keys, values) in layers.items():
         stop = keys.shape[2] - (num_stored - num_tokens)
         num_kept = cache.layers[index].num_kept(num_tokens) if index < len(cache) else num_tokens  # type: ignore[union-attr]
+        assert stop >= num_kept, f"a window has dropped {num_kept - stop} of the tokens asked for"
         cache.update(keys[:, :, stop - num_kept : stop], values[:, :, stop - num_kept : stop], index)
         layer = cache.layers[index]
         assert isinstance(layer, GrowableLayer)
