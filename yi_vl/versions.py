@@ -10,5 +10,5 @@ from transformers import LlamaModel
 # The name of a model's cache argument, which transformers 5.24 renamed.
 CACHE_ARGUMENT = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
 
-# transformers 5.16 has NaN in the router's gradient where a grouped product skips places of a token's experts.
-HAS_GRADIENTS_OF_FREE_PLACES = not transformers.__version__.startswith("5.16.")
+# transformers 5.16's experts cannot leave places of a token free: its eager ones fail, grouped ones give NaN gradients.
+EXPERTS_SKIP_FREE_PLACES = not transformers.__version__.startswith("5.16.")

@@ -13,7 +13,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-from ..versions import HAS_GRADIENTS_OF_FREE_PLACES
+from ..versions import EXPERTS_SKIP_FREE_PLACES
 from .config import YiHybridConfig
 
 
@@ -65,7 +65,7 @@ class Experts(MixtralExperts):
 
         Under autocast in its dtype, which grouped products are not cast to.
         """
-        if not HAS_GRADIENTS_OF_FREE_PLACES and torch.is_grad_enabled():
+        if not EXPERTS_SKIP_FREE_PLACES:
             ids = torch.where(ids == self.num_experts, ids[:, :1], ids)  # the first expert once more, of weight 0
         device = hidden_states.device.type
         is_cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
