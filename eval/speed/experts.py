@@ -53,7 +53,7 @@ def compare_experts(
         kernels |= {name: partial(_expert_seconds, config, name, experts, tokens) for name in _KERNELS}
         gathered = num_rows * slices * 2 * config.intermediate_size * config.hidden_size * dtype.itemsize
         if gathered > _MAX_GATHERED_BYTES:
-            not_measured.append(f"batched_mm of {num_rows} rows: it copies {gathered / 1e9:.1g} GB of weights")
+            not_measured.append(f"batched_mm of {num_rows} rows: it copies {gathered / 1e9:.3f} GB of weights")
             del kernels["batched_mm"]
         measured = measure_rounds(kernels)
         num_rounds.append(len(measured["dense"]))
