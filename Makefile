@@ -43,7 +43,7 @@ matrix: $(VENV)/.ready-for-tests
 	$(BIN)/python tests/matrix.py
 
 vllm: $(VLLM_VENV)/.ready
-	$(VLLM_VENV)/bin/python -m pytest -q tests/test_vllm.py
+	$(VLLM_VENV)/bin/python -m pytest -q tests/test_vllm.py tests/test_vllm_hybrid.py
 
 # torch 2.15 has no Python 3.10, and each torchvision is for one torch.
 lock:

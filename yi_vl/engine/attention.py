@@ -16,6 +16,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from ..model import YiVLForConditionalGeneration
+
 GROUPED = "yi_vl_grouped"
 
 
@@ -38,6 +40,13 @@ def grouped_attention(
     grouped = query.reshape(num_rows, key.shape[1], -1, width)
     output = F.scaled_dot_product_attention(grouped, key, value, attn_mask=attention_mask, scale=kwargs.get("scaling"))
     return output.reshape(num_rows, 1, num_heads, width), None
+
+
+def use_grouped_attention_(model: YiVLForConditionalGeneration) -> None:
+    """On a CPU, in place of torch's attention where the language model has that; nothing changes elsewhere."""
+    language_model = model.model.language_model
+    if model.device.type == "cpu" and language_model.config._attn_implementation == "sdpa":
+        language_model.set_attn_implementation(GROUPED)
 
 
 AttentionInterface.register(GROUPED, grouped_attention)  # type: ignore[arg-type]

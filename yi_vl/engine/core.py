@@ -9,6 +9,7 @@ import torch
 from ..hardware import synchronized_seconds
 from ..model import YiVLForConditionalGeneration
 from ..processor import YiVLProcessor
+from .attention import use_grouped_attention_
 from .fingerprint import fingerprint
 from .image_features import ImageFeatures
 from .pace import Pace
@@ -33,6 +34,7 @@ class EngineCore:
         self.batch: RunningBatch | None = None
         self.prefill_pace = Pace(_PREFILL_SECONDS, least=64, most=4096, first=256)
         self._image_pace = Pace(_PREFILL_SECONDS, least=1, most=64, first=1)
+        use_grouped_attention_(model)
         self._model = model
         self._processor = processor
         self._sampler = sampler
