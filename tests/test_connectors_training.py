@@ -9,13 +9,13 @@ import pytest
 import torch
 from test_connectors import SMALL
 from toy_runs import losses, stop_after, trainer
-from train.plan.rows import AVERAGE
 
 import yi_vl
 from train.config import TrainableConfig, TrainConfig
 from train.config_file import load_config, to_yaml
 from train.init import initial_model, initial_processor
 from train.plan.__main__ import _released, make_plan
+from train.plan.batch import AVERAGE
 from train.plan.count import count_flops
 from train.plan.flops import Row, step_flops
 from train.trainer import train

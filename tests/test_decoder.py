@@ -137,9 +137,9 @@ def test_a_shared_layer_attends_to_the_keys_and_values_of_its_source() -> None:
     """The same function as a layer of its own, whose projections give exactly those keys and values."""
     settings: dict[str, Any] = {"num_hidden_layers": 2, "layer_types": [FULL, FULL]}
     shared = decoder(**settings, kv_source_layers=[0, 0])
-    own = decoder(**settings, kv_source_layers=[0, 1])
-    own.load_state_dict(shared.state_dict(), strict=False)
-    first, second = own.model.layers[0].self_attn, own.model.layers[1].self_attn
+    separate = decoder(**settings, kv_source_layers=[0, 1])
+    separate.load_state_dict(shared.state_dict(), strict=False)
+    first, second = separate.model.layers[0].self_attn, separate.model.layers[1].self_attn
     calls: dict[str, Tensor] = {}
     first.k_proj.register_forward_hook(lambda _, __, output: calls.__setitem__("k", output))
     first.v_proj.register_forward_hook(lambda _, __, output: calls.__setitem__("v", output))
@@ -147,7 +147,7 @@ def test_a_shared_layer_attends_to_the_keys_and_values_of_its_source() -> None:
     second.v_proj.register_forward_hook(lambda *_: calls["v"])
     ids = random_ids(9, 2)
     with torch.no_grad():
-        torch.testing.assert_close(shared(input_ids=ids).logits, own(input_ids=ids).logits)
+        torch.testing.assert_close(shared(input_ids=ids).logits, separate(input_ids=ids).logits)
 
 
 # The cache of transformers

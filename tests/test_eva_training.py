@@ -55,8 +55,8 @@ def test_weights_of_timm_are_read_from_a_file(tmp_path: Path) -> None:
     trunk = timm.create_model("eva02_tiny_patch14_224", pretrained=False, num_classes=0)
     torch.save(trunk.state_dict(), tmp_path / "eva.pt")
     model, _ = from_parts("timm/eva02_tiny_patch14_224", str(tmp_path / "eva.pt"), str(ROOT / "yi_vl/nano"), 224)
-    mine = model.model.vision_tower.visual.trunk.state_dict()
-    assert all(torch.equal(mine[name], tensor) for name, tensor in trunk.state_dict().items() if name in mine)
+    loaded = model.model.vision_tower.visual.trunk.state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in trunk.state_dict().items() if name in loaded)
 
 
 @pytest.mark.parametrize(

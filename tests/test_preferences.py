@@ -334,8 +334,8 @@ class Parrot:
 
 
 def test_nanos_preferences_are_its_own_answers(tmp_path: Path, write_shard: Callable[..., Path]) -> None:
-    own = {"flags": "It is the flag of Peru.", "digits": "No!", "same": "是的，都是狗。", "things": "it is a cat."}
-    gold = own | {"things": "It is a cat.", "words": "It says OK."}
+    answered = {"flags": "It is the flag of Peru.", "digits": "No!", "same": "是的，都是狗。", "things": "it is a cat."}
+    gold = answered | {"things": "It is a cat.", "words": "It says OK."}
     for name in NUM_SAMPLES:
         slots = "<image><image>" if name == "same" else "<image>"
         turns = [{"from": "human", "value": f"{slots}\n{name}?"}, {"from": "gpt", "value": gold.get(name, "X.")}]
@@ -343,7 +343,7 @@ def test_nanos_preferences_are_its_own_answers(tmp_path: Path, write_shard: Call
         members = {"0.jpg": b"x", "1.jpg": b"y"} if name == "same" else {"jpg": b"x"}
         members |= {"json": json.dumps({"conversations": turns + more}).encode()}
         write_shard(tmp_path / f"chat-448/{name}/00000.tar", [("00000000", members)])
-    answers = own | {"words": "It says NO.", "scenes": "X"}  # wrong, and without a full stop
+    answers = answered | {"words": "It says NO.", "scenes": "X"}  # wrong, and without a full stop
     model = Parrot({f"{name}?": answers[name] for name in NUM_SAMPLES})
     folder = build_preferences(tmp_path, model)  # type: ignore[arg-type]
     assert ([b"x", b"y"], "same?") in model.requests and ([b"x"], "flags?") in model.requests
@@ -354,8 +354,8 @@ def test_nanos_preferences_are_its_own_answers(tmp_path: Path, write_shard: Call
         name = sample["__key__"].split("-")[0]
         versions, images = read_versions(sample, "preference")
         chosen, rejected = (supervised(version).removesuffix("\n###") for version in versions)
-        assert chosen == f" {own[name][:-1]}" and "And?" not in to_text(versions[0])
-        is_cut = rejected != f" {own[name]}"
+        assert chosen == f" {answered[name][:-1]}" and "And?" not in to_text(versions[0])
+        is_cut = rejected != f" {answered[name]}"
         assert not is_cut or (chosen.startswith(rejected) and 1 < len(rejected) < len(chosen))
         assert images == ([b"x", b"y"] if name == "same" else [b"x"])
         num_cut += is_cut
@@ -384,15 +384,15 @@ def test_an_answer_is_correct_with_a_full_stop_or_without() -> None:
 def test_every_so_many_th_question_is_of_both_languages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Held-out questions alternate between the languages."""
     questions = [Question(str(i), "things", ("en", "zh")[i % 2], (), "What?", ("It is a dog.",)) for i in range(12)]
-    asked: list[Question] = []
+    prompted: list[Question] = []
 
     def measure(_: Any, questions: list[Question]) -> list[dict[str, Any]]:
-        asked.extend(questions)
+        prompted.extend(questions)
         return [{"skill": "things", "answer": "It is a dog", "accepted": ["It is a dog."]} for _ in questions]
 
     monkeypatch.setattr(style, "read_questions", lambda _: questions)
     monkeypatch.setattr(style, "load", lambda _: None)
     monkeypatch.setattr(style, "measure", measure)
     table = style.measure_style({"nano": tmp_path}, tmp_path, every=2)
-    assert [question.lang for question in asked] == ["en"] * 3 + ["zh"] * 3
+    assert [question.lang for question in prompted] == ["en"] * 3 + ["zh"] * 3
     assert "| all (6) | 100.0% | 100.0% |" in table

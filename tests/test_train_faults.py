@@ -135,6 +135,9 @@ class Poisoned(torch.nn.Module):
         factor = self.poison if self.run[0].done_steps in self.steps else 1.0
         return loss * factor, per_source * factor
 
+    def take_expert_sums(self) -> None:
+        return None
+
 
 @pytest.mark.parametrize("poison", [torch.nan, 1e25], ids=["no number", "an infinite norm"])
 def test_a_step_without_a_finite_gradient_changes_nothing_and_is_counted(configure: Configure, poison: float) -> None:

@@ -5,7 +5,8 @@ T tokens, E experts, K places for the experts of a token, G parts of the tokens,
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +42,7 @@ class Router(nn.Module):
         Places that top-p leaves free have the id E and the weight 0.
         """
         config = self.config
-        with torch.autocast(hidden_states.device.type, enabled=False):  # in 16 bits probabilities would tie
+        with _no_autocast(hidden_states.device.type):  # in 16 bits probabilities would tie
             probabilities = F.linear(hidden_states.float(), self.weight.float()).softmax(-1)  # (T, E)
         weights, ids = probabilities.topk(config.num_routed, dim=-1)  # (T, K), the most probable first
         if config.router_top_p is not None:
@@ -51,6 +52,10 @@ class Router(nn.Module):
         if config.norm_topk_prob:
             weights = weights / weights.sum(-1, keepdim=True)
         return probabilities, ids, weights
+
+
+def _no_autocast(device: str) -> AbstractContextManager[Any]:
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 class Experts(MixtralExperts):

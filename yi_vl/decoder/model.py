@@ -44,7 +44,7 @@ class YiHybridCausalLMOutput(CausalLMOutputWithPast):
 
 class HybridDecoderLayer(GradientCheckpointingLayer):
     """Attention and feed-forward. Keys and values that others share come and go as arguments and results: a place on
-    the side would be filled anew, and wrongly, when activation checkpointing computes a layer again."""
+    the side would hold another layer's when activation checkpointing computes a layer again."""
 
     def __init__(self, config: YiHybridConfig, layer_idx: int) -> None:
         super().__init__()

@@ -1,8 +1,8 @@
 """Preferences for nano: its own answers without their full stop are preferred to the same with it, or cut short.
 
 The questions and images are those of nano's conversations, the answers a model's own: nano ends its sentences with a
-full stop. What they say is in both answers of a pair, so that training changes the style alone; only correct answers are
-taken, or training would strengthen the wrong ones. From pairs without cut answers nano learns to end where it
+full stop. What they say is in both answers of a pair, so that training changes the style alone; only correct answers
+are taken, or training would strengthen the wrong ones. From pairs without cut answers nano learns to end where it
 hesitates: "It is the flag of Sierra".
 """
 
