@@ -333,33 +333,44 @@ class Parrot:
         return [self.answers[question] for _, question in requests]
 
 
-def test_nanos_preferences_are_its_own_answers(tmp_path: Path, write_shard: Callable[..., Path]) -> None:
-    answered = {"flags": "It is the flag of Peru.", "digits": "No!", "same": "是的，都是狗。", "things": "it is a cat."}
-    gold = answered | {"things": "It is a cat.", "words": "It says OK."}
+def test_nanos_preferences_are_its_own_correct_answers(tmp_path: Path, write_shard: Callable[..., Path]) -> None:
+    questions = {  # question -> nano's answer, and the conversation's
+        "things?": ("it is a cat.", "It is a cat."),
+        "flags?": ("It is the flag of Peru.", "It is the flag of Peru."),
+        "words?": ("It says NO.", "It says OK."),
+        "scenes?": ("Three", "Three"),
+        "digits?": ("No!", "No!"),
+        "same?": ("是的，都是狗。", "是的，都是狗。"),
+        "same 1?": ("No, a cat and a dog.", "No, one shows a cup and one a dog."),  # the verdict is right
+        "same 2?": ("Yes, a dog.", "Yes, a dog."),  # one yes more than there are no
+    }
     for name in NUM_SAMPLES:
-        slots = "<image><image>" if name == "same" else "<image>"
-        turns = [{"from": "human", "value": f"{slots}\n{name}?"}, {"from": "gpt", "value": gold.get(name, "X.")}]
-        more = [{"from": "human", "value": "And?"}, {"from": "gpt", "value": "More."}]
-        members = {"0.jpg": b"x", "1.jpg": b"y"} if name == "same" else {"jpg": b"x"}
-        members |= {"json": json.dumps({"conversations": turns + more}).encode()}
-        write_shard(tmp_path / f"chat-448/{name}/00000.tar", [("00000000", members)])
-    answers = answered | {"words": "It says NO.", "scenes": "X"}  # wrong, and without a full stop
-    model = Parrot({f"{name}?": answers[name] for name in NUM_SAMPLES})
+        samples = []
+        for number, question in enumerate(question for question in questions if question.startswith(name)):
+            slots = "<image><image>" if name == "same" else "<image>"
+            asks = {"from": "human", "value": f"{slots}\n{question}"}
+            turns = [asks, {"from": "gpt", "value": questions[question][1]}, {"from": "human", "value": "And?"}]
+            record = {"conversations": [*turns, {"from": "gpt", "value": "More."}]}
+            members = {"0.jpg": b"x", "1.jpg": b"y"} if name == "same" else {"jpg": b"x"}
+            samples.append((f"{number:08d}", members | {"json": json.dumps(record).encode()}))
+        write_shard(tmp_path / f"chat-448/{name}/00000.tar", samples)
+    model = Parrot({question: answer for question, (answer, _) in questions.items()})
     folder = build_preferences(tmp_path, model)  # type: ignore[arg-type]
     assert ([b"x", b"y"], "same?") in model.requests and ([b"x"], "flags?") in model.requests
-    samples = list(read_shard(str(folder / "00000.tar")))
-    assert sorted(sample["__key__"] for sample in samples) == ["flags-00000000", "same-00000000", "things-00000000"]
+    pairs = {pair["__key__"]: pair for pair in read_shard(str(folder / "00000.tar"))}
+    assert sorted(pairs) == ["flags-00000000", "same-00000000", "same-00000001", "things-00000000"]
     num_cut = 0
-    for sample in samples:
-        name = sample["__key__"].split("-")[0]
-        versions, images = read_versions(sample, "preference")
+    for key, pair in pairs.items():
+        versions, images = read_versions(pair, "preference")
         chosen, rejected = (supervised(version).removesuffix("\n###") for version in versions)
-        assert chosen == f" {answered[name][:-1]}" and "And?" not in to_text(versions[0])
-        is_cut = rejected != f" {answered[name]}"
+        question = "same 1?" if key == "same-00000001" else f"{key.split('-')[0]}?"
+        answer = questions[question][0]
+        assert chosen == f" {answer[:-1]}" and "And?" not in to_text(versions[0])
+        is_cut = rejected != f" {answer}"
         assert not is_cut or (chosen.startswith(rejected) and 1 < len(rejected) < len(chosen))
-        assert images == ([b"x", b"y"] if name == "same" else [b"x"])
+        assert images == ([b"x", b"y"] if question.startswith("same") else [b"x"])
         num_cut += is_cut
-    assert num_cut == 1, "of three pairs"
+    assert num_cut == 2, "the first and the fourth of four pairs"
 
 
 def test_a_cut_answer_is_a_beginning() -> None:

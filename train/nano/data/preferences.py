@@ -9,6 +9,7 @@ hesitates: "It is the flag of Sierra".
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -22,7 +23,7 @@ from train.data.shard_reader import RawSample, read_shard
 from train.shards.files import Members, write_tar
 from yi_vl import YiVL
 
-NUM_SAMPLES = {"things": 300, "flags": 400, "words": 400, "digits": 200, "scenes": 400, "same": 200}  # of chat-448
+NUM_SAMPLES = {"things": 300, "flags": 400, "words": 400, "digits": 200, "scenes": 400, "same": 300}  # of chat-448
 _SAMPLES_PER_SHARD = 1000
 _CUT_EVERY = 3  # of so many pairs, one has a cut answer
 _BATCH = 64
@@ -67,6 +68,7 @@ def build_preferences(data_dir: Path, model: YiVL) -> Path:
     answered: list[_Answered] = []
     for start in track(range(0, len(raws), _BATCH), "answer"):
         answered += _answer(raws[start : start + _BATCH], model)
+    answered = _balanced(answered)
     order, cuts = np.random.default_rng(0).permutation(len(answered)), np.random.default_rng(1)
     samples = [_pair(answered[index], cuts if number % _CUT_EVERY == 0 else None) for number, index in enumerate(order)]
     for start in range(0, len(samples), _SAMPLES_PER_SHARD):
@@ -94,8 +96,25 @@ def _answer(named: list[tuple[str, RawSample]], model: YiVL) -> Iterator[_Answer
     requests = [(list(members.values()), text) for members, text in zip(images, texts, strict=True)]
     answers = model.predict_batch(requests, max_new_tokens=_MAX_NEW_TOKENS, batch_size=_BATCH)
     for (name, _), members, question, gold, answer in zip(named, images, questions, golds, answers, strict=True):
-        if without_full_stop(answer) and answer.strip().casefold() == gold.strip().casefold():
+        if without_full_stop(answer) and _essence(answer, name) == _essence(gold, name):
             yield _Answered(name, members, question, answer)
+
+
+def _essence(answer: str, name: str) -> str:
+    """What of an answer has to be right: of one about two images its yes or no, which stands before a comma."""
+    text = answer.strip().casefold()
+    return re.split("[,，]", text)[0] if name.startswith("same") else text
+
+
+def _balanced(answered: list[_Answered]) -> list[_Answered]:
+    """As many yes as no about two images, or training would make nano say yes more often: it does so when unsure."""
+    verdicts: dict[bool, list[_Answered]] = {True: [], False: []}
+    for each in answered:
+        if each.name.startswith("same"):
+            verdicts[each.answer.strip().casefold().startswith(("yes", "是"))].append(each)
+    count = min(map(len, verdicts.values()))
+    left_out = {each.name for some in verdicts.values() for each in some[count:]}
+    return [each for each in answered if each.name not in left_out]
 
 
 def _pair(answered: _Answered, cuts: np.random.Generator | None) -> tuple[str, Members]:
