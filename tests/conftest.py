@@ -212,3 +212,20 @@ def chat_sample(index: int) -> tuple[str, Members]:
     suffixes = ["png"] if count == 1 else [f"{i}.png" for i in range(count)]
     members = {suffix: png(colour) for suffix, colour in zip(suffixes, colours)}
     return f"q{index:05d}", members | {"json": json.dumps({"conversations": conversation}).encode()}
+
+
+@pytest.fixture
+def saved_bytes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The bytes of the tensors of each shard that a conversion writes, in order."""
+    from safetensors.torch import save_file
+
+    import yi_vl.checkpoint.write as target
+
+    held: list[int] = []
+
+    def save(tensors: dict[str, Any], path: Path, metadata: dict[str, str]) -> None:
+        held.append(sum(tensor.nbytes for tensor in tensors.values()))
+        save_file(tensors, path, metadata)
+
+    monkeypatch.setattr(target, "save_file", save)
+    return held

@@ -94,6 +94,18 @@ def test_adapters_are_refused(configure: Configure, tmp_path: Path) -> None:
         )  # fmt: skip
 
 
+def test_preferences_are_refused_whose_reference_would_be_another_fresh_connector(configure: Configure) -> None:
+    overrides = ["init_from.tower=null", "init_from.language_model=null", f"init_from.checkpoint={ALIGN_6B}"]
+    with pytest.raises(ValueError, match=r"init_from\.connector makes a connector that knows nothing"):
+        configure(
+            *overrides,
+            setting(QFORMER),
+            "objective=dpo",
+            "data.format=preference",
+            "data.sources=[{name: a, shards: a.tar}]",
+        )
+
+
 def test_the_setting_is_kept_beside_the_checkpoints(configure: Configure, tmp_path: Path) -> None:
     config = configure(setting(ABSTRACTOR))
     (tmp_path / "again.yaml").write_text(to_yaml(config))

@@ -224,6 +224,12 @@ def test_top_p_takes_the_fewest_that_suffice(top_p: float, cap: int, expected: l
     assert weights.sum().item() == pytest.approx(1)
 
 
+@pytest.mark.parametrize(("cap", "expected"), [(64, 26), (8, 8)])
+def test_an_undecided_router_takes_many_but_for_the_cap(cap: int, expected: int) -> None:
+    ids, _ = probabilities_router([1 / 64] * 64, router_top_p=0.4, max_experts_per_tok=cap)
+    assert (ids < 64).sum() == expected
+
+
 def test_top_k_takes_as_many_for_every_token() -> None:
     ids, weights = probabilities_router([0.2, 0.5, 0.05, 0.25], num_experts_per_tok=2)
     assert ids.tolist() == [1, 3]

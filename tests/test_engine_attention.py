@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny import tiny_processor, tiny_yi_vl
 from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from yi_vl.engine.attention import grouped_attention
+from yi_vl.engine.attention import GROUPED, grouped_attention
+from yi_vl.predict import YiVL
 
 
 @pytest.mark.parametrize("num_new", [1, 3])
@@ -25,3 +27,11 @@ def test_grouped_attention_is_sdpa(num_new: int, is_masked: bool) -> None:
     output, weights = grouped_attention(module, query, key, value, mask, scaling=0.3)
     assert weights is None and output.shape == (2, num_new, 8, 16)
     torch.testing.assert_close(output, expected)
+
+
+def test_the_engine_uses_it_in_place_of_torchs_attention_alone() -> None:
+    model = tiny_yi_vl().model
+    assert model.model.language_model.config._attn_implementation == GROUPED
+    model.model.language_model.set_attn_implementation("eager")
+    YiVL(model, tiny_processor())
+    assert model.model.language_model.config._attn_implementation == "eager"

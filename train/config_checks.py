@@ -319,11 +319,7 @@ def _check_objective(config: TrainConfig, require: _Require) -> None:
         dpo.reference in references, f"dpo.reference is {dpo.reference!r}; expected one of {', '.join(references)}."
     )
     require(not is_dpo or config.neftune is None, f"neftune is for objective {LIKELIHOOD}; with {DPO} set it to null.")
-    for key, value in (
-        ("chat_format", config.chat_format),
-        ("init_from.rope", config.init_from.rope),
-        ("init_from.connector", config.init_from.connector),
-    ):
+    for key, value in (("chat_format", config.chat_format), ("init_from.rope", config.init_from.rope)):
         require(
             dpo.reference == FROM_MODEL or value is None,
             f"{key} is set, but the log-probabilities that dpo.reference: {FROM_SHARDS} reads are of the model as it "
@@ -333,6 +329,11 @@ def _check_objective(config: TrainConfig, require: _Require) -> None:
     require(
         not is_dpo or has_checkpoint,
         f"objective: {DPO} compares with the model that it starts from; name a trained one in init_from.checkpoint.",
+    )
+    require(
+        not is_dpo or config.init_from.connector is None,
+        f"init_from.connector makes a connector that knows nothing yet, and objective: {DPO} compares with what the "
+        "model knows at the start; train it first, and leave init_from.connector out.",
     )
     require(
         dpo.reference == FROM_MODEL or lora.base is None,
