@@ -98,6 +98,7 @@ def conversations() -> dict[str, list[Message]]:
         "English": [first],
         "Chinese": [user(penguin, "图片里是什么？")],
         "two images": [user(penguin, scene, "Do both pictures show the same thing?")],
+        "long": [user(penguin, scene, "Do both pictures show the same thing?" + " Look closely." * 50)],  # > 1 block
         "image after text": [user("Look at this: ", tall, " What is it?")],
         "image alone": [user(penguin)],
         "second turn": [first, {"role": "assistant", "content": "It is a penguin."}, user("What color is it?")],
@@ -235,7 +236,7 @@ def chats(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, d
     """What `LLM.chat` gives for every conversation in turn, for one of them again, and for two other requests."""
     work = tmp_path_factory.mktemp("chat")
     requests = {name: (messages, {"max_tokens": NEW_TOKENS}, {}) for name, messages in CONVERSATIONS.items()}
-    requests["again"] = requests["two images"]
+    requests["again"] = requests["long"]
     requests["sampled"] = (CONVERSATIONS["English"], SAMPLED, {})
     begun = [*CONVERSATIONS["English"], {"role": "assistant", "content": "It is"}]
     options = {"add_generation_prompt": False, "continue_final_message": True}
@@ -284,7 +285,7 @@ def test_answers_end_by_themselves(folder: Path, chats: dict[str, dict[str, Any]
 
 
 def test_chat_uses_prefixes_again(chats: dict[str, dict[str, Any]]) -> None:
-    first, again = chats["two images"], chats["again"]
+    first, again = chats["long"], chats["again"]
     assert again["num_cached_tokens"] > len(first["prompt_token_ids"]) / 2
     assert again["token_ids"] == first["token_ids"]
 
@@ -381,7 +382,7 @@ def test_requests_at_once_do_not_mix(folder: Path, client: OpenAI) -> None:
 
 
 def test_the_server_uses_prefixes_again(client: OpenAI) -> None:
-    first, again = (ask(client, CONVERSATIONS["two images"]) for _ in range(2))
+    first, again = (ask(client, CONVERSATIONS["long"]) for _ in range(2))
     assert again.usage.prompt_tokens_details.cached_tokens > first.usage.prompt_tokens / 2
     assert again.choices[0].message.content == first.choices[0].message.content
 
