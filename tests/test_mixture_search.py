@@ -265,6 +265,27 @@ def test_a_larger_budget_continues_from_the_runs_made(
     run_search(load("search.budget=10", "rank_check=null", "overrides.data.workers=1", "keep_models=true"))
 
 
+def test_a_search_begun_before_a_setting_existed_goes_on(
+    load: Callable[..., Search], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_losses(monkeypatch, known_loss)
+    search = load("search.budget=8", "rank_check=null")
+    run_search(search)
+    path = search.directory / "design.json"
+    design = json.loads(path.read_text())
+    for key in [
+        key for key in design["settings"] if ".distill." in key or key.endswith((".neftune", ".init_from.tower"))
+    ]:
+        del design["settings"][key]
+    path.write_text(json.dumps(design))
+    made = use_losses(monkeypatch, known_loss)
+    run_search(search)
+    assert not made
+    with pytest.raises(ValueError, match=r"holds a search with base with overrides.neftune null, now 5"):
+        path.write_text(json.dumps(design))
+        run_search(load("search.budget=8", "rank_check=null", "overrides.neftune=5"))
+
+
 def test_sources_that_are_not_searched_keep_their_share(
     load: Callable[..., Search], monkeypatch: pytest.MonkeyPatch
 ) -> None:

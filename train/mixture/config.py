@@ -14,12 +14,21 @@ from omegaconf.errors import OmegaConfBaseException
 
 from yi_vl.arguments import as_path, one_line
 
-from ..config import TrainConfig, ValidationSourceConfig, flat_settings, num_steps
+from ..config import (
+    DataConfig,
+    InitConfig,
+    SourceConfig,
+    TrainConfig,
+    ValidationSourceConfig,
+    flat_settings,
+    num_steps,
+)
 from ..config_file import load_config
 
 METHODS = DIRICHLET, GRID = "dirichlet", "grid"
 MIN_BUDGET = 16
 RUNS_PER_PARAMETER = 4
+_RUN_PREFIXES = ("base.", "base with overrides.")  # of the stage's settings, and of a proxy's
 # Settings that the search makes itself, for each run.
 _OWN = ("run_dir", "seed", "resume", "validation", "generations")
 _NOT_SEARCHED = (*_OWN, "data.sources", "steps", "epochs", "samples", "precision", "image_size")
@@ -146,9 +155,19 @@ class Search:
         flat = dict(_flatten({key: value for key, value in config.items() if key not in ("base", "overrides")}))
         for key in ("search_dir", "search.budget", "keep_models"):
             flat.pop(key)
-        for prefix, run in (("base.", self.stage), ("base with overrides.", self.proxy)):
+        for prefix, run in zip(_RUN_PREFIXES, (self.stage, self.proxy)):
             settings = flat_settings(run)
             flat |= {prefix + key: value for key, value in settings.items() if not key.startswith(_NO_RESULT)}
+        return cast(dict[str, Any], json.loads(json.dumps(flat)))
+
+    def defaults(self) -> dict[str, Any]:
+        """By the keys of `flat`, the training settings where a config does not say: a search that was begun before
+        there was such a setting had it so."""
+        flat: dict[str, Any] = {}
+        for prefix, run in zip(_RUN_PREFIXES, (self.stage, self.proxy)):
+            sources = [SourceConfig(name=source.name) for source in run.data.sources]
+            unset = TrainConfig(init_from=InitConfig(), data=DataConfig(sources=sources))
+            flat |= {prefix + key: value for key, value in flat_settings(unset).items()}
         return cast(dict[str, Any], json.loads(json.dumps(flat)))
 
 

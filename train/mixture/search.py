@@ -120,6 +120,7 @@ def make_design(search: Search) -> Design:
 
 def _check_unchanged(search: Search, before: dict[str, Any]) -> None:
     now = search.flat()
+    before = {key: default for key, default in search.defaults().items() if key in now} | before
     differing = [key for key in dict.fromkeys((*before, *now)) if before.get(key) != now.get(key)]
     if differing:
         changes = "; ".join(f"{key} {_shown(before.get(key))}, now {_shown(now.get(key))}" for key in differing[:5])
