@@ -20,7 +20,8 @@ from transformers.cache_utils import Cache
 from eval.speed.cache import compare_cache
 from yi_vl.decoder.config import YiHybridConfig
 from yi_vl.engine import prompt_lookup
-from yi_vl.engine.kv_cache import GrowableLayer, WindowLayer, gather, layers_of, new_cache, row_of, shift_row_
+from yi_vl.engine.cache_layers import GrowableLayer, WindowLayer
+from yi_vl.engine.kv_cache import gather, layers_of, new_cache, row_of, shift_row_
 from yi_vl.engine.pace import Pace
 from yi_vl.engine.prefix_cache import ImageKey, PrefixCache, PrefixKey
 from yi_vl.engine.prompt import Prompt

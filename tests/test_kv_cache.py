@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from yi_vl.engine.kv_cache import GrowableLayer, gather, layers_of, new_cache
+from yi_vl.engine.cache_layers import GrowableLayer
+from yi_vl.engine.kv_cache import gather, layers_of, new_cache
 
 
 def states(num_rows: int, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -22,7 +22,7 @@ from yi_vl.decoder.config import FULL, SLIDING, YiHybridConfig
 from yi_vl.decoder.experts import SparseFeedForward
 from yi_vl.decoder.model import YiHybridForCausalLM
 from yi_vl.engine.attention import GROUPED
-from yi_vl.engine.kv_cache import GrowableLayer
+from yi_vl.engine.cache_layers import GrowableLayer
 from yi_vl.versions import CACHE_ARGUMENT
 
 from .decoder_curves import ALL, CHUNK_TOKENS, Curve, Forward, draw_curves

@@ -13,8 +13,9 @@ from torch.nn import functional as F
 from transformers.cache_utils import Cache
 
 from ..model import YiVLForConditionalGeneration
+from .cache_layers import has_gaps
 from .image_features import ImageFeatures
-from .kv_cache import gather, has_gaps
+from .kv_cache import gather
 from .prefix_cache import PrefixCache, PrefixKey, shared_prefix_length
 from .request import Request
 from .running_batch import RunningBatch, forward

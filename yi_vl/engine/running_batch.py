@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from ..versions import CACHE_ARGUMENT
-from .kv_cache import GrowableLayer, gather, shift_row_
+from .kv_cache import gather, shift_row_, truncate_
 from .request import Request, StepOutput
 from .sampler import Sampler
 from .sampling import Sampling
@@ -99,10 +99,7 @@ class RunningBatch:
         kept = torch.tensor(num_kept, device=self.attention_mask.device).unsqueeze(1)
         is_kept = torch.arange(longest, device=kept.device) < kept
         self.attention_mask = torch.cat([self.attention_mask, is_kept], dim=1)
-        for layer in self.cache.layers:
-            assert isinstance(layer, GrowableLayer)
-            if layer.is_initialized:
-                layer.truncate(num_cached + longest)
+        truncate_(self.cache, num_cached + longest)
         if any(self.cache.is_sliding):  # windows count columns, padding between tokens included
             for row, num in enumerate(num_kept):
                 if num < longest:
