@@ -10,6 +10,7 @@ from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
 
 from .arguments import as_float, shown
 from .connector.config import ConnectorConfig
+from .decoder.gated_config import YiGatedConfig, with_cross_layers, without_cross_layers
 
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)  # OpenAI CLIP's, kept by OpenCLIP ViT-H-14 and by Yi-VL
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -152,6 +153,8 @@ class OpenClipVisionConfig(PreTrainedConfig):
 class YiVLConfig(PreTrainedConfig):
     """An OpenCLIP tower, a connector (Yi-VL's LayerNorm MLP projector) and a Llama-architecture language model.
 
+    With a connector of cross-attention the language model is a `YiGatedConfig`, which is made of a Llama's.
+
     `image_token_id` is the id of `<image_placeholder>`: the row after the last one of the tokenizer (64000 for Yi). The
     embedding table holds it (64064 rows for Yi, a multiple of 64).
     """
@@ -177,11 +180,32 @@ class YiVLConfig(PreTrainedConfig):
         if not isinstance(self.connector_config, PreTrainedConfig):
             self.connector_config = ConnectorConfig(**(self.connector_config or {}))
         check_rope(self.text_config)
+        is_gated = isinstance(self.text_config, YiGatedConfig)
+        if is_gated != self.connector_config.is_cross_attention:
+            self.set_connector_(self.connector_config)
         super().__post_init__(**kwargs)
+
+    def set_connector_(self, connector: ConnectorConfig) -> None:
+        """Change the connector; the language model gets the blocks of cross-attention, or loses them, with it.
+
+        Raises:
+            ValueError: the language model cannot have such blocks.
+        """
+        self.connector_config = connector
+        if connector.is_cross_attention:
+            self.text_config = with_cross_layers(self.text_config, connector.every)
+        elif isinstance(self.text_config, YiGatedConfig):
+            self.text_config = without_cross_layers(self.text_config)
 
     @property
     def num_image_tokens(self) -> int:
-        """P: tokens that an image takes in the prompt."""
+        """Tokens that an image takes in the prompt: P, or the one that cross-attention needs."""
+        num_tokens = self.connector_config.num_prompt_tokens
+        return self.vision_config.num_patches if num_tokens is None else num_tokens
+
+    @property
+    def num_image_features(self) -> int:
+        """P: features of an image."""
         num_tokens = self.connector_config.num_tokens
         return self.vision_config.num_patches if num_tokens is None else num_tokens
 

@@ -10,6 +10,8 @@ D language width, V vocabulary.
 | labels         | (B, S) int64          | collate           | unshifted, -100 off the loss mask                       |
 | pixel_values   | (N, 3, H, W) float    | image/            | normalized; None when the batch has no image            |
 | image features | (N, *, Dv)->(N, P, D)| vision, connector | one masked assignment; a mismatch names both counts     |
+
+With a connector of cross-attention an image has one `image_token_id`, which marks its place; see decoder/gated.py.
 """
 
 from __future__ import annotations
@@ -55,7 +57,13 @@ class YiVLPreTrainedModel(PreTrainedModel):
     input_modalities = ["image", "text"]
     supports_gradient_checkpointing = True
     _skip_keys_device_placement = ["cache", "past_key_values"]
-    _no_split_modules = ["LlamaDecoderLayer", "HybridDecoderLayer", "ResidualAttentionBlock", "ConvStem"]
+    _no_split_modules = [
+        "LlamaDecoderLayer",
+        "HybridDecoderLayer",
+        "GatedDecoderLayer",
+        "ResidualAttentionBlock",
+        "ConvStem",
+    ]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -139,9 +147,12 @@ class YiVLModel(YiVLPreTrainedModel):
                 image_features = torch.stack(features)
         elif pixel_values is not None and len(pixel_values):
             image_features = self.encode_images(pixel_values)
-        if image_features is not None:
-            if input_ids is None:
-                raise ValueError("Images need input_ids: features go where the image tokens are.")
+        if image_features is not None and input_ids is None:
+            raise ValueError("Images need input_ids: features go where the image tokens are.")
+        if self.config.connector_config.is_cross_attention:  # the language model attends to them; see decoder/gated.py
+            is_image = input_ids == self.config.image_token_id if input_ids is not None else None
+            kwargs |= {"image_features": image_features, "is_image": is_image}
+        elif image_features is not None:
             inputs_embeds = self.insert_images(inputs_embeds, input_ids, image_features)
 
         outputs = self.language_model(

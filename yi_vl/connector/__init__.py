@@ -17,9 +17,13 @@ _CLASSES = {
 
 
 def build_connector(config: ConnectorConfig, vision_width: int, language_width: int) -> Connector:
-    """The connector of that configuration, with fresh weights."""
-    module, name = _CLASSES[config.type]
+    """The connector of that configuration, with fresh weights. Before cross-attention it is a projector or a resampler;
+    the blocks are the language model's."""
+    type_ = config.type
+    if config.is_cross_attention:
+        type_ = RESAMPLER if config.has_resampler else MLP
+    module, name = _CLASSES[type_]
     connector = getattr(import_module(f".{module}", __name__), name)
-    if config.is_projector:
+    if type_ == MLP:
         return connector(vision_width, language_width)
     return connector(config, vision_width, language_width)
