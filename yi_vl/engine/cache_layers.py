@@ -1,6 +1,6 @@
-"""Layers of the KV cache: one that grows in place, and one that holds a window.
+"""Layers of the KV cache: one that grows in place, one that holds a window, and one that holds an image.
 
-B rows, R rows gathered, H key-value heads, T tokens, E head width, W tokens of a sliding window.
+B rows, R rows gathered, H key-value heads, T tokens, P features per image, E head width, W tokens of a sliding window.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
+
+from ..decoder.image_keys import ImageKeysLayer
 
 
 class EngineLayer(Protocol):
@@ -230,6 +232,54 @@ class WindowLayer(GrowableLayer):
         """How many keys `update` returns with so many new ones, and how many tokens are before the first of them."""
         num_cached = self.num_kept(self.num_stored)
         return num_cached + query_length, self.get_seq_length() - num_cached
+
+
+class ImageLayer(ImageKeysLayer):
+    """A layer of cross-attention: keys and values of each row's last image, (B, H, P, E).
+
+    No token adds to them, so padding and rejected tokens do not matter. Nothing is written in place: what `row` gives,
+    and what `load_` takes, may be shared.
+    """
+
+    def new_empty(self) -> ImageLayer:
+        return ImageLayer()
+
+    def truncate(self, num_tokens: int) -> None:
+        """Nothing: tokens that are dropped have no images."""
+
+    def row(self, row: int, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """One row's keys and values, (1, H, P, E), or (1, H, 0, E) if it has no image."""
+        assert self.keys is not None and self.values is not None and self.has_image is not None
+        num_features = self.keys.shape[2] if self.has_image[row] else 0
+        return self.keys[row : row + 1, :, :num_features], self.values[row : row + 1, :, :num_features]
+
+    def load_(self, keys: Tensor, values: Tensor, num_stored: int, num_tokens: int) -> None:
+        """Fill the empty layer with what `row` gave."""
+        if keys.shape[2]:
+            self.set(keys, values, torch.ones(1, dtype=torch.bool, device=keys.device))
+
+    def gather_(self, sources: Sequence[SourceRows], index: int, num_tokens: int) -> None:
+        """Fill the empty layer with rows of layer `index` of some caches; it stays empty if none has an image."""
+        layers = [cast("ImageLayer | None", source.layer(index)) for source in sources]
+        like = next((layer.keys for layer in layers if layer is not None), None)
+        if like is None:
+            return
+        parts = zip(*(_image_rows(source, layer, like) for source, layer in zip(sources, layers, strict=True)))
+        keys, values, has_image = (torch.cat(part) if len(part) > 1 else part[0] for part in parts)
+        if has_image.any():
+            self.set(keys, values, has_image)
+
+    def shift_row_(self, row: int, num_columns: int) -> None:
+        """Nothing: there are no columns of tokens."""
+
+
+def _image_rows(source: SourceRows, layer: ImageLayer | None, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys, values, (R, H, P, E) each, and which rows have an image, (R,) bool."""
+    if layer is None:
+        nothing = like.new_zeros(len(source), *like.shape[1:])
+        return nothing, nothing, nothing.new_zeros(len(source), dtype=torch.bool)
+    assert layer.keys is not None and layer.values is not None and layer.has_image is not None
+    return source.of(layer.keys), source.of(layer.values), source.of(layer.has_image)
 
 
 def has_gaps(attention_mask: Tensor) -> bool:

@@ -15,7 +15,8 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 
 from ..decoder.config import SLIDING, YiHybridConfig
-from .cache_layers import EngineLayer, GrowableLayer, SourceRows, WindowLayer
+from ..decoder.gated_config import YiGatedConfig
+from .cache_layers import EngineLayer, GrowableLayer, ImageLayer, SourceRows, WindowLayer
 
 
 def new_cache(config: PreTrainedConfig | None = None) -> Cache:
@@ -23,8 +24,13 @@ def new_cache(config: PreTrainedConfig | None = None) -> Cache:
 
     Args:
         config: of the language model. Layers that slide keep their window, and those that attend to another's keys and
-            values nothing; without it all layers keep all.
+            values nothing; layers of cross-attention come behind all others, with the keys of an image. Without it all
+            layers keep all.
     """
+    if isinstance(config, YiGatedConfig):
+        assert config.cross_layers is not None
+        images = [ImageLayer() for _ in config.cross_layers]
+        return Cache(layers=[*(GrowableLayer() for _ in range(config.num_hidden_layers)), *images])
     if not isinstance(config, YiHybridConfig):
         return Cache(layer_class_to_replicate=GrowableLayer)
     assert config.layer_types is not None
@@ -78,16 +84,30 @@ def row_of(
     return {index: layer.row(row, columns) for index, layer in layers if layer.is_initialized}
 
 
-def load_(cache: Cache, layers: dict[int, tuple[Tensor, Tensor]], num_stored: int, num_tokens: int) -> None:
+def load_(
+    cache: Cache,
+    layers: dict[int, tuple[Tensor, Tensor]],
+    num_stored: int,
+    num_tokens: int,
+    has_last_image: bool = True,
+) -> None:
     """Fill an empty cache of one row.
 
     Args:
         layers: keys and values up to token `num_stored`; where windows are, the last ones that `num_tokens` need.
         num_tokens: how many tokens the cache is to have.
+        has_last_image: whether the last image of those stored is among these. If not, layers of images stay empty.
     """
     cache.layers += [GrowableLayer() for _ in range(len(cache), max(layers, default=-1) + 1)]
     for index, (keys, values) in layers.items():
-        engine_layers(cache)[index].load_(keys, values, num_stored, num_tokens)
+        layer = engine_layers(cache)[index]
+        if has_last_image or not isinstance(layer, ImageLayer):
+            layer.load_(keys, values, num_stored, num_tokens)
+
+
+def lacks_image(cache: Cache) -> bool:
+    """Whether layers of images are empty, in a cache of one row."""
+    return any(isinstance(layer, ImageLayer) and not layer.is_initialized for layer in cache.layers)
 
 
 def gather(parts: Sequence[tuple[Cache, Tensor, Sequence[int]]]) -> tuple[Cache, Tensor]:

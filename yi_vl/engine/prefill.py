@@ -1,6 +1,7 @@
 """Prefill: the keys and values of prompts, computed together and in chunks, but for prefixes that are cached.
 
-B prompts, R remaining tokens of the longest of them, T tokens in the cache, V vocabulary, P patches, D language width.
+B prompts, R remaining tokens of the longest of them, T tokens in the cache, V vocabulary, P features per image, D
+language width.
 """
 
 from __future__ import annotations
@@ -9,13 +10,13 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers.cache_utils import Cache
 
 from ..model import YiVLForConditionalGeneration
 from .cache_layers import has_gaps
 from .image_features import ImageFeatures
-from .kv_cache import gather
+from .kv_cache import gather, lacks_image
+from .prefill_inputs import NewTokens, PrefillInputs, prefill_inputs
 from .prefix_cache import PrefixCache, PrefixKey, shared_prefix_length
 from .request import Request
 from .running_batch import RunningBatch, forward
@@ -131,27 +132,22 @@ class _PaddedPrompts:
         self.keys = keys
         self.ends = ends
         self._device = device
-        self._starts = [prefix.get_seq_length() for prefix in prefixes]
-        masks = [torch.ones(1, start, dtype=torch.bool, device="cpu") for start in self._starts]
+        self._rows = [_new_tokens(key, prefix) for key, prefix in zip(keys, prefixes, strict=True)]
+        masks = [torch.ones(1, row.start, dtype=torch.bool, device="cpu") for row in self._rows]
         if len(keys) == 1:
             self.cache, mask = prefixes[0], masks[0]
         else:
             self.cache, mask = gather([(prefix, mask, [0]) for prefix, mask in zip(prefixes, masks, strict=True)])
         self.attention_mask = mask.to(device)  # (B, T) bool
-        self._digests = dict.fromkeys(
-            image.digest
-            for key, start in zip(keys, self._starts, strict=True)
-            for image in key.images
-            if image.start >= start
-        )
+        self._digests = dict.fromkeys(digest for row in self._rows for digest in row.digests)
         self.features = features.cached(list(self._digests))  # digest -> (P, D)
         self._num_done = 0
-        lengths = [len(key) - start for key, start in zip(keys, self._starts, strict=True)]
+        lengths = [len(row) for row in self._rows]
         self._num_columns = max(lengths)  # R
         padding = [0 if any(self.cache.is_sliding) else self._num_columns - length for length in lengths]
         self._first_columns, self._last_columns = padding, [p + n - 1 for p, n in zip(padding, lengths)]
         self._logits: dict[int, Tensor] = {}  # (V,) after the last token of each row
-        self._inputs: tuple[Tensor, Tensor, Tensor] | None = None
+        self._inputs: PrefillInputs | None = None
 
     @property
     def num_remaining(self) -> int:
@@ -174,14 +170,15 @@ class _PaddedPrompts:
     def step(self, model: YiVLForConditionalGeneration, num_columns: int) -> None:
         """Compute the next chunk, of so many tokens of each row."""
         if self._inputs is None:
-            self._inputs = self._padded(model)
+            self._inputs = prefill_inputs(model, self._rows, self._first_columns, self.features, self._device)
         start, stop = self._num_done, min(self._num_done + num_columns, self._num_columns)
-        embeddings, mask, position_ids = (columns[:, start:stop] for columns in self._inputs)
+        mask, position_ids = self._positions(start, stop)
         self.attention_mask = torch.cat([self.attention_mask, mask], dim=1)
         column_of = {row: last - start for row, last in enumerate(self._last_columns) if start <= last < stop}
         columns = sorted(set(column_of.values())) or [stop - start - 1]
         indices = torch.tensor(columns, device=self._device)
-        logits = forward(model, self.cache, self.attention_mask, position_ids, indices, inputs_embeds=embeddings)
+        inputs = self._inputs.chunk(start, stop)
+        logits = forward(model, self.cache, self.attention_mask, position_ids, indices, **inputs)
         self._logits |= {row: logits[row, columns.index(column)] for row, column in column_of.items()}
         self._num_done = stop
 
@@ -190,23 +187,18 @@ class _PaddedPrompts:
         if any(self.cache.is_sliding) and has_gaps(self.attention_mask):
             self.cache, self.attention_mask = gather([(self.cache, self.attention_mask, range(len(self.keys)))])
 
-    def _padded(self, model: YiVLForConditionalGeneration) -> tuple[Tensor, Tensor, Tensor]:
-        """Embeddings (B, R, D), which of them are tokens (B, R) bool, and position ids (B, R)."""
-        embeddings, is_token, position_ids = [], [], []
-        for row, (key, start) in enumerate(zip(self.keys, self._starts, strict=True)):
-            first, last = self._first_columns[row], self._last_columns[row]
-            columns = torch.arange(self._num_columns, device=self._device)
-            is_token.append((columns >= first) & (columns <= last))
-            position_ids.append((columns - first + start).masked_fill(~is_token[-1], 0))
-            embedded = self._embed(model, key, start)
-            embeddings.append(F.pad(embedded, (0, 0, first, self._num_columns - 1 - last)))
-        return torch.stack(embeddings), torch.stack(is_token), torch.stack(position_ids)
+    def _positions(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Of some columns: which are tokens (B, stop - start) bool, and their position ids (B, stop - start)."""
+        columns = torch.arange(start, stop, device=self._device)
+        first, last, starts = (
+            torch.tensor(values, device=self._device).unsqueeze(1)
+            for values in (self._first_columns, self._last_columns, [row.start for row in self._rows])
+        )
+        is_token = (columns >= first) & (columns <= last)
+        return is_token, (columns - first + starts).masked_fill(~is_token, 0)
 
-    def _embed(self, model: YiVLForConditionalGeneration, key: PrefixKey, start: int) -> Tensor:
-        """(S - start, D): embeddings of a row's tokens after its prefix, image features included."""
-        input_ids = torch.from_numpy(key.token_ids[start:]).unsqueeze(0).to(self._device)
-        embeddings = model.get_input_embeddings()(input_ids).to(self._device)
-        features = [self.features[image.digest] for image in key.images if image.start >= start]
-        if features:
-            embeddings = model.model.insert_images(embeddings, input_ids, torch.stack(features))
-        return embeddings[0]
+
+def _new_tokens(key: PrefixKey, prefix: Cache) -> NewTokens:
+    start = prefix.get_seq_length()
+    images = key.head(start).images if lacks_image(prefix) else ()
+    return NewTokens(key, start, images[-1].digest if images else None)

@@ -189,7 +189,7 @@ class PrefixCache:
             if entry is None:
                 return cache
             self._entries.move_to_end(id(entry))
-        load_(cache, entry.layers, len(entry.key), length)
+        load_(cache, entry.layers, len(entry.key), length, entry.key.images[-1:] == key.head(length).images[-1:])
         return cache
 
     def ends(self, key: PrefixKey) -> set[int]:

@@ -6,6 +6,7 @@ B requests, T tokens so far, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -137,7 +138,7 @@ def forward(
     attention_mask: Tensor,
     position_ids: Tensor,
     num_logits: int | Tensor = 1,
-    **inputs: Tensor,
+    **inputs: Any,
 ) -> Tensor:
     """Logits (B, num_logits, V) after the last of new tokens, whose keys and values are added to the cache.
 
