@@ -82,7 +82,16 @@ class ImageKeysLayer(DynamicLayer):
 
 def image_layers(cache: Cache, num_layers: int, num_cross_layers: int) -> list[ImageKeysLayer]:
     """The layers of image keys of a cache, behind those of its `num_layers` self-attention layers; added where they are
-    not there yet."""
+    not there yet.
+
+    Raises:
+        ValueError: it is a static cache.
+    """
+    if cache.is_compileable:
+        raise ValueError(
+            "A static cache has a fixed number of layers, and gated cross-attention adds some; leave "
+            "cache_implementation out."
+        )
     while len(cache.layers) < num_layers and cache.layer_class_to_replicate is not None:
         cache.layers.append(cache.layer_class_to_replicate())
     cache.layers += [ImageKeysLayer() for _ in range(num_layers + num_cross_layers - len(cache.layers))]
