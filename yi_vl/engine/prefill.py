@@ -199,6 +199,8 @@ class _PaddedPrompts:
 
 
 def _new_tokens(key: PrefixKey, prefix: Cache) -> NewTokens:
+    """What follows a cached prefix, which may lack the keys of its last image."""
     start = prefix.get_seq_length()
-    images = key.head(start).images if lacks_image(prefix) else ()
-    return NewTokens(key, start, images[-1].digest if images else None)
+    images = key.head(start).images
+    is_needed = bool(images) and lacks_image(prefix) and all(image.start != start for image in key.images)
+    return NewTokens(key, start, images[-1].digest if is_needed else None)
