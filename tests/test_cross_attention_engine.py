@@ -34,7 +34,9 @@ from yi_vl.predict import YiVL
 from yi_vl.server import create_app
 
 WIDE, TALL = OFFICIAL / "wide.png", OFFICIAL / "tall.png"
-NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 60, 3), dtype=np.uint8))
+NOISE, OTHER = (
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (60, 60, 3), dtype=np.uint8)) for seed in range(2)
+)
 QUESTIONS = ("Hi", "What is this?", "Tell me about a dog " * 4, "How many?", "a cat " * 20)
 NUM_BLOCKS = 2
 
@@ -286,20 +288,21 @@ def test_a_second_turn_computes_no_image_and_no_keys_of_it(yi_vl: YiVL, computed
         computed.take()
 
 
-# What is asked after [TALL, text, answer, text, answer, WIDE, text, answer, text, answer]: how many messages stay, what
-# follows them, and how many images are encoded when features are forgotten, and their keys computed.
+# What is asked after [TALL, text, answer, NOISE, text, answer, WIDE, text, answer, text, answer]: how many messages stay,
+# what follows them, and how many images are encoded when features are forgotten, and their keys computed.
 EDITS: dict[str, tuple[int, list[Message], int]] = {
     "goes on": (8, [user_message([], "So?")], 0),
-    "goes on with an image": (8, [user_message([NOISE], "So?")], 1),
+    "goes on with an image": (8, [user_message([OTHER], "So?")], 1),
     "the last answer is regenerated": (7, [], 0),
     "the last turn is edited": (6, [user_message([], "So?")], 0),
     "the turn with the last image is regenerated": (5, [], 0),
-    "the turn with the last image gets another": (4, [user_message([NOISE], "So?")], 1),
+    "the turn with the last image gets another": (4, [user_message([OTHER], "So?")], 1),
     "the turn with the last image loses it": (4, [user_message([], "So?")], 1),
     "the answer before the last image is regenerated": (3, [], 1),
     "the answer before the last image is edited": (3, [*answered("x")[1:], user_message([], "So?")], 1),
+    "that, and an image follows": (3, [*answered("x")[1:], user_message([OTHER], "So?")], 2),
     "the first answer is regenerated": (1, [], 1),
-    "the first turn gets another image": (0, [user_message([NOISE], "What is this?")], 1),
+    "the first turn gets another image": (0, [user_message([OTHER], "What is this?")], 1),
     "the first turn loses its image": (0, [user_message([], "What is this?")], 0),
 }
 
@@ -307,7 +310,7 @@ EDITS: dict[str, tuple[int, list[Message], int]] = {
 def begun(yi_vl: YiVL) -> tuple[list[Message], int]:
     """The conversation that is edited, and the number of its tokens that are cached."""
     messages: list[Message] = []
-    for question, images in (("What is this?", [TALL]), ("Why?", []), ("And this?", [WIDE]), ("Why?", [])):
+    for question, images in (("What is this?", [TALL]), ("And?", [NOISE]), ("And this?", [WIDE]), ("Why?", [])):
         messages.append(user_message(images, question))
         num_cached = finish(yi_vl, messages, "It is so.")
         messages.append({"role": "assistant", "content": "It is so."})
