@@ -18,7 +18,7 @@ from train.optim import checkpoint_activations_
 from yi_vl.auto import YiGatedConfig, YiGatedForCausalLM
 from yi_vl.config import YiVLConfig
 from yi_vl.connector.config import CROSS_ATTENTION, ConnectorConfig
-from yi_vl.decoder.gated import GatedCrossAttention
+from yi_vl.decoder.cross_attention import GatedCrossAttention
 from yi_vl.decoder.gated_config import cross_pattern
 from yi_vl.decoder.image_keys import ImageKeysLayer
 from yi_vl.model import YiVLForConditionalGeneration
@@ -257,7 +257,7 @@ def test_generated_together_as_alone(settings: dict[str, Any]) -> None:
 
 
 def test_a_static_cache_is_refused() -> None:
-    with pytest.raises(ValueError, match="static cache .* leave cache_implementation out"):
+    with pytest.raises(ValueError, match=r"static cache .* leave cache_implementation out"):
         gated_model().generate(tokens(1, 5, {}), cache_implementation="static")
 
 
@@ -361,5 +361,5 @@ def test_blocks_come_before_the_last_of_every_so_many_layers() -> None:
 
 @pytest.mark.parametrize("layers", [[], [4], [-1], [1, 1], [3, 1], [True], "1"])
 def test_wrong_layers_are_named(layers: Any) -> None:
-    with pytest.raises(ValueError, match="cross_layers is .*expected some of the layers 0 to 3, in ascending order"):
+    with pytest.raises(ValueError, match=r"cross_layers is .*expected some of the layers 0 to 3, in ascending order"):
         YiGatedConfig(num_hidden_layers=4, cross_layers=layers)
