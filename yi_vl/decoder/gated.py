@@ -163,7 +163,7 @@ class YiGatedModel(YiGatedPreTrainedModel, LlamaModel):
         if layers and layers[0].has_image is not None:
             num_stored = num_rows
             first_images = torch.arange(num_rows, device=device).where(layers[0].has_image.to(device), -1)
-        new = []
+        new: list[Tensor] = []
         for row, features in enumerate(previous_images or ()):
             if features is not None:
                 first_images[row] = num_stored + len(new)
