@@ -15,7 +15,7 @@ import yi_vl
 from yi_vl.checkpoint import open_checkpoint
 from yi_vl.checkpoint.gguf_vision import vision_unsupported
 from yi_vl.connector import build_connector
-from yi_vl.connector.config import ABSTRACTOR, MLP, QFORMER, RESAMPLER, TYPES, ConnectorConfig
+from yi_vl.connector.config import ABSTRACTOR, MLP, QFORMER, RESAMPLER, ConnectorConfig
 from yi_vl.conversion import write
 from yi_vl.image import YiVLImageProcessor
 from yi_vl.model import YiVLForConditionalGeneration
@@ -31,7 +31,7 @@ SMALL: dict[str, dict[str, Any]] = {
     ABSTRACTOR: {"num_tokens": 9, "hidden_size": 32, "num_layers": 1},
 }
 NAMES = ("type", "num_tokens", "hidden_size", "num_layers", "num_heads")
-each_type = pytest.mark.parametrize("type_", TYPES)
+each_type = pytest.mark.parametrize("type_", SMALL)  # test_cross_attention.py has the other
 
 
 def small_yi_vl(type_: str) -> YiVL:

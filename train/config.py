@@ -48,7 +48,8 @@ class RopeConfig:
 class ConnectorConfig:
     """A fresh connector in place of the model's; null: its paper's size. See `yi_vl.connector.config.ConnectorConfig`.
 
-    type: `mlp`, Yi-VL's projector; `qformer`, `resampler` or `abstractor`.
+    type: `mlp`, Yi-VL's projector; `qformer`, `resampler`, `abstractor` or `cross_attention`.
+    every: with cross_attention, the last of so many layers of the language model comes after a gated block (4).
     """
 
     type: str = MISSING
@@ -56,6 +57,7 @@ class ConnectorConfig:
     hidden_size: int | None = None
     num_layers: int | None = None
     num_heads: int | None = None
+    every: int | None = None
 
 
 @dataclass

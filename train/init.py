@@ -11,7 +11,7 @@ import torch
 
 from yi_vl.arguments import one_line
 from yi_vl.checkpoint import holds_adapters
-from yi_vl.checkpoint.assemble import fresh_connector, from_parts
+from yi_vl.checkpoint.assemble import from_parts, replace_connector_
 from yi_vl.checkpoint.find import find
 from yi_vl.checkpoint.load import check_fit, fetch, load_model, load_processor, read_config
 from yi_vl.config import OpenClipVisionConfig, YiVLConfig, check_rope
@@ -56,9 +56,8 @@ def initial_model(config: TrainConfig, device: torch.device) -> tuple[YiVLForCon
         image_processor = YiVLImageProcessor(config.image_size)
         processor = YiVLProcessor(image_processor, tokenizer, patch_size=model.config.vision_config.patch_size)
     if init.connector is not None:
-        set_connector_(model.config, init.connector)
-        model.model.multi_modal_projector = fresh_connector(model.config, model.model.language_model).to(device)
-    processor.num_image_tokens = model.config.connector_config.num_tokens
+        replace_connector_(model, ModelConnectorConfig(**asdict(init.connector)))
+    processor.num_image_tokens = model.config.connector_config.num_prompt_tokens
     if model.config.vision_config.image_size != config.image_size:
         model.model.vision_tower.resize_grid_(config.image_size)
         model.config.vision_config.image_size = config.image_size
@@ -100,7 +99,7 @@ def fingerprint(path: str | Path) -> str:
 def set_connector_(model_config: YiVLConfig, connector: ConnectorConfig | None) -> None:
     """Change the connector in a model's configuration; None changes nothing."""
     if connector is not None:
-        model_config.connector_config = ModelConnectorConfig(**asdict(connector))
+        model_config.set_connector_(ModelConnectorConfig(**asdict(connector)))
 
 
 def set_rope_(text_config: Any, rope: RopeConfig | None) -> None:
@@ -168,7 +167,7 @@ def initial_processor(config: TrainConfig) -> YiVLProcessor:
 
 def _with_settings(processor: YiVLProcessor, config: TrainConfig) -> YiVLProcessor:
     if (connector := config.init_from.connector) is not None:
-        processor.num_image_tokens = ModelConnectorConfig(**asdict(connector)).num_tokens
+        processor.num_image_tokens = ModelConnectorConfig(**asdict(connector)).num_prompt_tokens
     return _in_chat_format(processor, config)
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from yi_vl.decoder.cross_attention import CROSS_BLOCK
 from yi_vl.model import YiVLForConditionalGeneration
 
 from .config import LORA, TrainConfig
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 _LINEARS = r"model\.language_model\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj"
-_MODULES = {"vision": "vision_tower", "projector": "multi_modal_projector"}
+_MODULES = {"vision": ["vision_tower"], "projector": ["multi_modal_projector", CROSS_BLOCK]}
 
 
 def uses_adapters(config: TrainConfig) -> bool:
@@ -64,7 +65,7 @@ def add_adapters_(model: YiVLForConditionalGeneration, config: TrainConfig, dire
         lora_alpha=config.lora.alpha,  # type: ignore[arg-type]  # scales by alpha / r, a whole number or not
         lora_dropout=config.lora.dropout,
         target_modules=_LINEARS,
-        modules_to_save=[module for name, module in _MODULES.items() if getattr(config.trainable, name)],
+        modules_to_save=[module for name in _MODULES if getattr(config.trainable, name) for module in _MODULES[name]],
         task_type="CAUSAL_LM",
     )
     adapted = get_peft_model(model, lora)

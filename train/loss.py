@@ -24,6 +24,7 @@ from .attention.packing import VARLEN, Packing
 from .data.batch import IGNORE
 from .experts import has_experts, layer_sums, trains_routers
 from .neftune import noise_scale, noisy_embeddings
+from .optim import component_parameters
 
 _CPU_TOKENS = 64  # K is rounded up to a multiple of this on a CPU; see attention/cpu.py
 # By attention implementation; rows stay padded with any other.
@@ -37,7 +38,7 @@ class Predictions(NamedTuple):
     targets: Tensor  # (K,)
     tokens: Tensor  # (K,) the index of each among the B*S tokens
     router_sums: tuple[RouterSums, ...] | None  # of experts in training mode
-    unused_vision: Tensor | None  # see `Objective._zero_of_vision`
+    unused_vision: Tensor | None  # a zero that depends on every vision parameter, without images
 
 
 class Objective(nn.Module):
@@ -131,7 +132,9 @@ class Objective(nn.Module):
             token_mask = packing.num_rows(attention_mask)
         if has_experts(model.config.text_config):
             inputs["token_mask"] = token_mask
-        unused_vision = self._zero_of_vision(input_ids.device) if is_own and pixel_values is None else None
+        unused = self._unused_features(input_ids.device) if is_own and pixel_values is None else None
+        if unused is not None and model.config.connector_config.is_cross_attention:
+            inputs["unused_features"], unused = unused, None
         inputs |= _image_inputs(model, pixel_values, image_index)
         with noisy_embeddings(model.model.language_model, noise) if noise is not None else nullcontext():
             outputs = model.model(use_cache=False, **inputs)
@@ -141,7 +144,7 @@ class Objective(nn.Module):
         logits = model.lm_head(hidden.index_select(0, F.pad(supervised, (0, num_pads))))[: len(supervised)]  # (K, V)
         return Predictions(
             logits.float(), targets.flatten()[supervised], tokens.flatten()[supervised], outputs.router_sums,
-            unused_vision,
+            (unused * 0.0).sum() if unused is not None else None,  # multiplied first: a sum may overflow
         )  # fmt: skip
 
     def token_losses(self, predictions: Predictions, *_: Any) -> tuple[Tensor, Sequence[Tensor]]:
@@ -183,19 +186,18 @@ class Objective(nn.Module):
         width = config.text_config.hidden_size
         return noise_scale(input_ids, attention_mask, config.image_token_id, width, self._neftune)
 
-    def _zero_of_vision(self, device: torch.device) -> Tensor | None:
-        """A zero that depends on every vision parameter, for a micro-batch without images.
+    def _unused_features(self, device: torch.device) -> Tensor | None:
+        """Features of a blank image, (1, P, D), for a micro-batch without images.
 
         Under DDP and FSDP all ranks must take part in the exchange of the vision gradients and weights, or training
         hangs. None when the vision parameters are neither trained nor sharded.
         """
-        model = self.model.model
-        parameters = chain(model.vision_tower.parameters(), model.multi_modal_projector.parameters())
+        of_component = component_parameters(self.model)
+        parameters = chain(of_component["vision"], of_component["projector"])
         if not any(parameter.requires_grad or isinstance(parameter, DTensor) for parameter in parameters):
             return None
-        size_px = model.config.vision_config.image_size
-        features = model.encode_images(torch.zeros(1, 3, size_px, size_px, device=device))  # (1, P, D)
-        return (features * 0.0).sum()  # multiplied first: a sum may overflow
+        size_px = self.model.config.vision_config.image_size
+        return self.model.model.encode_images(torch.zeros(1, 3, size_px, size_px, device=device))
 
 
 def _image_inputs(

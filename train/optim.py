@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from yi_vl.decoder.cross_attention import CROSS_BLOCK
+from yi_vl.decoder.gated import cross_blocks
 from yi_vl.model import YiVLForConditionalGeneration
 
 from .config import ScheduleConfig, TrainConfig
@@ -19,11 +21,13 @@ LOW_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # by precision: au
 
 
 def components(model: YiVLForConditionalGeneration) -> dict[str, list[nn.Module]]:
-    """The modules of each component named in the config."""
+    """The modules of each component named in the config; a language model's blocks of cross-attention are the
+    projector's."""
     inner = model.model
+    joints = [inner.multi_modal_projector, *cross_blocks(inner.language_model)]
     return {
         "vision": [_trainable_copy(inner.vision_tower)],
-        "projector": [_trainable_copy(inner.multi_modal_projector)],
+        "projector": [_trainable_copy(module) for module in joints],
         "language": [inner.language_model, model.lm_head],
     }
 
@@ -35,7 +39,7 @@ def _trainable_copy(module: nn.Module) -> nn.Module:
 
 
 def component_parameters(model: YiVLForConditionalGeneration) -> dict[str, list[nn.Parameter]]:
-    """Each component's parameters; a tied parameter is listed once, in the first component."""
+    """Each component's parameters; one that is in several (tied, or of a block) is listed once, in the first."""
     parameters: dict[str, list[nn.Parameter]] = {}
     seen: set[int] = set()
     for name, modules in components(model).items():
@@ -55,14 +59,14 @@ def set_trainable_(model: YiVLForConditionalGeneration, config: TrainConfig) -> 
         ValueError: an entry of `trainable.language` selects no parameter of this model.
     """
     model.train()
-    for name, modules in components(model).items():
+    for name, modules in reversed(components(model).items()):  # the language model before its blocks
         trainable = getattr(config.trainable, name)
         for module in modules:
             module.requires_grad_(trainable is True)
             module.train(bool(trainable) or (name == "language" and config.activation_checkpointing))
     if isinstance(config.trainable.language, list):
         parameters = dict(model.named_parameters(remove_duplicate=False))  # a tied table by both its names
-        for name in select(config.trainable.language, parameters):
+        for name in select(config.trainable.language, [name for name in parameters if CROSS_BLOCK not in name]):
             parameters[name].requires_grad_(True)
     for name, parameter in model.named_parameters():
         if is_adapter(name):

@@ -2,7 +2,8 @@
 
 Each matrix is quantized as it is loaded, so that the whole model is never in memory unquantized, and dequantized for
 each product, forward and backward. The language model's tables and norms, and hence its activations, have the dtype of
-the products. Tower and projector may be trained and stay in float32.
+the products. Tower, projector and blocks of cross-attention may be trained
+and stay in float32.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 
 from yi_vl.checkpoint.load import build_model, open_model
+from yi_vl.decoder.cross_attention import CROSS_BLOCK
 from yi_vl.model import YiVLForConditionalGeneration
 from yi_vl.processor import YiVLProcessor
 
 from .optim import LOW_DTYPES
 
 BYTES_PER_WEIGHT = (4 + 8 / 64 + 32 / (64 * 256)) / 8  # 64 share a scale of 8 bits, 256 such scales one of 32
-_MAY_BE_TRAINED = ["model.vision_tower", "model.multi_modal_projector"]
+_MAY_BE_TRAINED = ["model.vision_tower", "model.multi_modal_projector", rf"model.language_model.layers.*.{CROSS_BLOCK}"]
 
 
 class _OnInt4(YiVLForConditionalGeneration):

@@ -180,9 +180,14 @@ class YiVLConfig(PreTrainedConfig):
         if not isinstance(self.connector_config, PreTrainedConfig):
             self.connector_config = ConnectorConfig(**(self.connector_config or {}))
         check_rope(self.text_config)
-        is_gated = isinstance(self.text_config, YiGatedConfig)
-        if is_gated != self.connector_config.is_cross_attention:
-            self.set_connector_(self.connector_config)
+        connector: Any = self.connector_config
+        if connector.is_cross_attention and not isinstance(self.text_config, YiGatedConfig):
+            self.set_connector_(connector)
+        if not connector.is_cross_attention and isinstance(self.text_config, YiGatedConfig):
+            raise ValueError(
+                f"The language model has blocks of gated cross-attention, and the connector is of type "
+                f"{connector.type}; expected cross_attention."
+            )
         super().__post_init__(**kwargs)
 
     def set_connector_(self, connector: ConnectorConfig) -> None:
@@ -193,6 +198,7 @@ class YiVLConfig(PreTrainedConfig):
         """
         self.connector_config = connector
         if connector.is_cross_attention:
+            assert connector.every is not None
             self.text_config = with_cross_layers(self.text_config, connector.every)
         elif isinstance(self.text_config, YiGatedConfig):
             self.text_config = without_cross_layers(self.text_config)

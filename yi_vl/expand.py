@@ -18,6 +18,10 @@ from .checkpoint.load import fetch
 from .conversion import write
 
 _LAYER_NAME = re.compile(re.escape(LANGUAGE) + r"layers\.(\d+)\.(.+)")
+_AFTERWARDS = {  # what makes such a language model
+    "yi_hybrid": "upcycle the result",
+    "yi_gated": "give the result its connector (init_from.connector)",
+}
 _ADDS_TO_RESIDUAL = ("self_attn.o_proj.", "mlp.down_proj.")  # what a layer adds to the residual stream comes from these
 
 
@@ -74,7 +78,7 @@ def expand(source: Checkpoint, layers: Sequence[Layer], keeps_function: bool) ->
     if (model_type := source.config.text_config.model_type) != "llama":
         raise ValueError(
             f"{source.folder} has a language model of the type {model_type}, whose layers differ. Expand the dense "
-            "model that it was made from, and upcycle the result."
+            f"model that it was made from, and {_AFTERWARDS[model_type]}."
         )
     positions: dict[int, list[int]] = {}
     for position, layer in enumerate(layers):

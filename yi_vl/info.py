@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .arguments import ranges
 from .chat import CHATML, YI_VL, ChatFormat
 
 if TYPE_CHECKING:
@@ -34,7 +35,11 @@ def config_table(name: str, config: YiVLConfig, folder: Path | None) -> Table:
         f"{vision.image_size} px in patches of {vision.patch_size} px",
     )
     connector = config.connector_config
-    if connector.is_projector:
+    if connector.is_cross_attention:
+        table.add_row("connector", cross_attention_text(config))
+        features = f"{config.num_image_features} per image, of {vision.num_patches} patches"
+        table.add_row("image features", f"{features}; one token in the prompt")
+    elif connector.is_projector:
         table.add_row("image tokens", f"{vision.num_patches} per image ({vision.grid_size} x {vision.grid_size})")
     else:
         table.add_row("connector", f"{connector.type}, {connector.num_layers} layers")
@@ -55,6 +60,22 @@ def config_table(name: str, config: YiVLConfig, folder: Path | None) -> Table:
     if folder is not None and holds_adapters(folder):
         table.add_row("adapters", f"of {base_of(folder)}; merged into it when loaded, which changes none of the sizes")
     return table
+
+
+def cross_attention_text(config: YiVLConfig) -> str:
+    """The blocks before the language model's layers, and what they attend to."""
+    import torch
+
+    from .decoder.cross_attention import GatedCrossAttention
+
+    connector, layers = config.connector_config, config.text_config.cross_layers
+    features = f"a resampler of {connector.num_layers} layers" if connector.has_resampler else "a projector"
+    with torch.device("meta"):
+        block = sum(parameter.numel() for parameter in GatedCrossAttention(config.text_config).parameters())
+    return (
+        f"cross_attention: gated blocks before layers {', '.join(ranges(layers))} (from 0), of "
+        f"{len(layers) * block:,} parameters; they attend to the features of {features}"
+    )
 
 
 def size_tables(config: YiVLConfig, folder: Path | None) -> Iterator[Table]:

@@ -152,12 +152,12 @@ class YiVLModel(YiVLPreTrainedModel):
                 image_features = torch.stack(features).flatten(0, -3)
         elif pixel_values is not None and len(pixel_values):
             image_features = self.encode_images(pixel_values)
-        if image_features is not None and input_ids is None:
-            raise ValueError("Images need input_ids: features go where the image tokens are.")
         if self.config.connector_config.is_cross_attention:  # the language model attends to them; see decoder/gated.py
             is_image = input_ids == self.config.image_token_id if input_ids is not None else None
             kwargs |= {"image_features": image_features, "is_image": is_image}
         elif image_features is not None:
+            if input_ids is None:
+                raise ValueError("Images need input_ids: features go where the image tokens are.")
             inputs_embeds = self.insert_images(inputs_embeds, input_ids, image_features)
 
         outputs = self.language_model(

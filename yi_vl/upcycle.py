@@ -26,6 +26,7 @@ from .checkpoint.load import fetch
 from .checkpoint.read import LazyTensor
 from .conversion import write
 from .decoder.config import FULL, SLIDING, layer_pattern, sharing_pattern
+from .decoder.gated_config import YiGatedConfig
 from .hybrid_info import hybrid_rows, language_parameters
 
 _LAYER_NAME = re.compile(re.escape(LANGUAGE) + r"layers\.(\d+)\.(.+)")
@@ -137,6 +138,11 @@ def _check(source: Checkpoint, changes: Changes) -> None:
     text = source.config.text_config
     if getattr(source.config, "quantization_config", None) is not None:
         raise ValueError(f"{source.folder} is quantised, and could not be trained further. Give the original.")
+    if isinstance(text, YiGatedConfig):
+        raise ValueError(
+            f"{source.folder} has a language model of the type {text.model_type}, whose blocks of gated "
+            "cross-attention a hybrid decoder cannot have. Upcycle a model with another connector."
+        )
     as_int(changes.experts, "--experts", 1)
     as_int(changes.slices, "--slices", 1)
     as_int(changes.experts * changes.slices, "--experts times --slices", 1, MAX_EXPERTS)

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 from ..arguments import one_line
 from ..chat import IMAGE_PLACEHOLDER
 from ..config import TIMM, OpenClipVisionConfig, YiVLConfig, check_rope
 from ..connector import Connector, build_connector
 from ..connector.config import ConnectorConfig
+from ..decoder.cross_attention import CROSS_BLOCK, GatedCrossAttention
 from ..generation import set_end_tokens_
 from ..model import YiVLForConditionalGeneration
 from ..processor import prepare_tokenizer
@@ -27,16 +28,15 @@ _TABLE_MULTIPLE = 64  # rows of the embedding table, for fast matrix products
 
 
 def from_parts(
-    tower: str, pretrained: str | None, language_model: str, image_size: int, connector: ConnectorConfig | None = None
+    tower: str, pretrained: str | None, language_model: str, image_size: int
 ) -> tuple[YiVLForConditionalGeneration, Any]:
-    """The model in float32, and its tokenizer with `<image_placeholder>` added.
+    """The model in float32, with Yi-VL's projector, and its tokenizer with `<image_placeholder>` added.
 
     Args:
         tower: an open_clip model's name, such as ViT-H-14, or timm/ and the name of a timm model.
         pretrained: the tag of its weights, such as laion2b_s32b_b79k, or a weight file; None for random weights.
         language_model: a directory or hub id, of a language model or of a Yi-VL, whose language model is taken.
         image_size: in pixels; the tower's position grid is resized to it.
-        connector: None for Yi-VL's projector.
 
     Raises:
         ValueError: a part does not exist, or does not fit.
@@ -54,7 +54,6 @@ def from_parts(
         vision_config=vision_tower.config,
         text_config=language.config,
         image_token_id=image_token_id,
-        connector_config=connector,
         tie_word_embeddings=language.config.tie_word_embeddings,
     )
     with torch.device("meta"):  # the weights are there already
@@ -91,6 +90,38 @@ def _load_language(name: str) -> tuple[LlamaForCausalLM, Any]:
     language.model, language.lm_head = whole.model.language_model, whole.lm_head
     language.generation_config = whole.generation_config
     return language, tokenizer
+
+
+def replace_connector_(model: YiVLForConditionalGeneration, connector: ConnectorConfig) -> None:
+    """Give a model another connector, with fresh weights in float32. The language model gets the blocks of
+    cross-attention with it, or loses them; its other weights stay.
+
+    Raises:
+        ValueError: the language model cannot have such blocks.
+    """
+    config, language = model.config, model.model.language_model
+    had_blocks = config.connector_config.is_cross_attention
+    config.set_connector_(connector)
+    if had_blocks or connector.is_cross_attention:
+        model.model.language_model = _with_fresh_blocks(language, config.text_config)
+        model.tie_weights()
+    fresh = fresh_connector(config, model.model.language_model)
+    model.model.multi_modal_projector = fresh.to(language.device)
+
+
+def _with_fresh_blocks(language: PreTrainedModel, text_config: Any) -> PreTrainedModel:
+    """A language model as of another configuration, which differs in the blocks of cross-attention alone."""
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModel.from_config(text_config)
+    kept = {name: weight for name, weight in language.state_dict().items() if f".{CROSS_BLOCK}." not in name}
+    model.load_state_dict(kept, strict=False, assign=True)
+    model.rotary_emb = language.rotary_emb
+    for layer in model.layers:  # type: ignore[union-attr]
+        if getattr(layer, CROSS_BLOCK, None) is not None:
+            block = GatedCrossAttention(text_config)
+            block.apply(model._init_weights)
+            layer.cross_block = block.to(language.device)
+    return model.train(language.training)
 
 
 def fresh_connector(config: YiVLConfig, language: PreTrainedModel) -> Connector:

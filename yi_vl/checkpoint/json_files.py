@@ -10,7 +10,7 @@ from ..arguments import as_float, as_int, one_line, shown
 
 _MAX_BYTES = 1 << 26  # an index of a million tensors
 MAX_EXPERTS = 1 << 12  # of a layer
-_SECTIONS = ("text_config", "vision_config")
+_SECTIONS = ("text_config", "vision_config", "connector_config")
 _SIZES = {  # by name in any layout's configuration: the least and the most that it may be
     "num_hidden_layers": (1, 1000),
     "hidden_size": (1, 1 << 17),
@@ -27,6 +27,10 @@ _SIZES = {  # by name in any layout's configuration: the least and the most that
     "feature_layer": (-1000, 1000),
     "num_labels": (0, 1 << 16),
     "num_experts": (0, MAX_EXPERTS),
+    "num_tokens": (1, 1 << 16),  # of a connector, as are the next
+    "num_layers": (1, 1000),
+    "num_heads": (1, 1 << 12),
+    "every": (1, 1000),
 }
 _POSITIVE = ("rms_norm_eps", "layer_norm_eps", "rope_theta")
 

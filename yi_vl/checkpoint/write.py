@@ -22,6 +22,10 @@ from .read import Checkpoint, LazyTensor
 from .weight_files import num_bytes
 
 SHARD_BYTES = 4_000_000_000
+_ONLY_NATIVE = {  # what the other layouts lack, by the type of the language model
+    "yi_hybrid": "windows, shared keys and values, or experts",
+    "yi_gated": "blocks of gated cross-attention",
+}
 _SHARD_NUMBER = re.compile(r"-\d{5}-of-\d{5}")
 
 
@@ -95,10 +99,11 @@ def check_target(source: Checkpoint, target: Path, to: str) -> None:
         raise ValueError(
             f"{source.folder} is quantised, and the layout {to!r} has no place for that. Give the original."
         )
-    if to != "yi-vl" and source.config.text_config.model_type != "llama":
+    model_type = source.config.text_config.model_type
+    if to != "yi-vl" and model_type != "llama":
         raise ValueError(
-            f"{source.folder} has a language model of the type {source.config.text_config.model_type}, and the layout "
-            f"{to!r} has no place for its windows, shared keys and values, or experts. Keep it in the layout 'yi-vl'."
+            f"{source.folder} has a language model of the type {model_type}, and the layout {to!r} has no place for "
+            f"its {_ONLY_NATIVE[model_type]}. Keep it in the layout 'yi-vl'."
         )
     if target.exists():
         raise ValueError(f"{target} exists already; choose another name, or remove it.")

@@ -14,89 +14,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import DynamicCache, LlamaForCausalLM, LlamaModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.models.llama.modeling_llama import (
     LlamaDecoderLayer,
-    LlamaMLP,
     LlamaPreTrainedModel,
     LlamaRMSNorm,
     LlamaRotaryEmbedding,
 )
 
 from ..versions import CACHE_ARGUMENT
+from .cross_attention import CROSS_BLOCK, GatedCrossAttention
 from .gated_config import YiGatedConfig
 from .image_keys import ImageKeysLayer, ImageRuns, image_layers, images_of_tokens
-
-
-class GatedCrossAttention(nn.Module):
-    """`x + tanh(a) attention(norm(x), image)`, then `x + tanh(b) mlp(norm(x))`; nothing at first, as a and b are 0."""
-
-    def __init__(self, config: YiGatedConfig, index: int) -> None:
-        super().__init__()
-        assert config.head_dim is not None
-        self.index = index  # among the blocks
-        self.head_dim = config.head_dim
-        self.num_kv_heads = config.num_key_value_heads or config.num_attention_heads
-        width, bias = config.hidden_size, config.attention_bias
-        self.input_layernorm = LlamaRMSNorm(width, eps=config.rms_norm_eps)
-        self.q_proj = nn.Linear(width, config.num_attention_heads * self.head_dim, bias=bias)
-        self.k_proj = nn.Linear(width, self.num_kv_heads * self.head_dim, bias=bias)
-        self.v_proj = nn.Linear(width, self.num_kv_heads * self.head_dim, bias=bias)
-        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, width, bias=bias)
-        self.attention_gate = nn.Parameter(torch.zeros(1))
-        self.post_attention_layernorm = LlamaRMSNorm(width, eps=config.rms_norm_eps)
-        self.mlp = LlamaMLP(config)
-        self.mlp_gate = nn.Parameter(torch.zeros(1))
-
-    def forward(
-        self, hidden_states: Tensor, image_features: Tensor | None, runs: ImageRuns, layer: ImageKeysLayer | None
-    ) -> Tensor:
-        """(B, S, D) -> (B, S, D)
-
-        Args:
-            image_features: of new images, (N, P, D).
-            layer: of the cache.
-        """
-        keys, values = self._image_keys(image_features, runs, layer)
-        if not len(runs.tokens):
-            return hidden_states
-        flat = hidden_states.flatten(0, 1)
-        tokens = flat[runs.tokens]  # (R, D)
-        queries = self.q_proj(self.input_layernorm(tokens))
-        attended = self.o_proj(self._attend(queries, keys, values, runs))
-        changed = tokens + self.attention_gate.tanh() * attended
-        changed = changed + self.mlp_gate.tanh() * self.mlp(self.post_attention_layernorm(changed))
-        if not runs.is_used:
-            changed = tokens.where(torch.ones_like(tokens, dtype=torch.bool), changed)  # which has a gradient of 0
-        return flat.index_copy(0, runs.tokens, changed.to(flat.dtype)).view_as(hidden_states)
-
-    def _image_keys(
-        self, features: Tensor | None, runs: ImageRuns, layer: ImageKeysLayer | None
-    ) -> tuple[Tensor, Tensor]:
-        """Of the images in the cache and the new ones, (N, H, P, E) each."""
-        if features is None:
-            assert layer is not None and layer.keys is not None and layer.values is not None
-            return layer.keys, layer.values
-        keys, values = (
-            projection(features).unflatten(-1, (self.num_kv_heads, self.head_dim)).transpose(1, 2)
-            for projection in (self.k_proj, self.v_proj)
-        )
-        return (keys, values) if layer is None else layer.update(keys, values, runs.last_images, runs.has_image)
-
-    def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, runs: ImageRuns) -> Tensor:
-        """(R, heads * E), (N, H, P, E), (N, H, P, E) -> (R, heads * E)
-
-        All queries attend to all keys of their image, so heads that share keys are queries of one product.
-        """
-        num_images, num_kv_heads, _, head_dim = keys.shape
-        padded = queries[runs.padded].view(num_images, -1, num_kv_heads, queries.shape[1] // num_kv_heads)  # N, L
-        rows = padded.transpose(1, 2).reshape(num_images, num_kv_heads, -1, head_dim)
-        output = F.scaled_dot_product_attention(rows, keys.to(rows.dtype), values.to(rows.dtype))
-        output = output.reshape(num_images, num_kv_heads, padded.shape[1], -1).transpose(1, 2)
-        return output.reshape(-1, queries.shape[1])[runs.packed]
 
 
 class GatedDecoderLayer(LlamaDecoderLayer):
@@ -105,9 +36,9 @@ class GatedDecoderLayer(LlamaDecoderLayer):
     def __init__(self, config: YiGatedConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
         assert config.cross_layers is not None
-        self.cross_block: GatedCrossAttention | None = None
-        if layer_idx in config.cross_layers:
-            self.cross_block = GatedCrossAttention(config, config.cross_layers.index(layer_idx))
+        has_block = layer_idx in config.cross_layers
+        self.cross_index = config.cross_layers.index(layer_idx) if has_block else None  # among the blocks
+        self.cross_block = GatedCrossAttention(config) if has_block else None
 
     def forward(  # type: ignore[override]
         self,
@@ -118,10 +49,16 @@ class GatedDecoderLayer(LlamaDecoderLayer):
         **kwargs: Any,
     ) -> Tensor:
         """(B, S, D) -> (B, S, D)"""
-        if self.cross_block is not None and image_runs is not None:
-            layer = image_cache[self.cross_block.index] if image_cache else None
+        if self.cross_block is not None and self.cross_index is not None and image_runs is not None:
+            layer = image_cache[self.cross_index] if image_cache else None
             hidden_states = self.cross_block(hidden_states, image_features, image_runs, layer)
         return super().forward(hidden_states, **kwargs)
+
+
+def cross_blocks(language_model: nn.Module) -> list[nn.Module]:
+    """The blocks of a language model, in the order of its layers; none of another than this."""
+    blocks = (getattr(layer, CROSS_BLOCK, None) for layer in language_model.layers)  # type: ignore[union-attr]
+    return [block for block in blocks if block is not None]
 
 
 class YiGatedPreTrainedModel(LlamaPreTrainedModel):
@@ -230,7 +167,7 @@ class YiGatedModel(YiGatedPreTrainedModel, LlamaModel):
         if layers and layers[0].has_image is not None:
             num_stored = num_rows
             first_images = torch.arange(num_rows, device=device).where(layers[0].has_image.to(device), -1)
-        new = []
+        new: list[Tensor] = []
         for row, features in enumerate(previous_images or ()):
             if features is not None:
                 first_images[row] = num_stored + len(new)

@@ -25,7 +25,7 @@ def register() -> None:
     import yi_vl.auto  # noqa: F401  # configuration, processor and model, for transformers' Auto classes
 
     from .answer import strip_answers
-    from .hybrid_config import HYBRID, HybridModelConfig, WithoutFusedExperts
+    from .hybrid_config import GATED, HYBRID, HybridModelConfig, WithoutFusedExperts
 
     class YiVLModelConfig(HybridModelConfig):
         """What is given on the command line, or stands in generation_config.json, is left as it is."""
@@ -45,6 +45,6 @@ def register() -> None:
     ModelRegistry.register_model(_ARCHITECTURE, f"{__name__}.model:YiVLForConditionalGeneration")
     MODELS_CONFIG_MAP[_ARCHITECTURE] = YiVLModelConfig
     ModelRegistry.register_model(HYBRID, f"{__name__}.hybrid:{HYBRID}")
-    MODELS_CONFIG_MAP[HYBRID] = HybridModelConfig
+    MODELS_CONFIG_MAP |= dict.fromkeys((HYBRID, GATED), HybridModelConfig)
     MODEL_ARCH_CONFIG_CONVERTORS |= dict.fromkeys(("yi_vl", "yi_hybrid"), WithoutFusedExperts)
     strip_answers()

@@ -12,6 +12,9 @@ from vllm.config import VllmConfig
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase
 
+from .unsupported import check_language_model
+
+GATED = "YiGatedForCausalLM"
 HYBRID = "YiHybridForCausalLM"  # `architectures` of config.json
 
 
@@ -31,9 +34,10 @@ class HybridModelConfig(VerifyAndUpdateConfig):
         """vLLM's hook.
 
         Raises:
-            ValueError: the layers are to be divided among GPUs.
+            ValueError: the layers are to be divided among GPUs, or attend to images.
         """
         text: Any = vllm_config.model_config.hf_text_config
+        check_language_model(text)
         size = vllm_config.parallel_config.pipeline_parallel_size
         if text.model_type == "yi_hybrid" and size > 1:
             raise ValueError(
