@@ -20,8 +20,10 @@ from test_prefix_cache import Watched
 from tiny import NUM_PATCHES, OFFICIAL, prefill, tiny_processor, uncached
 from transformers.cache_utils import Cache
 
+from eval.speed.engine import bytes_per_token
 from yi_vl.cli import app
 from yi_vl.engine import prompt_lookup
+from yi_vl.engine.attention import GROUPED
 from yi_vl.engine.cache_layers import GrowableLayer, ImageLayer
 from yi_vl.engine.kv_cache import gather, lacks_image, layers_of, load_, new_cache, row_of, shift_row_, truncate_
 from yi_vl.engine.pace import Pace
@@ -29,6 +31,7 @@ from yi_vl.engine.prefix_cache import PrefixCache
 from yi_vl.engine.prompt_lookup import PromptLookup
 from yi_vl.engine.running_batch import forward
 from yi_vl.engine.sampling import Sampling
+from yi_vl.info import config_table
 from yi_vl.messages import Message, user_message
 from yi_vl.predict import YiVL
 from yi_vl.server import create_app
@@ -121,6 +124,13 @@ def test_cached_equals_uncached_and_holds_the_tokens_and_one_image(yi_vl: YiVL) 
     smaller = PrefixCache(stored - 1, config)
     smaller.put(prompt.key, cache)
     assert smaller.num_bytes == 0
+    token_bytes, image_bytes = NUM_LAYERS * head_bytes // 2, NUM_BLOCKS * NUM_PATCHES * head_bytes // 2  # in bf16
+    (row,) = [row for row in table_rows(config_table("a model", model.config, None)) if row[0] == "KV cache"]
+    assert f"{token_bytes:,} bytes per token" in row[1] and f"{image_bytes:,} for the last image" in row[1]
+
+
+def table_rows(table: Any) -> list[list[str]]:
+    return [list(cells) for cells in zip(*(column.cells for column in table.columns))]
 
 
 # Answers
@@ -128,6 +138,7 @@ def test_cached_equals_uncached_and_holds_the_tokens_and_one_image(yi_vl: YiVL) 
 
 def test_the_image_decides_the_answer(yi_vl: YiVL) -> None:
     """Otherwise no test here would show anything."""
+    assert yi_vl.model.model.language_model.config._attn_implementation == GROUPED  # as of other language models
     texts = [alone(yi_vl, prompt_of(yi_vl, "What is this?", *images), Sampling(8)) for images in ((), (WIDE,), (TALL,))]
     assert len(set(texts)) == 3
     first, second = ([*answered("What is this?", image), user_message([WIDE], "Why?")] for image in (TALL, NOISE))
@@ -288,8 +299,8 @@ def test_a_second_turn_computes_no_image_and_no_keys_of_it(yi_vl: YiVL, computed
         computed.take()
 
 
-# What is asked after [TALL, text, answer, NOISE, text, answer, WIDE, text, answer, text, answer]: how many messages stay,
-# what follows them, and how many images are encoded when features are forgotten, and their keys computed.
+# What is asked after [TALL, text, answer, NOISE, text, answer, WIDE, text, answer, text, answer]: how many messages
+# stay, what follows them, and how many images are encoded when features are forgotten, and their keys computed.
 EDITS: dict[str, tuple[int, list[Message], int]] = {
     "goes on": (8, [user_message([], "So?")], 0),
     "goes on with an image": (8, [user_message([OTHER], "So?")], 1),
@@ -396,3 +407,16 @@ def test_a_chat_and_the_command_answer_as_the_model_alone(
 def test_a_processor_of_another_number_of_image_tokens_is_refused(yi_vl: YiVL) -> None:
     with pytest.raises(ValueError, match=f"tokens per image.* 1 .*{NUM_PATCHES}"):
         YiVL(yi_vl.model, tiny_processor())
+
+
+def test_the_limit_of_text_answers_has_no_weights_of_blocks(yi_vl: YiVL) -> None:
+    """Of `eval speed decode`: without an image they are not read."""
+    model = yi_vl.model
+    counted = [model.lm_head, model.model.language_model.norm, *model.model.language_model.layers]
+    num_bytes = sum(parameter.nbytes for module in counted for parameter in module.parameters())
+    assert bytes_per_token(yi_vl) == num_bytes - sum(p.nbytes for block in blocks(model) for p in block.parameters())
+    broken = gated_yi_vl()
+    with torch.no_grad():
+        for parameter in (parameter for block in blocks(broken.model) for parameter in block.parameters()):
+            parameter.fill_(torch.nan)
+    assert broken.predict(None, "Hi", max_new_tokens=6) == uncached(yi_vl).predict(None, "Hi", max_new_tokens=6)

@@ -39,6 +39,7 @@ def config_table(name: str, config: YiVLConfig, folder: Path | None) -> Table:
         table.add_row("connector", cross_attention_text(config))
         features = f"{config.num_image_features} per image, of {vision.num_patches} patches"
         table.add_row("image features", f"{features}; one token in the prompt")
+        table.add_row("KV cache", _kv_cache_text(config))
     elif connector.is_projector:
         table.add_row("image tokens", f"{vision.num_patches} per image ({vision.grid_size} x {vision.grid_size})")
     else:
@@ -75,6 +76,17 @@ def cross_attention_text(config: YiVLConfig) -> str:
     return (
         f"cross_attention: gated blocks before layers {', '.join(ranges(layers))} (from 0), of "
         f"{len(layers) * block:,} parameters; they attend to the features of {features}"
+    )
+
+
+def _kv_cache_text(config: YiVLConfig) -> str:
+    """What a conversation takes: its tokens, and the image that comes last."""
+    text = config.text_config
+    layer_bytes = 2 * text.num_key_value_heads * text.head_dim * 2  # of one token or feature: a key and a value in bf16
+    image_bytes = len(text.cross_layers) * config.num_image_features * layer_bytes
+    return (
+        f"{text.num_hidden_layers * layer_bytes:,} bytes per token (bf16), and {image_bytes:,} for the last image of a "
+        "conversation"
     )
 
 

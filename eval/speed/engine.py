@@ -12,6 +12,7 @@ import torch
 from transformers.generation import BaseStreamer
 
 from yi_vl import YiVL
+from yi_vl.decoder.cross_attention import CROSS_BLOCK
 from yi_vl.engine.sampling import Sampling
 from yi_vl.hardware import matrix_rate, read_bandwidth, synchronized_seconds
 from yi_vl.linear import kernels_of, tune_linears_, untune_linears_
@@ -31,7 +32,7 @@ def compare_chat(model: YiVL, image: Path, turns: int, new_tokens: int) -> dict[
 
     slow, fast = measure_rounds({name: partial(last_turn, name) for name in chats}).values()
     return {
-        "what": f"time to the first token, about one image of {model.processor.tokens_per_image} tokens",
+        "what": f"time to the first token, about one image ({model.processor.tokens_per_image} of the prompt)",
         "variants": {
             name: {f"turn_{turn}_ms": statistics.median(times) for turn, times in enumerate(zip(*rounds), 1)}
             for name, rounds in chats.items()
@@ -115,7 +116,7 @@ def compare_prefill(model: YiVL, num_tokens: int) -> dict[str, Any]:
     conversation = text_of(model, min(num_tokens, text.max_position_embeddings - 16))
     num_tokens = len(model.engine.prepare(conversation))
     layers = model.model.model.language_model.layers
-    per_token = sum(p.numel() for p in layers.parameters() if p.ndim > 1)
+    per_token = sum(p.numel() for name, p in layers.named_parameters() if p.ndim > 1 and CROSS_BLOCK not in name)
     flops = 2 * per_token * num_tokens + 2 * num_tokens**2 * text.hidden_size * text.num_hidden_layers  # causal: half
     shape = num_tokens, text.hidden_size, text.intermediate_size
     first_seconds = first_token_seconds(model, conversation)
@@ -158,9 +159,11 @@ def _first_calls(model: YiVL, conversation: Conversation) -> str:
 
 
 def bytes_per_token(model: YiVL) -> int:
-    """Bytes of the weights that each token of one answer reads: the language model's layers and its head."""
+    """Bytes of the weights that each token of one answer about no image reads: the language model's layers, without
+    blocks of cross-attention, and its head."""
     parameters = [*model.model.model.language_model.named_parameters(), *model.model.lm_head.named_parameters()]
-    return sum(parameter.nbytes for name, parameter in parameters if "embed_tokens" not in name)
+    unread = "embed_tokens", CROSS_BLOCK
+    return sum(parameter.nbytes for name, parameter in parameters if not any(part in name for part in unread))
 
 
 def text_of(model: YiVL, num_tokens: int, begin: str = "") -> Conversation:

@@ -69,10 +69,6 @@ class YiGatedPreTrainedModel(LlamaPreTrainedModel):
     _no_split_modules = ["GatedDecoderLayer"]
     _can_compile_fullgraph = False
 
-    @classmethod
-    def _can_set_attn_implementation(cls) -> bool:
-        return True  # of self-attention: transformers looks for its interface in this file, and it stands in Llama's
-
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
