@@ -332,7 +332,7 @@ def test_parameters_that_no_image_uses_take_part_and_change_nothing() -> None:
     features = torch.randn(1, 16, 32, requires_grad=True)
     used = model(input_ids=ids, unused_features=features).logits
     assert torch.equal(used, model(input_ids=ids).logits)
-    used.square().mean().backward()
+    used.pow(2).mean().backward()
     for block in blocks(model):
         assert all(parameter.grad is not None and not parameter.grad.any() for parameter in block.parameters())
     assert features.grad is not None and not features.grad.any()
@@ -340,7 +340,7 @@ def test_parameters_that_no_image_uses_take_part_and_change_nothing() -> None:
 
 def test_every_block_learns() -> None:
     model = gated_model().train()
-    model(input_ids=tokens(4, 12, ROWS), pixel_values=pixels(4)).logits.square().mean().backward()
+    model(input_ids=tokens(4, 12, ROWS), pixel_values=pixels(4)).logits.pow(2).mean().backward()
     for block in blocks(model):
         assert all(parameter.grad is not None and parameter.grad.any() for parameter in block.parameters())
     assert all(p.grad is not None and p.grad.any() for p in model.model.multi_modal_projector.parameters())
@@ -353,11 +353,11 @@ def test_checkpointed_activations_give_the_same_gradients() -> None:
         if checkpointing:
             checkpoint_activations_(model)
         outputs = model(input_ids=tokens(4, 12, ROWS), pixel_values=pixels(4), use_cache=False)
-        outputs.logits.square().mean().backward()
+        outputs.logits.pow(2).mean().backward()
         grads.append([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
     assert len(grads[0]) == len(grads[1])
-    for one, other in zip(*grads):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+    for expected, gradient in zip(*grads):
+        torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-7)
 
 
 def test_the_decoder_alone_is_one_of_transformers(tmp_path: Path) -> None:

@@ -8,23 +8,32 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from toy_runs import losses, stop_after, trainer
 from transformers import LlamaConfig
 
 import yi_vl
-from train.config import TrainConfig
+from train.config import TrainableConfig, TrainConfig
+from train.data.batch import MicroBatch, StepBatch
 from train.init import initial_model, initial_processor
 from train.loss import Objective
-from train.optim import component_parameters
+from train.optim import component_parameters, set_trainable_
+from train.plan.__main__ import _released, make_plan
+from train.plan.count import count_flops, count_saved_bytes
+from train.plan.flops import Row, batch_flops, step_batch_flops, step_flops
 from train.trainer import train
-from yi_vl.connector.config import CROSS_ATTENTION
-from yi_vl.decoder.cross_attention import CROSS_BLOCK
+from yi_vl.config import OpenClipVisionConfig, YiVLConfig
+from yi_vl.connector.config import CROSS_ATTENTION, ConnectorConfig
+from yi_vl.decoder.cross_attention import CROSS_BLOCK, GatedCrossAttention
 from yi_vl.decoder.gated import cross_blocks
 from yi_vl.decoder.gated_config import YiGatedConfig
+from yi_vl.model import YiVLForConditionalGeneration
 
 Configure = Callable[..., TrainConfig]
 SETTING = "init_from.connector={type: cross_attention, every: 1, num_tokens: 3, num_layers: 1, num_heads: 4}"
 FROZEN = "trainable={vision: false, projector: true, language: false}"
+CONFIGS = Path(__file__).parents[1] / "train/configs"
 CPU = torch.device("cpu")
 
 
@@ -215,3 +224,83 @@ def test_a_wrong_setting_is_refused_when_the_config_is_read(setting: str, messag
 def test_more_layers_than_there_are_is_refused(configure: Configure) -> None:
     with pytest.raises(ValueError, match="every is 4, and the language model has 2 layers; lower it"):
         initial_model(configure("init_from.connector={type: cross_attention}"), CPU)
+
+
+def plan_model(**connector: Any) -> YiVLConfig:
+    """No two dimensions alike."""
+    return YiVLConfig(
+        vision_config=OpenClipVisionConfig(
+            image_size=70, patch_size=14, hidden_size=48, intermediate_size=200, num_hidden_layers=5,
+            num_attention_heads=4,
+        ),
+        text_config=LlamaConfig(
+            vocab_size=320, hidden_size=64, intermediate_size=168, num_hidden_layers=5, num_attention_heads=4,
+            num_key_value_heads=2, pad_token_id=0,
+        ),
+        image_token_id=300,
+        connector_config=ConnectorConfig(type=CROSS_ATTENTION, every=2, **connector),
+    )  # fmt: skip
+
+
+TRAINS = [
+    TrainableConfig(),
+    TrainableConfig(vision=False, projector=True, language=False),
+    TrainableConfig(vision=True, projector=False, language=False),
+    TrainableConfig(vision=False, projector=True, language=["2-"]),
+    TrainableConfig(vision=False, projector=False, language=["4"]),
+]
+
+
+@pytest.mark.parametrize("trains", TRAINS, ids=str)
+def test_flops_are_those_that_are_counted(trains: TrainableConfig) -> None:
+    for model in (plan_model(), plan_model(num_tokens=6, num_layers=2, num_heads=4)):
+        row = Row(61, 20)
+        config = TrainConfig(trainable=trains)
+        assert step_flops(model, trains, row) == pytest.approx(count_flops(model, config, row), rel=0.01)
+
+
+@pytest.mark.parametrize("images", [True, False])
+def test_counted_flops_and_saved_bytes_are_a_steps(images: bool) -> None:
+    """Of rows that begin with their image, or are texts, in the trainer's own forward and backward pass."""
+    config, trains = TrainConfig(precision="fp32"), TrainableConfig(vision=False, projector=True, language=False)
+    config.trainable = trains
+    row = Row(31, 20, has_image=images)
+    model = YiVLForConditionalGeneration(plan_model())
+    set_trainable_(model, config)
+    objective = Objective(model, num_sources=1)
+    ids = torch.ones(2, row.tokens, dtype=torch.long)
+    ids[:, 0] = 300 if images else 1
+    labels = torch.full_like(ids, -100)
+    labels[:, -row.supervised :] = 5
+    pixels = torch.randn(2, 3, 70, 70) if images else None
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        loss, _ = objective(ids, torch.ones_like(ids), labels, pixels, torch.zeros(2, dtype=torch.long))
+        loss.backward()
+    assert count_flops(model.config, config, row, num_rows=2) == counter.get_total_flops()
+    saved = count_saved_bytes(model.config, config, row, 2, is_low=False, device="cpu")
+    longer = count_saved_bytes(model.config, config, Row(62, 20, has_image=images), 2, is_low=False, device="cpu")
+    assert 0 < saved.activations < longer.activations and saved.largest_layer < saved.activations
+
+
+def test_mfu_counts_the_tokens_that_have_an_image_before_them() -> None:
+    model, trains = plan_model(), TrainableConfig(vision=False, projector=True, language=False)
+    ids = torch.ones(2, 20, dtype=torch.long)
+    ids[0, 5] = 300  # 15 tokens see it, 3 of them padding
+    mask = torch.ones_like(ids)
+    mask[0, -3:] = 0
+    labels = ids.masked_fill(mask == 0, -100)
+    micro = MicroBatch(ids, mask, labels, torch.zeros(1, 3, 70, 70), torch.zeros(2, dtype=torch.long), 0)
+    flops = step_batch_flops(model, trains, StepBatch([micro], [], 0, {}, []))
+    arguments = (model, trains, mask, labels[:, 1:] != -100, 1)
+    assert flops == batch_flops(*arguments, num_seeing=12) > batch_flops(*arguments, num_seeing=11)
+
+
+def test_the_plan_counts_blocks_as_the_projectors() -> None:
+    made = make_plan(CONFIGS / "6b/align-224.yaml", ["init_from.connector={type: cross_attention}"])
+    parameters, plain = made.parameters, make_plan(CONFIGS / "6b/align-224.yaml", [])
+    added = parameters.total["projector"] - plain.parameters.total["projector"]
+    assert parameters.total["language"] == plain.parameters.total["language"]
+    with torch.device("meta"):
+        block = sum(p.numel() for p in GatedCrossAttention(made.model.text_config).parameters())
+    assert added == 8 * block and made.rows[0][1].tokens == 1 + 32
+    assert _released([made]) is None

@@ -22,11 +22,13 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AttentionInterface
+from transformers import AttentionInterface, LlamaModel
 from transformers.integrations.moe import ExpertsInterface
 
 from yi_vl.config import YiVLConfig
 from yi_vl.decoder.config import YiHybridConfig
+from yi_vl.decoder.gated_config import YiGatedConfig
+from yi_vl.decoder.image_keys import ImageRuns
 from yi_vl.model import YiVLForConditionalGeneration
 
 from ..config import INT4, TrainConfig
@@ -161,26 +163,51 @@ def count_flops(model_config: YiVLConfig, config: TrainConfig, row: Row, num_row
 
 
 def _layers_differ(model_config: YiVLConfig, config: TrainConfig) -> bool:
-    return isinstance(config.trainable.language, list) or isinstance(model_config.text_config, YiHybridConfig)
+    is_other = isinstance(model_config.text_config, (YiHybridConfig, YiGatedConfig))
+    return is_other or isinstance(config.trainable.language, list)
 
 
 def _loss(model: YiVLForConditionalGeneration, row: Row, num_rows: int, device: str) -> Tensor:
     """`Objective`'s, for rows that begin with their image or are texts. Its masks need values, which these tensors
     lack."""
     features = _image_features(model, row, num_rows, device)  # (N, P, D)
+    is_cross_attention = model.config.connector_config.is_cross_attention
+    hidden = (_attending if is_cross_attention else _joined)(model, features, row, num_rows, device)  # (B, S, D)
+    targets = torch.empty(num_rows * row.supervised, dtype=torch.long, device=device)
+    logits = model.lm_head(hidden.flatten(0, 1).index_select(0, targets))  # (B K, V)
+    losses = F.cross_entropy(logits.float(), targets, reduction="none")
+    if not row.has_image and features is not None and not is_cross_attention:
+        losses = losses + (features * 0.0).sum()
+    return losses.sum()
+
+
+def _joined(
+    model: YiVLForConditionalGeneration, features: Tensor | None, row: Row, num_rows: int, device: str
+) -> Tensor:
+    """Hidden states (B, S, D) of a language model that has image features among its embeddings."""
     num_text = row.tokens - (model.config.num_image_tokens if row.has_image else 0)
     ids = torch.empty(num_rows, num_text, dtype=torch.long, device=device)
-    targets = torch.empty(num_rows * row.supervised, dtype=torch.long, device=device)
     language_model = model.model.language_model
     embeds = language_model.embed_tokens(ids)  # of a text (B, S, D), beside an image (B, S - P, D)
     if row.has_image and features is not None:
         embeds = torch.cat([features.to(embeds.dtype), embeds], dim=1)  # (B, S, D)
-    hidden = language_model(inputs_embeds=embeds, use_cache=False).last_hidden_state
-    logits = model.lm_head(hidden.flatten(0, 1).index_select(0, targets))  # (B K, V)
-    losses = F.cross_entropy(logits.float(), targets, reduction="none")
-    if not row.has_image and features is not None:
-        losses = losses + (features * 0.0).sum()
-    return losses.sum()
+    return language_model(inputs_embeds=embeds, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
+
+
+def _attending(
+    model: YiVLForConditionalGeneration, features: Tensor | None, row: Row, num_rows: int, device: str
+) -> Tensor:
+    """The same of one that attends to image features, by the layers alone: it would look which tokens do."""
+    ids = torch.empty(num_rows, row.tokens, dtype=torch.long, device=device)
+    runs = None
+    if features is not None:
+        every = torch.empty(ids.numel(), dtype=torch.long, device=device)
+        rows = torch.empty(num_rows, dtype=torch.long, device=device)
+        unused = ImageRuns.unused(num_rows, torch.device(device))
+        runs = ImageRuns(every, every, every, rows, rows) if row.has_image else unused
+    return LlamaModel.forward(  # type: ignore[no-any-return]
+        model.model.language_model, input_ids=ids, use_cache=False, image_features=features, image_runs=runs
+    ).last_hidden_state
 
 
 def _image_features(model: YiVLForConditionalGeneration, row: Row, num_rows: int, device: str) -> Tensor | None:

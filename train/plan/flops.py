@@ -29,6 +29,7 @@ from ..experts import has_experts
 from ..trainable import language_names, select
 
 _MLP = ("gate", "up", "down")
+_SEEING = ("q", "o", *_MLP)  # of a block of cross-attention, what multiplies the tokens
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,8 @@ def step_flops(model: YiVLConfig, trainable: TrainableConfig, row: Row) -> int:
     taken off (Chowdhery et al. 2022, appendix B, count so). S tokens, or a layer's window of them; Q width of the
     queries. Of experts, those that a token gets.
     """
-    flops = _language_flops(model, trainable, [row], num_images=int(row.has_image))
+    num_seeing = row.tokens if row.has_image else 0
+    flops = _language_flops(model, trainable, [row], int(row.has_image), num_seeing)
     return flops + (_image_flops(model, trainable) if row.has_image else 0)
 
 
@@ -60,11 +62,15 @@ def forward_flops(model: YiVLConfig, row: Row) -> int:
 
 def batch_flops(
     model: YiVLConfig, trainable: TrainableConfig, attention_mask: Tensor, is_supervised: Tensor, num_images: int,
-    experts_per_token: float | None = None,
+    experts_per_token: float | None = None, num_seeing: int = 0,
 ) -> int:  # fmt: skip
-    """Of the rows of a micro-batch, (B, S) each."""
+    """Of the rows of a micro-batch, (B, S) each.
+
+    Args:
+        num_seeing: tokens that have an image before them, which a block of cross-attention computes with.
+    """
     rows = [Row(*counts) for counts in zip(attention_mask.sum(1).tolist(), is_supervised.sum(1).tolist())]
-    flops = _language_flops(model, trainable, rows, num_images, experts_per_token)
+    flops = _language_flops(model, trainable, rows, num_images, num_seeing, experts_per_token)
     return flops + num_images * _image_flops(model, trainable)
 
 
@@ -80,6 +86,7 @@ def step_batch_flops(
         batch_flops(
             model, trainable, micro.attention_mask, micro.labels[:, 1:] != IGNORE,
             0 if micro.images is None else len(micro.images), experts_per_token,
+            int(((micro.input_ids == model.image_token_id).cumsum(1) * micro.attention_mask).count_nonzero()),
         )
         for micro in batch.micro_batches
     )  # fmt: skip
@@ -102,6 +109,7 @@ class _Layers:
     kv_sources: tuple[int, ...]  # as in `language_names`
     has_window: tuple[bool, ...]
     has_experts: bool
+    cross_layers: tuple[int, ...]  # after a block of cross-attention
 
     @classmethod
     def of(cls, model: YiVLConfig) -> _Layers:
@@ -110,12 +118,12 @@ class _Layers:
         return cls(
             text.num_hidden_layers, bool(text.attention_bias), bool(text.mlp_bias), bool(model.tie_word_embeddings),
             tuple(getattr(text, "kv_source_layers", ())), tuple(layer_type == SLIDING for layer_type in types),
-            has_experts(text),
+            has_experts(text), tuple(getattr(text, "cross_layers", ())),
         )  # fmt: skip
 
 
 def _language_flops(
-    model: YiVLConfig, trainable: TrainableConfig, rows: Iterable[Row], num_images: int,
+    model: YiVLConfig, trainable: TrainableConfig, rows: Iterable[Row], num_images: int, num_seeing: int,
     experts_per_token: float | None = None,
 ) -> int:  # fmt: skip
     text = model.text_config
@@ -123,9 +131,11 @@ def _language_flops(
     head = getattr(text, "head_dim", None) or width // text.num_attention_heads
     q_width, kv_width = head * text.num_attention_heads, head * text.num_key_value_heads
     selection = tuple(trainable.language) if isinstance(trainable.language, list) else trainable.language
-    has_gradient = trainable.language == LORA or (num_images > 0 and (trainable.vision or trainable.projector))
     layers = _Layers.of(model)
-    passes = _passes(layers, selection, has_gradient)
+    from_images = num_images > 0 and (trainable.vision or trainable.projector)
+    has_gradient = trainable.language == LORA or (from_images and not layers.cross_layers)
+    cross = (trainable.projector, from_images) if layers.cross_layers and num_images else None
+    passes = _passes(layers, selection, has_gradient, cross)
     hidden = text.intermediate_size
     if layers.has_experts:
         hidden *= experts_per_token if experts_per_token is not None else text.num_routed
@@ -136,22 +146,32 @@ def _language_flops(
     per_window_pair = 2 * q_width * passes["window"]
     per_logits = 2 * width * text.vocab_size * passes["head"]
     window = text.sliding_window if any(layers.has_window) else 0
-    return round(
-        sum(
-            row.tokens * (per_token + per_pair * row.tokens + per_window_pair * min(row.tokens, window))
-            + per_logits * row.supervised
-            for row in rows
-        )
+    of_rows = sum(
+        row.tokens * (per_token + per_pair * row.tokens + per_window_pair * min(row.tokens, window))
+        + per_logits * row.supervised
+        for row in rows
     )
+    num_features = model.num_image_features
+    per_seeing = 2 * width * sum(sizes[matrix] * passes[f"cross {matrix}"] for matrix in _SEEING)
+    per_seeing += 2 * q_width * num_features * passes["cross attention"]
+    per_image = 2 * width * kv_width * num_features * (passes["cross k"] + passes["cross v"])
+    return round(of_rows) + num_seeing * per_seeing + num_images * per_image
 
 
 @lru_cache
-def _passes(layers: _Layers, selection: bool | str | tuple[str, ...], has_gradient: bool) -> Counter[str]:
+def _passes(
+    layers: _Layers,
+    selection: bool | str | tuple[str, ...],
+    has_gradient: bool,
+    cross: tuple[bool, bool] | None,
+) -> Counter[str]:
     """How often the product of each matrix is computed in all layers: forward, for its input's gradient, for its own.
 
     Args:
         selection: `trainable.language`.
         has_gradient: whether the gradient of the first layer's input is needed, for what is trained before it.
+        cross: whether blocks of cross-attention are trained, and whether the features that they attend to have a
+            gradient; None where there are no blocks, or no images.
     """
     names = language_names(
         layers.num_layers, layers.attention_bias, layers.mlp_bias, layers.kv_sources, layers.has_experts
@@ -170,6 +190,8 @@ def _passes(layers: _Layers, selection: bool | str | tuple[str, ...], has_gradie
     keys_and_values: dict[int, tuple[bool, bool]] = {}  # of each layer, whether they have a gradient
     for number in range(layers.num_layers):
         layer = f"{LANGUAGE}layers.{number}"
+        if cross is not None and number in layers.cross_layers:
+            has_gradient = _add_block(passes, has_gradient, *cross)
         source = layers.kv_sources[number] if layers.kv_sources else number
         normed = has_gradient or f"{layer}.input_layernorm.weight" in trained
         query = multiply("q", f"{layer}.self_attn.q_proj.weight", normed)
@@ -193,6 +215,22 @@ def _passes(layers: _Layers, selection: bool | str | tuple[str, ...], has_gradie
             has_gradient = multiply("down", f"{mlp}.down_proj.weight", gate or up) or has_gradient
     multiply("head", HEAD, has_gradient or f"{LANGUAGE}norm.weight" in trained)
     return passes
+
+
+def _add_block(passes: Counter[str], has_gradient: bool, is_trained: bool, features_have_gradient: bool) -> bool:
+    """Count the passes of a block of cross-attention; whether its output has a gradient."""
+
+    def multiply(matrix: str, has_gradient: bool) -> bool:
+        passes[f"cross {matrix}"] += 1 + has_gradient + is_trained
+        return has_gradient or is_trained
+
+    query = multiply("q", has_gradient or is_trained)
+    key, value = multiply("k", features_have_gradient), multiply("v", features_have_gradient)
+    passes["cross attention"] += 1 + query + key  # the scores
+    passes["cross attention"] += 1 + (query or key) + value  # the mixture of the values by them
+    has_gradient = multiply("o", query or key or value) or has_gradient
+    gate, up = multiply("gate", has_gradient or is_trained), multiply("up", has_gradient or is_trained)
+    return multiply("down", gate or up) or has_gradient
 
 
 def _image_flops(model: YiVLConfig, trainable: TrainableConfig) -> int:
