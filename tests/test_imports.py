@@ -19,8 +19,9 @@ ROOT = Path(__file__).parents[1]
 LAYERS = (
     {"arguments", "chat", "connector", "files", "hardware", "program", "runtime", "startup", "versions"}
     | {"autotune", "engine.fingerprint", "checkpoint.key_map"},
+    {"decoder"},
     {"config", "chat_template", "linear"},
-    {"vision_blocks", "decoder"},
+    {"vision_blocks"},
     {"image", "messages", "generation", "quantize", "vision", "engine.cache_layers", "checkpoint.json_files"},
     {"engine.kv_cache"},
     {"engine.prefix_cache"},
