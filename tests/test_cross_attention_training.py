@@ -304,3 +304,20 @@ def test_the_plan_counts_blocks_as_the_projectors() -> None:
         block = sum(p.numel() for p in GatedCrossAttention(made.model.text_config).parameters())
     assert added == 8 * block and made.rows[0][1].tokens == 1 + 32
     assert _released([made]) is None
+
+
+def test_an_int4_base_has_its_blocks_in_full(opened: Path, configure: Configure, tmp_path: Path) -> None:
+    """Adapters on four bits, beside blocks that are trained; or on four bits and frozen blocks."""
+    for projector in ("true", "false"):
+        config = configure(
+            *from_checkpoint(opened), f"trainable={{vision: false, projector: {projector}, language: lora}}",
+            "lora={rank: 4, alpha: 8, base: int4}", f"run_dir={tmp_path}/int4-{projector}", "steps=2",
+        )  # fmt: skip
+        run = trainer(config)
+        weights = dict(run.model.named_parameters())
+        of_blocks = [name for name in weights if CROSS_BLOCK in name]
+        assert len(of_blocks) >= 2 * 11 and all(weights[name].dtype == torch.float32 for name in of_blocks)
+        assert any(weights[name].requires_grad for name in of_blocks) == (projector == "true")
+        assert any(weight.dtype == torch.uint8 for name, weight in weights.items() if "self_attn" in name)
+        run.run()
+        assert len(losses(config)) == 2
