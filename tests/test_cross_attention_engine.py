@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -367,6 +368,15 @@ def test_questions_about_an_image_share_its_keys(yi_vl: YiVL, computed: Computed
     later = prefill(fresh, [prompt_of(fresh, QUESTIONS[3], WIDE)])
     assert computed.take()[1:] == (0, 0)
     assert_decodes_as_uncached(fresh, later, 2)
+
+
+def test_markers_and_images_that_do_not_match_are_refused(yi_vl: YiVL) -> None:
+    fresh, prompt = uncached(yi_vl), prompt_of(yi_vl, "What is this?", WIDE)
+    broken = replace(prompt, key=replace(prompt.key, images=prompt.key.images * 2))
+    with pytest.raises(ValueError, match="1 image tokens in input_ids but 2 images"):
+        list(fresh.engine.generate([broken], Sampling()))
+    texts = [output.text for outputs in fresh.engine.generate([prompt], Sampling(6)) for output in outputs]
+    assert "".join(texts) == alone(yi_vl, prompt, Sampling(6))
 
 
 # What a user calls
