@@ -38,7 +38,9 @@ def config_table(name: str, config: YiVLConfig, folder: Path | None) -> Table:
     if connector.is_cross_attention:
         table.add_row("connector", cross_attention_text(config))
         features = f"{config.num_image_features} per image, of {vision.num_patches} patches"
+        megabytes = text.image_key_bytes(config.num_image_features) / 1e6
         table.add_row("image features", f"{features}; one token in the prompt")
+        table.add_row("image keys", f"{megabytes:,.1f} MB of the KV cache (bf16), of the last image of a conversation")
     elif connector.is_projector:
         table.add_row("image tokens", f"{vision.num_patches} per image ({vision.grid_size} x {vision.grid_size})")
     else:
