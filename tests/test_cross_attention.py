@@ -196,6 +196,10 @@ def test_an_image_that_is_not_in_the_cache_is_handed_in() -> None:
     given = [features[0], None, None, features[3]]  # row 1 marks an image itself
     torch.testing.assert_close(model(**inputs, previous_images=given).logits, expected, rtol=1e-4, atol=1e-4)
     assert cache.layers[-1].has_image.tolist() == [True, True, False, True]
+    stored = sum(part.nbytes for layer in cache.layers[NUM_LAYERS:] for part in (layer.keys, layer.values))
+    assert stored == 4 * model.config.text_config.image_key_bytes(16, value_bytes=4)
+    with pytest.raises(ValueError, match="3 previous images of 4 rows"):
+        model(**inputs, previous_images=given[:3])
     more: dict[str, Any] = {"input_ids": tokens(4, 2, {}), CACHE_ARGUMENT: cache}
     expected = model(**more).logits
     cache.crop(-2)

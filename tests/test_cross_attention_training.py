@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from preference_runs import configure_preferences, pair_sample
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from toy_runs import losses, stop_after, trainer
@@ -169,6 +172,19 @@ def test_accumulated_gradients_are_the_whole_batchs(opened: Path, configure: Con
         train(config)
         results.append(losses(config))
     assert results[0] == pytest.approx(results[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("trains", ["trainable.vision=false", "trainable={vision: false, language: lora}"])
+def test_preferences_compare_with_the_trained_blocks(
+    trains: str, opened: Path, configure: Configure, tmp_path: Path, write_shard: Callable[..., Path]
+) -> None:
+    """Both answers of a pair attend to its images, which are encoded once; both are the reference's at first."""
+    shutil.copytree(opened, tmp_path / "start")
+    write_shard(tmp_path / "pairs/0.tar", [pair_sample(i) for i in range(60)])
+    made = configure_preferences(configure, tmp_path, write_shard)
+    config = made(trains, "lora.dropout=0", "steps=4", f"run_dir={tmp_path}/preferences")
+    train(config)
+    assert losses(config)[0] == pytest.approx(math.log(2), rel=1e-4) and losses(config)[-1] != losses(config)[0]
 
 
 @pytest.mark.parametrize("projector", [True, False])

@@ -82,12 +82,10 @@ def cross_attention_text(config: YiVLConfig) -> str:
 def _kv_cache_text(config: YiVLConfig) -> str:
     """What a conversation takes: its tokens, and the image that comes last."""
     text = config.text_config
-    layer_bytes = 2 * text.num_key_value_heads * text.head_dim * 2  # of one token or feature: a key and a value in bf16
-    image_bytes = len(text.cross_layers) * config.num_image_features * layer_bytes
-    return (
-        f"{text.num_hidden_layers * layer_bytes:,} bytes per token (bf16), and {image_bytes:,} for the last image of a "
-        "conversation"
-    )
+    num_heads = text.num_key_value_heads or text.num_attention_heads
+    token_bytes = text.num_hidden_layers * 2 * num_heads * text.head_dim * 2  # keys and values, in bf16
+    image_bytes = text.image_key_bytes(config.num_image_features)
+    return f"{token_bytes:,} bytes per token (bf16), and {image_bytes:,} for the last image of a conversation"
 
 
 def size_tables(config: YiVLConfig, folder: Path | None) -> Iterator[Table]:

@@ -116,7 +116,7 @@ class YiGatedModel(YiGatedPreTrainedModel, LlamaModel):
                 begin where `position_ids` do not go on; none sees another's image.
 
         Raises:
-            ValueError: there is another number of markers than of images.
+            ValueError: there is another number of markers than of images, or of previous images than of rows.
         """
         cache = kwargs.pop(CACHE_ARGUMENT, None)
         use_cache = kwargs.get("use_cache")
@@ -125,6 +125,8 @@ class YiGatedModel(YiGatedPreTrainedModel, LlamaModel):
         tokens = input_ids if input_ids is not None else inputs_embeds
         assert tokens is not None, "give input_ids or inputs_embeds"
         _check_count(is_image, image_features)
+        if previous_images is not None and len(previous_images) != len(tokens):
+            raise ValueError(f"{len(previous_images)} previous images of {len(tokens)} rows; give None where is none.")
         if is_image is None:
             is_image = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
         layers = image_layers(cache, len(self.layers), len(self._cross_layers)) if cache is not None else []

@@ -36,6 +36,12 @@ class YiGatedConfig(LlamaConfig):
                 f"cross_layers is {layers!r}; expected some of the layers 0 to {num_layers - 1}, in ascending order."
             )
 
+    def image_key_bytes(self, num_features: int, value_bytes: int = 2) -> int:
+        """Bytes of the keys and values of one image in the KV cache."""
+        assert self.cross_layers is not None and self.head_dim is not None
+        num_heads = self.num_key_value_heads or self.num_attention_heads
+        return len(self.cross_layers) * 2 * num_heads * self.head_dim * num_features * value_bytes
+
 
 def with_cross_layers(config: LlamaConfig, every: int) -> YiGatedConfig:
     """The same Llama with a block before the last of `every` layers.
