@@ -215,7 +215,7 @@ def test_rejected_drafts_change_no_answer(yi_vl: YiVL, monkeypatch: pytest.Monke
     monkeypatch.setattr(prompt_lookup, "_NGRAM_TOKENS", 1)  # many drafts, most of them wrong
     monkeypatch.setattr(prompt_lookup, "_PAUSE_TOKENS", 0)
     prompts = [engine.prepare(messages) for messages in conversations()]
-    samplings = [Sampling(16 + 4 * i, temperature=float(i == 1), seed=i) for i in range(len(prompts))]
+    samplings = [Sampling(12 + 2 * i, temperature=float(i == 1), seed=i) for i in range(len(prompts))]
     ids = [engine.admit(prompt, sampling) for prompt, sampling in zip(prompts, samplings)]
     texts: dict[int, str] = defaultdict(str)
     while engine.wait_for_work(0):
@@ -230,10 +230,10 @@ def test_on_a_gpu_answers_are_those_of_a_cpu(monkeypatch: pytest.MonkeyPatch) ->
 
     def answers(model: YiVL) -> list[Any]:
         chat = model.chat()
-        turns = [chat.ask("What?", TALL, max_new_tokens=4), chat.ask("And?", WIDE, max_new_tokens=4)]
+        turns = [chat.ask("What?", TALL, max_new_tokens=2), chat.ask("And?", WIDE, max_new_tokens=2)]
         chat.messages = chat.messages[:2]
-        turns.append(chat.ask("And?", max_new_tokens=4))
-        return [turns, model.answer_batch(conversations(), batch_size=2, max_new_tokens=6)]
+        turns.append(chat.ask("And?", max_new_tokens=2))
+        return [turns, model.answer_batch(conversations()[1:4], batch_size=2, max_new_tokens=4)]
 
     expected = answers(gated_yi_vl())
     with fake_cuda(monkeypatch):
