@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
 )
+from transformers.cache_utils import Cache
 
 import yi_vl
 from train.optim import checkpoint_activations_
@@ -320,6 +322,36 @@ def test_a_second_turn_on_the_same_cache(has_image: bool) -> None:
     continued = model.generate(whole, attention_mask=mask, **new, **{CACHE_ARGUMENT: cache}, **GREEDY)
     order = [0, 2, 1] if has_image else [0, 1]
     assert torch.equal(continued, model.generate(whole, attention_mask=mask, pixel_values=images[order], **GREEDY))
+
+
+@pytest.mark.parametrize(
+    ("change", "rows"),
+    [
+        (lambda cache: cache.reorder_cache(torch.tensor([3, 1, 0, 2])), [3, 1, 0, 2]),
+        (lambda cache: cache.batch_select_indices(torch.tensor([2, 3])), [2, 3]),
+        (lambda cache: cache.batch_repeat_interleave(2), [0, 0, 1, 1, 2, 2, 3, 3]),
+        (lambda cache: cache.crop(-1), [0, 1, 2, 3]),
+        (lambda cache: cache.reset(), None),
+    ],
+)
+@torch.inference_mode()
+def test_rows_of_the_cache_take_their_images_with_them(change: Callable[[Cache], None], rows: list[int] | None) -> None:
+    model, ids, more = gated_model(), tokens(4, 12, ROWS), tokens(8, 2, {})
+    cache = DynamicCache(config=model.config.text_config)
+    model(input_ids=ids, pixel_values=pixels(4), **{CACHE_ARGUMENT: cache})
+    change(cache)
+    if rows is None:  # nothing is left, no image either
+        logits = model(input_ids=ids[2:3], **{CACHE_ARGUMENT: cache}).logits
+        assert torch.equal(logits, model(input_ids=ids[2:3]).logits)
+        return
+    num_kept = cache.get_seq_length()
+    continued = model(input_ids=more[: len(rows)], **{CACHE_ARGUMENT: cache}).logits
+    for row, source in enumerate(rows):
+        whole = torch.cat([ids[source, :num_kept], more[row]]).unsqueeze(0)
+        given = {0: [0], 1: [1, 2], 2: [], 3: [3]}[source]
+        images = {"pixel_values": pixels(4)[given]} if given else {}
+        expected = model(input_ids=whole, **images).logits[:, num_kept:]
+        torch.testing.assert_close(continued[row : row + 1], expected, rtol=1e-4, atol=1e-4)
 
 
 @torch.inference_mode()
