@@ -97,12 +97,12 @@ def unreadable(directory: Path) -> ValueError:
     return ValueError(f"{directory / _RESULT} is not a run's result; delete {directory} to repeat the run.")
 
 
-def delete_models(directory: Path) -> None:
-    """Delete the finished model and the checkpoints of a run; its config, metrics and result stay."""
+def delete_models(directory: Path, keeps_final: bool = False) -> None:
+    """Delete the checkpoints of a run and, unless it is kept, the finished model; config, metrics and result stay."""
     link = directory / BEST
     if link.is_symlink():
         link.unlink()
-    for path in [directory / FINAL, *checkpoints(directory)]:
+    for path in [*checkpoints(directory), *([] if keeps_final else [directory / FINAL])]:
         if path.is_dir():
             shutil.rmtree(path)
 

@@ -11,7 +11,7 @@ from train.setup import check_shards
 
 from .config import Comparison
 from .report import PLOT, TABLE, write_report
-from .runs import Result, Runner, select_questions
+from .runs import KEPT_SEED, Result, Runner, select_questions
 from .speed import measure_speed, read_speed
 
 
@@ -31,7 +31,7 @@ def compare(comparison: Comparison) -> str:
     results: list[Result] = []
     for results in Runner(comparison, chosen).run_all():
         write_report(comparison.directory, results, read_speed(comparison.directory), constant, comparison.names)
-    with_models = {result.connector for result in results if result.scores}
+    with_models = {result.connector for result in results if result.scores and result.seed == KEPT_SEED}
     if with_models - read_speed(comparison.directory).get("milliseconds", {}).keys():
         measure_speed(comparison, chosen)
         write_report(comparison.directory, results, read_speed(comparison.directory), constant, comparison.names)
@@ -63,9 +63,9 @@ def _print_plan(comparison: Comparison, num_questions: int) -> None:
     names, seeds = comparison.names, comparison.config.seeds
     num_runs, steps = len(names) * seeds, comparison.num_steps
     print_line(
-        f"{comparison.directory}: {len(names)} connectors with {seeds} seeds, {num_runs} runs of {steps:,} steps: "
-        f"{num_runs * steps:,} steps in all, and {num_questions:,} questions after each run. Each stage logs to "
-        "runs/NAME-seed-SEED/STAGE/train.log."
+        f"{comparison.directory}: {len(names)} connectors, {seeds} seed{'s' * (seeds > 1)} each: {num_runs} runs of "
+        f"{steps:,} steps, {num_runs * steps:,} in all, and {num_questions:,} questions after each run. Each stage "
+        "logs to runs/NAME-seed-SEED/STAGE/train.log."
     )
 
 

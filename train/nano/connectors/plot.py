@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 _NUM_COLUMNS = 3
 _MARKERS = "osD^vP*X"
+_LEAST_TOP = 5.0  # percent: nothing correct is a line at the bottom
 
 
 def draw_accuracy(results: dict[str, Any], path: Path) -> None:
@@ -30,36 +31,37 @@ def draw_accuracy(results: dict[str, Any], path: Path) -> None:
         num_rows, _NUM_COLUMNS, figsize=size, squeeze=False, sharex=True, layout="constrained"
     )
     for axes, skill in zip(grid.flat, sorted(skills)):
-        _draw_skill(axes, finished, skill)
-        axes.axhline(
-            100 * results["constant_answer"][skill], color="grey", linestyle="--", linewidth=1, label="constant answer"
-        )
+        _draw_skill(axes, finished, skill, results["constant_answer"][skill])
     for axes in list(grid.flat)[len(skills) :]:
         axes.set_visible(False)
     handles, labels = grid.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize="small", frameon=False)
+    figure.legend(handles, labels, loc="outside upper center", ncols=6, fontsize="small", frameon=False)
     figure.supxlabel("image tokens per image")
     figure.supylabel("correct answers, %")
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
 
-def _draw_skill(axes: Axes, finished: dict[str, dict[str, Any]], skill: str) -> None:
+def _draw_skill(axes: Axes, finished: dict[str, dict[str, Any]], skill: str, constant: float) -> None:
     counts = sorted({row["tokens_per_image"] for row in finished.values()})
     seen: dict[int, int] = {}
+    top = 100 * constant
     for index, (name, row) in enumerate(finished.items()):
         accuracy, count = row["accuracy"][skill], row["tokens_per_image"]
-        shift = 1.08 ** seen.get(count, 0)  # connectors with as many tokens stand beside each other
+        mean, error = 100 * accuracy["mean"], 100 * (accuracy["standard_error"] or 0)
+        top = max(top, mean + error)
+        shift = 1.1 ** seen.get(count, 0)  # connectors with as many tokens stand beside each other
         seen[count] = seen.get(count, 0) + 1
         axes.errorbar(
-            count * shift, 100 * accuracy["mean"], 100 * (accuracy["standard_error"] or 0), label=name, capsize=3,
-            linestyle="none", marker=_MARKERS[index % len(_MARKERS)], markersize=6, color=f"C{index % 10}",
+            count * shift, mean, error or None, label=name, capsize=3, linestyle="none",
+            marker=_MARKERS[index % len(_MARKERS)], markersize=6, color=f"C{index % 10}",
         )  # fmt: skip
+    axes.axhline(100 * constant, color="grey", linestyle="--", linewidth=1, label="constant answer")
+    top = max(_LEAST_TOP, top)
+    axes.set_ylim(-0.05 * top, 1.08 * top)
     axes.set_xscale("log", base=2)
     axes.set_xticks(counts, [str(count) for count in counts])
     axes.minorticks_off()
     axes.set_xlim(min(counts) / 1.6, max(counts) * 1.6)
-    axes.set_ylim(0, None)
-    axes.margins(y=0.12)
     axes.set_title(skill, fontsize="medium")
     axes.grid(alpha=0.3)

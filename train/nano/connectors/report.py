@@ -25,9 +25,9 @@ _ENGLISH = {
     "samples_per_second": "samples/s",
     "ttft_ms": "TTFT, ms",
     "constant": "constant answer",
-    "below": "Percent of correct answers, mean ± standard error over {seeds} seeds, {questions} questions of each "
-    "skill. The constant answer is, for each topic, the one that is most often correct. TTFT: {machine}.",
-    "diverged": "{count} of the runs of {name} diverged and are left out.",
+    "below": "Percent of correct answers, mean ± standard error over the seeds ({seeds}); questions of each skill: "
+    "{questions}. The constant answer is, for each topic, the one that is most often correct. TTFT: {machine}.",
+    "diverged": "Runs of {name} that diverged and are left out: {count}.",
 }  # fmt: skip
 _CHINESE = {
     "connector": "连接器",
@@ -37,7 +37,7 @@ _CHINESE = {
     "samples_per_second": "样本/秒",
     "ttft_ms": "TTFT（毫秒）",
     "constant": "固定答案",
-    "below": "回答正确的百分比，{seeds} 个种子的均值 ± 标准误；每项技能 {questions} 题。"
+    "below": "回答正确的百分比，各种子（{seeds} 个）的均值 ± 标准误；每项技能 {questions} 题。"
     "“固定答案”是对每类问题始终给出最常正确的那个答案。TTFT：{machine}。",
     "diverged": "{name} 有 {count} 次训练发散，未计入。",
 }  # fmt: skip

@@ -78,21 +78,21 @@ class Runner:
             ValueError: a run needs the user's attention, or a folder holds one with other settings.
             SystemExit: a signal was received, and a checkpoint saved.
         """
-        runs, stored = self._runs(), {(result.connector, result.seed): result for result in self.finished()}
+        runs, done = self._runs(), {(result.connector, result.seed): result for result in self.finished()}
         results: list[Result] = []
         for number, run in enumerate(runs, start=1):
-            result = stored.get(run)
-            if result is None:
-                seconds = [result.seconds for result in (*results, *stored.values())]
-                remaining = sum(later not in stored for later in runs[number - 1 :])
-                left = f", {approximate(fmean(seconds) * remaining)} left" if seconds else ""
+            if run not in done:
+                left = ""
+                if done:
+                    seconds = fmean(result.seconds for result in done.values()) * (len(runs) - len(done))
+                    left = f", {approximate(seconds)} left"
                 print_line(f"run {number} of {len(runs)}{left}: {run[0]}, seed {run[1]}")
                 try:
-                    result = self._run(*run)
+                    done[run] = self._run(*run)
                 except SystemExit:
                     print_line(f"Stopped in run {number} of {len(runs)}; the same command resumes the comparison.")
                     raise
-            results.append(result)
+            results.append(done[run])
             yield results
 
     def finished(self) -> list[Result]:
@@ -188,8 +188,7 @@ class Runner:
     def _delete_models(self, configs: dict[str, TrainConfig], seed: int) -> None:
         last = list(configs)[-1]
         for stage, config in configs.items():
-            if seed != KEPT_SEED or stage != last:
-                delete_models(Path(config.run_dir))
+            delete_models(Path(config.run_dir), keeps_final=seed == KEPT_SEED and stage == last)
 
 
 def select_questions(questions: Sequence[Question], per_skill: int | None) -> list[Question]:

@@ -48,7 +48,7 @@ def read_questions(folder: Path) -> list[Question]:
         Question(
             id=row["id"],
             skill=row["skill"],
-            topic=row["topic"],
+            topic=row.get("topic", ""),
             lang=row["lang"],
             images=tuple(folder / name for name in row["images"]),
             question=row["question"],
