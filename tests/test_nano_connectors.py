@@ -192,6 +192,7 @@ def test_other_settings_than_those_of_the_runs_made_are_refused(load: Load, monk
     watch_training(monkeypatch, stops_in="resampler-5-seed-0/align")
     with pytest.raises(KeyboardInterrupt):
         compare(load("seeds=1"))
+    watch_training(monkeypatch)
     for override, message in (
         ("stages.chat.overrides.steps=4", "mlp-seed-0 holds a run with chat: steps 3, this run has 4. Set it back"),
         ("questions=6", "mlp-seed-0 holds a run with questions 4, this comparison has 6"),

@@ -35,7 +35,8 @@ def draw_accuracy(results: dict[str, Any], path: Path) -> None:
     for axes in list(grid.flat)[len(skills) :]:
         axes.set_visible(False)
     handles, labels = grid.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=6, fontsize="small", frameon=False)
+    handles, labels = [*handles[1:], handles[0]], [*labels[1:], labels[0]]  # the constant answer last
+    figure.legend(handles, labels, loc="outside upper center", ncols=4, fontsize="small", frameon=False)
     figure.supxlabel("image tokens per image")
     figure.supylabel("correct answers, %")
     figure.savefig(path, dpi=120)
