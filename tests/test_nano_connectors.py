@@ -28,6 +28,7 @@ from train.spike_guard import DivergedError
 from train.trainer import Trainer, train
 
 ROOT = Path(__file__).parents[1]
+HELDOUT = "heldout/questions.jsonl"
 TOY = """
 directory: {folder}/comparison
 model: {folder}/start/final
@@ -72,7 +73,7 @@ def load(
             {"id": str(index), "skill": skill, "topic": skill, "lang": lang, "images": [f"{index}.png"]}
             | {"question": "What colour is it?", "accepted": [colour]}
         )
-    (tmp_path / "heldout/questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / HELDOUT).write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "comparison.yaml").write_text(TOY.format(folder=tmp_path))
     return lambda *overrides: load_comparison(tmp_path / "comparison.yaml", overrides)
 
@@ -137,7 +138,7 @@ def test_a_comparison_killed_in_a_run_resumes_to_the_same_results(
     with Image.open(whole.directory / "accuracy.png") as plot:
         assert plot.width > 500
     lines = capfd.readouterr().err
-    assert "2 connectors, 2 seeds each: 4 runs of 5 steps, 20 in all, and 8 questions after each run" in lines
+    assert "mlp, resampler-5; seeds: 2; runs: 4 of 5 steps, 20 in all; questions after each run: 8." in lines
     assert "run 1 of 4: mlp, seed 0" in lines and "run 3 of 4, about " in lines
 
     killed = load(f"directory={tmp_path}/killed")
@@ -204,6 +205,12 @@ def test_other_settings_than_those_of_the_runs_made_are_refused(load: Load, monk
         with pytest.raises(ValueError, match=message.replace(".", r"\.")) as caught:
             compare(load("seeds=1", override))
         assert "\n" not in str(caught.value)
+    for path, name in ((tmp_path / "start/final/model.safetensors", "model"), (tmp_path / HELDOUT, "heldout")):
+        content = path.read_bytes()
+        path.write_bytes(content[:-2] + (b"00" if name == "model" else b"}\n\n"))
+        with pytest.raises(ValueError, match=rf"mlp-seed-0 holds a run with {name} \w{{16}}, this comparison has \w+"):
+            compare(load("seeds=1"))
+        path.write_bytes(content)
     (tmp_path / "comparison/runs/mlp-seed-0/result.json").write_text("[]")
     with pytest.raises(ValueError, match=r"result\.json is not a run's result; delete .*mlp-seed-0"):
         compare(load("seeds=1"))
@@ -233,6 +240,7 @@ def test_a_run_that_diverges_is_left_out(load: Load, monkeypatch: Patch) -> None
     assert compare(comparison) == markdown
 
 
+@pytest.mark.usefixtures("start")
 def test_a_run_that_is_stopped_or_fails_is_named(
     load: Load, monkeypatch: Patch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -279,13 +287,14 @@ def test_a_wrong_setting_is_refused_and_named(load: Load, override: str, named: 
     assert "\n" not in str(caught.value) and "comparison.yaml" in str(caught.value)
 
 
-def test_the_command_says_in_one_line_what_is_wrong(load: Load, run_app: RunApp, tmp_path: Path) -> None:
-    load()
+@pytest.mark.usefixtures("start")
+def test_the_command_says_in_one_line_what_is_wrong(run_app: RunApp, tmp_path: Path) -> None:
     path = tmp_path / "comparison.yaml"
     for arguments, message in (
         ([path, "connectors=[{name: a, type: perceiver}]"], "'perceiver'; expected one of"),
         ([tmp_path / "none.yaml"], "there is no such config file; an example is train/configs/nano/connectors.yaml"),
         ([path, "--speed"], "has no finished model yet; run the comparison without --speed first"),
+        ([path, "model=none"], "none"),
         ([path, f"heldout={tmp_path}"], "questions.jsonl is not here; `python -m train.nano data` makes it"),
         ([path, "stages.chat.overrides.data.sources=[{name: a, shards: none.tar}]"], "'a'"),
     ):
@@ -296,12 +305,12 @@ def test_the_command_says_in_one_line_what_is_wrong(load: Load, run_app: RunApp,
 def result(connector: str, seed: int, tokens: int, words: float) -> Result:
     score = {"en": words, "zh": words, "both": words, "count": 120}
     scores = {"words": score, "same": score | {"both": 0.5}, "all": score | {"both": (words + 0.5) / 2, "count": 240}}
-    return Result(connector, seed, tokens, 1_234_567, scores, 1.5, 10.0 + seed, 120, 60.0)
+    return Result(connector, seed, tokens, 1_234_567, scores, 1.5, 10.0 + seed, {}, 60.0)
 
 
 def test_the_table_and_the_plot_of_known_results(tmp_path: Path) -> None:
     runs = [result("mlp", seed, 64, words) for seed, words in enumerate((0.5, 0.6, 0.7))]
-    runs += [result("resampler-8", 0, 8, 0.1), Result("resampler-8", 1, None, None, {}, None, None, 120, 1.0)]
+    runs += [result("resampler-8", 0, 8, 0.1), Result("resampler-8", 1, None, None, {}, None, None, {}, 1.0)]
     speed = {"machine": "a processor", "milliseconds": {"mlp": [30.0, 20.0, 90.0]}}
     constant = {"words": 0.005, "same": 0.5, "all": 0.25}
     results = write_report(tmp_path, runs, speed, constant, ["mlp", "resampler-8", "abstractor"])

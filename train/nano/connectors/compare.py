@@ -27,9 +27,9 @@ def compare(comparison: Comparison) -> str:
     chosen, constant = select_questions(questions, comparison.config.questions), constant_accuracy(questions)
     for config in comparison.stage_configs(comparison.names[0], 0).values():
         check_shards(config)
+    runner, results = Runner(comparison, chosen), list[Result]()
     _print_plan(comparison, len(chosen))
-    results: list[Result] = []
-    for results in Runner(comparison, chosen).run_all():
+    for results in runner.run_all():
         write_report(comparison.directory, results, read_speed(comparison.directory), constant, comparison.names)
     with_models = {result.connector for result in results if result.scores and result.seed == KEPT_SEED}
     if with_models - read_speed(comparison.directory).get("milliseconds", {}).keys():
@@ -60,12 +60,11 @@ def _check_single_process() -> None:
 
 
 def _print_plan(comparison: Comparison, num_questions: int) -> None:
-    names, seeds = comparison.names, comparison.config.seeds
-    num_runs, steps = len(names) * seeds, comparison.num_steps
+    num_runs, steps = len(comparison.names) * comparison.config.seeds, comparison.num_steps
     print_line(
-        f"{comparison.directory}: {len(names)} connectors, {seeds} seed{'s' * (seeds > 1)} each: {num_runs} runs of "
-        f"{steps:,} steps, {num_runs * steps:,} in all, and {num_questions:,} questions after each run. Each stage "
-        "logs to runs/NAME-seed-SEED/STAGE/train.log."
+        f"{comparison.directory}: {', '.join(comparison.names)}; seeds: {comparison.config.seeds}; runs: {num_runs} of "
+        f"{steps:,} steps, {num_runs * steps:,} in all; questions after each run: {num_questions:,}. Each stage logs "
+        "to runs/NAME-seed-SEED/STAGE/train.log."
     )
 
 

@@ -14,8 +14,9 @@ import numpy as np
 
 from train.checkpoint import FINAL
 from train.config import TrainConfig
+from train.init import fingerprint
 from train.metrics import METRICS_FILE, read_metrics, training_rows, validation_rows
-from train.nano.measure.evaluate import Question, measure, scores
+from train.nano.measure.evaluate import QUESTIONS, Question, measure, scores
 from train.optim import component_parameters
 from train.resume import changed_results
 from train.run_series import (
@@ -29,7 +30,7 @@ from train.run_series import (
     write_result,
 )
 from yi_vl import load
-from yi_vl.files import write_json_lines
+from yi_vl.files import sha256, write_json_lines
 
 from .config import Comparison
 
@@ -45,7 +46,7 @@ class Result:
     scores: as `evaluate.scores`.
     loss: the held-out loss at the end of the last stage; None if it was not measured.
     samples_per_second: of the last stage, its first logged steps left out.
-    num_questions: of each skill, as in the config.
+    inputs: what else the result depends on, besides the settings of the stages; see `Runner`.
     """
 
     connector: str
@@ -55,7 +56,7 @@ class Result:
     scores: dict[str, dict[str, Any]]
     loss: float | None
     samples_per_second: float | None
-    num_questions: int | None
+    inputs: dict[str, Any]
     seconds: float
 
 
@@ -64,11 +65,20 @@ class Runner:
 
     Args:
         questions: that every model answers.
+
+    Raises:
+        ValueError: the model that the runs start from is not there.
     """
 
     def __init__(self, comparison: Comparison, questions: Sequence[Question]) -> None:
         self.comparison = comparison
         self._questions = questions
+        config = comparison.config
+        self._inputs: dict[str, Any] = {
+            "model": fingerprint(config.model),
+            "heldout": sha256(Path(config.heldout) / QUESTIONS)[:16],
+            "questions": config.questions,
+        }
 
     def run_all(self) -> Iterator[list[Result]]:
         """Seed by seed, in each all connectors, so that what else the machine does meets all of them; after each run
@@ -112,7 +122,7 @@ class Runner:
         Raises:
             ValueError: it is unreadable, or the run, finished or not, has other settings.
         """
-        directory, expected = self.comparison.run_directory(name, seed), self.comparison.config.questions
+        directory = self.comparison.run_directory(name, seed)
         configs = self.comparison.stage_configs(name, seed)
         changed = [
             f"{stage}: {change}"
@@ -125,8 +135,12 @@ class Runner:
             result = None if row is None else Result(**row)
         except TypeError as error:
             raise unreadable(directory) from error
-        if result is not None and result.num_questions != expected:
-            changed.append(f"questions {result.num_questions}, this comparison has {expected}")
+        if result is not None:
+            changed += [
+                f"{key} {result.inputs.get(key)}, this comparison has {value}"
+                for key, value in self._inputs.items()
+                if result.inputs.get(key) != value
+            ]
         if changed:
             raise ValueError(
                 f"{directory} holds a run with {'; with '.join(changed)}. Set it back, take another directory, or "
@@ -154,7 +168,7 @@ class Runner:
         result = Result(
             connector=name,
             seed=seed,
-            num_questions=self.comparison.config.questions,
+            inputs=self._inputs,
             seconds=round(time.monotonic() - start, 1),
             **measured,
         )

@@ -21,6 +21,7 @@ from yi_vl import YiVL, load
 from yi_vl.files import read_json_lines
 from yi_vl.quantize import Scheme
 
+QUESTIONS = "questions.jsonl"
 _BATCH = 64
 _PAGE_ROWS = 120  # of all answers, spread evenly, on the HTML page
 _EDGES = re.compile(r"^[\s\"'“”]+|[\s.。!！\"'“”]+$")
@@ -41,7 +42,7 @@ class Question:
 
 def read_questions(folder: Path) -> list[Question]:
     """The rows of `folder/questions.jsonl`; their images are named relative to it."""
-    path = folder / "questions.jsonl"
+    path = folder / QUESTIONS
     if not path.is_file():
         raise ValueError(f"{path} is not here; `python -m train.nano data` makes it.")
     return [
