@@ -43,6 +43,7 @@ NANO_LAYERS = (
     {"text"},
     {"data.shards"},
     {"pretrain", "measure"},
+    {"connectors"},
     {"__main__"},
 )
 APPLICATIONS = ("train", "eval", "demo")

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 from conftest import caption_sample, chat_sample
 
+from train import run_series
 from train.config import TrainConfig
 from train.config_file import load_config
 from train.metrics import read_metrics, validation_rows
-from train.mixture import runs
 from train.mixture import search as mixture_search
 from train.mixture.__main__ import app
 from train.mixture.config import Search, load_search
@@ -57,7 +57,7 @@ def load(configure: Configure, tmp_path: Path, write_shard: Callable[..., Path])
 
 def use_losses(monkeypatch: pytest.MonkeyPatch, loss_of: Loss, draws_page: bool = False) -> list[TrainConfig]:
     """Instead of training, log a known loss; returns the list of runs that are made. None: the run diverges."""
-    monkeypatch.setattr(runs, "_free_memory", lambda: None)
+    monkeypatch.setattr(run_series, "free_memory", lambda: None)
     if not draws_page:
         monkeypatch.setattr(mixture_search, "write_report", lambda *_: None)
     made: list[TrainConfig] = []
@@ -74,7 +74,7 @@ def use_losses(monkeypatch: pytest.MonkeyPatch, loss_of: Loss, draws_page: bool 
         if loss is None:
             raise DivergedError("10 consecutive steps were skipped; the gradient norm of the last is nan.")
 
-    monkeypatch.setattr(runs, "train", train)
+    monkeypatch.setattr(run_series, "train", train)
     return made
 
 
@@ -127,10 +127,10 @@ def test_a_search_of_toy_runs_killed_in_one_of_them_resumes_to_the_same_results(
     other = load(*settings, f"search_dir={tmp_path}/killed", "keep_models=true")
     shutil.copytree(search.directory, other.directory)
     shutil.rmtree(other.directory / "runs/present")
-    monkeypatch.setattr(runs, "train", train_killed_after_a_step)
+    monkeypatch.setattr(run_series, "train", train_killed_after_a_step)
     with pytest.raises(KeyboardInterrupt):
         run_search(other)
-    monkeypatch.setattr(runs, "train", real_train)
+    monkeypatch.setattr(run_series, "train", real_train)
     resumed = run_search(other)
     assert "Resuming from" in (other.directory / "runs/present/train.log").read_text()
     assert (other.directory / "runs/present/final").is_dir(), "weights are kept if asked"

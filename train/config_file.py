@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -15,6 +16,8 @@ from yi_vl.arguments import as_path, one_line
 
 from .config import SourceConfig, TrainConfig
 from .config_checks import check
+
+Schema = TypeVar("Schema")
 
 # old key -> new key
 _RENAMED = {
@@ -53,6 +56,50 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
         source.weight = _as_weight(source, str(path))
     check(config, str(path))
     return config
+
+
+def load_derived(base: str | Path, settings: dict[str, Any], where: str) -> TrainConfig:
+    """The run of a YAML file with other settings, by their full keys; `steps` takes the place of `epochs`.
+
+    Args:
+        where: the file that they come from, for errors.
+
+    Raises:
+        ValueError: as `load_config`.
+    """
+    if "steps" in settings:
+        settings = {"epochs": None, **settings}
+    try:
+        return load_config(base, [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in settings.items()])
+    except ValueError as error:
+        raise ValueError(str(error).replace("command line (", f"{where}: overrides (", 1)) from error
+
+
+def load_structured(schema: type[Schema], path: str | Path, overrides: Sequence[str], example: str) -> Schema:
+    """A YAML file and `key.sub=value` overrides as a dataclass, of the tools that make many runs.
+
+    Args:
+        example: a file of the project that is one.
+
+    Raises:
+        ValueError: no such file, not YAML, an unknown key, a wrong type or a missing value; one line.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: there is no such config file; an example is {example}.")
+    try:
+        content = OmegaConf.load(path)
+        if not isinstance(content, DictConfig):
+            raise ValueError(f"expected keys and values at the top, found {type(content).__name__}")
+        if wrong := next((override for override in overrides if "=" not in override), None):
+            raise ValueError(f"{wrong!r} on the command line is not of the form key.sub=value")
+        merged = OmegaConf.merge(OmegaConf.structured(schema), content, OmegaConf.from_dotlist(list(overrides)))
+        OmegaConf.to_container(merged, throw_on_missing=True)
+        return cast(Schema, OmegaConf.to_object(merged))
+    except OmegaConfBaseException as error:
+        key = f"{error.full_key}: " if getattr(error, "full_key", None) else ""
+        raise ValueError(f"{path}: {key}{one_line(error)}.") from error
+    except Exception as error:  # YAML's parser raises a family of its own
+        raise ValueError(f"{path}: {' '.join(str(error).split()).rstrip('.')}.") from error
 
 
 def to_yaml(config: TrainConfig) -> str:

@@ -107,17 +107,25 @@ def check_finished(final: Path, config: TrainConfig) -> None:
     Raises:
         ValueError: the finished model was trained with settings that make another model.
     """
-    differing = _differences(_read_config(final), config)
-    changed = [
-        f"{key} {_show(old)}, this run has {_show(new)}"
-        for key, (old, new) in differing.items()
-        if not any(fnmatch(key, pattern) for pattern in _NO_RESULT)
-    ]
+    changed = changed_results(final, config)
     if changed:
         raise ValueError(
             f"{final} is finished already, with {'; with '.join(changed)}. Set it back, or take another run_dir; "
             f"init_from.checkpoint={final} trains a finished model further."
         )
+
+
+def changed_results(directory: Path, config: TrainConfig) -> list[str]:
+    """Each setting that makes another model than that of a directory's config.yaml, as in `steps 6, this run has 5`.
+
+    Raises:
+        ValueError: that config cannot be read.
+    """
+    return [
+        f"{key} {_show(old)}, this run has {_show(new)}"
+        for key, (old, new) in _differences(_read_config(directory), config).items()
+        if not any(fnmatch(key, pattern) for pattern in _NO_RESULT)
+    ]
 
 
 def _read_config(checkpoint: Path) -> TrainConfig:

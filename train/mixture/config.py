@@ -9,10 +9,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import MISSING
 
-from yi_vl.arguments import as_path, one_line
+from yi_vl.arguments import as_path
 
 from ..config import (
     DataConfig,
@@ -23,7 +22,7 @@ from ..config import (
     flat_settings,
     num_steps,
 )
-from ..config_file import load_config
+from ..config_file import load_config, load_derived, load_structured
 
 METHODS = DIRICHLET, GRID = "dirichlet", "grid"
 MIN_BUDGET = 16
@@ -147,7 +146,7 @@ class Search:
         Raises:
             ValueError: one of them is wrong.
         """
-        return _load(self.path, self.config, {**self.config.overrides, **settings})
+        return load_derived(self.config.base, {**self.config.overrides, **settings}, self.path)
 
     def flat(self) -> dict[str, Any]:
         """All settings that results depend on, by their full keys; those of the stage begin with `base.`."""
@@ -177,11 +176,11 @@ def load_search(path: str | Path, overrides: Sequence[str] = ()) -> Search:
     Raises:
         ValueError: no such file, not YAML, an unknown key, a wrong type, a missing value or a contradiction; one line.
     """
-    config = _read(Path(path), overrides)
+    config = load_structured(MixtureConfig, path, overrides, "train/configs/mixture/nano.yaml")
     config.search_dir = str(as_path(config.search_dir, f"{path}: search_dir"))
     if reserved := [key for key in config.overrides if key.split(".")[0] in _OWN]:
         raise ValueError(f"{path}: overrides has {reserved[0]}, which the search sets itself; remove it.")
-    stage, proxy = load_config(config.base), _load(str(path), config, config.overrides)
+    stage, proxy = load_config(config.base), load_derived(config.base, config.overrides, str(path))
     settings = flat_settings(proxy)
     hyper: dict[str, list[Any]] = {}
     for setting in config.hyper:
@@ -198,37 +197,6 @@ def load_search(path: str | Path, overrides: Sequence[str] = ()) -> Search:
         for value in values:
             search.run_config({key: value})
     return search
-
-
-def _read(path: Path, overrides: Sequence[str]) -> MixtureConfig:
-    if not path.is_file():
-        raise ValueError(f"{path}: there is no such config file; an example is train/configs/mixture/nano.yaml.")
-    try:
-        content = OmegaConf.load(path)
-        if not isinstance(content, DictConfig):
-            raise ValueError(f"expected keys and values at the top, found {type(content).__name__}")
-        if wrong := next((override for override in overrides if "=" not in override), None):
-            raise ValueError(f"{wrong!r} on the command line is not of the form key.sub=value")
-        merged = OmegaConf.merge(OmegaConf.structured(MixtureConfig), content, OmegaConf.from_dotlist(list(overrides)))
-        OmegaConf.to_container(merged, throw_on_missing=True)
-        return cast(MixtureConfig, OmegaConf.to_object(merged))
-    except OmegaConfBaseException as error:
-        key = f"{error.full_key}: " if getattr(error, "full_key", None) else ""
-        raise ValueError(f"{path}: {key}{one_line(error)}.") from error
-    except Exception as error:  # YAML's parser raises a family of its own
-        raise ValueError(f"{path}: {' '.join(str(error).split()).rstrip('.')}.") from error
-
-
-def _load(path: str, config: MixtureConfig, settings: dict[str, Any]) -> TrainConfig:
-    """The base with settings."""
-    if "steps" in settings:
-        settings = {"epochs": None, **settings}
-    try:
-        return load_config(
-            config.base, [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in settings.items()]
-        )
-    except ValueError as error:
-        raise ValueError(str(error).replace("command line (", f"{path}: overrides (", 1)) from error
 
 
 def _flatten(value: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:

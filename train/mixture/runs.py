@@ -5,34 +5,25 @@ A finished run leaves `result.json`, and is not repeated.
 
 from __future__ import annotations
 
-import gc
-import json
-import logging
-import shutil
-import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from yi_vl.files import write_text
-
-from ..checkpoint import BEST, FINAL, checkpoints
 from ..config import TrainConfig, num_steps
-from ..config_file import to_yaml
 from ..metrics import METRICS_FILE, read_metrics, validation_rows
-from ..spike_guard import DivergedError
-from ..trainer import train
+from ..run_series import (
+    approximate,
+    delete_models,
+    print_line,
+    read_result,
+    train_in_series,
+    unreadable,
+    write_result,
+)
 from .config import Search
 from .design import Point
 
 VALIDATION, VERDICT = "validation", "verdict"
-_RESULT = "result.json"
-_LOG = "train.log"
 
 
 @dataclass(frozen=True)
@@ -99,7 +90,7 @@ class Runner:
             config = self._config(run, settings, directory)
             result = self._train(run, config, settings)
         elif not self.search.config.keep_models:
-            _delete_models(directory)
+            delete_models(directory)
         self._done_steps += settings["steps"]
         self._timed_steps += settings["steps"]
         self._seconds += result.seconds
@@ -143,31 +134,20 @@ class Runner:
 
     def _train(self, run: Run, config: TrainConfig, settings: dict[str, Any]) -> Result:
         directory = Path(config.run_dir)
-        directory.mkdir(parents=True, exist_ok=True)
-        write_text(directory / "config.yaml", to_yaml(config))
-        start, has_diverged = time.monotonic(), False
-        log = directory / _LOG
         try:
-            with _output_to(log):
-                train(config)
-        except DivergedError:
-            has_diverged = True
-        except ValueError as error:
-            raise ValueError(f"run {run.name}: {error} (log: {log})") from error
+            ended = train_in_series(config, run.name)
         except SystemExit:
             print_line(f"Stopped in run {self._done_runs} of {self._num_runs}; the same command resumes the search.")
             raise
-        finally:
-            _free_memory()
         rows = {row["step"]: row for row in validation_rows(read_metrics(directory / METRICS_FILE))}
-        first, last = rows.get(0, {}), {} if has_diverged else rows[settings["steps"]]
+        first, last = rows.get(0, {}), {} if ended.has_diverged else rows[settings["steps"]]
         result = Result(
             run.name, settings, last.get("validation_loss"), last.get("validation_loss_per_source", {}),
-            first.get("validation_loss"), round(time.monotonic() - start, 1),
+            first.get("validation_loss"), ended.seconds,
         )  # fmt: skip
-        write_text(directory / _RESULT, json.dumps(asdict(result), indent=1, ensure_ascii=False) + "\n")
+        write_result(directory, asdict(result))
         if not self.search.config.keep_models:
-            _delete_models(directory)
+            delete_models(directory)
         shown = f"{result.loss:.4f}" if result.loss is not None else "none: it diverged, and is left out"
         print_line(f"  held-out loss {shown}  ({result.seconds:.0f} s)")
         return result
@@ -176,34 +156,10 @@ class Runner:
         remaining = ""
         if self._timed_steps:
             seconds = self._seconds / self._timed_steps * (self._num_steps - self._done_steps)
-            remaining = f", about {seconds / 60:.0f} min left" if seconds >= 90 else f", about {seconds:.0f} s left"
+            remaining = f", {approximate(seconds)} left"
         shares = "  ".join(f"{name} {share:.3f}" for name, share in settings["shares"].items())
         hyper = "".join(f"  {key} {value}" for key, value in settings["hyper"].items())
         print_line(f"run {self._done_runs} of {self._num_runs}{remaining}: {run.name}, {shares}{hyper}")
-
-
-def print_line(line: str) -> None:
-    """On stderr."""
-    print(line, file=sys.stderr, flush=True)
-
-
-@contextmanager
-def _output_to(path: Path) -> Iterator[None]:
-    """Append what is printed and logged to a file."""
-    with path.open("a", encoding="utf-8") as file, redirect_stderr(file), redirect_stdout(file):
-        handler = logging.StreamHandler(file)
-        logging.getLogger().addHandler(handler)
-        try:
-            yield
-        finally:
-            logging.getLogger().removeHandler(handler)
-
-
-def _free_memory() -> None:
-    """Of the run before, which holds cycles of references."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def _read_result(directory: Path, settings: dict[str, Any]) -> Result | None:
@@ -212,26 +168,17 @@ def _read_result(directory: Path, settings: dict[str, Any]) -> Result | None:
     Raises:
         ValueError: it is unreadable, or that of another run.
     """
-    path = directory / _RESULT
-    if not path.is_file():
+    stored = read_result(directory)
+    if stored is None:
         return None
     try:
-        result = Result(**json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is not a run's result; delete {directory} to repeat the run.") from error
+        result = Result(**stored)
+    except TypeError as error:
+        raise unreadable(directory) from error
     if differing := [key for key, value in settings.items() if result.settings.get(key) != value]:
         key = differing[0]
         raise ValueError(
-            f"{path} is of a run with {key} {result.settings.get(key)}, this search has {settings[key]}; take another "
-            f"search_dir, or delete {directory} to repeat the run."
+            f"{directory} holds a run with {key} {result.settings.get(key)}, this search has {settings[key]}; take "
+            "another search_dir, or delete it to repeat the run."
         )
     return result
-
-
-def _delete_models(directory: Path) -> None:
-    link = directory / BEST
-    if link.is_symlink():
-        link.unlink()
-    for path in [directory / FINAL, *checkpoints(directory)]:
-        if path.is_dir():
-            shutil.rmtree(path)

@@ -13,12 +13,13 @@ import numpy as np
 from yi_vl.files import write_text
 
 from ..config import batch_sizes, num_steps
+from ..run_series import print_line
 from .config import MIN_BUDGET, RUNS_PER_PARAMETER, Search
 from .count_samples import check_held_out, source_sizes
 from .design import Point, Region, baselines, share_caps, tried_points
 from .regression import MIN_CORRELATION, best_point, features, fit_ridge, leave_one_out, spearman
 from .report import write_report
-from .runs import VERDICT, Result, Run, Runner, print_line
+from .runs import VERDICT, Result, Run, Runner
 from .verdict import Verdict, judge, no_prediction, yaml_lines
 
 _DESIGN = "design.json"

@@ -1,8 +1,11 @@
 """`python -m train.nano data | train | export | measure`: nano's data, training from scratch, and measurement; and
-`preferences | style`: preferences for nano, and what they change; and `experts`: how many experts a token gets."""
+`preferences | style`: preferences for nano, and what they change; `experts`: how many experts a token gets; and
+`connectors`: nano with other connectors, compared."""
 
 from __future__ import annotations
 
+import logging
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -115,6 +118,31 @@ def experts(
     from train.nano.measure.experts import measure_experts
 
     typer.echo(measure_experts(model, data_dir / "heldout", every))
+
+
+@app.command()
+def connectors(
+    config: Annotated[Path, typer.Argument(help="a YAML file")] = CONFIGS / "connectors.yaml",
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="key.sub=value", help="settings that replace the file's")
+    ] = None,
+    speed: Annotated[
+        bool, typer.Option("--speed", help="only measure the time to first token of the trained models again")
+    ] = False,
+) -> None:
+    """Train nano with different connectors, and compare accuracy by skill, tokens, and speed; killed, it resumes."""
+    from train.nano.connectors.config import load_comparison
+
+    comparison = load_comparison(config, overrides or ())
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # workers are forked
+    logging.getLogger().setLevel(logging.INFO)  # to the runs' own logs
+    from transformers.utils import logging as transformers_logging
+
+    from train.nano.connectors.compare import compare, compare_speed  # torch, after the settings are known to be right
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    typer.echo(compare_speed(comparison) if speed else compare(comparison))
 
 
 @app.command()

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from yi_vl import YiVL, load
 from yi_vl.files import read_json_lines
 from yi_vl.quantize import Scheme
 
+QUESTIONS = "questions.jsonl"
 _BATCH = 64
 _PAGE_ROWS = 120  # of all answers, spread evenly, on the HTML page
 _EDGES = re.compile(r"^[\s\"'“”]+|[\s.。!！\"'“”]+$")
@@ -28,10 +29,11 @@ _EDGES = re.compile(r"^[\s\"'“”]+|[\s.。!！\"'“”]+$")
 
 @dataclass(frozen=True)
 class Question:
-    """A held-out question with its images and every accepted answer."""
+    """A held-out question with its images and every accepted answer; the topic is what of the skill is asked."""
 
     id: str
     skill: str
+    topic: str
     lang: str
     images: tuple[Path, ...]
     question: str
@@ -40,13 +42,14 @@ class Question:
 
 def read_questions(folder: Path) -> list[Question]:
     """The rows of `folder/questions.jsonl`; their images are named relative to it."""
-    path = folder / "questions.jsonl"
+    path = folder / QUESTIONS
     if not path.is_file():
         raise ValueError(f"{path} is not here; `python -m train.nano data` makes it.")
     return [
         Question(
             id=row["id"],
             skill=row["skill"],
+            topic=row.get("topic", ""),
             lang=row["lang"],
             images=tuple(folder / name for name in row["images"]),
             question=row["question"],
@@ -58,8 +61,24 @@ def read_questions(folder: Path) -> list[Question]:
 
 def is_correct(skill: str, answer: str, accepted: Iterable[str]) -> bool:
     """Whether an answer is one of the accepted, but for case, spaces around it and the mark at its end."""
-    essence = _verdict if skill == "same" else _plain
+    essence = _essence(skill)
     return essence(answer) in {essence(gold) for gold in accepted}
+
+
+def constant_accuracy(questions: Iterable[Question]) -> dict[str, float]:
+    """skill, and "all" -> what share is correct of a model that does not look: to each topic, in each language, it
+    gives the answer that is most often correct."""
+    counts: dict[tuple[str, str, str], Counter[str]] = defaultdict(Counter)
+    num_questions: Counter[str] = Counter()
+    for question in questions:
+        num_questions.update((question.skill, "all"))
+        essence = _essence(question.skill)
+        counts[question.skill, question.topic, question.lang].update({essence(gold) for gold in question.accepted})
+    num_correct: Counter[str] = Counter()
+    for (skill, _, _), answers in counts.items():
+        best = max(answers.values())
+        num_correct.update({skill: best, "all": best})
+    return {skill: num_correct[skill] / num_questions[skill] for skill in num_questions}
 
 
 def measure(model: YiVL, questions: Sequence[Question]) -> list[dict[str, Any]]:
@@ -141,6 +160,10 @@ def write_table(path: Path, markdown: str) -> None:
     if not marker or not end:
         raise ValueError(f"{path} has no `<!-- nano table -->` ... `<!-- end -->` to write the table between.")
     path.write_text(before + marker + markdown + end + after, encoding="utf-8")
+
+
+def _essence(skill: str) -> Callable[[str], str]:
+    return _verdict if skill == "same" else _plain
 
 
 def _plain(answer: str) -> str:
