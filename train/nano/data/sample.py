@@ -37,9 +37,11 @@ class Item:
 
 @dataclass(frozen=True)
 class Truth:
-    """The ground truth of a sample. Letters in reading order for a word; for category "same", one item per image."""
+    """The ground truth of a sample. Letters in reading order for a word; for category "same", one item per image; for
+    "unknown" none: it shows what nano has no name for.
+    """
 
-    category: Literal["thing", "flag", "digit", "word", "scene", "same"]
+    category: Literal["thing", "flag", "digit", "word", "scene", "same", "unknown"]
     items: tuple[Item, ...]
 
     @property
