@@ -81,6 +81,33 @@ def measure(
 
 
 @app.command()
+def language(
+    run_dir: Annotated[Path, typer.Argument(help="the run's folder; a run that is in it is continued")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="recipe settings as key.sub=value")] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="YAML file with a recipe; by default the settings of nano")
+    ] = None,
+) -> None:
+    """Train a language model alone on mosaics, from fresh weights; see docs/nano.md."""
+    from train.nano.pretrain.language import LanguageRecipe, pretrain_language
+    from train.nano.pretrain.loop import read_recipe
+
+    pretrain_language(run_dir, read_recipe(LanguageRecipe, recipe, overrides or ()))
+
+
+@app.command()
+def measure_language(
+    run_dirs: Annotated[list[Path], typer.Argument(help="folders of `language`, finished or not")],
+    questions: Annotated[int, typer.Option(min=1, help="for each task and language")] = 300,
+    examples: Annotated[int, typer.Option(min=0, help="show so many wrong answers of each run")] = 0,
+) -> None:
+    """Exact answers of language models alone to held-out questions about mosaics, by task: a table of all runs."""
+    from train.nano.measure.language import measure_runs
+
+    typer.echo(measure_runs(run_dirs, questions, examples))
+
+
+@app.command()
 def preferences(
     data_dir: Annotated[Path, typer.Option("--data", help="nano's data")] = DATA,
     model: Annotated[Path, typer.Option(help="the model whose answers they are")] = PACKAGED,

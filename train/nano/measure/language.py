@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-from train.nano.pretrain.language import MosaicLanguageModel
+from train.nano.pretrain.language import MosaicLanguageModel, load_run
 from train.nano.pretrain.trees import IGNORED, Row, Tree, TreeBatch, TreeEncoder
 from train.nano.text.mosaic_texts import TASKS, MosaicText, TextForm, TextQuestion, heldout_questions
 
@@ -28,9 +29,7 @@ class Scored:
 
 
 @torch.inference_mode()
-def measure_tasks(
-    model: MosaicLanguageModel, encoder: TreeEncoder, form: TextForm, num_per_task: int
-) -> list[Scored]:
+def measure_tasks(model: MosaicLanguageModel, encoder: TreeEncoder, form: TextForm, num_per_task: int) -> list[Scored]:
     """So many held-out questions for each task and language."""
     was_training = model.training
     model.eval()
@@ -46,15 +45,42 @@ def measure_tasks(
 
 
 def task_scores(scored: Iterable[Scored]) -> dict[str, float]:
-    """"task language" -> share of correct answers"""
+    """ "task language" -> share of correct answers"""
     groups: dict[str, list[bool]] = defaultdict(list)
     for each in scored:
         groups[f"{each.question.task} {each.question.lang}"].append(each.is_correct)
     return {name: round(sum(right) / len(right), 4) for name, right in groups.items()}
 
 
+def measure_runs(run_dirs: Sequence[Path], num_per_task: int, num_examples: int = 0) -> str:
+    """Markdown: the table of all runs, after some wrong answers of each.
+
+    Raises:
+        ValueError: a folder has no run.
+    """
+    runs: dict[str, tuple[int, dict[str, float]]] = {}
+    lines = []
+    for run_dir in run_dirs:
+        model, encoder, recipe, step = load_run(run_dir)
+        scored = measure_tasks(model, encoder, recipe.form, num_per_task)
+        num_parameters = sum(p.numel() for part in (model.language_model, model.lm_head) for p in part.parameters())
+        runs[f"{run_dir.name}, step {step}"] = num_parameters, task_scores(scored)
+        wrong = [each.question for each in scored if not each.is_correct]
+        lines += _examples(model, encoder, wrong[:: max(1, len(wrong) // max(1, num_examples))][:num_examples])
+    return "\n".join([*lines, "", table(runs)]) if lines else table(runs)
+
+
+def _examples(model: MosaicLanguageModel, encoder: TreeEncoder, questions: Sequence[TextQuestion]) -> list[str]:
+    answers = greedy_answers(model, encoder, [question.text for question in questions])
+    lines = []
+    for question, answer in zip(questions, answers):
+        prompt, expected = (turn["value"].replace("\n", " ") for turn in question.text.conversations[0])
+        lines.append(f"{question.task}: {prompt[-90:]} | expected {expected!r}, answered {encoder.text(answer)!r}")
+    return lines
+
+
 def table(runs: dict[str, tuple[int, dict[str, float]]]) -> str:
-    """Markdown: a row for each run with its number of parameters, a column for each task: "English / Chinese" percent."""
+    """Markdown: a row for each run with its number of parameters, for each task "English / Chinese" in percent."""
     lines = ["| run | parameters | " + " | ".join(TASKS) + " |", "|---|---|" + "---|" * len(TASKS)]
     for name, (num_parameters, scores) in runs.items():
         cells = [
@@ -71,6 +97,8 @@ def greedy_answers(
 ) -> list[list[int]]:
     """The ids that greedy decoding gives for each conversation's first question, up to a line break's separator."""
     prompts = [encoder.prompt(text) for text in texts]
+    if not prompts:
+        return []
     answers: list[list[int]] = [[] for _ in prompts]
     for _ in range(max_new_tokens):
         trees = [

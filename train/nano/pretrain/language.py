@@ -1,8 +1,8 @@
 """Pretraining of nano's language model alone, on mosaics: images that a perfect tower would have seen.
 
-A mosaic's tokens stand where an image's will stand. The embedding of one is that of its sign (what the patch shows) plus
-that of its cell (where it lies), with a little noise: tower and connector are later trained to give the same. So nothing
-that is learned here has to be learned again from images.
+A mosaic's tokens stand where an image's will stand. The embedding of one is that of its sign (what the patch shows)
+plus that of its cell (where it lies), with a little noise: tower and connector are later trained to give the same. So
+nothing that is learned here has to be learned again from images.
 
 B rows, L tokens of a row, D language width, N mosaic tokens.
 """
@@ -23,12 +23,13 @@ from transformers import AutoModel, LlamaConfig, PreTrainedModel
 
 from train.attention.cpu import keep_memory, round_up
 from train.nano.data.labels import FLAGS, THINGS
-from train.nano.pretrain.init import train_tokenizer
-from train.nano.pretrain.loop import LoopRecipe, remember_recipe, train_loop
+from train.nano.pretrain.init import init_checkpoint, train_tokenizer
+from train.nano.pretrain.loop import RECIPE, STATE, LoopRecipe, read_recipe, remember_recipe, train_loop
 from train.nano.pretrain.trees import IGNORED, NUM_CELLS, TREES, Tree, TreeBatch, TreeEncoder, fill_rows
 from train.nano.text.mosaic import SIGN_IDS
 from train.nano.text.mosaic_texts import TextForm, training_text
 from yi_vl.chat import render, to_text
+from yi_vl.model import YiVLForConditionalGeneration
 from yi_vl.processor import prepare_tokenizer
 
 TOKENIZER, SIGNS_FILE = "tokenizer", "signs.safetensors"
@@ -36,7 +37,7 @@ _NUM_TEXTS, _NAME_REPEATS, _PROMPT_REPEATS = 6000, 60, 300  # that the tokenizer
 _INIT_STD = 0.05
 
 
-@dataclass(frozen=True)
+@dataclass
 class Shape:
     """The language model's dimensions. `vocab_size` counts the pieces of the tokenizer."""
 
@@ -47,6 +48,12 @@ class Shape:
     mlp_width: int = 704
     vocab_size: int = 2048
     has_cells: bool = True  # an embedding for every cell; without it only the order tells where a mosaic's token lies
+
+    def __post_init__(self) -> None:
+        for divisor in ("num_heads", "num_key_heads"):
+            whole = self.width if divisor == "num_heads" else self.num_heads
+            if getattr(self, divisor) < 1 or whole % getattr(self, divisor):
+                raise ValueError(f"{divisor} is {getattr(self, divisor)}, which does not divide {whole}.")
 
     def config(self) -> LlamaConfig:
         return LlamaConfig(
@@ -64,7 +71,7 @@ class Shape:
         )
 
 
-@dataclass(frozen=True)
+@dataclass
 class LanguageRecipe:
     """A run: `shape` and `form` are what an ablation changes."""
 
@@ -74,6 +81,7 @@ class LanguageRecipe:
     num_rows: int = 24
     row_tokens: int = 256
     noise: float = 0.2  # standard deviation of the noise on mosaics, in those of the signs
+    num_threads: int = 1
     num_questions: int = 100  # for each task and language, at every measurement
 
 
@@ -162,8 +170,9 @@ def pretrain_language(run_dir: Path, recipe: LanguageRecipe) -> None:
     from train.nano.measure.language import measure_tasks, task_scores
 
     keep_memory()
+    torch.set_num_threads(recipe.num_threads)
     run_dir.mkdir(parents=True, exist_ok=True)
-    remember_recipe(run_dir, _flat(recipe))
+    remember_recipe(run_dir, asdict(recipe))
     encoder = load_encoder(run_dir, recipe)
     torch.manual_seed(recipe.loop.seed)
     model = MosaicLanguageModel(recipe.shape)
@@ -181,6 +190,37 @@ def pretrain_language(run_dir: Path, recipe: LanguageRecipe) -> None:
         lambda batch: model.loss(batch, recipe.noise),
         lambda: task_scores(measure_tasks(model, encoder, recipe.form, recipe.num_questions)),
     )
+    _write_checkpoint(run_dir / "final", run_dir / TOKENIZER, model)
+
+
+def load_run(run_dir: Path) -> tuple[MosaicLanguageModel, TreeEncoder, LanguageRecipe, int]:
+    """The model of a run as last saved, its encoder and recipe, and how many steps it was trained for.
+
+    Raises:
+        ValueError: the folder has no run.
+    """
+    if not (run_dir / STATE).exists():
+        raise ValueError(f"{run_dir} has no {STATE}: `python -m train.nano language {run_dir}` makes one.")
+    recipe = recipe_of(run_dir)
+    state = torch.load(run_dir / STATE, weights_only=True)
+    model = MosaicLanguageModel(recipe.shape)
+    model.load_state_dict(state["module"])
+    return model.eval(), load_encoder(run_dir, recipe), recipe, state["step"]
+
+
+def recipe_of(run_dir: Path) -> LanguageRecipe:
+    """The recipe that a run was started with."""
+    return read_recipe(LanguageRecipe, run_dir / RECIPE)
+
+
+def _write_checkpoint(folder: Path, tokenizer: Path, model: MosaicLanguageModel) -> None:
+    """A whole model with a fresh tower, and the signs that `match` aligns the tower with."""
+    init_checkpoint(tokenizer, folder, text_config=model.language_model.config)
+    whole = YiVLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    whole.model.language_model.load_state_dict(model.language_model.state_dict())
+    whole.lm_head.load_state_dict(model.lm_head.state_dict())
+    whole.save_pretrained(folder)
+    save_file({"signs": model.signs.weight.detach(), "cells": model.cells.weight.detach()}, folder / SIGNS_FILE)
 
 
 def load_encoder(run_dir: Path, recipe: LanguageRecipe) -> TreeEncoder:
@@ -201,17 +241,7 @@ def tokenizer_texts(form: TextForm) -> Iterator[str]:
             yield from (turn["value"].replace("<image>", "") for turn in turns)
 
 
-def save_signs(folder: Path, model: MosaicLanguageModel) -> None:
-    """The embeddings that tower and connector are to give."""
-    save_file({"signs": model.signs.weight.detach(), "cells": model.cells.weight.detach()}, folder / SIGNS_FILE)
-
-
 def load_signs(folder: Path) -> tuple[Tensor, Tensor]:
     """(number of signs, D), (number of cells, D)"""
     tensors = load_file(folder / SIGNS_FILE)
     return tensors["signs"], tensors["cells"]
-
-
-def _flat(recipe: LanguageRecipe) -> dict[str, object]:
-    parts = asdict(recipe)
-    return {**parts.pop("shape"), **parts.pop("form"), **parts.pop("loop"), **parts}

@@ -1,34 +1,40 @@
 """One loop for what is pretrained alone, tower or language model: resumes exactly, keeps a log and draws its curves.
 
-A batch and the learning rate are pure functions of the step; weights and optimizer lie in `state.pt`, so that a run that
-was stopped continues as if it had not been.
+A batch and the learning rate are pure functions of the step; weights and optimizer lie in `state.pt`, so that a run
+that was stopped continues as if it had not been.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from rich.progress import track
 from torch import Tensor, nn
 from torch.optim import AdamW
+from yaml import YAMLError
 
 from train.config import ScheduleConfig
 from train.schedule import WSD, learning_rate_factor
+from yi_vl.arguments import one_line
 from yi_vl.files import atomic_path, read_json_lines, write_json_lines, write_text
 
 STATE, LOG, RECIPE = "state.pt", "log.jsonl", "recipe.json"
 Batch = TypeVar("Batch")
-_MAY_CHANGE = {"num_steps", "save_every", "measure_every", "num_workers"}  # when a run is continued
+Recipe = TypeVar("Recipe")
+# When a run is continued.
+_MAY_CHANGE = {"num_steps", "save_every", "measure_every", "num_workers", "num_threads", "num_questions"}
 _SMOOTH_STEPS = 50
 
 
-@dataclass(frozen=True)
+@dataclass
 class LoopRecipe:
     """How long and how fast: warm-up, a constant rate, and linear decay over the last part."""
 
@@ -43,10 +49,31 @@ class LoopRecipe:
     seed: int = 0
     num_workers: int = 1  # processes that make batches
 
+    def __post_init__(self) -> None:
+        for name in ("num_steps", "save_every", "measure_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it has to be at least 1.")
+
     def rate_factor(self, step: int) -> float:
         """The factor on the learning rate in the step after `step` others."""
         schedule = ScheduleConfig(shape=WSD, warmup=self.warmup_steps, decay_fraction=self.decay_fraction, final=0.02)
         return learning_rate_factor(step, self.num_steps, schedule)
+
+
+def read_recipe(schema: type[Recipe], path: Path | None, overrides: Sequence[str] = ()) -> Recipe:
+    """A recipe, a dataclass of dataclasses: its defaults, then a YAML file, then `key.sub=value` overrides.
+
+    Raises:
+        ValueError: no such file, not YAML, an unknown key or a wrong value; one line.
+    """
+    where = path if path is not None else "command line"
+    try:
+        from_file = OmegaConf.load(path) if path is not None else {}
+        where = path if path is not None and not overrides else " ".join(map(str, [path or "", *overrides])).strip()
+        merged = OmegaConf.merge(OmegaConf.structured(schema), from_file, OmegaConf.from_dotlist(list(overrides)))
+        return cast(Recipe, OmegaConf.to_object(merged))
+    except (OmegaConfBaseException, YAMLError, OSError, ValueError, TypeError) as error:
+        raise ValueError(f"{where}: {one_line(error)}") from error
 
 
 def remember_recipe(run_dir: Path, recipe: dict[str, Any]) -> None:
@@ -56,16 +83,24 @@ def remember_recipe(run_dir: Path, recipe: dict[str, Any]) -> None:
         ValueError: the run was started with another recipe.
     """
     path = run_dir / RECIPE
-    recipe = json.loads(json.dumps(recipe))
     if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        for key in sorted((before.keys() | recipe.keys()) - _MAY_CHANGE):
-            if before.get(key) != recipe.get(key):
+        before = _flat(json.loads(path.read_text(encoding="utf-8")))
+        now = _flat(recipe)
+        for key in sorted(before.keys() | now.keys()):
+            if key.split(".")[-1] not in _MAY_CHANGE and before.get(key) != now.get(key):
                 raise ValueError(
-                    f"{run_dir} was started with {key}={before.get(key)}, not {recipe.get(key)}; "
+                    f"{run_dir} was started with {key}={before.get(key)}, not {now.get(key)}; "
                     "continue it with its own recipe or name another folder."
                 )
     write_text(path, json.dumps(recipe, indent=1))
+
+
+def _flat(recipe: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"loop": {"seed": 0}} -> {"loop.seed": 0}"""
+    flat: dict[str, Any] = {}
+    for key, value in recipe.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
 
 
 def train_loop(
@@ -83,9 +118,8 @@ def train_loop(
         measure: what is logged besides the loss, every `measure_every` steps and at the end.
     """
     optimizer = AdamW(_groups(module, recipe), recipe.learning_rate, betas=(0.9, 0.98))
-    first = _restore(run_dir, module, optimizer)
+    first, running = _restore(run_dir, module, optimizer)
     rows = [row for row in read_json_lines(run_dir / LOG, drops_partial=True) if row["step"] <= first] if first else []
-    running = rows[-1]["loss"] if rows else None
     started = time.time()
     steps = range(first, recipe.num_steps)
     for step, batch in zip(track(steps, run_dir.name), batches(first)):
@@ -96,14 +130,14 @@ def train_loop(
         nn.utils.clip_grad_norm_(module.parameters(), recipe.clip_norm)
         optimizer.step()
         optimizer.zero_grad()
-        running = loss.item() if running is None else running + (loss.item() - running) / _SMOOTH_STEPS
         done = step + 1
+        running += (loss.item() - running) / min(done, _SMOOTH_STEPS)
         is_last = done == recipe.num_steps
         if done % recipe.measure_every == 0 or is_last:
             seconds = (time.time() - started) / (done - first)
             rows.append({"step": done, "loss": running, "seconds_per_step": round(seconds, 3), **measure()})
         if done % recipe.save_every == 0 or is_last:
-            _save(run_dir, module, optimizer, done, rows)
+            _save(run_dir, module, optimizer, (done, running), rows)
 
 
 def _groups(module: nn.Module, recipe: LoopRecipe) -> list[dict[str, Any]]:
@@ -114,22 +148,25 @@ def _groups(module: nn.Module, recipe: LoopRecipe) -> list[dict[str, Any]]:
     return [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
 
 
-def _restore(run_dir: Path, module: nn.Module, optimizer: AdamW) -> int:
-    """The number of steps done."""
+def _restore(run_dir: Path, module: nn.Module, optimizer: AdamW) -> tuple[int, float]:
+    """The number of steps done, and the mean loss of the last."""
     path = run_dir / STATE
     if not path.exists():
-        return 0
+        return 0, 0.0
     state = torch.load(path, weights_only=True)
     module.load_state_dict(state["module"])
     optimizer.load_state_dict(state["optimizer"])
-    return int(state["step"])
+    return int(state["step"]), float(state["loss"])
 
 
-def _save(run_dir: Path, module: nn.Module, optimizer: AdamW, step: int, rows: list[dict[str, Any]]) -> None:
+def _save(
+    run_dir: Path, module: nn.Module, optimizer: AdamW, done: tuple[int, float], rows: list[dict[str, Any]]
+) -> None:
     write_json_lines(run_dir / LOG, rows)  # first: rows after the saved step are dropped when the run is continued
     draw_curves(run_dir, rows)
     with atomic_path(run_dir / STATE) as path:
-        torch.save({"step": step, "module": module.state_dict(), "optimizer": optimizer.state_dict()}, path)
+        state = {"step": done[0], "loss": done[1], "module": module.state_dict(), "optimizer": optimizer.state_dict()}
+        torch.save(state, path)
 
 
 def draw_curves(run_dir: Path, rows: list[dict[str, Any]]) -> None:

@@ -1,8 +1,8 @@
 """Batches of conversations as trees: a prefix that all share, mosaics that some conversations share, conversations.
 
-Every image and the system prompt are computed once, however many questions are asked. A token attends to what is before
-it in its own conversation, to the mosaic that this is about, and to the prefix; positions are those that the conversation
-has alone. So a tree gives exactly what its conversations give one by one.
+Every image and the system prompt are computed once, however many questions are asked. A token attends to what is
+before it in its own conversation, to the mosaic that this is about, and to the prefix; positions are those that the
+conversation has alone. So a tree gives exactly what its conversations give one by one.
 
 B rows, L tokens of a row, P tokens of the prefix, T = P + B*L, H query heads, K key heads, d head width, S keys.
 """
@@ -121,6 +121,11 @@ class TreeEncoder:
         ids, mask = tree.branches[0]
         first = mask.index(True)
         return Tree(tree.trunk, [(ids[:first], mask[:first])], tree.cells, tree.sees_prefix)
+
+    def text(self, ids: list[int]) -> str:
+        """The text of an answer's ids, up to the separator that ends it."""
+        decoded: str = self._tokenizer.decode(ids)
+        return decoded.partition("\n###")[0].strip()
 
     def _encode(self, turns: list[dict[str, str]], num_cells: int) -> Encoded:
         return encode(render(from_llava(turns)), self._tokenizer, self._image_token_id, num_cells)

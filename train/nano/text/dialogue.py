@@ -85,9 +85,7 @@ def all_questions(rng: np.random.Generator, truth: Truth, lang: Lang, measured: 
     return [questions[i] for i in rng.permutation(len(questions))]
 
 
-def training_questions(
-    rng: np.random.Generator, truth: Truth, lang: Lang, skips_heldout: bool = False
-) -> list[QAPair]:
+def training_questions(rng: np.random.Generator, truth: Truth, lang: Lang, skips_heldout: bool = False) -> list[QAPair]:
     """All questions with the comparisons, which the held-out images are not asked, in random order."""
     questions = all_questions(rng, truth, lang)
     if truth.category == "scene":
@@ -97,7 +95,7 @@ def training_questions(
 
 
 def comparisons(rng: np.random.Generator, truth: Truth, lang: Lang, measured: bool = False) -> list[QAPair]:
-    """"Are there more dogs or more cats?" for every two classes of a scene of which there are not equally many."""
+    """ "Are there more dogs or more cats?" for every two classes of a scene of which there are not equally many."""
     counts = Counter(class_of(item) for item in truth.items)
     examples = [_uncoloured(item) for item in {class_of(item): item for item in truth.items}.values()]
     questions = []
@@ -109,6 +107,15 @@ def comparisons(rng: np.random.Generator, truth: Truth, lang: Lang, measured: bo
             answer = f"There are more {core}." if lang == "en" else f"{core}更多。"
             questions.append(QAPair("more", lang, question, answer, core, combination=combine("more", [first, second])))
     return [questions[i] for i in rng.permutation(len(questions))]
+
+
+def tells_heldout(truth: Truth) -> bool:
+    """Whether a caption tells a held-out combination: a count, or how the only two items lie to each other."""
+    if truth.category != "scene":
+        return False
+    questions = all_questions(np.random.default_rng(0), truth, "en")
+    told = [qa for qa in questions if qa.topic in ("count", "count_of") or len(truth.items) == 2]
+    return any(is_heldout(qa.combination) for qa in told)
 
 
 def caption(rng: np.random.Generator, truth: Truth, lang: Lang) -> str:
@@ -128,9 +135,7 @@ def caption(rng: np.random.Generator, truth: Truth, lang: Lang) -> str:
     return _scene_caption(rng, truth, lang)
 
 
-def conversation(
-    rng: np.random.Generator, truth: Truth, max_turns: int = 4, skips_heldout: bool = False
-) -> list[Turn]:
+def conversation(rng: np.random.Generator, truth: Truth, max_turns: int = 4, skips_heldout: bool = False) -> list[Turn]:
     """Several questions about one sample in LLaVA's layout, in one language but for one turn in five.
 
     Args:
@@ -153,7 +158,7 @@ def conversation(
         used.add((chosen.topic, chosen.core))
         by_lang[use].remove(chosen)
         turns += _turns(chosen.question, chosen.answer)
-    if truth.category != "same" and rng.random() < 0.25:
+    if truth.category != "same" and rng.random() < 0.25 and not (skips_heldout and tells_heldout(truth)):
         topic = "describe"
         turns += _turns(_phrase(rng, topic, lang), caption(rng, truth, lang))
     if truth.category != "scene" and rng.random() < 0.25:  # the same once more in the other language: a follow-up
@@ -187,9 +192,7 @@ def multiple_choice(
     return as_choice(rng, all_questions(rng, truth, lang, measured)[0], truth, measured)
 
 
-def as_choice(
-    rng: np.random.Generator, qa: QAPair, truth: Truth, measured: bool = False
-) -> tuple[QAPair, list[str]]:
+def as_choice(rng: np.random.Generator, qa: QAPair, truth: Truth, measured: bool = False) -> tuple[QAPair, list[str]]:
     """A question with four options, or as many as there are, in random order; the answer becomes a letter."""
     lang = qa.lang
     wrong = [core for core in _alternatives(qa, truth, lang, measured) if core != qa.core]

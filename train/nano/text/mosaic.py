@@ -135,7 +135,7 @@ def _mistaken(rng: np.random.Generator, cells: np.ndarray, item: Item) -> np.nda
 
 
 def _unknown(rng: np.random.Generator, grid: int) -> np.ndarray:
-    """(grid, grid) labels of what has no name: its own sign, or patches that a tower takes for many different things."""
+    """(grid, grid) labels of what has no name: its own sign, or patches that a tower takes for many things."""
     cells = _covered(Item("thing", "", _box(rng)), grid)
     covered = np.argwhere(cells != BACKGROUND)
     is_recognized = rng.random() < 0.6

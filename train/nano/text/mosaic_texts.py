@@ -23,13 +23,14 @@ from train.nano.text.dialogue import (
     comparisons,
     conversation,
     talk,
+    tells_heldout,
     training_questions,
 )
 from train.nano.text.mosaic import SIGN_IDS, random_truth, to_cells
 from train.nano.text.wording import MAX_ITEMS, class_of, noun
 
 SHARES = {"scene": 0.62, "thing": 0.09, "flag": 0.11, "digit": 0.02, "word": 0.07, "same": 0.05, "unknown": 0.04}
-_TALK, _CAPTION, _FORM, _CONVERSATION = 0.01, 0.1, 0.05, 0.12  # shares of samples; the last of a sample's conversations
+_TALK, _CAPTION, _FORM, _CONVERSATION = 0.01, 0.1, 0.06, 0.06  # shares of samples; the last of a sample's conversations
 _CHOICE = 0.1  # of a sample's conversations
 _SMALL = 0.35  # share of 4 x 4 mosaics
 CHOICES: dict[Lang, str] = {"en": "choice (MMMU)", "zh": "choice (CMMMU)"}
@@ -57,7 +58,7 @@ class TextQuestion:
     text: MosaicText  # of one conversation
 
 
-@dataclass(frozen=True)
+@dataclass
 class TextForm:
     """What the texts look like, for ablations."""
 
@@ -71,12 +72,14 @@ def training_text(rng: np.random.Generator, form: TextForm, max_conversations: i
     if draw < _TALK:
         return MosaicText((), [talk(rng)])
     truth, cells = _random_mosaic(rng)
-    if draw < _TALK + _CAPTION and truth.category != "same":
+    if draw < _TALK + _CAPTION and truth.category != "same" and not tells_heldout(truth):
         lang = LANGS[rng.integers(2)]
         return MosaicText(cells, [[*_turns("<image>", caption(rng, truth, lang))]], is_caption=True)
     if draw < _TALK + _CAPTION + _FORM and truth.category not in ("same", "unknown"):
         return MosaicText(cells, _in_one_form(rng, truth, max_conversations // 3))
-    conversations = [_training_conversation(rng, truth, form) for _ in range(_num_conversations(truth, max_conversations))]
+    conversations = [
+        _training_conversation(rng, truth, form) for _ in range(_num_conversations(truth, max_conversations))
+    ]
     return MosaicText(cells, [each for each in conversations if each])
 
 
