@@ -16,13 +16,13 @@ pytest.importorskip("sklearn")
 from train.nano.measure.language import greedy_answers, measure_runs, measure_tasks, task_scores
 from train.nano.pretrain import language
 from train.nano.pretrain.language import LanguageRecipe, MosaicLanguageModel, Shape, TreeStream, load_signs
-from train.nano.pretrain.loop import LoopRecipe, read_recipe
+from train.nano.pretrain.trainer import LoopRecipe, read_recipe
 from train.nano.pretrain.trees import IGNORED, Row, TreeBatch, TreeEncoder
 from train.nano.text import dialogue
 from train.nano.text.combinations import is_heldout
 from train.nano.text.dialogue import all_questions, comparisons
 from train.nano.text.mosaic import SIGNS, random_truth
-from train.nano.text.mosaic_texts import TASKS, MosaicText, TextForm, heldout_questions, training_text
+from train.nano.text.mosaic_texts import TASKS, MosaicText, TextLayout, heldout_questions, training_text
 from yi_vl import YiVLForConditionalGeneration, YiVLProcessor
 
 SHAPE = Shape(num_layers=2, width=32, num_heads=4, num_key_heads=2, mlp_width=48, vocab_size=2200)
@@ -91,21 +91,23 @@ def test_labels_are_the_answers_and_their_ends_only(encoder: TreeEncoder) -> Non
 
 
 def test_no_training_text_asks_a_held_out_question() -> None:
-    asked: set[str] = set()
+    combinations: set[str] = set()
     for seed in range(60):
         truth = random_truth(np.random.default_rng(seed), {"scene": 1.0}, 9)
         for lang in ("en", "zh"):
             rng = np.random.default_rng(seed)
-            asked |= {qa.combination for qa in [*all_questions(rng, truth, lang), *comparisons(rng, truth, lang)]}
-    heldout = {combination for combination in asked if is_heldout(combination)}
-    assert 0.05 < len(heldout) / len(asked) < 0.25
-    questions = heldout_questions(TextForm(), 20)
+            combinations |= {
+                qa.combination for qa in [*all_questions(rng, truth, lang), *comparisons(rng, truth, lang)]
+            }
+    heldout = {combination for combination in combinations if is_heldout(combination)}
+    assert 0.05 < len(heldout) / len(combinations) < 0.25
+    questions = heldout_questions(TextLayout(), 20)
     assert {each.task for each in questions} == set(TASKS) and len(questions) == 20 * 10
 
 
 def test_with_every_combination_held_out_no_training_text_counts_or_compares(monkeypatch: pytest.MonkeyPatch) -> None:
     def answers() -> str:
-        texts = [training_text(np.random.default_rng(seed), TextForm()) for seed in range(300)]
+        texts = [training_text(np.random.default_rng(seed), TextLayout()) for seed in range(300)]
         return "\n".join(turn["value"] for text in texts for turns in text.conversations for turn in turns[1::2])
 
     counted = re.compile(r"There (are|is) |^有.个|更多|It is (to the|above|below)|在.边|[两三四五六七八九]个", re.M)
@@ -123,7 +125,7 @@ def test_held_out_questions_of_both_languages_have_the_same_combinations_held_ou
 
 
 def test_counts_go_to_nine_and_are_listed_first_if_asked() -> None:
-    counts = [each for each in heldout_questions(TextForm(lists_first=True), 60) if each.task == "counting"]
+    counts = [each for each in heldout_questions(TextLayout(lists_first=True), 60) if each.task == "counting"]
     answers = [each.text.conversations[0][1]["value"] for each in counts if each.lang == "en"]
     assert any(answer.endswith(": nine.") or answer.endswith(": eight.") for answer in answers)
     for answer in answers:
@@ -132,7 +134,7 @@ def test_counts_go_to_nine_and_are_listed_first_if_asked() -> None:
         assert len(listed.split(", ")) == words.index(number)
 
 
-def test_signs_of_unknown_things_are_the_last_so_that_older_mosaics_keep_theirs() -> None:
+def test_the_sign_of_unknown_things_is_the_last_so_that_older_mosaics_keep_their_signs() -> None:
     assert list(SIGNS)[-1] == "unknown"
 
 
@@ -178,7 +180,7 @@ def test_what_counts_as_correct_is_what_greedy_decoding_gives(encoder: TreeEncod
     """A model trained on one answer gives it, and is then scored as correct for it alone."""
     torch.manual_seed(0)
     model = MosaicLanguageModel(SHAPE)
-    questions = heldout_questions(TextForm(), 2)
+    questions = heldout_questions(TextLayout(), 2)
     (tree,) = encoder.trees(questions[0].text)
     row = Row()
     row.add(tree, len(encoder.prefix), 300)
@@ -188,7 +190,7 @@ def test_what_counts_as_correct_is_what_greedy_decoding_gives(encoder: TreeEncod
         model.loss(batch, 0.0).backward()
         optimizer.step()
         optimizer.zero_grad()
-    scored = measure_tasks(model.eval(), encoder, TextForm(), 2)
+    scored = measure_tasks(model.eval(), encoder, TextLayout(), 2)
     answers = greedy_answers(model, encoder, [each.question.text for each in scored])
     expected = [each.question.text.conversations[0][1]["value"] for each in scored]
     assert scored[0].is_correct and task_scores(scored)["counting en"] >= 0.5
@@ -197,9 +199,9 @@ def test_what_counts_as_correct_is_what_greedy_decoding_gives(encoder: TreeEncod
 
 def test_a_wrong_recipe_is_refused_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text("shape: {num_layers: 3}\nloop: {num_steps: 7}\n")
-    read = read_recipe(LanguageRecipe, tmp_path / "recipe.yaml", ["loop.learning_rate=1e-3", "form.image_last=true"])
+    read = read_recipe(LanguageRecipe, tmp_path / "recipe.yaml", ["loop.learning_rate=1e-3", "layout.image_last=true"])
     assert (read.shape.num_layers, read.loop.num_steps, read.loop.learning_rate) == (3, 7, 1e-3)
-    assert read.form.image_last and not read.form.lists_first
+    assert read.layout.image_last and not read.layout.lists_first
     for wrong in ("shape.depth=3", "shape.num_layers=many", "loop.num_steps=0", "shape.num_heads=5"):
         with pytest.raises(ValueError, match=wrong.split("=")[0].split(".")[1]) as error:
             read_recipe(LanguageRecipe, None, [wrong])

@@ -90,7 +90,7 @@ def language(
 ) -> None:
     """Train a language model alone on mosaics, from fresh weights; see docs/nano.md."""
     from train.nano.pretrain.language import LanguageRecipe, pretrain_language
-    from train.nano.pretrain.loop import read_recipe
+    from train.nano.pretrain.trainer import read_recipe
 
     pretrain_language(run_dir, read_recipe(LanguageRecipe, recipe, overrides or ()))
 

@@ -15,7 +15,7 @@ import torch
 
 from train.nano.pretrain.language import MosaicLanguageModel, load_run
 from train.nano.pretrain.trees import IGNORED, Row, Tree, TreeBatch, TreeEncoder
-from train.nano.text.mosaic_texts import TASKS, MosaicText, TextForm, TextQuestion, heldout_questions
+from train.nano.text.mosaic_texts import TASKS, MosaicText, TextLayout, TextQuestion, heldout_questions
 
 _ROWS = 32
 
@@ -29,11 +29,13 @@ class Scored:
 
 
 @torch.inference_mode()
-def measure_tasks(model: MosaicLanguageModel, encoder: TreeEncoder, form: TextForm, num_per_task: int) -> list[Scored]:
+def measure_tasks(
+    model: MosaicLanguageModel, encoder: TreeEncoder, layout: TextLayout, num_per_task: int
+) -> list[Scored]:
     """So many held-out questions for each task and language."""
     was_training = model.training
     model.eval()
-    questions = heldout_questions(form, num_per_task)
+    questions = heldout_questions(layout, num_per_task)
     trees = [encoder.trees(question.text)[0] for question in questions]
     by_length = sorted(range(len(trees)), key=lambda i: _num_tokens(trees[i]))
     correct: dict[int, bool] = {}
@@ -62,7 +64,7 @@ def measure_runs(run_dirs: Sequence[Path], num_per_task: int, num_examples: int 
     lines = []
     for run_dir in run_dirs:
         model, encoder, recipe, step = load_run(run_dir)
-        scored = measure_tasks(model, encoder, recipe.form, num_per_task)
+        scored = measure_tasks(model, encoder, recipe.layout, num_per_task)
         num_parameters = sum(p.numel() for part in (model.language_model, model.lm_head) for p in part.parameters())
         runs[f"{run_dir.name}, step {step}"] = num_parameters, task_scores(scored)
         wrong = [each.question for each in scored if not each.is_correct]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import sentencepiece
 import torch
-from transformers import LlamaConfig
+from transformers import PreTrainedConfig
 
 from yi_vl.chat import IMAGE_PLACEHOLDER
 from yi_vl.config import preset
@@ -80,7 +80,11 @@ def train_tokenizer(texts: Iterable[str], out_dir: Path, vocab_size: int) -> Non
 
 
 def init_checkpoint(
-    tokenizer_dir: Path, out_dir: Path, image_size: int = 224, seed: int = 0, text_config: LlamaConfig | None = None
+    tokenizer_dir: Path,
+    out_dir: Path,
+    image_size: int = 224,
+    seed: int = 0,
+    text_config: PreTrainedConfig | None = None,
 ) -> None:
     """A whole model with fresh weights, as a checkpoint whose language model can be trained.
 

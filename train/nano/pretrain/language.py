@@ -24,16 +24,16 @@ from transformers import AutoModel, LlamaConfig, PreTrainedModel
 from train.attention.cpu import keep_memory, round_up
 from train.nano.data.labels import FLAGS, THINGS
 from train.nano.pretrain.init import init_checkpoint, train_tokenizer
-from train.nano.pretrain.loop import RECIPE, STATE, LoopRecipe, read_recipe, remember_recipe, train_loop
+from train.nano.pretrain.trainer import RECIPE, STATE, LoopRecipe, read_recipe, remember_recipe, train_loop
 from train.nano.pretrain.trees import IGNORED, NUM_CELLS, TREES, Tree, TreeBatch, TreeEncoder, fill_rows
 from train.nano.text.mosaic import SIGN_IDS
-from train.nano.text.mosaic_texts import TextForm, training_text
+from train.nano.text.mosaic_texts import TextLayout, training_text
 from yi_vl.chat import render, to_text
 from yi_vl.model import YiVLForConditionalGeneration
 from yi_vl.processor import prepare_tokenizer
 
 TOKENIZER, SIGNS_FILE = "tokenizer", "signs.safetensors"
-_NUM_TEXTS, _NAME_REPEATS, _PROMPT_REPEATS = 6000, 60, 300  # that the tokenizer is trained on
+_NUM_TEXTS, _NAME_REPEATS, _PROMPT_REPEATS = 4000, 40, 200  # that the tokenizer is trained on
 _INIT_STD = 0.05
 
 
@@ -76,7 +76,7 @@ class LanguageRecipe:
     """A run: `shape` and `form` are what an ablation changes."""
 
     shape: Shape = field(default_factory=Shape)
-    form: TextForm = field(default_factory=TextForm)
+    layout: TextLayout = field(default_factory=TextLayout)
     loop: LoopRecipe = field(default_factory=LoopRecipe)
     num_rows: int = 24
     row_tokens: int = 256
@@ -158,7 +158,7 @@ class TreeStream(IterableDataset[TreeBatch]):
 
     def _trees(self, rng: np.random.Generator) -> Iterator[Tree]:
         while True:
-            yield from self.encoder.trees(training_text(rng, self.recipe.form))
+            yield from self.encoder.trees(training_text(rng, self.recipe.layout))
 
 
 def pretrain_language(run_dir: Path, recipe: LanguageRecipe) -> None:
@@ -188,7 +188,7 @@ def pretrain_language(run_dir: Path, recipe: LanguageRecipe) -> None:
         recipe.loop,
         batches,
         lambda batch: model.loss(batch, recipe.noise),
-        lambda: task_scores(measure_tasks(model, encoder, recipe.form, recipe.num_questions)),
+        lambda: task_scores(measure_tasks(model, encoder, recipe.layout, recipe.num_questions)),
     )
     _write_checkpoint(run_dir / "final", run_dir / TOKENIZER, model)
 
@@ -227,17 +227,17 @@ def load_encoder(run_dir: Path, recipe: LanguageRecipe) -> TreeEncoder:
     """With the run's tokenizer, which is trained first if it is not there."""
     folder = run_dir / TOKENIZER
     if not (folder / "tokenizer_config.json").exists():
-        train_tokenizer(tokenizer_texts(recipe.form), folder, recipe.shape.vocab_size)
+        train_tokenizer(tokenizer_texts(recipe.layout), folder, recipe.shape.vocab_size)
     return TreeEncoder(prepare_tokenizer(str(folder)), recipe.shape.vocab_size)
 
 
-def tokenizer_texts(form: TextForm) -> Iterator[str]:
+def tokenizer_texts(layout: TextLayout) -> Iterator[str]:
     """Training texts without their mosaics; the prompt and all names are repeated, so that they take few tokens."""
     yield from [to_text(render([{"role": "user", "content": "?"}]))] * _PROMPT_REPEATS
     for named in (*THINGS.values(), *FLAGS.values()):
         yield from [f" {named.en}\n{named.zh}"] * _NAME_REPEATS
     for index in range(_NUM_TEXTS):
-        for turns in training_text(np.random.default_rng([1, index]), form).conversations:
+        for turns in training_text(np.random.default_rng([1, index]), layout).conversations:
             yield from (turn["value"].replace("<image>", "") for turn in turns)
 
 

@@ -208,14 +208,14 @@ def tree_attention(
     attention_mask: None,
     scaling: float,
     tree_mask: Tensor,
-    **_: Any,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """(1, H, T, d), (1, K, T, d), (1, K, T, d) -> (1, T, H, d): the prefix once, then rows that attend to it.
 
     Args:
         tree_mask: as of `TreeBatch.mask`, repeated for every head: (B, K, H/K*L, S).
     """
-    rows, groups, _, size = tree_mask.shape
+    num_rows, groups, _, size = tree_mask.shape
     num_heads, width = query.shape[1], query.shape[3]
     length = tree_mask.shape[2] * groups // num_heads
     prefix = size - length
@@ -224,10 +224,12 @@ def tree_attention(
     causal = causal.repeat(num_heads // groups, 1).expand(1, groups, -1, -1)
     first = _attend(query[None, :prefix], key[None, :prefix], value[None, :prefix], causal, scaling)
     keys, values = (
-        torch.cat([part[:prefix].expand(rows, -1, -1, -1), part[prefix:].view(rows, length, groups, width)], dim=1)
+        torch.cat(
+            [part[:prefix].expand(num_rows, -1, -1, -1), part[prefix:].view(num_rows, length, groups, width)], dim=1
+        )
         for part in (key, value)
     )
-    rest = _attend(query[prefix:].view(rows, length, num_heads, width), keys, values, tree_mask, scaling)
+    rest = _attend(query[prefix:].view(num_rows, length, num_heads, width), keys, values, tree_mask, scaling)
     return torch.cat([first.flatten(0, 1), rest.flatten(0, 1)])[None], None
 
 

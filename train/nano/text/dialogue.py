@@ -114,8 +114,8 @@ def tells_heldout(truth: Truth) -> bool:
     if truth.category != "scene":
         return False
     questions = all_questions(np.random.default_rng(0), truth, "en")
-    told = [qa for qa in questions if qa.topic in ("count", "count_of") or len(truth.items) == 2]
-    return any(is_heldout(qa.combination) for qa in told)
+    captioned = [qa for qa in questions if qa.topic in ("count", "count_of") or len(truth.items) == 2]
+    return any(is_heldout(qa.combination) for qa in captioned)
 
 
 def caption(rng: np.random.Generator, truth: Truth, lang: Lang) -> str:

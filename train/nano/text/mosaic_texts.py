@@ -59,14 +59,14 @@ class TextQuestion:
 
 
 @dataclass
-class TextForm:
+class TextLayout:
     """What the texts look like, for ablations."""
 
     lists_first: bool = False  # a count is answered by "dog, dog, dog: three": what is counted, then the number
     image_last: bool = False  # the question stands before the mosaic
 
 
-def training_text(rng: np.random.Generator, form: TextForm, max_conversations: int = 12) -> MosaicText:
+def training_text(rng: np.random.Generator, layout: TextLayout, max_conversations: int = 12) -> MosaicText:
     """A random sample without held-out combinations."""
     draw = rng.random()
     if draw < _TALK:
@@ -78,12 +78,12 @@ def training_text(rng: np.random.Generator, form: TextForm, max_conversations: i
     if draw < _TALK + _CAPTION + _FORM and truth.category not in ("same", "unknown"):
         return MosaicText(cells, _in_one_form(rng, truth, max_conversations // 3))
     conversations = [
-        _training_conversation(rng, truth, form) for _ in range(_num_conversations(truth, max_conversations))
+        _training_conversation(rng, truth, layout) for _ in range(_num_conversations(truth, max_conversations))
     ]
     return MosaicText(cells, [each for each in conversations if each])
 
 
-def heldout_questions(form: TextForm, num_per_task: int, seed: int = 20240122) -> list[TextQuestion]:
+def heldout_questions(layout: TextLayout, num_per_task: int, seed: int = 20240122) -> list[TextQuestion]:
     """As many questions for each of `TASKS` and both languages, about 8 x 8 mosaics, of held-out combinations only."""
     questions: dict[tuple[str, Lang], list[TextQuestion]] = {
         (task, lang): [] for task in TASKS for lang in LANGS if task in (CHOICES[lang], *TASKS[:4])
@@ -92,11 +92,14 @@ def heldout_questions(form: TextForm, num_per_task: int, seed: int = 20240122) -
     while any(len(each) < num_per_task for each in questions.values()):
         truth, cells = _random_mosaic(rng, category="scene", small=0.0)
         for lang in LANGS:
-            asked = [*all_questions(rng, truth, lang, measured=True), *comparisons(rng, truth, lang, measured=True)]
-            heldout = [qa for qa in asked if is_heldout(qa.combination)]
+            candidates = [
+                *all_questions(rng, truth, lang, measured=True),
+                *comparisons(rng, truth, lang, measured=True),
+            ]
+            heldout = [qa for qa in candidates if is_heldout(qa.combination)]
             if heldout:  # one of a mosaic, of the task that has fewest
                 qa = min(heldout, key=lambda qa: len(questions[HELD_OUT_TOPICS[qa.topic], lang]))
-                turns = _turns(_with_image(qa.question, "<image>", form), _answer(qa, truth, form))
+                turns = _turns(_with_image(qa.question, "<image>", layout), _answer(qa, truth, layout))
                 _add(questions, HELD_OUT_TOPICS[qa.topic], lang, cells, turns, num_per_task)
                 chosen, options = as_choice(rng, qa, truth)
                 _add(questions, CHOICES[lang], lang, cells, _choice(lang, chosen, options), num_per_task)
@@ -130,14 +133,14 @@ def _num_conversations(truth: Truth, most: int) -> int:
     return most if truth.category == "scene" else 4 if truth.category != "same" else 3
 
 
-def _training_conversation(rng: np.random.Generator, truth: Truth, form: TextForm) -> list[Turn]:
+def _training_conversation(rng: np.random.Generator, truth: Truth, layout: TextLayout) -> list[Turn]:
     """One question in its own conversation, or several in one; empty where all that was drawn is held out."""
     lang: Lang = LANGS[rng.integers(2)]
     questions = training_questions(rng, truth, lang, skips_heldout=True)
     draw = rng.random()
     if not questions:
         return []
-    if draw < _CONVERSATION and not form.image_last:
+    if draw < _CONVERSATION and not layout.image_last:
         return conversation(rng, truth, max_turns=3, skips_heldout=True)
     qa = _one_of_each_topic(rng, questions)
     if draw < _CONVERSATION + _CHOICE and truth.category not in ("same", "unknown"):
@@ -145,11 +148,11 @@ def _training_conversation(rng: np.random.Generator, truth: Truth, form: TextFor
         if len(options) > 1:
             return _choice(lang, chosen, options, has_image_in_front=True)
     images = "<image>" * (2 if truth.category == "same" else 1)
-    return _turns(_with_image(qa.question, images, form), _answer(qa, truth, form))
+    return _turns(_with_image(qa.question, images, layout), _answer(qa, truth, layout))
 
 
-def _with_image(question: str, images: str, form: TextForm) -> str:
-    return f"{question}\n{images}" if form.image_last else f"{images}\n{question}"
+def _with_image(question: str, images: str, layout: TextLayout) -> str:
+    return f"{question}\n{images}" if layout.image_last else f"{images}\n{question}"
 
 
 def _one_of_each_topic(rng: np.random.Generator, questions: list[QAPair]) -> QAPair:
@@ -159,8 +162,8 @@ def _one_of_each_topic(rng: np.random.Generator, questions: list[QAPair]) -> QAP
     return next(qa for qa in questions if qa.topic == topic)
 
 
-def _answer(qa: QAPair, truth: Truth, form: TextForm) -> str:
-    if not form.lists_first or qa.topic not in ("count", "count_of"):
+def _answer(qa: QAPair, truth: Truth, layout: TextLayout) -> str:
+    if not layout.lists_first or qa.topic not in ("count", "count_of"):
         return qa.answer
     classes = {" ".join(name.split()) for name in qa.combination.split("|")[1:-1]}
     in_order = sorted(truth.items, key=lambda item: item.centre[::-1])

@@ -68,7 +68,7 @@ def read_recipe(schema: type[Recipe], path: Path | None, overrides: Sequence[str
     """
     where = path if path is not None else "command line"
     try:
-        from_file = OmegaConf.load(path) if path is not None else {}
+        from_file: Any = OmegaConf.load(path) if path is not None else {}
         where = path if path is not None and not overrides else " ".join(map(str, [path or "", *overrides])).strip()
         merged = OmegaConf.merge(OmegaConf.structured(schema), from_file, OmegaConf.from_dotlist(list(overrides)))
         return cast(Recipe, OmegaConf.to_object(merged))
