@@ -18,7 +18,7 @@ from train.nano.data.layout import direction
 from train.nano.data.sample import CATEGORIES, dense_labels
 from train.nano.measure.evaluate import is_correct
 from train.nano.measure.heldout import write_cmmmu, write_mmmu
-from train.nano.measure.page import write_page
+from train.nano.measure.page import write_pages
 from train.nano.text import dialogue
 from train.nano.text.choices import choice_prompt, with_image
 from train.nano.text.mosaic import SIGNS, random_truth, to_mosaics
@@ -178,11 +178,32 @@ def test_scoring_ignores_case_and_end_marks_only() -> None:
     assert not is_correct("same", "Yes, both show a pig.", ["No, one shows a pig and the other a fox."])
 
 
-def test_the_page_of_answers_holds_its_images_and_escapes_all_text(tmp_path: Path) -> None:
+def test_the_pages_of_answers_hold_their_images_by_skill_and_escape_all_text(tmp_path: Path) -> None:
+    Image.new("RGB", (900, 900), "red").save(tmp_path / "a.png")
+    row = {"skill": "things", "lang": "en", "images": ["a.png"], "question": "<b>?", "answer": "<i>"}
+    row |= {"accepted": ['"x" & y'], "right": False}
+    rows = [row, row | {"answer": "x", "right": True, "lang": "zh"}, row | {"skill": "words", "images": ["a.png"] * 2}]
+    index = write_pages(tmp_path / "pages", "my <model>", rows, tmp_path)
+    page = (tmp_path / "pages" / "things.html").read_text(encoding="utf-8")
+    assert page.count("<article>") == 1 and page.count('src="data:image/jpeg;base64,') == 1 and len(page) < 10_000
+    assert "<b>" not in page and "<i>" not in page and "<model>" not in page and page.count("&lt;b&gt;?") == 2
+    assert "<dd class=wrong>&lt;i&gt;<small>expected: &quot;x&quot; &amp; y</small></dd>" in page
+    assert "<dd class=right>x</dd>" in page and "50.0% of 2 answers right" in page
+    table = index.read_text(encoding="utf-8")
+    for cells in (
+        'things.html">things</a></td><td>2</td><td>0.0%</td><td>100.0%</td>',
+        "<td>1</td><td>0.0%</td><td>–</td>",
+    ):
+        assert cells in table
+    assert (tmp_path / "pages" / "words.html").read_text(encoding="utf-8").count("<img") == 2
+
+
+def test_a_page_shows_images_from_the_whole_of_a_long_skill(tmp_path: Path) -> None:
     Image.new("RGB", (4, 4), "red").save(tmp_path / "a.png")
-    row = {"images": ["a.png"], "question": "<b>?", "answer": "<i>", "accepted": ['"x" & y'], "right": False}
-    write_page(tmp_path / "page.html", [row, row | {"answer": "x", "right": True}], tmp_path)
-    page = (tmp_path / "page.html").read_text(encoding="utf-8")
-    assert page.count("<article>") == 1 and page.count('src="data:image/png;base64,') == 1
-    assert "<b>" not in page and "<i>" not in page and page.count("&lt;b&gt;?") == 2
-    assert 'class=wrong title="&quot;x&quot; &amp; y">&lt;i&gt;</p>' in page and "class=right" in page
+    row = {"skill": "flags", "lang": "en", "question": "?", "answer": "x", "accepted": ["x"], "right": True}
+    for number in range(400):
+        (tmp_path / f"{number}.png").symlink_to("a.png")
+    rows = [row | {"images": [f"{number}.png"], "question": f"<{number}>"} for number in range(400)]
+    write_pages(tmp_path / "pages", "m", rows, tmp_path)
+    page = (tmp_path / "pages" / "flags.html").read_text(encoding="utf-8")
+    assert 100 <= page.count("<article>") <= 160 and "&lt;0&gt;" in page and "&lt;399&gt;" in page

@@ -70,7 +70,8 @@ def measure(
     write: Annotated[bool, typer.Option(help="put the table into the READMEs and the model card as well")] = False,
     quantize: QuantizeOption = None,
 ) -> None:
-    """Answer the held-out questions with every stage's model and print the table."""
+    """Answer the held-out questions with every stage's model and print the table; out/answers-NAME/index.html shows the
+    answers."""
     from train.nano.measure.evaluate import measure_all, write_table
 
     named = _named(models or ()) or {stage: RUNS / stage / "final" for stage in STAGES}
