@@ -13,9 +13,11 @@ from PIL import Image
 from train.nano.data import shards
 from train.nano.data.art import Art, Drawing
 from train.nano.data.compose import Composer
-from train.nano.data.labels import FLAGS, LABEL_IDS, LANGS, THINGS
+from train.nano.data.labels import FLAGS, LABEL_IDS, LANGS, THINGS, UNKNOWN
 from train.nano.data.layout import direction
 from train.nano.data.sample import CATEGORIES, dense_labels
+from train.nano.data.unknown import UNKNOWN_STYLES
+from train.nano.measure import heldout
 from train.nano.measure.evaluate import is_correct
 from train.nano.measure.heldout import write_cmmmu, write_mmmu
 from train.nano.measure.page import write_pages
@@ -27,7 +29,7 @@ from train.nano.text.wording import noun
 
 def _drawings(colour: tuple[int, int, int, int]) -> dict[str, list[Drawing]]:
     pixels = np.full((24, 32, 4), colour, dtype=np.uint8)
-    labels = [f"thing {key}" for key in THINGS] + [f"flag {key}" for key in FLAGS]
+    labels = [f"thing {key}" for key in THINGS] + [f"flag {key}" for key in FLAGS] + [UNKNOWN]
     return {label: [Drawing("made up", pixels)] for label in labels}
 
 
@@ -169,6 +171,34 @@ def test_held_out_questions_come_in_the_benchmarks_schemas(composer: Composer, t
                 row["type"] == "选择" and row["option4"] is not None and bool(row["option3"])
             )
     assert question_types == {"选择", "判断", "填空"}
+
+
+def test_what_has_no_name_is_answered_with_not_sure(composer: Composer) -> None:
+    for seed, style in enumerate(UNKNOWN_STYLES * 3):
+        rng = np.random.default_rng(seed)
+        for split in ("train", "test"):
+            sample = composer.unknown(rng, 112, split, style)
+            assert sample.image.size == (112, 112) and sample.image.mode == "RGB"
+            assert np.asarray(sample.image).std() > 5
+            covered = dense_labels(sample, 8) == LABEL_IDS[UNKNOWN]
+            assert covered.all() if style != "artwork" else 0 < covered.mean() < 1
+        turns = dialogue.conversation(rng, sample.truth)
+        assert {turn["value"] for turn in turns[1::2]} <= {"I am not sure.", "我不确定。"}
+        cells = to_mosaics(rng, sample.truth, 8)
+        assert cells is not None and len(set(cells[0]) - {SIGNS["background"]}) >= 1
+    first, second = (composer.unknown(np.random.default_rng(7), 112).image.tobytes() for _ in range(2))
+    assert first == second
+
+
+def test_held_out_questions_ask_about_unknown_images_last(composer: Composer, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("all_test_samples", "all_test_digits"):
+        monkeypatch.setattr(Composer, name, lambda self, size_px: iter(()))
+    monkeypatch.setattr(heldout, "SIZE_PX", 56)
+    categories = [sample.truth.category for sample, _ in heldout.heldout_samples(composer)]
+    assert categories[-120:] == ["unknown"] * 120 and "unknown" not in categories[:-120]
+    assert is_correct("unknown", "I am not sure", ["I am not sure."]) and not is_correct(
+        "unknown", "It is a dog.", ["I am not sure."]
+    )
 
 
 def test_scoring_ignores_case_and_end_marks_only() -> None:

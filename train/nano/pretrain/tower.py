@@ -66,7 +66,9 @@ class TowerRecipe:
         return index % every == every - 1
 
 
-CATEGORY_SHARES: dict[Category, float] = {"thing": 0.32, "flag": 0.26, "digit": 0.07, "word": 0.2, "scene": 0.15}
+CATEGORY_SHARES: dict[Category, float] = {
+    "thing": 0.31, "flag": 0.25, "digit": 0.07, "word": 0.18, "scene": 0.14, "unknown": 0.05,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ def random_truth(rng: np.random.Generator, shares: Shares, max_items: int = 5) -
         boxes = [(item, (x - s / 2, y - s / 2, x + s / 2, y + s / 2)) for item, (x, y, s) in placed]
         return Truth("scene", tuple(Item(item.category, item.name, box, item.colour) for item, box in boxes))
     if category == "unknown":
-        return Truth("unknown", ())
+        return Truth("unknown", (Item("unknown", "", _box(rng)),))
     if category == "word":
         return Truth("word", _letters(rng, VOCABULARY[rng.integers(len(VOCABULARY))]))
     if category == "digit":
@@ -73,7 +73,7 @@ def to_cells(rng: np.random.Generator, truth: Truth, grid: int) -> list[np.ndarr
     if truth.category == "same":
         return [_mistaken(rng, _covered(item, grid), item) for item in truth.items]
     if truth.category == "unknown":
-        return [_unknown(rng, grid)]
+        return [_unknown(rng, truth.items[0], grid)]
     cells = ideal_cells(truth, grid)
     if cells is None or truth.category == "word":
         return None if cells is None else [cells]
@@ -134,9 +134,9 @@ def _mistaken(rng: np.random.Generator, cells: np.ndarray, item: Item) -> np.nda
     return cells
 
 
-def _unknown(rng: np.random.Generator, grid: int) -> np.ndarray:
+def _unknown(rng: np.random.Generator, item: Item, grid: int) -> np.ndarray:
     """(grid, grid) labels of what has no name: its own sign, or patches that a tower takes for many things."""
-    cells = _covered(Item("thing", "", _box(rng)), grid)
+    cells = _covered(item, grid)
     covered = np.argwhere(cells != BACKGROUND)
     is_recognized = rng.random() < 0.6
     for y, x in covered:
