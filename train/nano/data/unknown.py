@@ -1,11 +1,12 @@
 """Images of what nano has no name for, to be answered with "I am not sure.": photographs, noise, pages, other artwork.
 
-Photographs are imitated: broad shapes under uneven light, out of focus and grainy, without a clear outline. Pages are
-lines of small print. The artwork is of classes that are not in `classes.tsv`; those of the test are in no training.
+Photographs are imitated in training: broad shapes under uneven light, out of focus and grainy. Those of the test are
+parts of the two real ones that scikit-learn has. Pages are lines of small print. The artwork is of classes that are not in `classes.tsv`; those of the test are in no training.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Literal, get_args
 
 import numpy as np
@@ -61,6 +62,22 @@ def photo(rng: np.random.Generator, size_px: int) -> Image.Image:
     texture = _clouds(rng, size_px, (16, 32, 64), (0.6, 0.8, 1.0))[..., None] - 0.5
     grain = rng.normal(0.0, rng.uniform(2, 14), (size_px, size_px, 1))
     return Image.fromarray(_as_bytes(np.asarray(canvas) * (1 + rng.uniform(0.1, 0.6) * texture) + grain))
+
+
+def real_photo(rng: np.random.Generator, size_px: int) -> Image.Image:
+    """A random part of one of scikit-learn's photographs, a temple and a flower."""
+    photos = _photos()
+    image = photos[rng.integers(len(photos))]
+    side = int(rng.uniform(0.4, 1.0) * min(image.size))
+    x, y = (int(rng.integers(0, whole - side + 1)) for whole in image.size)
+    return image.crop((x, y, x + side, y + side)).resize((size_px, size_px), Image.Resampling.BICUBIC)
+
+
+@cache
+def _photos() -> list[Image.Image]:
+    from sklearn.datasets import load_sample_images
+
+    return [Image.fromarray(pixels) for pixels in load_sample_images().images]
 
 
 def noise(rng: np.random.Generator, size_px: int) -> Image.Image:
