@@ -18,7 +18,7 @@ from train.nano.data.labels import COLOURS, DIGITS, FLAGS, THINGS
 from train.nano.data.layout import choice, place_items, scene_items, word_width
 from train.nano.data.packages import Split
 from train.nano.data.sample import Category, Item, Sample, Truth
-from train.nano.data.unknown import UNKNOWN_STYLES, UnknownStyle, noise, page, photo
+from train.nano.data.unknown import UNKNOWN_STYLES, UnknownStyle, noise, page, photo, real_photo
 from train.nano.data.vocabulary import VOCABULARY
 
 NUM_TEST_DIGITS = 360
@@ -81,15 +81,13 @@ class Composer:
         style = style or rng.choice(UNKNOWN_STYLES, p=[0.55, 0.25, 0.05, 0.15])
         if style == "artwork":
             return self._single(rng, "unknown", "", size_px, split)
-        image = (
-            {"photo": photo, "noise": noise}[style](rng, size_px)
-            if style != "page"
-            else self._page(rng, size_px, split)
-        )
+        if style == "photo":
+            image = photo(rng, size_px) if split == "train" else real_photo(rng, size_px)
+        elif style == "noise":
+            image = noise(rng, size_px)
+        else:
+            image = page(rng, size_px, [str(path) for path in self.art.fonts[split]])
         return Sample((image,), Truth("unknown", (Item("unknown", "", (0, 0, 1, 1)),)), (None,))
-
-    def _page(self, rng: np.random.Generator, size_px: int, split: Split) -> Image.Image:
-        return page(rng, size_px, [str(path) for path in self.art.fonts[split]])
 
     def _drawing(self, rng: np.random.Generator, label: str, split: Split) -> Image.Image:
         drawings: list[Drawing] = self.art.of(split).get(label, [])

@@ -1,7 +1,8 @@
 """Images of what nano has no name for, to be answered with "I am not sure.": photographs, noise, pages, other artwork.
 
 Photographs are imitated in training: broad shapes under uneven light, out of focus and grainy. Those of the test are
-parts of the two real ones that scikit-learn has. Pages are lines of small print. The artwork is of classes that are not in `classes.tsv`; those of the test are in no training.
+parts of the two real ones that scikit-learn has. Pages are lines of small print. The artwork is of classes that are not
+in `classes.tsv`; those of the test are in no training.
 """
 
 from __future__ import annotations
