@@ -65,10 +65,15 @@ def to_mosaics(rng: np.random.Generator, truth: Truth, grid: int) -> list[str] |
     return None if cells is None else ["".join(SIGNS[label] for label in each.flat) for each in cells]
 
 
-def to_cells(rng: np.random.Generator, truth: Truth, grid: int) -> list[np.ndarray] | None:
+def to_cells(
+    rng: np.random.Generator, truth: Truth, grid: int, centres_only: float = _CENTRES_ONLY
+) -> list[np.ndarray] | None:
     """(grid, grid) keys of `SIGNS` for every image; None where a patch would need more than one.
 
     Single items have mistaken patches at times; a scene's items at times have their sign in every patch they cover.
+
+    Args:
+        centres_only: share of scenes whose items have one sign each: what covers more cannot always be counted.
     """
     if truth.category == "same":
         return [_mistaken(rng, _covered(item, grid), item) for item in truth.items]
@@ -79,7 +84,7 @@ def to_cells(rng: np.random.Generator, truth: Truth, grid: int) -> list[np.ndarr
         return None if cells is None else [cells]
     if truth.category != "scene":
         return [_mistaken(rng, cells, truth.items[0])]
-    if rng.random() >= _CENTRES_ONLY:
+    if rng.random() >= centres_only:
         for item in truth.items:
             covered = _covered(item, grid)
             cells = np.where(covered != BACKGROUND, covered, cells)
