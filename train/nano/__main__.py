@@ -97,6 +97,32 @@ def language(
 
 
 @app.command()
+def tower(
+    run_dir: Annotated[Path, typer.Argument(help="the run's folder; a run that is in it is continued")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="recipe settings as key=value")] = None,
+    data_dir: Annotated[Path, typer.Option("--data", help="nano's data")] = DATA,
+) -> None:
+    """Train a vision tower alone to name what is at given points of images, from fresh weights."""
+    from train.nano.pretrain.tower import TowerRecipe, pretrain_tower
+    from train.nano.pretrain.trainer import read_recipe
+
+    pretrain_tower(run_dir, read_recipe(TowerRecipe, None, overrides or ()), data_dir)
+
+
+@app.command()
+def probe(
+    model: Annotated[Path, typer.Argument(help="folder of a model, or of a tower alone")],
+    data_dir: Annotated[Path, typer.Option("--data", help="nano's data")] = DATA,
+    scale: Annotated[float, typer.Option(min=0.01, help="factor on the number of training images")] = 1.0,
+    cache: Annotated[Path, typer.Option(help="folder for the features")] = RUNS / "probe",
+) -> None:
+    """What can be read from a vision tower: linear classifiers of its features, by skill, on held-out artwork."""
+    from train.nano.measure.probe import probe_tower
+
+    typer.echo(probe_tower(model, data_dir, cache, scale))
+
+
+@app.command()
 def measure_language(
     run_dirs: Annotated[list[Path], typer.Argument(help="folders of `language`, finished or not")],
     questions: Annotated[int, typer.Option(min=1, help="for each task and language")] = 300,

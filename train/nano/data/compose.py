@@ -114,6 +114,8 @@ class Composer:
                 is_train and item.category in ("thing", "unknown") and rng.random() < 0.5
             ):  # every artist has a way of facing things
                 base = base.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            if is_train and item.category in ("thing", "unknown"):
+                base = paint.restyle_thing(rng, base)
             if is_train and rng.random() < 0.7:
                 base = paint.jitter(rng, base)
         sprite, _ = paint.warp(base, size_px, distortion)
@@ -130,7 +132,7 @@ class Composer:
         if category == "digit":
             item = Item("digit", key, (0, 0, 1, 1))
             canvas, ink = _canvas_and_ink(rng, size_px, split)
-            distortion = paint.random_warp(rng, 8.0) if is_train else paint.Warp()
+            distortion = paint.strong_warp(rng) if is_train else paint.Warp()
             mask, _ = paint.warp(_digit_mask(rng, key, split, index), scale * size_px, distortion)
             sprite: _Sprite = (paint.inked(mask, ink), None)
         else:
