@@ -56,7 +56,7 @@ def warp(sprite: Image.Image, longer_side_px: float, distortion: Warp) -> tuple[
 
 
 def strong_warp(rng: np.random.Generator) -> Warp:
-    """For handwriting, which people slant and stretch. An SVM reads 97.2% of the held-out digits with it, else 96.4%."""
+    """For handwriting, which people slant and stretch. An SVM reads 97.2% of held-out digits with it, else 96.4%."""
     return Warp(rng.uniform(-15, 15), rng.uniform(-0.25, 0.25), rng.uniform(0.75, 1.3))
 
 
