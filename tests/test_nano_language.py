@@ -11,12 +11,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 pytest.importorskip("sklearn")
+import yi_vl
 from train.nano.measure.language import greedy_answers, measure_runs, measure_tasks, task_scores
 from train.nano.pretrain import language
-from train.nano.pretrain.language import LanguageRecipe, MosaicLanguageModel, Shape, TreeStream, load_signs
-from train.nano.pretrain.trainer import LoopRecipe, read_recipe
+from train.nano.pretrain.ablation import ablate, overrides
+from train.nano.pretrain.language import (
+    LanguageRecipe,
+    MosaicLanguageModel,
+    Shape,
+    TreeStream,
+    load_signs,
+    megabytes,
+)
+from train.nano.pretrain.trainer import LoopRecipe, read_recipe, read_yaml
 from train.nano.pretrain.trees import IGNORED, Row, TreeBatch, TreeEncoder
 from train.nano.text import dialogue
 from train.nano.text.combinations import is_heldout
@@ -170,6 +180,7 @@ def test_a_finished_run_is_a_checkpoint_with_its_signs_and_can_be_measured(run_d
     assert processor.tokenizer.convert_tokens_to_ids("<image_placeholder>") == model.config.image_token_id
     state = torch.load(run_dir / "state.pt", weights_only=True)["module"]
     assert torch.equal(model.lm_head.weight, state["lm_head.weight"])
+    assert isinstance(yi_vl.load(final).predict(Image.new("RGB", (9, 9)), "?", max_new_tokens=2), str)
     table = measure_runs([run_dir], 2, num_examples=2)
     assert "run, step 2 |" in table and table.count("expected") == 2
     with pytest.raises(ValueError, match=r"was started with shape.width=32, not 64"):
@@ -212,3 +223,32 @@ def test_a_wrong_recipe_is_refused_in_one_line(tmp_path: Path) -> None:
 
 def _turns(question: str, answer: str) -> list[dict[str, str]]:
     return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+
+
+def test_an_ablation_trains_each_row_once_with_the_same_budget(
+    tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    budget = "loop: {num_steps: 2, warmup_steps: 1, num_workers: 0}, num_rows: 2, num_questions: 1"
+    shape = "shape: {num_layers: 1, width: 32, mlp_width: 48, vocab_size: 2200}"
+    (tmp_path / "rows.yaml").write_text(
+        f"base: {{{budget}, {shape}}}\nruns: {{plain: , order: {{shape: {{has_cells: false}}}}}}\n"
+    )
+    for name in ("plain", "order"):
+        (tmp_path / "out" / name).mkdir(parents=True)
+        (tmp_path / "out" / name / "tokenizer").symlink_to(tokenizer / "tokenizer")
+    table = ablate(tmp_path / "rows.yaml", tmp_path / "out", 2)
+    assert table.count("step 2") == 2 and table.index("plain, step 2") < table.index("order, step 2")
+    assert not load_signs(tmp_path / "out" / "order" / "final")[1].any()
+    monkeypatch.setattr(MosaicLanguageModel, "loss", lambda *_: pytest.fail("trained again"))
+    assert ablate(tmp_path / "rows.yaml", tmp_path / "out", 2) == table
+    for text, message in (("runs: {}", "at least one"), ("runs: {a: {shape: {depth: 2}}}", "depth"), ("[1]", "keys")):
+        (tmp_path / "rows.yaml").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            ablate(tmp_path / "rows.yaml", tmp_path / "out", 2)
+
+
+def test_the_shapes_of_the_ablation_fit_into_the_size_of_nano() -> None:
+    content = read_yaml(Path("train/configs/nano/ablation.yaml"))
+    for name, changes in content.runs.items():
+        recipe = read_recipe(LanguageRecipe, None, overrides(content.base) + overrides(changes))
+        assert 23.0 < megabytes(recipe.shape) < 25.0, name

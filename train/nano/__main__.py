@@ -97,6 +97,18 @@ def language(
 
 
 @app.command()
+def ablate(
+    path: Annotated[Path, typer.Argument(help="YAML file with `base` and `runs`")] = CONFIGS / "ablation.yaml",
+    out: Annotated[Path, typer.Option(help="folder of the runs; what is finished is kept")] = RUNS / "ablation",
+    questions: Annotated[int, typer.Option(min=1, help="for each task and language")] = 300,
+) -> None:
+    """Train language models of several shapes alone with the same budget, one after another, and print their table."""
+    from train.nano.pretrain.ablation import ablate as run_ablation
+
+    typer.echo(run_ablation(path, out, questions))
+
+
+@app.command()
 def tower(
     run_dir: Annotated[Path, typer.Argument(help="the run's folder; a run that is in it is continued")],
     overrides: Annotated[list[str] | None, typer.Argument(help="recipe settings as key=value")] = None,

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from train.nano.pretrain.language import MosaicLanguageModel, load_run
+from train.nano.pretrain.language import MosaicLanguageModel, load_run, megabytes
 from train.nano.pretrain.trees import IGNORED, Row, Tree, TreeBatch, TreeEncoder
 from train.nano.text.mosaic_texts import TASKS, MosaicText, TextLayout, TextQuestion, heldout_questions
 
@@ -60,13 +60,12 @@ def measure_runs(run_dirs: Sequence[Path], num_per_task: int, num_examples: int 
     Raises:
         ValueError: a folder has no run.
     """
-    runs: dict[str, tuple[int, dict[str, float]]] = {}
+    runs: dict[str, tuple[float, dict[str, float]]] = {}
     lines = []
     for run_dir in run_dirs:
         model, encoder, recipe, step = load_run(run_dir)
         scored = measure_tasks(model, encoder, recipe.layout, num_per_task)
-        num_parameters = sum(p.numel() for part in (model.language_model, model.lm_head) for p in part.parameters())
-        runs[f"{run_dir.name}, step {step}"] = num_parameters, task_scores(scored)
+        runs[f"{run_dir.name}, step {step}"] = megabytes(recipe.shape), task_scores(scored)
         wrong = [each.question for each in scored if not each.is_correct]
         lines += _examples(model, encoder, wrong[:: max(1, len(wrong) // max(1, num_examples))][:num_examples])
     return "\n".join([*lines, "", table(runs)]) if lines else table(runs)
@@ -81,15 +80,15 @@ def _examples(model: MosaicLanguageModel, encoder: TreeEncoder, questions: Seque
     return lines
 
 
-def table(runs: dict[str, tuple[int, dict[str, float]]]) -> str:
-    """Markdown: a row for each run with its number of parameters, for each task "English / Chinese" in percent."""
-    lines = ["| run | parameters | " + " | ".join(TASKS) + " |", "|---|---|" + "---|" * len(TASKS)]
-    for name, (num_parameters, scores) in runs.items():
+def table(runs: dict[str, tuple[float, dict[str, float]]]) -> str:
+    """Markdown: a row for each run with the whole model's MB, for each task "English / Chinese" in percent."""
+    lines = ["| run | MB in bfloat16 | " + " | ".join(TASKS) + " |", "|---|---|" + "---|" * len(TASKS)]
+    for name, (size_mb, scores) in runs.items():
         cells = [
             " / ".join(f"{100 * scores[key]:.1f}" for lang in ("en", "zh") if (key := f"{task} {lang}") in scores)
             for task in TASKS
         ]
-        lines.append(f"| {name} | {num_parameters / 1e6:.2f}M | " + " | ".join(cells) + " |")
+        lines.append(f"| {name} | {size_mb:.1f} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 

@@ -29,6 +29,7 @@ from train.nano.pretrain.trees import IGNORED, NUM_CELLS, TREES, Tree, TreeBatch
 from train.nano.text.mosaic import SIGN_IDS
 from train.nano.text.mosaic_texts import TextLayout, training_text
 from yi_vl.chat import render, to_text
+from yi_vl.config import preset
 from yi_vl.model import YiVLForConditionalGeneration
 from yi_vl.processor import prepare_tokenizer
 
@@ -206,6 +207,15 @@ def load_run(run_dir: Path) -> tuple[MosaicLanguageModel, TreeEncoder, LanguageR
     model = MosaicLanguageModel(recipe.shape)
     model.load_state_dict(state["module"])
     return model.eval(), load_encoder(run_dir, recipe), recipe, state["step"]
+
+
+def megabytes(shape: Shape) -> float:
+    """The whole model's size in bfloat16, tower and projector included."""
+    config = preset("nano")
+    config.text_config = shape.config()
+    with torch.device("meta"):
+        model = YiVLForConditionalGeneration(config)
+    return sum(parameter.numel() for parameter in model.parameters()) * 2 / 1e6
 
 
 def recipe_of(run_dir: Path) -> LanguageRecipe:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.progress import track
 from torch import Tensor, nn
@@ -60,19 +60,33 @@ class LoopRecipe:
         return learning_rate_factor(step, self.num_steps, schedule)
 
 
+def read_yaml(path: Path) -> DictConfig:
+    """A YAML file's keys and values.
+
+    Raises:
+        ValueError: no such file, not YAML, or something else than keys and values.
+    """
+    try:
+        content = OmegaConf.load(path)
+    except (OmegaConfBaseException, YAMLError, OSError) as error:
+        raise ValueError(f"{path}: {one_line(error)}") from error
+    if not isinstance(content, DictConfig):
+        raise ValueError(f"{path}: expected keys and values at the top.")
+    return content
+
+
 def read_recipe(schema: type[Recipe], path: Path | None, overrides: Sequence[str] = ()) -> Recipe:
     """A recipe, a dataclass of dataclasses: its defaults, then a YAML file, then `key.sub=value` overrides.
 
     Raises:
         ValueError: no such file, not YAML, an unknown key or a wrong value; one line.
     """
-    where = path if path is not None else "command line"
+    from_file: Any = read_yaml(path) if path is not None else {}
+    where = " ".join([*([str(path)] if path is not None else []), *overrides])
     try:
-        from_file: Any = OmegaConf.load(path) if path is not None else {}
-        where = path if path is not None and not overrides else " ".join(map(str, [path or "", *overrides])).strip()
         merged = OmegaConf.merge(OmegaConf.structured(schema), from_file, OmegaConf.from_dotlist(list(overrides)))
         return cast(Recipe, OmegaConf.to_object(merged))
-    except (OmegaConfBaseException, YAMLError, OSError, ValueError, TypeError) as error:
+    except (OmegaConfBaseException, YAMLError, ValueError, TypeError) as error:
         raise ValueError(f"{where}: {one_line(error)}") from error
 
 
