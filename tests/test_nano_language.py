@@ -15,17 +15,11 @@ from PIL import Image
 
 pytest.importorskip("sklearn")
 import yi_vl
-from train.nano.measure.language import greedy_answers, measure_runs, measure_tasks, task_scores
 from train.nano.pretrain import language
-from train.nano.pretrain.ablation import ablate, overrides
-from train.nano.pretrain.language import (
-    LanguageRecipe,
-    MosaicLanguageModel,
-    Shape,
-    TreeStream,
-    load_signs,
-    megabytes,
-)
+from train.nano.pretrain.ablation import ablate, measure_runs, overrides
+from train.nano.pretrain.language import LanguageRecipe, TreeStream, load_signs
+from train.nano.pretrain.mosaic_model import MosaicLanguageModel, Shape, megabytes
+from train.nano.pretrain.tasks import greedy_answers, measure_tasks, task_scores
 from train.nano.pretrain.trainer import LoopRecipe, read_recipe, read_yaml
 from train.nano.pretrain.trees import IGNORED, Row, TreeBatch, TreeEncoder
 from train.nano.text import dialogue

@@ -141,7 +141,7 @@ def measure_language(
     examples: Annotated[int, typer.Option(min=0, help="show so many wrong answers of each run")] = 0,
 ) -> None:
     """Exact answers of language models alone to held-out questions about mosaics, by task: a table of all runs."""
-    from train.nano.measure.language import measure_runs
+    from train.nano.pretrain.ablation import measure_runs
 
     typer.echo(measure_runs(run_dirs, questions, examples))
 

@@ -9,13 +9,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from train.nano.pretrain.language import MosaicLanguageModel, load_run, megabytes
+from train.nano.pretrain.mosaic_model import MosaicLanguageModel
 from train.nano.pretrain.trees import IGNORED, Row, Tree, TreeBatch, TreeEncoder
-from train.nano.text.mosaic_texts import TASKS, MosaicText, TextLayout, TextQuestion, heldout_questions
+from train.nano.text.mosaic_texts import MosaicText, TextLayout, TextQuestion, heldout_questions
 
 _ROWS = 32
 
@@ -52,44 +51,6 @@ def task_scores(scored: Iterable[Scored]) -> dict[str, float]:
     for each in scored:
         groups[f"{each.question.task} {each.question.lang}"].append(each.is_correct)
     return {name: round(sum(right) / len(right), 4) for name, right in groups.items()}
-
-
-def measure_runs(run_dirs: Sequence[Path], num_per_task: int, num_examples: int = 0) -> str:
-    """Markdown: the table of all runs, after some wrong answers of each.
-
-    Raises:
-        ValueError: a folder has no run.
-    """
-    runs: dict[str, tuple[float, dict[str, float]]] = {}
-    lines = []
-    for run_dir in run_dirs:
-        model, encoder, recipe, step = load_run(run_dir)
-        scored = measure_tasks(model, encoder, recipe.layout, num_per_task)
-        runs[f"{run_dir.name}, step {step}"] = megabytes(recipe.shape), task_scores(scored)
-        wrong = [each.question for each in scored if not each.is_correct]
-        lines += _examples(model, encoder, wrong[:: max(1, len(wrong) // max(1, num_examples))][:num_examples])
-    return "\n".join([*lines, "", table(runs)]) if lines else table(runs)
-
-
-def _examples(model: MosaicLanguageModel, encoder: TreeEncoder, questions: Sequence[TextQuestion]) -> list[str]:
-    answers = greedy_answers(model, encoder, [question.text for question in questions])
-    lines = []
-    for question, answer in zip(questions, answers):
-        prompt, expected = (turn["value"].replace("\n", " ") for turn in question.text.conversations[0])
-        lines.append(f"{question.task}: {prompt[-90:]} | expected {expected!r}, answered {encoder.text(answer)!r}")
-    return lines
-
-
-def table(runs: dict[str, tuple[float, dict[str, float]]]) -> str:
-    """Markdown: a row for each run with the whole model's MB, for each task "English / Chinese" in percent."""
-    lines = ["| run | MB in bfloat16 | " + " | ".join(TASKS) + " |", "|---|---|" + "---|" * len(TASKS)]
-    for name, (size_mb, scores) in runs.items():
-        cells = [
-            " / ".join(f"{100 * scores[key]:.1f}" for lang in ("en", "zh") if (key := f"{task} {lang}") in scores)
-            for task in TASKS
-        ]
-        lines.append(f"| {name} | {size_mb:.1f} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
 
 
 @torch.inference_mode()
