@@ -80,8 +80,8 @@ def test_held_out_scores_are_of_images_and_of_letters(art: Art, monkeypatch: pyt
 def test_a_probe_reads_what_features_hold_and_no_more() -> None:
     rng = np.random.default_rng(0)
     labels = np.array(["a", "b", "c"] * 40)
-    told = np.stack([np.eye(3)[["a", "b", "c"].index(label)] for label in labels]).astype(np.float32)
-    features = np.concatenate([told + rng.normal(0, 0.1, told.shape), rng.normal(0, 1, (120, 4))], axis=1)
+    one_hot = np.stack([np.eye(3)[["a", "b", "c"].index(label)] for label in labels]).astype(np.float32)
+    features = np.concatenate([one_hot + rng.normal(0, 0.1, one_hot.shape), rng.normal(0, 1, (120, 4))], axis=1)
     assert probe.linear_accuracy((features[:60], labels[:60]), (features[60:], labels[60:])) > 0.95
     assert probe.linear_accuracy((features[:60, 3:], labels[:60]), (features[60:, 3:], labels[60:])) < 0.6
 

@@ -129,7 +129,7 @@ def train_loop(
 
     Args:
         batches: gives the batches of the steps from a number on.
-        measure: what is logged besides the loss, every `measure_every` steps and at the end.
+        measure: what is logged besides the loss, every `measure_every` steps and at the end; the loss at every saving.
     """
     optimizer = AdamW(_groups(module, recipe), recipe.learning_rate, betas=(0.9, 0.98))
     first, running = _restore(run_dir, module, optimizer)
@@ -147,10 +147,12 @@ def train_loop(
         done = step + 1
         running += (loss.item() - running) / min(done, _SMOOTH_STEPS)
         is_last = done == recipe.num_steps
-        if done % recipe.measure_every == 0 or is_last:
+        is_measured, is_saved = (is_last or done % every == 0 for every in (recipe.measure_every, recipe.save_every))
+        if is_measured or is_saved:
             seconds = (time.time() - started) / (done - first)
-            rows.append({"step": done, "loss": running, "seconds_per_step": round(seconds, 3), **measure()})
-        if done % recipe.save_every == 0 or is_last:
+            scores = measure() if is_measured else {}
+            rows.append({"step": done, "loss": running, "seconds_per_step": round(seconds, 3), **scores})
+        if is_saved:
             _save(run_dir, module, optimizer, (done, running), rows)
 
 
@@ -196,14 +198,16 @@ def draw_curves(run_dir: Path, rows: list[dict[str, Any]]) -> None:
     steps = [row["step"] for row in rows]
     above.plot(steps, [row["loss"] for row in rows], color="black")
     above.set_ylabel("loss per supervised token")
-    for name in [key for key in rows[-1] if key not in ("step", "loss", "seconds_per_step")]:
-        below.plot(steps, [row.get(name) for row in rows], label=name)
+    for name in dict.fromkeys(key for row in rows for key in row if key not in ("step", "loss", "seconds_per_step")):
+        measured = [row for row in rows if name in row]
+        below.plot([row["step"] for row in measured], [row[name] for row in measured], marker=".", label=name)
     below.set_ylim(0, 1)
     below.set_ylabel("accuracy, held out")
     below.set_xlabel("step")
     for axes in (above, below):
         axes.grid(alpha=0.3)
-    below.legend(fontsize="small", ncols=3)
+    if below.get_lines():
+        below.legend(fontsize="small", ncols=3)
     above.set_title(run_dir.name)
     with atomic_path(run_dir / "curves.png") as path:
         figure.savefig(path, dpi=110, format="png")
