@@ -16,6 +16,7 @@ from train.nano.data import paint
 from train.nano.data.art import Art, Drawing
 from train.nano.data.compose import Composer
 from train.nano.data.labels import FLAGS, THINGS
+from train.nano.data.sample import Sample
 from train.nano.measure import probe
 from train.nano.pretrain import tower
 from train.nano.pretrain.tower import PointHead, SampleStream, TowerRecipe, pretrain_tower, score_heldout
@@ -128,3 +129,15 @@ def test_things_are_drawn_in_other_styles_for_training() -> None:
         colours.add(len(np.unique(inside, axis=0)) < 12)
         sizes.add(drawn.size != sprite.size)
     assert colours == {True, False} and sizes == {True, False}
+
+
+def test_words_are_shown_only_where_their_letters_can_be_told_apart(art: Art) -> None:
+    recipe = replace(RECIPE, num_steps=12, batch_size=16, large_every=2, late_from=1.0)
+    shown: dict[int, set[str]] = {224: set(), 448: set()}
+
+    def note(rng: np.random.Generator, samples: list[Sample]) -> None:
+        shown[samples[0].image.width].update(sample.truth.category for sample in samples)
+
+    list(SampleStream(art, recipe, note))
+    assert "word" in shown[448] and "word" not in shown[224]
+    assert {"thing", "flag", "digit", "scene"} <= shown[224] & shown[448]

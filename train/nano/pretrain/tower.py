@@ -3,7 +3,7 @@
 Captions alone would not train a tower in minutes on a CPU; labels do. A small head, discarded afterwards, classifies
 random points of each image (a thing, a flag, a digit, a letter, a coloured shape, background) from the features of the
 patch that the point lies in: those of the penultimate block, which the language model gets.
-Some batches are 448 px, with the position grid resized on the fly: every fifth at first, every second towards the end.
+Some batches are 448 px, with the position grid resized on the fly: every third at first, all towards the end.
 
 B images, K points each, P patches, L labels.
 """
@@ -46,8 +46,8 @@ class TowerRecipe:
 
     num_steps: int = 4800
     batch_size: int = 64  # images at 224 px; half as many at 448
-    large_every: int = 5  # batches; one of them is of 448 px
-    late_large_every: int = 2  # the same from `late_from` on
+    large_every: int = 3  # batches; one of them is of 448 px
+    late_large_every: int = 1  # the same from `late_from` on
     late_from: float = 0.6  # fraction of all steps
     num_points: int = 48
     learning_rate: float = 1.5e-3
@@ -67,9 +67,11 @@ class TowerRecipe:
         return index % every == every - 1
 
 
-CATEGORY_SHARES: dict[Category, float] = {
-    "thing": 0.31, "flag": 0.25, "digit": 0.07, "word": 0.18, "scene": 0.14, "unknown": 0.05,
-}  # fmt: skip
+# By image size. At 224 px a patch has more letters than signs can tell.
+CATEGORY_SHARES: dict[int, dict[Category, float]] = {
+    224: {"thing": 0.4, "flag": 0.3, "digit": 0.1, "scene": 0.15, "unknown": 0.05},
+    448: {"thing": 0.24, "flag": 0.17, "digit": 0.08, "word": 0.34, "scene": 0.12, "unknown": 0.05},
+}
 
 
 @dataclass(frozen=True)
@@ -138,14 +140,14 @@ class SampleStream(IterableDataset[Batch]):
         offset, stride = (worker.id, worker.num_workers) if worker else (0, 1)
         torch.set_num_threads(1)
         composer = Composer(self.art)
-        categories, shares = list(CATEGORY_SHARES), list(CATEGORY_SHARES.values())
         for index in range(self.first + offset, self.recipe.num_steps, stride):
             rng = np.random.default_rng([self.recipe.seed, index])
             size_px, count = 224, self.recipe.batch_size
             if self.recipe.is_large(index):
                 size_px, count = 448, count // 2
-            indices = rng.choice(len(categories), size=count, p=shares)
-            samples = [composer.compose(rng, categories[i], size_px) for i in indices]
+            shares = CATEGORY_SHARES[size_px]
+            categories = rng.choice(list(shares), size=count, p=list(shares.values()))
+            samples = [composer.compose(rng, category, size_px) for category in categories]
             yield self.make_batch(rng, samples)
 
 
