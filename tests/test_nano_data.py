@@ -212,7 +212,11 @@ def test_the_pages_of_answers_hold_their_images_by_skill_and_escape_all_text(tmp
     Image.new("RGB", (900, 900), "red").save(tmp_path / "a.png")
     row = {"skill": "things", "lang": "en", "images": ["a.png"], "question": "<b>?", "answer": "<i>"}
     row |= {"accepted": ['"x" & y'], "right": False}
-    rows = [row, row | {"answer": "x", "right": True, "lang": "zh"}, row | {"skill": "words", "images": ["a.png"] * 2}]
+    rows = [
+        row,
+        row | {"answer": "x", "right": True, "lang": "zh"},
+        row | {"skill": "words", "images": ["a.png"] * 2, "answer": "我不确定。"},
+    ]
     index = write_pages(tmp_path / "pages", "my <model>", rows, tmp_path)
     page = (tmp_path / "pages" / "things.html").read_text(encoding="utf-8")
     assert page.count("<article>") == 1 and page.count('src="data:image/jpeg;base64,') == 1 and len(page) < 10_000
@@ -222,7 +226,7 @@ def test_the_pages_of_answers_hold_their_images_by_skill_and_escape_all_text(tmp
     table = index.read_text(encoding="utf-8")
     for cells in (
         'things.html">things</a></td><td>2</td><td>0.0%</td><td>100.0%</td>',
-        "<td>1</td><td>0.0%</td><td>–</td>",
+        "<td>1</td><td>0.0%</td><td>–</td><td>100.0%</td>",
     ):
         assert cells in table
     assert (tmp_path / "pages" / "words.html").read_text(encoding="utf-8").count("<img") == 2

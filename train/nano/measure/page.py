@@ -11,6 +11,7 @@ from typing import Any
 from PIL import Image
 
 from train.html_page import html_page
+from train.nano.text.dialogue import NOT_SURE
 from yi_vl.files import write_text
 from yi_vl.image.data_url import data_url
 
@@ -44,7 +45,7 @@ def write_pages(folder: Path, title: str, records: Sequence[dict[str, Any]], hel
         write_text(folder / f"{skill}.html", _skill_page(title, skill, list(by_skill), rows, heldout))
     index = folder / "index.html"
     table = "".join(_table_row(skill, rows) for skill, rows in by_skill.items())
-    header = "<tr><th>skill</th><th>questions</th><th>English</th><th>Chinese</th></tr>"
+    header = "<tr><th>skill</th><th>questions</th><th>English</th><th>Chinese</th><th>not sure</th></tr>"
     body = f"<h1>{escape(title)}</h1>{_navigation(list(by_skill), '')}<table>{header}{table}</table>"
     write_text(index, html_page(title, body, _STYLE))
     return index
@@ -72,8 +73,14 @@ def _navigation(skills: Sequence[str], current: str) -> str:
 
 
 def _table_row(skill: str, rows: Sequence[dict[str, Any]]) -> str:
-    cells = "".join(f"<td>{_percent([row for row in rows if row['lang'] == lang])}</td>" for lang in ("en", "zh"))
-    return f'<tr><td><a href="{escape(skill)}.html">{escape(skill)}</a></td><td>{len(rows)}</td>{cells}</tr>'
+    by_lang = [_percent([row for row in rows if row["lang"] == lang]) for lang in ("en", "zh")]
+    cells = [f'<a href="{escape(skill)}.html">{escape(skill)}</a>', len(rows), *by_lang, _not_sure(rows)]
+    return f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+
+
+def _not_sure(rows: Sequence[dict[str, Any]]) -> str:
+    """How often the answer is that there is none: what this costs where there is one."""
+    return f"{100 * sum(row['answer'].strip() in NOT_SURE.values() for row in rows) / len(rows):.1f}%"
 
 
 def _percent(rows: Sequence[dict[str, Any]]) -> str:
