@@ -26,6 +26,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 from transformers.cache_utils import Cache
+from transformers.generation import utils as generation_utils
 
 import yi_vl
 from train.optim import checkpoint_activations_
@@ -278,6 +279,18 @@ def test_generated_together_as_alone(settings: dict[str, Any]) -> None:
                 logits[..., IMAGE_TOKEN_ID] = -torch.inf
                 assert int(logits[0, -1].argmax()) == token
                 current.append(token)
+
+
+@pytest.mark.skipif(
+    not hasattr(generation_utils, "_slice_mm_encoder_output"), reason="this transformers has no chunks with images"
+)
+@torch.inference_mode()
+def test_a_prompt_in_transformers_chunks() -> None:
+    model, images, inputs = gated_model(), pixels(4), padded([ids for ids, _ in prompts()])
+    expected = model.generate(**inputs, pixel_values=images, **GREEDY)
+    for size in (3, 5):
+        chunked = model.generate(**inputs, pixel_values=images, **GREEDY, prefill_chunk_size=size)
+        assert torch.equal(chunked, expected)
 
 
 def test_a_static_cache_is_refused() -> None:

@@ -11,6 +11,7 @@ pytest.importorskip("resvg_py")
 
 from train.nano.data import art, packages
 from train.nano.data.labels import FLAGS, THINGS
+from train.nano.data.unknown import unknown_icons
 
 
 def _icon(colour: str) -> dict[str, str]:
@@ -41,6 +42,7 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
             icons |= {key: _icon(colour) for key in ("lang-ga", "dg", "lo")}
         if name == "noto":
             icons[next(iter(THINGS.values())).icons[0]] = {"body": "<rect"}
+        icons |= {icon: _icon(colour) for split in ("train", "test") for icon in unknown_icons(split)}  # type: ignore[arg-type]
         content = json.dumps({"width": 24, "height": 24, "icons": icons}).encode()
         _write_archive(npm, package, {"icons.json": content})
     for name, package in packages.FONTS.items():
@@ -56,7 +58,24 @@ def test_splits_come_from_their_own_packages(data_dir: Path) -> None:
             assert all(drawing.pixels[..., channel].min() == 255 for drawing in drawn), label
     assert not {path.name for path in loaded.fonts["train"]} & {path.name for path in loaded.fonts["test"]}
     assert len(loaded.fonts["test"]) * 3 >= len(loaded.fonts["train"])
-    assert set(loaded.heldout) == {f"thing {key}" for key in THINGS} | {f"flag {key}" for key in FLAGS}
+    known = {f"thing {key}" for key in THINGS} | {f"flag {key}" for key in FLAGS}
+    assert set(loaded.heldout) == known | {"unknown"}
+    assert len(loaded.heldout["unknown"]) == len(unknown_icons("test"))  # of other classes than those of training
+
+
+def test_no_unknown_class_is_in_both_splits_or_is_known() -> None:
+    train, test = (set(unknown_icons(split)) for split in ("train", "test"))  # type: ignore[arg-type]
+    assert len(train) > 100 and len(test) > 50 and not train & test
+    assert not (train | test) & {icon for named in THINGS.values() for icon in named.icons}
+
+
+def test_an_older_cache_is_rendered_again(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    index = json.loads((data_dir / "art.json").read_text())
+    (data_dir / "art.json").write_text(json.dumps({"drawings": [], "num_failed": 0}))
+    loaded = art.load_art(data_dir)
+    assert json.loads((data_dir / "art.json").read_text()) == index and "unknown" in loaded.train
+    monkeypatch.setattr(art, "render_art", lambda folder: pytest.fail("rendered although it is new"))
+    art.load_art(data_dir)
 
 
 def test_drawings_are_cropped_to_their_ink(data_dir: Path) -> None:

@@ -13,12 +13,14 @@ from PIL import Image
 from train.nano.data import shards
 from train.nano.data.art import Art, Drawing
 from train.nano.data.compose import Composer
-from train.nano.data.labels import FLAGS, LABEL_IDS, LANGS, THINGS
+from train.nano.data.labels import FLAGS, LABEL_IDS, LANGS, THINGS, UNKNOWN
 from train.nano.data.layout import direction
 from train.nano.data.sample import CATEGORIES, dense_labels
+from train.nano.data.unknown import UNKNOWN_STYLES
+from train.nano.measure import heldout
 from train.nano.measure.evaluate import is_correct
 from train.nano.measure.heldout import write_cmmmu, write_mmmu
-from train.nano.measure.page import write_page
+from train.nano.measure.page import write_pages
 from train.nano.text import dialogue
 from train.nano.text.choices import choice_prompt, with_image
 from train.nano.text.mosaic import SIGNS, random_truth, to_mosaics
@@ -27,7 +29,7 @@ from train.nano.text.wording import noun
 
 def _drawings(colour: tuple[int, int, int, int]) -> dict[str, list[Drawing]]:
     pixels = np.full((24, 32, 4), colour, dtype=np.uint8)
-    labels = [f"thing {key}" for key in THINGS] + [f"flag {key}" for key in FLAGS]
+    labels = [f"thing {key}" for key in THINGS] + [f"flag {key}" for key in FLAGS] + [UNKNOWN]
     return {label: [Drawing("made up", pixels)] for label in labels}
 
 
@@ -171,6 +173,34 @@ def test_held_out_questions_come_in_the_benchmarks_schemas(composer: Composer, t
     assert question_types == {"选择", "判断", "填空"}
 
 
+def test_what_has_no_name_is_answered_with_not_sure(composer: Composer) -> None:
+    for seed, style in enumerate(UNKNOWN_STYLES * 3):
+        rng = np.random.default_rng(seed)
+        for split in ("train", "test"):
+            sample = composer.unknown(rng, 112, split, style)
+            assert sample.image.size == (112, 112) and sample.image.mode == "RGB"
+            assert np.asarray(sample.image).std() > 5
+            covered = dense_labels(sample, 8) == LABEL_IDS[UNKNOWN]
+            assert covered.all() if style != "artwork" else 0 < covered.mean() < 1
+        turns = dialogue.conversation(rng, sample.truth)
+        assert {turn["value"] for turn in turns[1::2]} <= {"I am not sure.", "我不确定。"}
+        cells = to_mosaics(rng, sample.truth, 8)
+        assert cells is not None and len(set(cells[0]) - {SIGNS["background"]}) >= 1
+    first, second = (composer.unknown(np.random.default_rng(7), 112).image.tobytes() for _ in range(2))
+    assert first == second
+
+
+def test_held_out_questions_ask_about_unknown_images_last(composer: Composer, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("all_test_samples", "all_test_digits"):
+        monkeypatch.setattr(Composer, name, lambda self, size_px: iter(()))
+    monkeypatch.setattr(heldout, "SIZE_PX", 56)
+    categories = [sample.truth.category for sample, _ in heldout.heldout_samples(composer)]
+    assert categories[-120:] == ["unknown"] * 120 and "unknown" not in categories[:-120]
+    assert is_correct("unknown", "I am not sure", ["I am not sure."]) and not is_correct(
+        "unknown", "It is a dog.", ["I am not sure."]
+    )
+
+
 def test_scoring_ignores_case_and_end_marks_only() -> None:
     assert is_correct("things", " it is a dog ", ["It is a dog."])
     assert not is_correct("things", "It is a hot dog.", ["It is a dog."])
@@ -178,11 +208,36 @@ def test_scoring_ignores_case_and_end_marks_only() -> None:
     assert not is_correct("same", "Yes, both show a pig.", ["No, one shows a pig and the other a fox."])
 
 
-def test_the_page_of_answers_holds_its_images_and_escapes_all_text(tmp_path: Path) -> None:
+def test_the_pages_of_answers_hold_their_images_by_skill_and_escape_all_text(tmp_path: Path) -> None:
+    Image.new("RGB", (900, 900), "red").save(tmp_path / "a.png")
+    row = {"skill": "things", "lang": "en", "images": ["a.png"], "question": "<b>?", "answer": "<i>"}
+    row |= {"accepted": ['"x" & y'], "right": False}
+    rows = [
+        row,
+        row | {"answer": "x", "right": True, "lang": "zh"},
+        row | {"skill": "words", "images": ["a.png"] * 2, "answer": "我不确定。"},
+    ]
+    index = write_pages(tmp_path / "pages", "my <model>", rows, tmp_path)
+    page = (tmp_path / "pages" / "things.html").read_text(encoding="utf-8")
+    assert page.count("<article>") == 1 and page.count('src="data:image/jpeg;base64,') == 1 and len(page) < 10_000
+    assert "<b>" not in page and "<i>" not in page and "<model>" not in page and page.count("&lt;b&gt;?") == 2
+    assert "<dd class=wrong>&lt;i&gt;<small>expected: &quot;x&quot; &amp; y</small></dd>" in page
+    assert "<dd class=right>x</dd>" in page and "50.0% of 2 answers right" in page
+    table = index.read_text(encoding="utf-8")
+    for cells in (
+        'things.html">things</a></td><td>2</td><td>0.0%</td><td>100.0%</td>',
+        "<td>1</td><td>0.0%</td><td>–</td><td>100.0%</td>",
+    ):
+        assert cells in table
+    assert (tmp_path / "pages" / "words.html").read_text(encoding="utf-8").count("<img") == 2
+
+
+def test_a_page_shows_images_from_the_whole_of_a_long_skill(tmp_path: Path) -> None:
     Image.new("RGB", (4, 4), "red").save(tmp_path / "a.png")
-    row = {"images": ["a.png"], "question": "<b>?", "answer": "<i>", "accepted": ['"x" & y'], "right": False}
-    write_page(tmp_path / "page.html", [row, row | {"answer": "x", "right": True}], tmp_path)
-    page = (tmp_path / "page.html").read_text(encoding="utf-8")
-    assert page.count("<article>") == 1 and page.count('src="data:image/png;base64,') == 1
-    assert "<b>" not in page and "<i>" not in page and page.count("&lt;b&gt;?") == 2
-    assert 'class=wrong title="&quot;x&quot; &amp; y">&lt;i&gt;</p>' in page and "class=right" in page
+    row = {"skill": "flags", "lang": "en", "question": "?", "answer": "x", "accepted": ["x"], "right": True}
+    for number in range(400):
+        (tmp_path / f"{number}.png").symlink_to("a.png")
+    rows = [row | {"images": [f"{number}.png"], "question": f"<{number}>"} for number in range(400)]
+    write_pages(tmp_path / "pages", "m", rows, tmp_path)
+    page = (tmp_path / "pages" / "flags.html").read_text(encoding="utf-8")
+    assert 100 <= page.count("<article>") <= 160 and "&lt;0&gt;" in page and "&lt;399&gt;" in page

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import save_file
 
 pytest.importorskip("sklearn")
 from train.nano.data.labels import BACKGROUND
-from train.nano.pretrain.match import _IGNORED, _SIGN_IDS, position_codes, sign_loss
+from train.nano.pretrain.match import _IGNORED, _targets, position_codes, sign_loss
+from train.nano.text.mosaic import SIGN_IDS
 
-SIGNS = torch.randn(len(_SIGN_IDS), 256, generator=torch.Generator().manual_seed(0))
-EMPTY = _SIGN_IDS[BACKGROUND]
+SIGNS = torch.randn(len(SIGN_IDS), 256, generator=torch.Generator().manual_seed(0))
+EMPTY = SIGN_IDS[BACKGROUND]
 
 
 def test_the_loss_is_least_where_every_patch_says_its_sign() -> None:
@@ -38,3 +42,11 @@ def test_places_differ_and_mean_the_same_on_both_grids() -> None:
     assert torch.pdist(large.flatten(0, 1)).min() > 0
     near = (large[0, 0] + large[1, 1]) / 2  # around the centre of the small grid's first patch
     assert (near - small[0, 0]).norm() < (near - small[0, 1]).norm()
+
+
+def test_a_language_model_that_was_trained_alone_brings_its_signs_and_places(tmp_path: Path) -> None:
+    cells = torch.randn(16 + 64, 256)
+    save_file({"signs": SIGNS, "cells": cells}, tmp_path / "signs.safetensors")
+    signs, codes = _targets(tmp_path, None, None)  # type: ignore[arg-type]  # neither is needed
+    assert torch.equal(signs, SIGNS)
+    assert torch.equal(codes[16], cells[:16]) and torch.equal(codes[64], cells[16:])

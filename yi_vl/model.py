@@ -97,12 +97,12 @@ class YiVLModel(YiVLPreTrainedModel):
     def get_image_features(self, pixel_values: Tensor, **_: Any) -> BaseModelOutputWithPooling:
         """transformers' name for `encode_images`: `pooler_output` holds one (P, D) tensor per image.
 
-        With cross-attention (1, P, D): transformers counts its length as image tokens.
+        With cross-attention (1, P * D): transformers takes its rows for those of image tokens.
         """
         patches = self.vision_tower(pixel_values).last_hidden_state
         features = self.multi_modal_projector(patches)
         if self.config.connector_config.is_cross_attention:
-            features = features.unsqueeze(1)
+            features = features.flatten(1).unsqueeze(1)
         return BaseModelOutputWithPooling(last_hidden_state=patches, pooler_output=tuple(features))  # type: ignore[arg-type]
 
     def insert_images(self, inputs_embeds: Tensor, input_ids: Tensor, image_features: Tensor) -> Tensor:
@@ -149,7 +149,9 @@ class YiVLModel(YiVLPreTrainedModel):
         encoded = mm_encoder_outputs.get("image") if mm_encoder_outputs else None
         if encoded is not None:
             if features := tuple(encoded.pooler_output):  # type: ignore[arg-type]
-                image_features = torch.stack(features).flatten(0, -3)
+                image_features = torch.stack(features)
+                if self.config.connector_config.is_cross_attention:
+                    image_features = image_features.reshape(-1, self.config.num_image_features, inputs_embeds.shape[-1])
         elif pixel_values is not None and len(pixel_values):
             image_features = self.encode_images(pixel_values)
         if self.config.connector_config.is_cross_attention:  # the language model attends to them; see decoder/gated.py

@@ -73,7 +73,8 @@ def measure(
     write: Annotated[bool, typer.Option(help="put the table into the READMEs and the model card as well")] = False,
     quantize: QuantizeOption = None,
 ) -> None:
-    """Answer the held-out questions with every stage's model and print the table."""
+    """Answer the held-out questions with every stage's model and print the table; out/answers-NAME/index.html shows the
+    answers."""
     from train.nano.measure.evaluate import measure_all, write_table
 
     named = _named(models or ()) or {stage: RUNS / stage / "final" for stage in STAGES}
@@ -81,6 +82,71 @@ def measure(
     typer.echo(markdown)
     for document in DOCUMENTS if write else ():
         write_table(document, markdown)
+
+
+@app.command()
+def language(
+    run_dir: Annotated[Path, typer.Argument(help="the run's folder; a run that is in it is continued")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="recipe settings as key.sub=value")] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="YAML file with a recipe; by default the settings of nano")
+    ] = None,
+) -> None:
+    """Train a language model alone on mosaics, from fresh weights; see docs/nano.md."""
+    from train.nano.pretrain.language import LanguageRecipe, pretrain_language
+    from train.nano.pretrain.trainer import read_recipe
+
+    pretrain_language(run_dir, read_recipe(LanguageRecipe, recipe, overrides or ()))
+
+
+@app.command()
+def ablate(
+    path: Annotated[Path, typer.Argument(help="YAML file with `base` and `runs`")] = CONFIGS / "ablation.yaml",
+    out: Annotated[Path, typer.Option(help="folder of the runs; what is finished is kept")] = RUNS / "ablation",
+    questions: Annotated[int, typer.Option(min=1, help="for each task and language")] = 300,
+) -> None:
+    """Train language models of several shapes alone with the same budget, one after another, and print their table."""
+    from train.nano.pretrain.ablation import ablate as run_ablation
+
+    typer.echo(run_ablation(path, out, questions))
+
+
+@app.command()
+def tower(
+    run_dir: Annotated[Path, typer.Argument(help="the run's folder; a run that is in it is continued")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="recipe settings as key=value")] = None,
+    data_dir: Annotated[Path, typer.Option("--data", help="nano's data")] = DATA,
+) -> None:
+    """Train a vision tower alone to name what is at given points of images, from fresh weights."""
+    from train.nano.pretrain.tower import TowerRecipe, pretrain_tower
+    from train.nano.pretrain.trainer import read_recipe
+
+    pretrain_tower(run_dir, read_recipe(TowerRecipe, None, overrides or ()), data_dir)
+
+
+@app.command()
+def probe(
+    model: Annotated[Path, typer.Argument(help="folder of a model, or of a tower alone")],
+    data_dir: Annotated[Path, typer.Option("--data", help="nano's data")] = DATA,
+    scale: Annotated[float, typer.Option(min=0.01, help="factor on the number of training images")] = 1.0,
+    cache: Annotated[Path, typer.Option(help="folder for the features")] = RUNS / "probe",
+) -> None:
+    """What can be read from a vision tower: linear classifiers of its features, by skill, on held-out artwork."""
+    from train.nano.measure.probe import probe_tower
+
+    typer.echo(probe_tower(model, data_dir, cache, scale))
+
+
+@app.command()
+def measure_language(
+    run_dirs: Annotated[list[Path], typer.Argument(help="folders of `language`, finished or not")],
+    questions: Annotated[int, typer.Option(min=1, help="for each task and language")] = 300,
+    examples: Annotated[int, typer.Option(min=0, help="show so many wrong answers of each run")] = 0,
+) -> None:
+    """Exact answers of language models alone to held-out questions about mosaics, by task: a table of all runs."""
+    from train.nano.pretrain.ablation import measure_runs
+
+    typer.echo(measure_runs(run_dirs, questions, examples))
 
 
 @app.command()

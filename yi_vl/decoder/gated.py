@@ -160,11 +160,14 @@ class YiGatedModel(YiGatedPreTrainedModel, LlamaModel):
     ) -> tuple[Tensor | None, ImageRuns | None]:
         """Features of all images that are not in the cache, and which tokens attend to which; None where none does."""
         num_rows, device = len(is_image), is_image.device
+        stored = layers[0].has_image if layers else None
+        has_previous = any(features is not None for features in previous_images or ())
+        if stored is not None and image_features is None and not has_previous:
+            return None, ImageRuns.of_rows(stored.to(device), is_image.shape[1])
+        num_stored = num_rows if stored is not None else 0
         first_images = torch.full((num_rows,), -1, dtype=torch.long, device=device)
-        num_stored = 0
-        if layers and layers[0].has_image is not None:
-            num_stored = num_rows
-            first_images = torch.arange(num_rows, device=device).where(layers[0].has_image.to(device), -1)
+        if stored is not None:
+            first_images = torch.arange(num_rows, device=device).where(stored.to(device), -1)
         new: list[Tensor] = []
         for row, features in enumerate(previous_images or ()):
             if features is not None:

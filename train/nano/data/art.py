@@ -9,15 +9,16 @@ import json
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 import resvg_py
 from PIL import Image
 
-from train.nano.data.labels import FLAGS, LABELS, THINGS
+from train.nano.data.labels import FLAGS, LABELS, THINGS, UNKNOWN
 from train.nano.data.packages import FLAG_ART, FONTS, THING_ART, Package, Split, fetch, read_members
+from train.nano.data.unknown import unknown_icons
 from yi_vl.files import atomic_path, write_text
 
 # circle-flags gives some country codes to languages: the country's disc has another name, or (Argentina) there is none
@@ -26,6 +27,7 @@ _CIRCLE_FLAG_NAMES = {"ie": "lang-ga", "io": "dg", "la": "lo"}
 _WITHOUT_CIRCLE_FLAG = {"ar"}
 
 LONGER_SIDE_PX = 192
+_VERSION = 2  # with artwork of unknown classes
 DATA_DIR = Path("data/nano")
 _logger = logging.getLogger(__name__)
 
@@ -53,10 +55,11 @@ class Art:
 
 
 def load_art(data_dir: Path = DATA_DIR) -> Art:
-    """The cached artwork and fonts; rendered (and first downloaded) when the cache is not there."""
-    if not (data_dir / "art.json").exists():
+    """The cached artwork and fonts; rendered (and first downloaded) when the cache is not there or an older one."""
+    index = _read_index(data_dir)
+    if index.get("version") != _VERSION:
         render_art(data_dir)
-    index = json.loads((data_dir / "art.json").read_text())
+        index = _read_index(data_dir)
     flat = np.load(data_dir / "art.npy", mmap_mode="r")
     art = Art(train={}, heldout={}, fonts={"train": [], "test": []})
     for row in index["drawings"]:
@@ -89,7 +92,12 @@ def render_art(data_dir: Path) -> None:
     _logger.info("%d drawings rendered, %d skipped", len(rows), num_failed)
     with atomic_path(data_dir / "art.npy") as partial, partial.open("wb") as file:  # the old one may be mapped
         np.save(file, np.concatenate(rasters))
-    write_text(data_dir / "art.json", json.dumps({"drawings": rows, "num_failed": num_failed}))
+    write_text(data_dir / "art.json", json.dumps({"version": _VERSION, "drawings": rows, "num_failed": num_failed}))
+
+
+def _read_index(data_dir: Path) -> dict[str, Any]:
+    path = data_dir / "art.json"
+    return cast(dict[str, Any], json.loads(path.read_text())) if path.exists() else {}
 
 
 def render(svg: str) -> npt.NDArray[np.uint8] | None:
@@ -126,6 +134,8 @@ def _all_svgs(npm_dir: Path) -> list[tuple[str, str, Split, bool, str]]:
             if package.split == "train" or named.key in _WITHOUT_CIRCLE_FLAG:
                 svgs = icons.svgs(named.icons)[:1]
                 drawings += [(f"flag {named.key}", style, package.split, True, svg) for svg in svgs]
+        for svg in icons.svgs(unknown_icons(package.split)):
+            drawings.append((UNKNOWN, style, package.split, True, svg))
     for style, package in FLAG_ART.items():
         icons = _IconSet(package, npm_dir)
         for suffix in ("-4x3", "-1x1") if package.split == "train" else ("",):

@@ -18,6 +18,7 @@ from train.nano.data.labels import COLOURS, DIGITS, FLAGS, THINGS
 from train.nano.data.layout import choice, place_items, scene_items, word_width
 from train.nano.data.packages import Split
 from train.nano.data.sample import Category, Item, Sample, Truth
+from train.nano.data.unknown import UNKNOWN_STYLES, UnknownStyle, noise, page, photo, real_photo
 from train.nano.data.vocabulary import VOCABULARY
 
 NUM_TEST_DIGITS = 360
@@ -40,6 +41,8 @@ class Composer:
             return self._scene(rng, size_px, split)
         if category == "word":
             return self._word(rng, size_px, split, key)
+        if category == "unknown":
+            return self.unknown(rng, size_px, split)
         if category == "digit":
             return self._single(rng, "digit", key or DIGITS[rng.integers(10)], size_px, split)
         classes = THINGS if category == "thing" else FLAGS
@@ -71,6 +74,21 @@ class Composer:
         for index, (category, key) in enumerate(keys):
             yield self.compose(np.random.default_rng([seed, index]), category, size_px, "test", key)
 
+    def unknown(
+        self, rng: np.random.Generator, size_px: int, split: Split = "train", style: UnknownStyle | None = None
+    ) -> Sample:
+        """One image of what has no name here: other artwork half of the time, else one of the other styles."""
+        style = style or rng.choice(UNKNOWN_STYLES, p=[0.55, 0.25, 0.05, 0.15])
+        if style == "artwork":
+            return self._single(rng, "unknown", "", size_px, split)
+        if style == "photo":
+            image = photo(rng, size_px) if split == "train" else real_photo(rng, size_px)
+        elif style == "noise":
+            image = noise(rng, size_px)
+        else:
+            image = page(rng, size_px, [str(path) for path in self.art.fonts[split]])
+        return Sample((image,), Truth("unknown", (Item("unknown", "", (0, 0, 1, 1)),)), (None,))
+
     def _drawing(self, rng: np.random.Generator, label: str, split: Split) -> Image.Image:
         drawings: list[Drawing] = self.art.of(split).get(label, [])
         if not drawings:
@@ -92,8 +110,12 @@ class Composer:
             base = self._drawing(rng, item.label, split)
             if is_train and item.category == "flag" and base.getchannel("A").getextrema()[0] == 255:
                 base = paint.restyle_flag(rng, base)
-            if is_train and item.category == "thing" and rng.random() < 0.5:  # every artist has a way of facing things
+            if (
+                is_train and item.category in ("thing", "unknown") and rng.random() < 0.5
+            ):  # every artist has a way of facing things
                 base = base.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            if is_train and item.category in ("thing", "unknown"):
+                base = paint.restyle_thing(rng, base)
             if is_train and rng.random() < 0.7:
                 base = paint.jitter(rng, base)
         sprite, _ = paint.warp(base, size_px, distortion)
@@ -110,7 +132,7 @@ class Composer:
         if category == "digit":
             item = Item("digit", key, (0, 0, 1, 1))
             canvas, ink = _canvas_and_ink(rng, size_px, split)
-            distortion = paint.random_warp(rng, 8.0) if is_train else paint.Warp()
+            distortion = paint.strong_warp(rng) if is_train else paint.Warp()
             mask, _ = paint.warp(_digit_mask(rng, key, split, index), scale * size_px, distortion)
             sprite: _Sprite = (paint.inked(mask, ink), None)
         else:

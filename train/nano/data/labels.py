@@ -78,6 +78,7 @@ COLOURS: dict[str, tuple[str, tuple[int, int, int]]] = {
 }
 
 BACKGROUND = "background"
+UNKNOWN = "unknown"  # a thing without a name here
 LABELS: list[str] = [
     BACKGROUND,
     *(f"thing {key}" for key in THINGS),
@@ -85,5 +86,6 @@ LABELS: list[str] = [
     *(f"digit {digit}" for digit in DIGITS),
     *(f"letter {letter}" for letter in LETTERS),
     *(f"shape {colour} {shape}" for shape in SHAPES for colour in COLOURS),
+    UNKNOWN,
 ]
 LABEL_IDS: dict[str, int] = {label: index for index, label in enumerate(LABELS)}

@@ -9,16 +9,25 @@ from train.nano.data.sample import Item
 
 Direction = Literal["left", "right", "above", "below"]
 DIRECTIONS: tuple[Direction, ...] = ("left", "right", "above", "below")
-_SIDES = {1: (0.3, 0.7), 2: (0.24, 0.42), 3: (0.2, 0.36), 4: (0.18, 0.32), 5: (0.17, 0.28)}
+_SIDES = {
+    1: (0.3, 0.7), 2: (0.24, 0.42), 3: (0.2, 0.36), 4: (0.18, 0.32), 5: (0.17, 0.28),
+    6: (0.16, 0.26), 7: (0.15, 0.24), 8: (0.15, 0.23), 9: (0.14, 0.22),
+}  # fmt: skip
+_MOST_DIFFERENT = 5
 _GAP = 0.03
 _CLEAR = 0.08  # centres nearer than this along an axis are level
 
 
 def scene_items(rng: np.random.Generator, num_items: int) -> list[Item]:
-    """Shapes, things or both; at times a few classes repeated, so that counting has something to count."""
+    """Shapes, things or both; at times a few classes repeated, so that counting has something to count.
+
+    Of more than five items one to three classes are always repeated: more different ones are too small to tell apart.
+    """
     shape_fraction = rng.choice([1.0, 0.5, 0.0], p=[0.6, 0.25, 0.15])
     pool: list[Item] = []
     num_classes = num_items if rng.random() < 0.6 else int(rng.integers(1, 3))
+    if num_items > _MOST_DIFFERENT:
+        num_classes = int(rng.integers(1, 4))
     for _ in range(num_classes):
         if rng.random() < shape_fraction:
             pool.append(Item("shape", choice(rng, tuple(SHAPES)), (0, 0, 1, 1), choice(rng, tuple(COLOURS))))
@@ -32,7 +41,7 @@ def scene_items(rng: np.random.Generator, num_items: int) -> list[Item]:
 def place_items(rng: np.random.Generator, num_items: int) -> list[tuple[float, float, float]]:
     """(centre x, centre y, side) of `num_items` squares in the unit frame, apart from each other."""
     arrangement = rng.choice(["row", "column", "free"], p=[0.3, 0.3, 0.4])
-    if arrangement == "free" or num_items == 1:
+    if arrangement == "free" or num_items == 1 or num_items > _MOST_DIFFERENT:
         return _scattered(rng, num_items)
     line = _line(rng, num_items)
     return line if arrangement == "row" else [(y, x, side) for x, y, side in line]

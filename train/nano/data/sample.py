@@ -7,11 +7,11 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from train.nano.data.labels import LABEL_IDS
+from train.nano.data.labels import LABEL_IDS, UNKNOWN
 
-Category = Literal["thing", "flag", "digit", "word", "scene"]
-CATEGORIES: tuple[Category, ...] = ("thing", "flag", "digit", "word", "scene")
-ItemCategory = Literal["thing", "flag", "digit", "letter", "shape"]
+Category = Literal["thing", "flag", "digit", "word", "scene", "unknown"]
+CATEGORIES: tuple[Category, ...] = ("thing", "flag", "digit", "word", "scene")  # what nano has names for
+ItemCategory = Literal["thing", "flag", "digit", "letter", "shape", "unknown"]
 Box = tuple[float, float, float, float]
 
 
@@ -27,6 +27,8 @@ class Item:
     @property
     def label(self) -> str:
         """Its entry in `labels.LABELS`."""
+        if self.category == "unknown":
+            return UNKNOWN
         return f"shape {self.colour} {self.name}" if self.category == "shape" else f"{self.category} {self.name}"
 
     @property
@@ -37,9 +39,11 @@ class Item:
 
 @dataclass(frozen=True)
 class Truth:
-    """The ground truth of a sample. Letters in reading order for a word; for category "same", one item per image."""
+    """The ground truth of a sample. Letters in reading order for a word; for category "same", one item per image; for
+    "unknown" one item, or the whole image as one, that nano has no name for.
+    """
 
-    category: Literal["thing", "flag", "digit", "word", "scene", "same"]
+    category: Literal["thing", "flag", "digit", "word", "scene", "same", "unknown"]
     items: tuple[Item, ...]
 
     @property

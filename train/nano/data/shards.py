@@ -191,6 +191,7 @@ SOURCES = (
     Source("chat-448/things", 9_000, _chat_maker("thing")),
     Source("chat-448/digits", 3_000, _chat_maker("digit")),
     Source("chat-448/same", 3_000, _chat_maker("same")),
+    Source("chat-448/unknown", 4_000, _chat_maker("unknown")),
     Source("chat-448/choice", 6_000, _make_choice),
     Source("chat-448/talk", 1_000, _make_talk),
 )

@@ -16,14 +16,13 @@ from typing import Any
 
 from rich.progress import track
 
-from train.nano.measure.page import write_page
+from train.nano.measure.page import write_pages
 from yi_vl import YiVL, load
 from yi_vl.files import read_json_lines
 from yi_vl.quantize import Scheme
 
 QUESTIONS = "questions.jsonl"
 _BATCH = 64
-_PAGE_ROWS = 120  # of all answers, spread evenly, on the HTML page
 _EDGES = re.compile(r"^[\s\"'“”]+|[\s.。!！\"'“”]+$")
 
 
@@ -133,7 +132,8 @@ def table(measured: dict[str, dict[str, dict[str, Any]]]) -> str:
 
 
 def measure_all(checkpoints: dict[str, Path], heldout: Path, out_dir: Path, quantize: Scheme | None = None) -> str:
-    """Measure several checkpoints; their answers and scores go to `out_dir`, the Markdown table is returned.
+    """Measure several checkpoints; their answers, scores and HTML pages go to `out_dir`, the Markdown table is
+    returned.
 
     Args:
         quantize: the quantization they are loaded with; it is appended to their names.
@@ -147,7 +147,7 @@ def measure_all(checkpoints: dict[str, Path], heldout: Path, out_dir: Path, quan
         measured[name] = scores(records)
         lines = [json.dumps(record, ensure_ascii=False) for record in records]
         (out_dir / f"answers-{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        write_page(out_dir / f"answers-{name}.html", records[:: max(1, len(records) // _PAGE_ROWS)], heldout)
+        write_pages(out_dir / f"answers-{name}", name, records, heldout)
         (out_dir / "scores.json").write_text(json.dumps(measured, indent=1), encoding="utf-8")
     (out_dir / "table.md").write_text(table(measured), encoding="utf-8")
     return table(measured)

@@ -18,13 +18,14 @@ from train.nano.data.art import load_art
 from train.nano.data.compose import Composer
 from train.nano.data.labels import LANGS
 from train.nano.data.sample import Sample
+from train.nano.data.unknown import UNKNOWN_STYLES
 from train.nano.data.vocabulary import VOCABULARY
 from train.nano.text.choices import judgement
 from train.nano.text.dialogue import SKILLS, QAPair, all_questions, multiple_choice
 from yi_vl.image.data_url import png_bytes
 
 SIZE_PX = 448
-NUM_WORDS, NUM_SCENES, NUM_PAIRS = 200, 300, 100
+NUM_WORDS, NUM_SCENES, NUM_PAIRS, NUM_UNKNOWN = 200, 300, 100, 120
 _SEED = 20240122
 _SCENE_TOPICS = (
     ("count", "count_of"), ("colour",), ("shape",), ("left", "right", "above", "below"), ("sideways", "upright")
@@ -68,6 +69,9 @@ def heldout_samples(composer: Composer) -> Iterator[tuple[Sample, tuple[str, ...
         yield sample, topics
     for index in range(NUM_PAIRS):
         yield composer.pair(_rng("same", index), SIZE_PX, "test"), ()
+    for index in range(NUM_UNKNOWN):
+        style = UNKNOWN_STYLES[index % len(UNKNOWN_STYLES)]
+        yield composer.unknown(_rng("unknown", index), SIZE_PX, "test", style), ()
 
 
 def write_mmmu(folder: Path, samples: list[tuple[Sample, tuple[str, ...]]]) -> None:

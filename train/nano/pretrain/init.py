@@ -13,6 +13,7 @@ from pathlib import Path
 
 import sentencepiece
 import torch
+from transformers import PreTrainedConfig
 
 from yi_vl.chat import IMAGE_PLACEHOLDER
 from yi_vl.config import preset
@@ -78,12 +79,24 @@ def train_tokenizer(texts: Iterable[str], out_dir: Path, vocab_size: int) -> Non
     (out_dir / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
 
 
-def init_checkpoint(tokenizer_dir: Path, out_dir: Path, image_size: int = 224, seed: int = 0) -> None:
-    """A whole model with fresh weights, as a checkpoint whose language model can be trained."""
+def init_checkpoint(
+    tokenizer_dir: Path,
+    out_dir: Path,
+    image_size: int = 224,
+    seed: int = 0,
+    text_config: PreTrainedConfig | None = None,
+) -> None:
+    """A whole model with fresh weights, as a checkpoint whose language model can be trained.
+
+    Args:
+        text_config: of another language model than the preset's; the image token is then the last of the tokenizer.
+    """
     torch.manual_seed(seed)
     tokenizer = prepare_tokenizer(str(tokenizer_dir))
     config = preset("nano")
     config.vision_config.image_size = image_size
+    if text_config is not None:
+        config.text_config, config.image_token_id = text_config, len(tokenizer) - 1
     assert tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER) == config.image_token_id, "preset and tokenizer disagree"
     model = YiVLForConditionalGeneration(config)
     assert model.generation_config is not None

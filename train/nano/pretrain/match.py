@@ -27,8 +27,10 @@ from train.nano.data.art import Art, load_art
 from train.nano.data.compose import Composer
 from train.nano.data.labels import BACKGROUND
 from train.nano.data.sample import CATEGORIES, Category, Sample
+from train.nano.pretrain.language import SIGNS_FILE, load_signs
 from train.nano.pretrain.tower import SampleStream, TowerModule, TowerRecipe, make_optimizer
-from train.nano.text.mosaic import SIGNS, ideal_cells
+from train.nano.pretrain.trees import GRIDS, first_cell
+from train.nano.text.mosaic import SIGN_IDS, SIGNS, ideal_cells
 from yi_vl import YiVLForConditionalGeneration, YiVLProcessor
 from yi_vl.connector import Connector
 from yi_vl.image import YiVLImageProcessor
@@ -39,7 +41,6 @@ RECIPES = (
     TowerRecipe(num_steps=1200, learning_rate=8e-4, warmup_steps=100, large_every=2, late_large_every=2),
     TowerRecipe(num_steps=1500, learning_rate=6e-4, warmup_steps=50, large_every=2, late_large_every=1, seed=1),
 )
-_SIGN_IDS = {name: index for index, name in enumerate(SIGNS)}
 _IGNORED = -100
 _CODE_SCALE = 0.4  # of the signs' own spread
 _SHARPNESS = 16.0  # logits per squared distance between two signs
@@ -74,7 +75,7 @@ def sign_batch(rng: np.random.Generator, samples: list[Sample], patch_size_px: i
     for row, sample in zip(signs, samples, strict=True):
         cells = ideal_cells(sample.truth, grid)
         if cells is not None:
-            row[:] = [_SIGN_IDS[name] for name in cells.flat]
+            row[:] = [SIGN_IDS[name] for name in cells.flat]
     return SignBatch(torch.from_numpy(pixels), torch.from_numpy(signs))
 
 
@@ -88,25 +89,41 @@ def match(
     processor = YiVLProcessor.from_pretrained(language_dir)
     tower, projector = model.model.vision_tower, model.model.multi_modal_projector
     tower.load_state_dict(OpenClipTower.from_pretrained(tower_dir).state_dict())
-    sign_token_ids = processor.tokenizer.convert_tokens_to_ids(list(SIGNS.values()))
-    embeddings = model.model.language_model.embed_tokens.weight.detach()[sign_token_ids].clone()  # (L, D)
+    embeddings, codes = _targets(language_dir, model, processor)
     with torch.no_grad():  # the projector's output starts at the scale of the embeddings
         projector.norm_2.weight.fill_(embeddings.std().item())
     encoder = TowerAndProjector(tower, projector).train()
     out_dir.mkdir(parents=True, exist_ok=True)
     with (out_dir / "match.jsonl").open("w") as log:
         for recipe in recipes:
-            for row in _train(encoder, embeddings, art, recipe):
+            for row in _train(encoder, embeddings, codes, art, recipe):
                 log.write(json.dumps(row) + "\n")
                 log.flush()
     model.eval().save_pretrained(out_dir)
     processor.save_pretrained(out_dir)
 
 
-def _train(encoder: TowerAndProjector, embeddings: Tensor, art: Art, recipe: TowerRecipe) -> Iterator[dict[str, float]]:
+def _targets(
+    language_dir: Path, model: YiVLForConditionalGeneration, processor: YiVLProcessor
+) -> tuple[Tensor, dict[int, Tensor]]:
+    """The signs' embeddings, (L, D), and for each number of patches what a patch's place adds, (P, D).
+
+    Both as the language model was trained on them (language.py), or, if it was trained on mosaics as text, of the
+    signs' tokens and of fixed codes.
+    """
+    if (language_dir / SIGNS_FILE).exists():
+        signs, cells = load_signs(language_dir)
+        return signs, {grid**2: cells[first_cell(grid) :][: grid**2] for grid in GRIDS}
+    sign_token_ids = processor.tokenizer.convert_tokens_to_ids(list(SIGNS.values()))
+    signs = model.model.language_model.embed_tokens.weight.detach()[sign_token_ids].clone()
+    return signs, {grid**2: position_codes(grid, signs) for grid in GRIDS}
+
+
+def _train(
+    encoder: TowerAndProjector, embeddings: Tensor, codes: dict[int, Tensor], art: Art, recipe: TowerRecipe
+) -> Iterator[dict[str, float]]:
     patch_size_px = encoder.tower.config.patch_size
     optimizer, schedule = make_optimizer(encoder.parameters(), recipe)
-    codes = {grid**2: position_codes(grid, embeddings) for grid in (4, 8)}
     processor = YiVLImageProcessor()
     stream = SampleStream(art, recipe, lambda rng, samples: sign_batch(rng, samples, patch_size_px))
     loader = DataLoader(stream, batch_size=None, num_workers=recipe.num_workers, prefetch_factor=4)
@@ -123,7 +140,9 @@ def _train(encoder: TowerAndProjector, embeddings: Tensor, art: Art, recipe: Tow
         optimizer.zero_grad()
         running += (loss.item() - running) / min(step, 100)
         if step % 400 == 0 or step == recipe.num_steps:
-            accuracy: dict[str, float] = {each: score_signs(encoder, embeddings, art, each) for each in CATEGORIES}
+            accuracy: dict[str, float] = {
+                each: score_signs(encoder, embeddings, codes, art, each) for each in CATEGORIES
+            }
             yield {"step": step, "loss": round(running, 4), "seconds": round(time.time() - started), **accuracy}
 
 
@@ -147,7 +166,7 @@ def sign_loss(features: Tensor, signs: Tensor, embeddings: Tensor, label_smoothi
     few patches, a flag many.
     """
     has_sign = signs != _IGNORED
-    is_shown = has_sign & (signs != _SIGN_IDS[BACKGROUND])
+    is_shown = has_sign & (signs != SIGN_IDS[BACKGROUND])
     is_empty = has_sign & ~is_shown
     parts = [which / which.sum(1, keepdim=True).clamp(min=1) for which in (is_shown, is_empty)]
     weight = parts[0] + parts[1]  # (B, P)
@@ -166,7 +185,12 @@ def _distances(features: Tensor, embeddings: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def score_signs(
-    encoder: TowerAndProjector, embeddings: Tensor, art: Art, category: Category, num_samples: int = 64
+    encoder: TowerAndProjector,
+    embeddings: Tensor,
+    codes: dict[int, Tensor],
+    art: Art,
+    category: Category,
+    num_samples: int = 64,
 ) -> float:
     """Accuracy of the nearest sign over the patches of held-out 448 px images that show an item."""
     composer, rng = Composer(art), np.random.default_rng(0)
@@ -176,7 +200,7 @@ def score_signs(
     with torch.autocast("cpu", torch.bfloat16):
         features = encoder.at_size(YiVLImageProcessor().to_pixel_values(batch.pixels))
     encoder.train()
-    features = features - position_codes(8, embeddings)
-    shown = (batch.signs != _IGNORED) & (batch.signs != _SIGN_IDS[BACKGROUND])
+    features = features - codes[features.shape[1]]
+    shown = (batch.signs != _IGNORED) & (batch.signs != SIGN_IDS[BACKGROUND])
     nearest = _distances(features[shown], embeddings).argmin(-1)
     return round((nearest == batch.signs[shown]).float().mean().item(), 4)

@@ -3,16 +3,13 @@
 Captions alone would not train a tower in minutes on a CPU; labels do. A small head, discarded afterwards, classifies
 random points of each image (a thing, a flag, a digit, a letter, a coloured shape, background) from the features of the
 patch that the point lies in: those of the penultimate block, which the language model gets.
-Some batches are 448 px, with the position grid resized on the fly: every fifth at first, every second towards the end.
+Some batches are 448 px, with the position grid resized on the fly: every third at first, all towards the end.
 
 B images, K points each, P patches, L labels.
 """
 
 from __future__ import annotations
 
-import json
-import logging
-import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -21,7 +18,6 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from rich.progress import track
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
@@ -34,29 +30,34 @@ from train.nano.data.art import DATA_DIR, Art, load_art
 from train.nano.data.compose import Composer
 from train.nano.data.labels import LABELS
 from train.nano.data.sample import Category, Sample, dense_labels
+from train.nano.pretrain.trainer import LoopRecipe, remember_recipe, train_loop
 from yi_vl.config import preset
 from yi_vl.image import YiVLImageProcessor
 from yi_vl.vision import OpenClipTower, resize_position_grid
 
-logger = logging.getLogger(__name__)
 Batch = TypeVar("Batch")
+_NUM_WORDS, _MOST_LETTERS, _POINTS_PER_ITEM = 100, 8, 16  # of the held-out measurement
 _POINTS = 32  # points along a side from which the K are drawn; a multiple of both grids (4 and 8)
 
 
-@dataclass(frozen=True)
+@dataclass
 class TowerRecipe:
     """How the tower is pretrained."""
 
     num_steps: int = 4800
     batch_size: int = 64  # images at 224 px; half as many at 448
-    large_every: int = 5  # batches; one of them is of 448 px
-    late_large_every: int = 2  # the same from `late_from` on
+    large_every: int = 3  # batches; one of them is of 448 px
+    late_large_every: int = 1  # the same from `late_from` on
     late_from: float = 0.6  # fraction of all steps
     num_points: int = 48
     learning_rate: float = 1.5e-3
     weight_decay: float = 0.05
     warmup_steps: int = 300
+    decay_fraction: float = 0.5  # of the steps, over which the rate falls at the end
     label_smoothing: float = 0.05
+    save_every: int = 200
+    measure_every: int = 500
+    num_threads: int = 1
     seed: int = 0
     num_workers: int = 2
 
@@ -66,7 +67,11 @@ class TowerRecipe:
         return index % every == every - 1
 
 
-CATEGORY_SHARES: dict[Category, float] = {"thing": 0.32, "flag": 0.26, "digit": 0.07, "word": 0.2, "scene": 0.15}
+# By image size. At 224 px a patch has more letters than signs can tell.
+CATEGORY_SHARES: dict[int, dict[Category, float]] = {
+    224: {"thing": 0.4, "flag": 0.3, "digit": 0.1, "scene": 0.15, "unknown": 0.05},
+    448: {"thing": 0.24, "flag": 0.17, "digit": 0.08, "word": 0.34, "scene": 0.12, "unknown": 0.05},
+}
 
 
 @dataclass(frozen=True)
@@ -119,26 +124,30 @@ class PointHead(TowerModule):
 
 
 class SampleStream(IterableDataset[Batch]):
-    """A seeded stream of batches, composed on the fly and put into tensors by `make_batch`."""
+    """A seeded stream of the batches from a step on, composed on the fly and put into tensors by `make_batch`."""
 
     def __init__(
-        self, art: Art, recipe: TowerRecipe, make_batch: Callable[[np.random.Generator, list[Sample]], Batch]
+        self,
+        art: Art,
+        recipe: TowerRecipe,
+        make_batch: Callable[[np.random.Generator, list[Sample]], Batch],
+        first: int = 0,
     ) -> None:
-        self.art, self.recipe, self.make_batch = art, recipe, make_batch
+        self.art, self.recipe, self.make_batch, self.first = art, recipe, make_batch, first
 
     def __iter__(self) -> Iterator[Batch]:
         worker = get_worker_info()
-        first, stride = (worker.id, worker.num_workers) if worker else (0, 1)
+        offset, stride = (worker.id, worker.num_workers) if worker else (0, 1)
         torch.set_num_threads(1)
         composer = Composer(self.art)
-        categories, shares = list(CATEGORY_SHARES), list(CATEGORY_SHARES.values())
-        for index in range(first, self.recipe.num_steps, stride):
+        for index in range(self.first + offset, self.recipe.num_steps, stride):
             rng = np.random.default_rng([self.recipe.seed, index])
             size_px, count = 224, self.recipe.batch_size
             if self.recipe.is_large(index):
                 size_px, count = 448, count // 2
-            indices = rng.choice(len(categories), size=count, p=shares)
-            samples = [composer.compose(rng, categories[i], size_px) for i in indices]
+            shares = CATEGORY_SHARES[size_px]
+            categories = rng.choice(list(shares), size=count, p=list(shares.values()))
+            samples = [composer.compose(rng, category, size_px) for category in categories]
             yield self.make_batch(rng, samples)
 
 
@@ -158,39 +167,46 @@ def point_batch(rng: np.random.Generator, samples: list[Sample], num_points: int
 
 
 def pretrain_tower(out_dir: Path, recipe: TowerRecipe, data_dir: Path = DATA_DIR) -> OpenClipTower:
-    """Train a tower from random weights; `out_dir` gets it and a log with its accuracy on held-out drawings."""
+    """Train a tower from random weights, or continue to; `out_dir` gets it, and its accuracy on what is held out.
+
+    Raises:
+        ValueError: the folder has a run of another recipe.
+    """
+    out_dir.mkdir(parents=True, exist_ok=True)
+    remember_recipe(out_dir, asdict(recipe))
+    torch.set_num_threads(recipe.num_threads)
     torch.manual_seed(recipe.seed)
     art = load_art(data_dir)
     config = preset("nano").vision_config
     config.image_size = 224
     head = PointHead(OpenClipTower(config)).train()
     head.to(memory_format=torch.channels_last)
-    optimizer, schedule = make_optimizer(head.parameters(), recipe)
+    for module in head.tower.visual.unused_modules(config.feature_layer):
+        module.requires_grad_(False)
     processor = YiVLImageProcessor()
-    stream = SampleStream(art, recipe, partial(point_batch, num_points=recipe.num_points))
-    loader = DataLoader(stream, batch_size=None, num_workers=recipe.num_workers, prefetch_factor=4)
-    out_dir.mkdir(parents=True, exist_ok=True)
-    running, started = 0.0, time.time()
-    with (out_dir / "log.jsonl").open("w") as log:
-        log.write(json.dumps(asdict(recipe)) + "\n")
-        for step, batch in enumerate(track(loader, "tower", total=recipe.num_steps), start=1):
-            loss = _loss(head, processor, batch, recipe.label_smoothing)
-            with sdpa_kernel(SDPBackend.MATH):
-                loss.backward()
-            nn.utils.clip_grad_norm_(head.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-            running += (loss.item() - running) / min(step, 100)
-            if step % 500 == 0 or step == recipe.num_steps:
-                row = {"step": step, "loss": round(running, 4), "seconds": round(time.time() - started)}
-                row |= {
-                    f"{category}_{size}": score_heldout(head, art, category, size)
-                    for category in ("thing", "flag")
-                    for size in (224, 448)
-                }
-                log.write(json.dumps(row) + "\n")
-                log.flush()
+    loop = LoopRecipe(
+        num_steps=recipe.num_steps,
+        learning_rate=recipe.learning_rate,
+        warmup_steps=recipe.warmup_steps,
+        decay_fraction=recipe.decay_fraction,
+        weight_decay=recipe.weight_decay,
+        save_every=recipe.save_every,
+        measure_every=recipe.measure_every,
+    )
+
+    def batches(first: int) -> Iterator[PointBatch]:
+        stream = SampleStream(art, recipe, partial(point_batch, num_points=recipe.num_points), first)
+        workers = recipe.num_workers
+        return iter(DataLoader(stream, batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None))
+
+    train_loop(
+        out_dir,
+        head,
+        loop,
+        batches,
+        lambda batch: _loss(head, processor, batch, recipe.label_smoothing),
+        lambda: {category: score_heldout(head, art, category) for category in ("thing", "flag", "digit", "word")},
+    )
     head.tower.save_pretrained(out_dir)
     return head.tower
 
@@ -212,22 +228,49 @@ def _loss(head: PointHead, processor: YiVLImageProcessor, batch: PointBatch, lab
 
 
 @torch.inference_mode()
-def score_heldout(head: PointHead, art: Art, category: str, size_px: int) -> float:
-    """Accuracy on held-out images of a category: log-probabilities summed over points, among its classes."""
-    samples = [sample for sample in Composer(art).all_test_samples(size_px) if sample.truth.category == category]
-    ids = [index for index, label in enumerate(LABELS) if label.startswith(category)]
-    rng = np.random.default_rng(0)
+def score_heldout(head: PointHead, art: Art, category: Category, size_px: int = 448) -> float:
+    """Accuracy on held-out images of a category: of an image's class, or of the letters of a word.
+
+    Log-probabilities are summed over points on an item, among the classes of its category.
+    """
+    samples = _heldout(Composer(art), category, size_px)
+    prefix = "letter" if category == "word" else category
+    ids = [index for index, label in enumerate(LABELS) if label.startswith(prefix)]
     processor = YiVLImageProcessor()
     was_training = head.training
     head.eval()
-    num_right = 0
+    correct: list[bool] = []
     for start in range(0, len(samples), 32):
         chunk = samples[start : start + 32]
-        batch = point_batch(rng, chunk, 64)
+        pixels = processor.to_pixel_values(torch.from_numpy(np.stack([np.asarray(each.image) for each in chunk])))
+        points = torch.stack([_item_points(each) for each in chunk])  # (B, items * 16, 2)
         with torch.autocast("cpu", torch.bfloat16):
-            logits = head.at_size(processor.to_pixel_values(batch.pixels), batch.points)
-        scores = logits.log_softmax(-1)[:, :32, ids].sum(1)  # the first half lie on the item
+            logits = head.at_size(pixels, points)
+        scores = logits.log_softmax(-1)[..., ids].unflatten(1, (-1, _POINTS_PER_ITEM)).sum(2)  # (B, items, labels)
         for sample, best in zip(chunk, scores.argmax(-1).tolist(), strict=True):
-            num_right += LABELS[ids[best]] == sample.truth.items[0].label
+            correct += [LABELS[ids[i]] == item.label for i, item in zip(best, sample.truth.items)]
     head.train(was_training)
-    return round(num_right / len(samples), 4)
+    return round(sum(correct) / len(correct), 4)
+
+
+def _heldout(composer: Composer, category: Category, size_px: int) -> list[Sample]:
+    if category == "digit":
+        return list(composer.all_test_digits(size_px))
+    if category == "word":
+        return [
+            composer.compose(np.random.default_rng([1, index]), "word", size_px, "test") for index in range(_NUM_WORDS)
+        ]
+    return [sample for sample in composer.all_test_samples(size_px) if sample.truth.category == category]
+
+
+def _item_points(sample: Sample) -> Tensor:
+    """(items * 16, 2) points on a 4 x 4 grid within each item's box; words have eight items, the last repeated."""
+    points = []
+    items = sample.truth.items
+    num_items = _MOST_LETTERS if sample.truth.category == "word" else 1
+    for index in range(num_items):
+        x0, y0, x1, y1 = items[min(index, len(items) - 1)].box
+        inner = np.linspace(0.25, 0.75, 4)
+        rows, columns = (np.clip(low + inner * (high - low), 0, 0.999) * _POINTS for low, high in ((y0, y1), (x0, x1)))
+        points.append(np.stack(np.meshgrid(rows.astype(int), columns.astype(int), indexing="ij"), -1).reshape(-1, 2))
+    return torch.from_numpy(np.concatenate(points))

@@ -25,7 +25,7 @@ FILL_ZH = (
     "如果信息不足以确切回答，那么请依据现有的数据和你的推理能力来填写最合理的答案。"
 )
 
-_QUESTION_ZH = "问题："
+CHOICE_MARK = "问题："  # after which CMMMU has the image
 
 
 def choice_conversation(rng: np.random.Generator, truth: Truth) -> list[Turn]:
@@ -47,8 +47,8 @@ def choice_conversation(rng: np.random.Generator, truth: Truth) -> list[Turn]:
 def with_image(rng: np.random.Generator, turns: list[Turn]) -> list[Turn]:
     """The image's marker put before the prompt or, as CMMMU has it, before the question within."""
     value = turns[0]["value"]
-    if _QUESTION_ZH in value and rng.random() < 0.7:
-        value = value.replace(_QUESTION_ZH, _QUESTION_ZH + "<image>", 1)
+    if CHOICE_MARK in value and rng.random() < 0.7:
+        value = value.replace(CHOICE_MARK, CHOICE_MARK + "<image>", 1)
     else:
         value = "<image>\n" + value
     return [{"from": "human", "value": value}, *turns[1:]]
@@ -59,20 +59,24 @@ def choice_prompt(question: str, options: list[str], lang: Lang) -> str:
     listed = "".join(f"({letter}) {option}\n" for letter, option in zip("ABCD", options))
     if lang == "en":
         return f"{question}\n{listed}\n{CHOICE_EN}"
-    return f"{CHOICE_ZH}\n\n{_QUESTION_ZH}{question}\n选项：\n{listed}\n正确答案：\n"
+    return f"{CHOICE_ZH}\n\n{CHOICE_MARK}{question}\n选项：\n{listed}\n正确答案：\n"
 
 
 def judge_prompt(statement: str) -> str:
-    return f"{JUDGE_ZH}\n\n{_QUESTION_ZH}{statement}\n正确答案：\n"
+    return f"{JUDGE_ZH}\n\n{CHOICE_MARK}{statement}\n正确答案：\n"
 
 
 def fill_prompt(question: str) -> str:
-    return f"{FILL_ZH}\n\n{_QUESTION_ZH}{question}\n正确答案：\n"
+    return f"{FILL_ZH}\n\n{CHOICE_MARK}{question}\n正确答案：\n"
 
 
 def judgement(rng: np.random.Generator, truth: Truth, measured: bool = False) -> tuple[str, bool]:
     """A Chinese statement about the image, and whether it is true."""
-    qa, options = multiple_choice(rng, truth, "zh", measured)
+    return statement(rng, *multiple_choice(rng, truth, "zh", measured))
+
+
+def statement(rng: np.random.Generator, qa: QAPair, options: list[str]) -> tuple[str, bool]:
+    """A question with one of its options claimed as the answer, and whether it is that."""
     is_true = bool(rng.random() < 0.5)
     wrong = [option for option in options if option != qa.core]
     claimed = qa.core if is_true or not wrong else wrong[rng.integers(len(wrong))]

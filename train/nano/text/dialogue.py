@@ -7,20 +7,24 @@ allows one answer.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise, permutations
 from typing import Literal
 
 import numpy as np
 
 from train.nano.data.labels import COLOURS, FLAGS, LANGS, SHAPES, THINGS, Lang
-from train.nano.data.layout import DIRECTIONS, direction, neighbour
+from train.nano.data.layout import DIRECTIONS, choice, direction, neighbour
 from train.nano.data.sample import Item, Truth
+from train.nano.text.combinations import combine, is_heldout
 from train.nano.text.phrases import NUM_MEASURED, QUESTIONS, TALK
 from train.nano.text.wording import (
+    MAX_ITEMS,
     a_or_an,
     class_of,
     count_phrase,
+    is_countable,
     joined,
     listed,
     noun,
@@ -32,11 +36,15 @@ from train.nano.text.wording import (
 )
 
 Turn = dict[str, str]
-Skill = Literal["things", "flags", "digits", "words", "scenes", "same"]
+Skill = Literal["things", "flags", "digits", "words", "scenes", "same", "unknown"]
 SKILLS: dict[str, Skill] = {
-    "thing": "things", "flag": "flags", "digit": "digits", "word": "words", "scene": "scenes", "same": "same"
+    "thing": "things", "flag": "flags", "digit": "digits", "word": "words", "scene": "scenes", "same": "same",
+    "unknown": "unknown",
 }  # fmt: skip
 
+NOT_SURE: dict[Lang, str] = {"en": "I am not sure.", "zh": "我不确定。"}
+MOST_MEASURED = 5  # items of the held-out scenes
+_NAMING_TOPICS = ("thing", "flag", "digit", "word", "describe")
 _PLACES = {
     "left": ("to the left of", "左边"), "right": ("to the right of", "右边"),
     "above": ("above", "上面"), "below": ("below", "下面"),
@@ -57,6 +65,7 @@ class QAPair:
     answer: str
     core: str  # the answer's word or two, as an option of a multiple-choice question
     accepted: tuple[str, ...] = ()  # further correct answers
+    combination: str = ""  # what is asked about what, in no language: see combinations.py
 
 
 def all_questions(rng: np.random.Generator, truth: Truth, lang: Lang, measured: bool = False) -> list[QAPair]:
@@ -67,16 +76,54 @@ def all_questions(rng: np.random.Generator, truth: Truth, lang: Lang, measured: 
     """
     if truth.category == "scene":
         questions = _scene_questions(rng, truth, lang, measured)
+    elif truth.category == "unknown":
+        topic = choice(rng, _NAMING_TOPICS)
+        questions = [QAPair(topic, lang, _phrase(rng, topic, lang, measured), NOT_SURE[lang], NOT_SURE[lang])]
     else:
         answer, core, accepted = _single_answer(truth, lang)
         questions = [QAPair(truth.category, lang, _phrase(rng, truth.category, lang, measured), answer, core, accepted)]
     return [questions[i] for i in rng.permutation(len(questions))]
 
 
+def training_questions(rng: np.random.Generator, truth: Truth, lang: Lang, skips_heldout: bool = False) -> list[QAPair]:
+    """All questions with the comparisons, which the held-out images are not asked, in random order."""
+    questions = all_questions(rng, truth, lang)
+    if truth.category == "scene":
+        questions += comparisons(rng, truth, lang)
+        questions = [questions[i] for i in rng.permutation(len(questions))]
+    return [qa for qa in questions if not (skips_heldout and is_heldout(qa.combination))]
+
+
+def comparisons(rng: np.random.Generator, truth: Truth, lang: Lang, measured: bool = False) -> list[QAPair]:
+    """ "Are there more dogs or more cats?" for every two classes of a scene of which there are not equally many."""
+    counts = Counter(class_of(item) for item in truth.items)
+    examples = [_uncoloured(item) for item in {class_of(item): item for item in truth.items}.values()]
+    questions = []
+    for first, second in permutations(filter(is_countable, examples), 2):
+        more = max(first, second, key=lambda item: counts[class_of(item)])
+        if counts[class_of(first)] != counts[class_of(second)]:
+            x, y, core = (_counted(item, lang) for item in (first, second, more))
+            question = _phrase(rng, "more", lang, measured).format(x=x, y=y)
+            answer = f"There are more {core}." if lang == "en" else f"{core}更多。"
+            questions.append(QAPair("more", lang, question, answer, core, combination=combine("more", [first, second])))
+    return [questions[i] for i in rng.permutation(len(questions))]
+
+
+def tells_heldout(truth: Truth) -> bool:
+    """Whether a caption tells a held-out combination: a count, or how the only two items lie to each other."""
+    if truth.category != "scene":
+        return False
+    questions = all_questions(np.random.default_rng(0), truth, "en")
+    captioned = [qa for qa in questions if qa.topic in ("count", "count_of") or len(truth.items) == 2]
+    return any(is_heldout(qa.combination) for qa in captioned)
+
+
 def caption(rng: np.random.Generator, truth: Truth, lang: Lang) -> str:
     """One sentence about the whole image."""
-    item = truth.items[0]
     english = lang == "en"
+    if truth.category == "unknown":
+        return NOT_SURE[lang]
+    item = truth.items[0]
     if truth.category == "word":
         return f'The word "{truth.word}".' if english else f"单词“{truth.word}”。"
     if truth.category == "digit":
@@ -88,10 +135,14 @@ def caption(rng: np.random.Generator, truth: Truth, lang: Lang) -> str:
     return _scene_caption(rng, truth, lang)
 
 
-def conversation(rng: np.random.Generator, truth: Truth, max_turns: int = 4) -> list[Turn]:
-    """Several questions about one sample in LLaVA's layout, in one language but for one turn in five."""
+def conversation(rng: np.random.Generator, truth: Truth, max_turns: int = 4, skips_heldout: bool = False) -> list[Turn]:
+    """Several questions about one sample in LLaVA's layout, in one language but for one turn in five.
+
+    Args:
+        skips_heldout: without held-out combinations: see combinations.py.
+    """
     lang: Lang = LANGS[rng.integers(2)]
-    by_lang = {each: all_questions(rng, truth, each) for each in LANGS}
+    by_lang = {each: training_questions(rng, truth, each, skips_heldout) for each in LANGS}
     num_images = 2 if truth.category == "same" else 1
     turns: list[Turn] = []
     used = set()
@@ -107,7 +158,7 @@ def conversation(rng: np.random.Generator, truth: Truth, max_turns: int = 4) -> 
         used.add((chosen.topic, chosen.core))
         by_lang[use].remove(chosen)
         turns += _turns(chosen.question, chosen.answer)
-    if truth.category != "same" and rng.random() < 0.25:
+    if truth.category != "same" and rng.random() < 0.25 and not (skips_heldout and tells_heldout(truth)):
         topic = "describe"
         turns += _turns(_phrase(rng, topic, lang), caption(rng, truth, lang))
     if truth.category != "scene" and rng.random() < 0.25:  # the same once more in the other language: a follow-up
@@ -138,12 +189,17 @@ def multiple_choice(
     rng: np.random.Generator, truth: Truth, lang: Lang, measured: bool = False
 ) -> tuple[QAPair, list[str]]:
     """A question and four options in random order; `QAPair.answer` is the letter of the correct one."""
-    qa = all_questions(rng, truth, lang, measured)[0]
-    wrong = [core for core in _alternatives(qa, truth, lang) if core != qa.core]
+    return as_choice(rng, all_questions(rng, truth, lang, measured)[0], truth, measured)
+
+
+def as_choice(rng: np.random.Generator, qa: QAPair, truth: Truth, measured: bool = False) -> tuple[QAPair, list[str]]:
+    """A question with four options, or as many as there are, in random order; the answer becomes a letter."""
+    lang = qa.lang
+    wrong = [core for core in _alternatives(qa, truth, lang, measured) if core != qa.core]
     options = [qa.core, *(wrong[i] for i in rng.choice(len(wrong), size=min(3, len(wrong)), replace=False))]
     options = [options[i] for i in rng.permutation(len(options))]
     letter = "ABCD"[options.index(qa.core)]
-    return QAPair(qa.topic, lang, qa.question, letter, qa.core), options
+    return replace(qa, answer=letter, accepted=()), options
 
 
 def _single_answer(truth: Truth, lang: Lang) -> tuple[str, str, tuple[str, ...]]:
@@ -179,37 +235,41 @@ def _scene_questions(rng: np.random.Generator, truth: Truth, lang: Lang, measure
     items, english = truth.items, lang == "en"
     questions = []
 
-    def add(topic: str, answer: str, core: str, **words: str) -> None:
-        questions.append(QAPair(topic, lang, _phrase(rng, topic, lang, measured).format(**words), answer, core))
+    def add(topic: str, about: Sequence[Item], answer: str, core: str, **words: str) -> None:
+        question = _phrase(rng, topic, lang, measured).format(**words)
+        number = len(items) if topic == "count" else len(about) if topic == "count_of" else 0
+        questions.append(QAPair(topic, lang, question, answer, core, combination=combine(topic, about, number)))
 
-    add("count", *count_phrase(len(items), lang))
+    add("count", items, *count_phrase(len(items), lang))
     for name, count in Counter(class_of(item) for item in items).items():
         example = next(item for item in items if class_of(item) == name)
-        if example.category == "shape" or THINGS[example.name].article:
-            uncoloured = Item(example.category, example.name, example.box)
-            add("count_of", *count_phrase(count, lang), p=plural(noun(uncoloured, "en")), x=noun(uncoloured, lang))
+        if is_countable(example):
+            counted = [_uncoloured(example)] * count
+            name_en, name = noun(counted[0], "en"), noun(counted[0], lang)
+            add("count_of", counted, *count_phrase(count, lang), p=plural(name_en), x=name)
     shapes = [item for item in items if item.category == "shape"]
     for item in shapes:
         assert item.colour is not None
         colour = item.colour if english else COLOURS[item.colour][0]
         shape = item.name if english else SHAPES[item.name]
         if sum(other.name == item.name for other in shapes) == 1:
-            add("colour", f"It is {colour}." if english else f"它是{colour}的。", colour, s=shape)
+            add("colour", [item], f"It is {colour}." if english else f"它是{colour}的。", colour, s=shape)
         if sum(other.colour == item.colour for other in shapes) == 1:
-            add("shape", f"It is {a_or_an(shape)}." if english else f"它是{shape}。", shape, c=colour)
+            add("shape", [item], f"It is {a_or_an(shape)}." if english else f"它是{shape}。", shape, c=colour)
     unique = [item for item in items if sum(other.label == item.label for other in items) == 1]
     for item in unique:
         for where in DIRECTIONS:
             other = neighbour(items, item, where)
             if other is not None and other in unique:
                 name = noun(other, lang)
-                add(where, f"It is the {name}." if english else f"是{name}。", name, y=noun(item, lang))
+                add(where, [item, other], f"It is the {name}." if english else f"是{name}。", name, y=noun(item, lang))
         for other in unique:
             place = direction(item, other)
             if other is not item and place is not None:
                 topic = "sideways" if place in ("left", "right") else "upright"
                 add(
                     topic,
+                    [item, other],
                     _SIDES[place][not english],
                     _PLACES[place][not english],
                     x=noun(item, lang),
@@ -242,7 +302,7 @@ def _scene_caption(rng: np.random.Generator, truth: Truth, lang: Lang) -> str:
     return sentence(joined(parts, lang), lang)
 
 
-def _alternatives(qa: QAPair, truth: Truth, lang: Lang) -> list[str]:
+def _alternatives(qa: QAPair, truth: Truth, lang: Lang, measured: bool) -> list[str]:
     """Cores that a wrong option may have."""
     english = lang == "en"
     if qa.topic == "thing":
@@ -257,7 +317,10 @@ def _alternatives(qa: QAPair, truth: Truth, lang: Lang) -> list[str]:
 
         return [word.upper() for word in VOCABULARY]
     if qa.topic in ("count", "count_of"):
-        return [count_phrase(number, lang)[1] for number in range(1, 6)]
+        most = MAX_ITEMS if len(truth.items) > MOST_MEASURED or not measured else MOST_MEASURED
+        return [count_phrase(number, lang)[1] for number in range(1, most + 1)]
+    if qa.topic == "more":
+        return list(dict.fromkeys(_counted(_uncoloured(item), lang) for item in truth.items if is_countable(item)))
     if qa.topic == "colour":
         return list(COLOURS) if english else [chinese for chinese, _ in COLOURS.values()]
     if qa.topic == "shape":
@@ -267,6 +330,15 @@ def _alternatives(qa: QAPair, truth: Truth, lang: Lang) -> list[str]:
     if qa.topic == "same":
         return ["Yes", "No"] if english else ["是", "否"]
     return [noun(Item("shape", shape, (0, 0, 1, 1), colour), lang) for shape in SHAPES for colour in COLOURS]
+
+
+def _uncoloured(item: Item) -> Item:
+    return Item(item.category, item.name, item.box)
+
+
+def _counted(item: Item, lang: Lang) -> str:
+    """How one class is named among several: dogs, 狗"""
+    return plural(noun(item, "en")) if lang == "en" else noun(item, "zh")
 
 
 def _phrase(rng: np.random.Generator, topic: str, lang: Lang, measured: bool = False) -> str:

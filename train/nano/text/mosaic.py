@@ -13,14 +13,16 @@ from typing import Literal
 
 import numpy as np
 
-from train.nano.data.labels import BACKGROUND, DIGITS, FLAGS, LABELS, THINGS
+from train.nano.data.labels import BACKGROUND, DIGITS, FLAGS, LABELS, THINGS, UNKNOWN
 from train.nano.data.layout import place_items, scene_items, word_width
 from train.nano.data.sample import Box, Item, Truth
 from train.nano.data.vocabulary import VOCABULARY
 
 _FIRST_SIGN = 0xE000
 _LETTER_PAIRS = sorted({f"letter {a}{b}" for word in VOCABULARY for a, b in pairwise(word)})
-SIGNS: dict[str, str] = {label: chr(_FIRST_SIGN + i) for i, label in enumerate((*LABELS, *_LETTER_PAIRS))}
+_NAMES = (*(label for label in LABELS if label != UNKNOWN), *_LETTER_PAIRS, UNKNOWN)
+SIGNS: dict[str, str] = {label: chr(_FIRST_SIGN + i) for i, label in enumerate(_NAMES)}
+SIGN_IDS: dict[str, int] = {label: index for index, label in enumerate(SIGNS)}
 
 Shares = dict[str, float]  # category -> fraction
 _NARROW, _WIDE = "fijlrt", "mw"
@@ -30,14 +32,20 @@ _NOISY, _NOISE = 0.5, 0.25  # share of single items seen badly, and of their pat
 _LABELS_OF = {each: [label for label in LABELS if label.startswith(each)] for each in ("thing", "flag", "digit")}
 
 
-def random_truth(rng: np.random.Generator, shares: Shares) -> Truth:
-    """A random ground truth, without drawing an image of it."""
+def random_truth(rng: np.random.Generator, shares: Shares, max_items: int = 5) -> Truth:
+    """A random ground truth, without drawing an image of it.
+
+    Args:
+        max_items: the most items of a scene.
+    """
     category = list(shares)[rng.choice(len(shares), p=list(shares.values()))]
     if category == "scene":
-        num_items = int(rng.integers(1, 6))
+        num_items = int(rng.integers(1, max_items + 1))
         placed = zip(scene_items(rng, num_items), place_items(rng, num_items))
         boxes = [(item, (x - s / 2, y - s / 2, x + s / 2, y + s / 2)) for item, (x, y, s) in placed]
         return Truth("scene", tuple(Item(item.category, item.name, box, item.colour) for item, box in boxes))
+    if category == "unknown":
+        return Truth("unknown", (Item("unknown", "", _box(rng)),))
     if category == "word":
         return Truth("word", _letters(rng, VOCABULARY[rng.integers(len(VOCABULARY))]))
     if category == "digit":
@@ -52,22 +60,35 @@ def random_truth(rng: np.random.Generator, shares: Shares) -> Truth:
 
 
 def to_mosaics(rng: np.random.Generator, truth: Truth, grid: int) -> list[str] | None:
-    """The mosaic of every image, (grid * grid) signs in reading order; None where a patch would need more than one.
+    """The mosaic of every image, (grid * grid) signs in reading order; None where a patch would need more than one."""
+    cells = to_cells(rng, truth, grid)
+    return None if cells is None else ["".join(SIGNS[label] for label in each.flat) for each in cells]
+
+
+def to_cells(
+    rng: np.random.Generator, truth: Truth, grid: int, centres_only: float = _CENTRES_ONLY
+) -> list[np.ndarray] | None:
+    """(grid, grid) keys of `SIGNS` for every image; None where a patch would need more than one.
 
     Single items have mistaken patches at times; a scene's items at times have their sign in every patch they cover.
+
+    Args:
+        centres_only: share of scenes whose items have one sign each: what covers more cannot always be counted.
     """
     if truth.category == "same":
-        return [_mosaic(_mistaken(rng, _covered(item, grid), item)) for item in truth.items]
+        return [_mistaken(rng, _covered(item, grid), item) for item in truth.items]
+    if truth.category == "unknown":
+        return [_unknown(rng, truth.items[0], grid)]
     cells = ideal_cells(truth, grid)
     if cells is None or truth.category == "word":
-        return None if cells is None else [_mosaic(cells)]
+        return None if cells is None else [cells]
     if truth.category != "scene":
-        return [_mosaic(_mistaken(rng, cells, truth.items[0]))]
-    if rng.random() >= _CENTRES_ONLY:
+        return [_mistaken(rng, cells, truth.items[0])]
+    if rng.random() >= centres_only:
         for item in truth.items:
             covered = _covered(item, grid)
             cells = np.where(covered != BACKGROUND, covered, cells)
-    return [_mosaic(cells)]
+    return [cells]
 
 
 def ideal_cells(truth: Truth, grid: int) -> np.ndarray | None:
@@ -78,10 +99,6 @@ def ideal_cells(truth: Truth, grid: int) -> np.ndarray | None:
     if truth.category in ("word", "scene"):
         return _by_centre(truth.items, grid)
     return _covered(truth.items[0], grid)
-
-
-def _mosaic(cells: np.ndarray) -> str:
-    return "".join(SIGNS[label] for label in cells.flat)
 
 
 def _empty(grid: int) -> np.ndarray:
@@ -119,6 +136,16 @@ def _mistaken(rng: np.random.Generator, cells: np.ndarray, item: Item) -> np.nda
     others = _LABELS_OF[item.category]
     for y, x in np.argwhere((cells != BACKGROUND) & (rng.random(cells.shape) < _NOISE)):
         cells[y, x] = BACKGROUND if rng.random() < 0.5 else others[rng.integers(len(others))]
+    return cells
+
+
+def _unknown(rng: np.random.Generator, item: Item, grid: int) -> np.ndarray:
+    """(grid, grid) labels of what has no name: its own sign, or patches that a tower takes for many things."""
+    cells = _covered(item, grid)
+    covered = np.argwhere(cells != BACKGROUND)
+    is_recognized = rng.random() < 0.6
+    for y, x in covered:
+        cells[y, x] = UNKNOWN if is_recognized or rng.random() < 0.2 else LABELS[rng.integers(len(LABELS))]
     return cells
 
 

@@ -79,6 +79,17 @@ QUESTIONS: dict[str, dict[Lang, list[str]]] = {
             "告诉我有几个{x}。", "图中有多少个{x}？", "这张图里有几个{x}？", "请数一数{x}。", "能数一下{x}吗？", "一共有几个{x}？",
         ],
     },
+    "more": {
+        "en": [
+            "Are there more {x} or more {y}?", "Which are there more of, {x} or {y}?", "Of which are there more: {x} or {y}?",
+            "Do you see more {x} or more {y}?", "More {x} or more {y}?", "Compare the {x} and the {y}: which are more?",
+            "Tell me whether there are more {x} or more {y}.", "And are there more {x} or more {y}?",
+        ],
+        "zh": [
+            "{x}多还是{y}多？", "是{x}更多还是{y}更多？", "{x}和{y}哪个更多？", "图里{x}多还是{y}多？", "比较一下：{x}和{y}哪个多？",
+            "{x}与{y}相比，哪个更多？", "告诉我{x}多还是{y}多。", "那么{x}多还是{y}多？",
+        ],
+    },
     "colour": {
         "en": [
             "What colour is the {s}?", "Which colour does the {s} have?", "What is the colour of the {s}?", "Tell me the colour of the {s}.",

@@ -5,8 +5,9 @@ from __future__ import annotations
 from train.nano.data.labels import COLOURS, FLAGS, SHAPES, THINGS, Lang
 from train.nano.data.sample import Item
 
-_NUMBERS_EN = ("no", "one", "two", "three", "four", "five")
-_NUMBERS_ZH = ("零", "一", "两", "三", "四", "五")
+_NUMBERS_EN = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+_NUMBERS_ZH = ("零", "一", "两", "三", "四", "五", "六", "七", "八", "九")
+MAX_ITEMS = len(_NUMBERS_EN) - 1  # that are counted
 _PLURALS = {
     "mouse": "mice",
     "fish": "fish",
@@ -41,6 +42,10 @@ def joined(parts: list[str], lang: Lang) -> str:
 
 def class_of(item: Item) -> str:
     return f"{item.category} {item.name}"
+
+
+def is_countable(item: Item) -> bool:
+    return item.category == "shape" or bool(THINGS[item.name].article)
 
 
 def noun(item: Item, lang: Lang) -> str:

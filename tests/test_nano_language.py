@@ -1,0 +1,248 @@
+"""Nano's language model alone: a tree of conversations is what they are one by one, held-out questions are kept out,
+and a run that was stopped continues exactly."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+pytest.importorskip("sklearn")
+import yi_vl
+from train.nano.pretrain import language
+from train.nano.pretrain.ablation import ablate, measure_runs, overrides
+from train.nano.pretrain.language import LanguageRecipe, TreeStream, load_signs
+from train.nano.pretrain.mosaic_model import MosaicLanguageModel, Shape, megabytes
+from train.nano.pretrain.tasks import greedy_answers, measure_tasks, task_scores
+from train.nano.pretrain.trainer import LoopRecipe, read_recipe, read_yaml
+from train.nano.pretrain.trees import IGNORED, Row, TreeBatch, TreeEncoder
+from train.nano.text import dialogue
+from train.nano.text.combinations import is_heldout
+from train.nano.text.dialogue import all_questions, comparisons
+from train.nano.text.mosaic import SIGNS, random_truth
+from train.nano.text.mosaic_texts import TASKS, MosaicText, TextLayout, heldout_questions, training_text
+from yi_vl import YiVLForConditionalGeneration, YiVLProcessor
+
+SHAPE = Shape(num_layers=2, width=32, num_heads=4, num_key_heads=2, mlp_width=48, vocab_size=2200)
+
+
+def recipe(num_steps: int = 4, **changes: object) -> LanguageRecipe:
+    loop = LoopRecipe(num_steps=num_steps, warmup_steps=2, save_every=2, measure_every=2, num_workers=0)
+    return LanguageRecipe(shape=SHAPE, loop=loop, num_rows=2, row_tokens=260, num_questions=2, **changes)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run's folder with a tokenizer of few texts."""
+    folder = tmp_path_factory.mktemp("language")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(language, "_NUM_TEXTS", 300)
+        language.load_encoder(folder, recipe())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def encoder(tokenizer: Path) -> TreeEncoder:
+    return language.load_encoder(tokenizer, recipe())
+
+
+@pytest.fixture
+def run_dir(tokenizer: Path, tmp_path: Path) -> Path:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "tokenizer").symlink_to(tokenizer / "tokenizer")
+    return tmp_path / "run"
+
+
+def test_a_tree_gives_what_its_conversations_give_one_by_one(encoder: TreeEncoder) -> None:
+    torch.manual_seed(0)
+    model = MosaicLanguageModel(SHAPE).eval()
+    text = MosaicText((tuple(range(64)),), [_turns(f"<image>\nHow many {i}?", "There are two.") for i in range(3)])
+    other = MosaicText((tuple(range(16)),), [_turns("<image>\n这是什么？", "这是狗。")])
+    trees = [*encoder.trees(text), *encoder.trees(other)]
+    row = Row()
+    assert [row.add(tree, len(encoder.prefix), 300) for tree in trees] == [3, 1]
+    with torch.inference_mode():
+        hidden = model(TreeBatch.of([row], 300, encoder.prefix), precision=torch.float32)[0]
+        spans = iter(row.spans)
+        for tree in trees:
+            cells = torch.arange(len(tree.cells[0])) + (16 if len(tree.cells[0]) == 64 else 0)
+            mosaic = model.signs(torch.tensor(tree.cells[0])) + model.cells(cells)
+            for ids, _ in tree.branches:
+                whole = torch.tensor([encoder.prefix + tree.trunk + ids])
+                embeddings = model.language_model.get_input_embeddings()(whole)
+                embeddings[whole == model.image_token_id] = mosaic
+                model.language_model.set_attn_implementation("eager")
+                alone = model.language_model(inputs_embeds=embeddings).last_hidden_state[0, -len(ids) :]
+                model.language_model.set_attn_implementation("nano_trees")
+                start, end = next(spans)
+                torch.testing.assert_close(hidden[start:end], alone, atol=1e-4, rtol=1e-4)
+
+
+def test_labels_are_the_answers_and_their_ends_only(encoder: TreeEncoder) -> None:
+    text = MosaicText((tuple(range(16)),), [_turns("<image>\nWhat?", "A dog."), _turns("<image>\nHow many?", "Two.")])
+    (tree,) = encoder.trees(text)
+    row = Row()
+    row.add(tree, len(encoder.prefix), 300)
+    for (start, end), answer in zip(row.spans, ("A dog.", "Two.")):
+        supervised = [label for label in row.labels[start:end] if label != IGNORED]
+        assert encoder.text(supervised) == answer and row.labels[end - 1] == IGNORED
+
+
+def test_no_training_text_asks_a_held_out_question() -> None:
+    combinations: set[str] = set()
+    for seed in range(60):
+        truth = random_truth(np.random.default_rng(seed), {"scene": 1.0}, 9)
+        for lang in ("en", "zh"):
+            rng = np.random.default_rng(seed)
+            combinations |= {
+                qa.combination for qa in [*all_questions(rng, truth, lang), *comparisons(rng, truth, lang)]
+            }
+    heldout = {combination for combination in combinations if is_heldout(combination)}
+    assert 0.05 < len(heldout) / len(combinations) < 0.25
+    questions = heldout_questions(TextLayout(), 20)
+    assert {each.task for each in questions} == set(TASKS) and len(questions) == 20 * 10
+
+
+def test_with_every_combination_held_out_no_training_text_counts_or_compares(monkeypatch: pytest.MonkeyPatch) -> None:
+    def answers() -> str:
+        texts = [training_text(np.random.default_rng(seed), TextLayout()) for seed in range(300)]
+        return "\n".join(turn["value"] for text in texts for turns in text.conversations for turn in turns[1::2])
+
+    counted = re.compile(r"There (are|is) |^有.个|更多|It is (to the|above|below)|在.边|[两三四五六七八九]个", re.M)
+    assert len(counted.findall(answers())) > 500
+    monkeypatch.setattr(dialogue, "is_heldout", lambda combination: combination != "")
+    assert not counted.findall(answers())
+
+
+def test_held_out_questions_of_both_languages_have_the_same_combinations_held_out() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        truth = random_truth(rng, {"scene": 1.0}, 9)
+        english, chinese = ({qa.combination for qa in all_questions(rng, truth, lang)} for lang in ("en", "zh"))
+        assert english == chinese
+
+
+def test_counts_go_to_nine_and_are_listed_first_if_asked() -> None:
+    counts = [each for each in heldout_questions(TextLayout(lists_first=True), 60) if each.task == "counting"]
+    answers = [each.text.conversations[0][1]["value"] for each in counts if each.lang == "en"]
+    assert any(answer.endswith(": nine.") or answer.endswith(": eight.") for answer in answers)
+    for answer in answers:
+        listed, _, number = answer.rstrip(".").rpartition(": ")
+        words = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+        assert len(listed.split(", ")) == words.index(number)
+
+
+def test_the_sign_of_unknown_things_is_the_last_so_that_older_mosaics_keep_their_signs() -> None:
+    assert list(SIGNS)[-1] == "unknown"
+
+
+def test_a_stopped_run_continues_exactly(run_dir: Path, tmp_path: Path, tokenizer: Path) -> None:
+    language.pretrain_language(run_dir, recipe(4))
+    whole = torch.load(run_dir / "state.pt", weights_only=True)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "tokenizer").symlink_to(tokenizer / "tokenizer")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TreeStream, "__iter__", lambda stream: (stream.batch(step) for step in range(3)))
+        language.pretrain_language(other, recipe(4))  # its batches end after the third step; saved is the second
+    assert torch.load(other / "state.pt", weights_only=True)["step"] == 2
+    language.pretrain_language(other, recipe(4))
+    again = torch.load(other / "state.pt", weights_only=True)
+    assert again["loss"] == whole["loss"]
+    assert all(torch.equal(tensor, again["module"][name]) for name, tensor in whole["module"].items())
+    rows, rows_again = (
+        [json.loads(line) for line in (d / "log.jsonl").read_text().splitlines()] for d in (run_dir, other)
+    )
+    for row in (*rows, *rows_again):
+        row.pop("seconds_per_step")
+    assert rows == rows_again and [row["step"] for row in rows] == [2, 4] and (run_dir / "curves.png").exists()
+
+
+def test_a_finished_run_is_a_checkpoint_with_its_signs_and_can_be_measured(run_dir: Path) -> None:
+    language.pretrain_language(run_dir, recipe(2))
+    final = run_dir / "final"
+    model = YiVLForConditionalGeneration.from_pretrained(final)
+    processor = YiVLProcessor.from_pretrained(final)
+    signs, cells = load_signs(final)
+    assert signs.shape == (len(SIGNS), 32) and cells.shape == (80, 32)
+    assert processor.tokenizer.convert_tokens_to_ids("<image_placeholder>") == model.config.image_token_id
+    state = torch.load(run_dir / "state.pt", weights_only=True)["module"]
+    assert torch.equal(model.lm_head.weight, state["lm_head.weight"])
+    assert isinstance(yi_vl.load(final).predict(Image.new("RGB", (9, 9)), "?", max_new_tokens=2), str)
+    table = measure_runs([run_dir], 2, num_examples=2)
+    assert "run, step 2 |" in table and table.count("expected") == 2
+    with pytest.raises(ValueError, match=r"was started with shape.width=32, not 64"):
+        language.pretrain_language(run_dir, replace(recipe(2), shape=replace(SHAPE, width=64)))
+
+
+def test_what_counts_as_correct_is_what_greedy_decoding_gives(encoder: TreeEncoder) -> None:
+    """A model trained on one answer gives it, and is then scored as correct for it alone."""
+    torch.manual_seed(0)
+    model = MosaicLanguageModel(SHAPE)
+    questions = heldout_questions(TextLayout(), 2)
+    (tree,) = encoder.trees(questions[0].text)
+    row = Row()
+    row.add(tree, len(encoder.prefix), 300)
+    batch = TreeBatch.of([row], 300, encoder.prefix)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    for _ in range(30):
+        model.loss(batch, 0.0).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    scored = measure_tasks(model.eval(), encoder, TextLayout(), 2)
+    answers = greedy_answers(model, encoder, [each.question.text for each in scored])
+    expected = [each.question.text.conversations[0][1]["value"] for each in scored]
+    assert scored[0].is_correct and task_scores(scored)["counting en"] >= 0.5
+    assert [each.is_correct for each in scored] == [encoder.text(a) == text for a, text in zip(answers, expected)]
+
+
+def test_a_wrong_recipe_is_refused_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("shape: {num_layers: 3}\nloop: {num_steps: 7}\n")
+    read = read_recipe(LanguageRecipe, tmp_path / "recipe.yaml", ["loop.learning_rate=1e-3", "layout.image_last=true"])
+    assert (read.shape.num_layers, read.loop.num_steps, read.loop.learning_rate) == (3, 7, 1e-3)
+    assert read.layout.image_last and not read.layout.lists_first
+    for wrong in ("shape.depth=3", "shape.num_layers=many", "loop.num_steps=0", "shape.num_heads=5"):
+        with pytest.raises(ValueError, match=wrong.split("=")[0].split(".")[1]) as error:
+            read_recipe(LanguageRecipe, None, [wrong])
+        assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match=r"nowhere.yaml"):
+        read_recipe(LanguageRecipe, tmp_path / "nowhere.yaml")
+
+
+def _turns(question: str, answer: str) -> list[dict[str, str]]:
+    return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+
+
+def test_an_ablation_trains_each_row_once_with_the_same_budget(
+    tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    budget = "loop: {num_steps: 2, warmup_steps: 1, num_workers: 0}, num_rows: 2, num_questions: 1"
+    shape = "shape: {num_layers: 1, width: 32, mlp_width: 48, vocab_size: 2200}"
+    (tmp_path / "rows.yaml").write_text(
+        f"base: {{{budget}, {shape}}}\nruns: {{plain: , order: {{shape: {{has_cells: false}}}}}}\n"
+    )
+    for name in ("plain", "order"):
+        (tmp_path / "out" / name).mkdir(parents=True)
+        (tmp_path / "out" / name / "tokenizer").symlink_to(tokenizer / "tokenizer")
+    table = ablate(tmp_path / "rows.yaml", tmp_path / "out", 2)
+    assert table.count("step 2") == 2 and table.index("plain, step 2") < table.index("order, step 2")
+    assert not load_signs(tmp_path / "out" / "order" / "final")[1].any()
+    monkeypatch.setattr(MosaicLanguageModel, "loss", lambda *_: pytest.fail("trained again"))
+    assert ablate(tmp_path / "rows.yaml", tmp_path / "out", 2) == table
+    for text, message in (("runs: {}", "at least one"), ("runs: {a: {shape: {depth: 2}}}", "depth"), ("[1]", "keys")):
+        (tmp_path / "rows.yaml").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            ablate(tmp_path / "rows.yaml", tmp_path / "out", 2)
+
+
+def test_the_shapes_of_the_ablation_fit_into_the_size_of_nano() -> None:
+    content = read_yaml(Path("train/configs/nano/ablation.yaml"))
+    for name, changes in content.runs.items():
+        recipe = read_recipe(LanguageRecipe, None, overrides(content.base) + overrides(changes))
+        assert 23.0 < megabytes(recipe.shape) < 25.0, name

@@ -1,0 +1,143 @@
+"""Nano's tower alone: a stopped run continues exactly, what it knows is probed, its training images vary in style."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from matplotlib import get_data_path
+from PIL import Image
+
+pytest.importorskip("sklearn")
+from train.nano.data import paint
+from train.nano.data.art import Art, Drawing
+from train.nano.data.compose import Composer
+from train.nano.data.labels import FLAGS, THINGS
+from train.nano.data.sample import Sample
+from train.nano.measure import probe
+from train.nano.pretrain import tower
+from train.nano.pretrain.tower import PointHead, SampleStream, TowerRecipe, pretrain_tower, score_heldout
+from yi_vl.config import OpenClipVisionConfig, YiVLConfig, preset
+from yi_vl.vision import OpenClipTower
+
+RECIPE = TowerRecipe(
+    num_steps=4, batch_size=4, num_points=4, warmup_steps=2, save_every=2, measure_every=2, num_workers=0
+)
+
+
+def small_config() -> YiVLConfig:
+    config = preset("nano")
+    config.vision_config = OpenClipVisionConfig(
+        patch_size=56, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=224
+    )
+    return config
+
+
+@pytest.fixture
+def art(monkeypatch: pytest.MonkeyPatch) -> Art:
+    """Each thing and flag has a colour of its own."""
+    rng = np.random.default_rng(0)
+    labels = [f"thing {key}" for key in THINGS] + [f"flag {key}" for key in FLAGS] + ["unknown"]
+    pixels = {label: np.full((24, 24, 4), (*rng.integers(0, 256, 3), 255), dtype=np.uint8) for label in labels}
+    drawings = {label: [Drawing("made up", colour)] for label, colour in pixels.items()}
+    fonts = sorted(Path(get_data_path(), "fonts", "ttf").glob("DejaVuSans.ttf"))
+    made = Art(drawings, drawings, {"train": fonts, "test": fonts})
+    monkeypatch.setattr(tower, "load_art", lambda folder: made)
+    monkeypatch.setattr(tower, "preset", lambda name: small_config())
+    return made
+
+
+def test_a_stopped_run_continues_exactly(art: Art, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tower, "score_heldout", lambda *_: 0.5)
+    pretrain_tower(tmp_path / "whole", RECIPE)
+    with pytest.MonkeyPatch.context() as patch:
+        batches = list(SampleStream(art, RECIPE, lambda rng, samples: tower.point_batch(rng, samples, 4)))
+        patch.setattr(SampleStream, "__iter__", lambda stream: iter(batches[:3]))
+        pretrain_tower(tmp_path / "part", RECIPE)
+    assert torch.load(tmp_path / "part" / "state.pt", weights_only=True)["step"] == 2
+    pretrain_tower(tmp_path / "part", RECIPE)
+    whole, again = (torch.load(tmp_path / run / "state.pt", weights_only=True) for run in ("whole", "part"))
+    assert all(torch.equal(tensor, again["module"][name]) for name, tensor in whole["module"].items())
+    assert OpenClipTower.from_pretrained(tmp_path / "part").config.image_size == 224
+    with pytest.raises(ValueError, match="learning_rate"):
+        pretrain_tower(tmp_path / "part", replace(RECIPE, learning_rate=1.0))
+
+
+def test_held_out_scores_are_of_images_and_of_letters(art: Art, monkeypatch: pytest.MonkeyPatch) -> None:
+    head = PointHead(OpenClipTower(small_config().vision_config))
+    monkeypatch.setattr(tower, "_NUM_WORDS", 4)
+    samples = tower._heldout(Composer(art), "word", 224)
+    letters = [item.name for sample in samples for item in sample.truth.items]
+    with torch.no_grad():  # a head that always says "e"
+        head.classify.weight.zero_()
+        head.classify.bias.zero_()
+        head.classify.bias[tower.LABELS.index("letter e")] = 9.0
+    assert score_heldout(head, art, "word", 224) == round(letters.count("e") / len(letters), 4)
+
+
+def test_a_probe_reads_what_features_hold_and_no_more() -> None:
+    rng = np.random.default_rng(0)
+    labels = np.array(["a", "b", "c"] * 40)
+    one_hot = np.stack([np.eye(3)[["a", "b", "c"].index(label)] for label in labels]).astype(np.float32)
+    features = np.concatenate([one_hot + rng.normal(0, 0.1, one_hot.shape), rng.normal(0, 1, (120, 4))], axis=1)
+    assert probe.linear_accuracy((features[:60], labels[:60]), (features[60:], labels[60:])) > 0.95
+    assert probe.linear_accuracy((features[:60, 3:], labels[:60]), (features[60:, 3:], labels[60:])) < 0.6
+
+
+def test_the_features_of_two_letters_in_one_patch_differ() -> None:
+    patches = torch.randn(64, 16)
+    left, right = (probe._describe(patches, probe.Item("letter", "a", (x, 0.5, x + 0.06, 0.6))) for x in (0.51, 0.56))
+    assert left.shape == (32,) and torch.equal(left[:16], right[:16]) and not torch.equal(left, right)
+    thing = probe._describe(patches, probe.Item("thing", "dog", (0.0, 0.0, 0.25, 0.25)))
+    torch.testing.assert_close(thing, patches.view(8, 8, 16)[:2, :2].mean((0, 1)))
+
+
+def test_a_probe_of_a_tower_is_a_table_and_features_are_computed_once(
+    art: Art, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    OpenClipTower(small_config().vision_config).save_pretrained(tmp_path / "tower")
+    monkeypatch.setattr(probe, "load_art", lambda folder: art)
+    monkeypatch.setattr(probe, "_NUM_TEST_WORDS", 6)
+    monkeypatch.setattr(
+        probe,
+        "SKILLS",
+        (probe.ProbedSkill("digits", "digit", 3, 0.98), probe.ProbedSkill("characters", "word", 12, 0.95)),
+    )
+    table = probe.probe_tower(tmp_path / "tower", tmp_path, tmp_path / "cache")
+    assert "| digits | 360 | 30 |" in table and "| characters |" in table and table.count("%") == 4
+    monkeypatch.setattr(probe, "item_features", lambda *_: pytest.fail("computed again"))
+    assert probe.probe_tower(tmp_path / "tower", tmp_path, tmp_path / "cache") == table
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    for folder, message in ((tmp_path, "llama"), (tmp_path / "nowhere", "no config.json")):
+        with pytest.raises(ValueError, match=message):
+            probe.load_tower(folder)
+
+
+def test_things_are_drawn_in_other_styles_for_training() -> None:
+    gradient = np.zeros((96, 96, 4), dtype=np.uint8)
+    gradient[16:80, 16:80] = 255
+    gradient[..., 0] = np.arange(96)[None] * 2
+    sprite = Image.fromarray(gradient)
+    colours, sizes = set(), set()
+    for seed in range(60):
+        drawn = paint.restyle_thing(np.random.default_rng(seed), sprite)
+        assert drawn.mode == "RGBA" and drawn.getchannel("A").getextrema()[1] == 255
+        inside = np.asarray(drawn)[np.asarray(drawn)[..., 3] == 255][:, :3]
+        colours.add(len(np.unique(inside, axis=0)) < 12)
+        sizes.add(drawn.size != sprite.size)
+    assert colours == {True, False} and sizes == {True, False}
+
+
+def test_words_are_shown_only_where_their_letters_can_be_told_apart(art: Art) -> None:
+    recipe = replace(RECIPE, num_steps=12, batch_size=16, large_every=2, late_from=1.0)
+    shown: dict[int, set[str]] = {224: set(), 448: set()}
+
+    def note(rng: np.random.Generator, samples: list[Sample]) -> None:
+        shown[samples[0].image.width].update(sample.truth.category for sample in samples)
+
+    list(SampleStream(art, recipe, note))
+    assert "word" in shown[448] and "word" not in shown[224]
+    assert {"thing", "flag", "digit", "scene"} <= shown[224] & shown[448]
