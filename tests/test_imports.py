@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = (
     {"arguments", "chat", "connector", "files", "hardware", "program", "runtime", "startup", "versions"}
     | {"autotune", "engine.fingerprint", "checkpoint.key_map"},
-    {"config", "chat_template", "linear"},
+    {"config", "chat_template", "encode", "linear", "tokenizer"},
     {"vision_blocks", "decoder"},
     {"image", "messages", "generation", "quantize", "vision", "engine.kv_cache", "checkpoint.json_files"},
     {"engine.prefix_cache"},
@@ -41,6 +41,7 @@ NANO_LAYERS = (
     {"text"},
     {"data.shards"},
     {"pretrain", "measure"},
+    {"tiles"},
     {"__main__"},
 )
 APPLICATIONS = ("train", "eval", "demo")

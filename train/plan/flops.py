@@ -33,11 +33,20 @@ _MLP = ("gate", "up", "down")
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a micro-batch, with one image or a text alone. `supervised` of its `tokens` are predicted."""
+    """A row of a micro-batch, with one image or a text alone. `supervised` of its `tokens` are predicted.
+
+    image_inputs: how often the tower sees the image: more than once with tiles.
+    """
 
     tokens: int
     supervised: int
     has_image: bool = True
+    image_inputs: int = 1
+
+    @property
+    def num_inputs(self) -> int:
+        """Of the tower; 0 of a text."""
+        return self.image_inputs if self.has_image else 0
 
 
 def step_flops(model: YiVLConfig, trainable: TrainableConfig, row: Row) -> int:
@@ -48,8 +57,8 @@ def step_flops(model: YiVLConfig, trainable: TrainableConfig, row: Row) -> int:
     taken off (Chowdhery et al. 2022, appendix B, count so). S tokens, or a layer's window of them; Q width of the
     queries. Of experts, those that a token gets.
     """
-    flops = _language_flops(model, trainable, [row], num_images=int(row.has_image))
-    return flops + (_image_flops(model, trainable) if row.has_image else 0)
+    flops = _language_flops(model, trainable, [row], num_images=row.num_inputs)
+    return flops + row.num_inputs * _image_flops(model, trainable)
 
 
 def forward_flops(model: YiVLConfig, row: Row) -> int:
