@@ -17,11 +17,13 @@ from PIL import Image
 from serving import client_of, serving
 from tiny import IMAGE_SIZE_PX, NUM_PATCHES, OFFICIAL, tiny_model, tiny_processor, uncached
 from torch import Tensor
+from typer.testing import CliRunner
 
 import yi_vl
 from yi_vl.chat import render
 from yi_vl.checkpoint import Layout, convert, open_checkpoint
 from yi_vl.checkpoint.gguf import write_gguf
+from yi_vl.cli import app
 from yi_vl.image import TiledImage, YiVLImageProcessor, pad_and_resize
 from yi_vl.image import file as image_file
 from yi_vl.image import resize as image_resize
@@ -464,3 +466,25 @@ def test_info_shows_them(folder: Path, tiled: YiVL) -> None:
 
     assert "up to 4 of a large image, beside it whole: 80 tokens at most" in rows(folder)
     assert "tiles" not in rows(None) and "tiles" not in rows(OFFICIAL / "checkpoint")
+
+
+def test_the_command_line_has_the_option(folder: Path, large: Image.Image, tmp_path: Path) -> None:
+    large.save(tmp_path / "large.png")
+    answers = []
+    for options in ([], ["--image-tiles", "0"]):
+        arguments = [
+            "ask",
+            str(tmp_path / "large.png"),
+            "What is this?",
+            "--model",
+            str(folder),
+            "--max-new-tokens",
+            "6",
+        ]
+        result = CliRunner().invoke(app, [*arguments, *options])
+        assert result.exit_code == 0, result.output
+        answers.append(result.stdout.strip())
+    for answer, tiles in zip(answers, (None, 0), strict=True):
+        assert answer == yi_vl.load(folder, image_tiles=tiles).answer(ask([large]), max_new_tokens=6)
+    result = CliRunner().invoke(app, ["ask", "Hi", "--model", str(folder), "--image-tiles", "1"])
+    assert isinstance(result.exception, ValueError) and "image_tiles is 1" in str(result.exception)

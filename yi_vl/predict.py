@@ -53,14 +53,14 @@ def load(
     Args:
         allow_remote_images: fetch images that are given as http or https URLs, from the public internet only.
         image_tiles: most tiles of an image beside its thumbnail, 0 for none; by default what the model was trained
-            with. One that was trained without is not used to tiles, and mostly answers worse with them.
+            with. One that was trained without has never seen several views of one image, and may answer worse.
     """
     tiles = None if image_tiles is None else as_max_tiles(image_tiles, "image_tiles")
     model, processor = load_model(path, device, dtype, tower_from, quantize)
     if tiles is not None:
         if tiles and not processor.image_processor.max_tiles:
             name = "the bundled nano" if path is None else shown(str(path))
-            _logger.warning("%s was trained without tiles, and mostly answers worse with them.", name)
+            _logger.warning("%s was trained without tiles, and may answer worse with them.", name)
         processor.image_processor.max_tiles = tiles
     return YiVL(model, processor, allow_remote_images=allow_remote_images)
 

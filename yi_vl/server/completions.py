@@ -107,7 +107,7 @@ class Completions:
                 images = await self._load_tiled_images(encoded, chat)
             else:
                 images = [await self._load_image(url, param) for url, param in chat.images]
-            prompt = await self._in_thread(self._yi_vl.engine.inputs.to_prompt, encoded, images)
+            prompt = await self._checked(self._yi_vl.engine.inputs.to_prompt, encoded, images)
             yield Piece(0, "", None, {})
             num_generated = [0] * chat.n
             self.metrics.prompt_tokens.inc(len(prompt))
