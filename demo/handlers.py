@@ -17,7 +17,7 @@ from typing import Any
 
 import gradio as gr
 
-from yi_vl.image import WEB_FORMATS
+from yi_vl.image import WEB_FORMATS, TiledImage
 from yi_vl.predict import TooLongError, YiVL
 
 from . import chat
@@ -47,7 +47,7 @@ class Handlers:
         self.about = about
         self.uploads = uploads
         self.keep = keep
-        prepare = partial(yi_vl.processor.image_processor.prepare, formats=WEB_FORMATS)
+        prepare = partial(yi_vl.processor.image_processor.snapshot, formats=WEB_FORMATS)
         self._prepare = lru_cache(_NUM_CACHED_IMAGES)(prepare)
 
     def restore(self, saved: str, language: Language, request: gr.Request) -> tuple[Update, Update]:
@@ -170,7 +170,8 @@ class Handlers:
         texts, images = TEXTS[language], []
         for path in chat.shown_image_paths(history)[:_NUM_CACHED_IMAGES]:
             try:
-                images.append((Path(path).name, self._open(request, language, path)))
+                image = self._open(request, language, path)
+                images.append((Path(path).name, image.thumbnail if isinstance(image, TiledImage) else image))
             except ValueError as error:
                 logger.info("%s is not shown: %s", path, error)
         return chat.to_figures(images, texts["seen_caption"]) if images else texts["seen_nothing"]

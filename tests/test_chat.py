@@ -12,8 +12,9 @@ from tokenizers import Regex
 from tokenizers.pre_tokenizers import Split
 
 import yi_vl
-from yi_vl.chat import SYSTEM_PROMPT, encode, from_llava, render, render_caption, to_text
+from yi_vl.chat import SYSTEM_PROMPT, from_llava, render, render_caption, to_text
 from yi_vl.chat_template import CHAT_TEMPLATE
+from yi_vl.encode import encode
 from yi_vl.processor import YiVLProcessor
 
 pytestmark = pytest.mark.core

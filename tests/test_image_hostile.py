@@ -19,7 +19,8 @@ from PIL import Image
 from processes import CONTEXT, finish
 from tiny import tiny_yi_vl
 
-from yi_vl.chat import TooLongError, from_llava, render
+from yi_vl.chat import from_llava, render
+from yi_vl.encode import TooLongError
 from yi_vl.image import WEB_FORMATS, YiVLImageProcessor, load_image
 
 HERE = Path(__file__).parent
@@ -222,12 +223,12 @@ def test_ordinary_files_of_the_same_kinds_are_read() -> None:
 
 
 def test_training_reads_within_the_same_bounds() -> None:
-    from train.data.fast_image import to_uint8
+    from train.data.fast_image import to_inputs
 
     for name in ("1 x 300,000", "icon", "GIF comments", "JPEG of 400 scans", "PostScript"):
         make, reason = FILES[name]
         with pytest.raises(ValueError, match=reason):
-            to_uint8(make(), 56)
+            to_inputs(make(), 56)
 
 
 def test_what_cannot_fit_is_refused_before_it_is_tokenized() -> None:

@@ -20,7 +20,7 @@ LAYERS = (
     {"arguments", "chat", "connector", "files", "hardware", "program", "runtime", "startup", "versions"}
     | {"autotune", "engine.fingerprint", "checkpoint.key_map"},
     {"decoder"},
-    {"config", "chat_template", "linear"},
+    {"config", "chat_template", "encode", "linear", "tokenizer"},
     {"vision_blocks"},
     {"image", "messages", "generation", "quantize", "vision", "engine.cache_layers", "checkpoint.json_files"},
     {"engine.kv_cache"},
@@ -43,7 +43,7 @@ NANO_LAYERS = (
     {"text"},
     {"data.shards"},
     {"pretrain", "measure"},
-    {"connectors"},
+    {"connectors", "tiles"},
     {"__main__"},
 )
 APPLICATIONS = ("train", "eval", "demo")

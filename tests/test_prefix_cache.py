@@ -71,7 +71,7 @@ def test_a_prompt_that_is_an_image_alone_is_answered_again(yi_vl: YiVL) -> None:
     """A captioning prompt: the longest cached prefix would end within the image."""
     engine = uncached(yi_vl).engine
     encoded = yi_vl.processor.encode(render_caption("")[:1])
-    prompts = [engine.inputs.to_prompt(encoded, [yi_vl.processor.image_processor.to_uint8(WIDE)])]
+    prompts = [engine.inputs.to_prompt(encoded, [yi_vl.processor.image_processor.to_inputs(WIDE)])]
     first, again = (
         [output.text for (output,) in engine.generate(prompts, Sampling(max_new_tokens=6))] for _ in range(2)
     )

@@ -13,7 +13,7 @@ from tiny import tiny_model, tiny_processor
 
 from train.config import DataConfig, SourceConfig
 from train.data.encoder import SampleEncoder
-from train.data.fast_image import to_uint8
+from train.data.fast_image import to_inputs
 from train.speed.data import baseline, drift, make_shards, processor_for, resident_memory, yi_vl_loader
 from train.speed.step import SampleFormat, compare, make_work
 from yi_vl.image import YiVLImageProcessor
@@ -37,7 +37,7 @@ def encoded(image: Image.Image, image_format: str, **options: object) -> bytes:
 
 
 def differences(content: bytes, size_px: int) -> torch.Tensor:
-    fast = to_uint8(content, size_px)
+    (fast,) = to_inputs(content, size_px)
     exact = YiVLImageProcessor(size_px).to_uint8(content)
     assert fast.shape == exact.shape and fast.dtype == torch.uint8
     return (fast.float() - exact.float()).abs()
@@ -68,16 +68,16 @@ def test_a_large_jpeg_is_decoded_scaled_and_a_small_one_is_not(monkeypatch: pyte
     load = train.data.fast_image.load_image
     monkeypatch.setattr(train.data.fast_image, "load_image", lambda image: decoded.append(image.size) or load(image))
     for side in (139, 141, 447, 449, 895, 897):
-        to_uint8(encoded(photograph(side, side // 2), "JPEG"), 56)
+        to_inputs(encoded(photograph(side, side // 2), "JPEG"), 56)
     assert [size[0] for size in decoded] == [139, 71, 224, 113, 224, 113]
 
 
 def test_errors_name_what_is_broken() -> None:
     for content, reason in ((b"", "0 bytes"), (b"rotten", "not an image")):
         with pytest.raises(ValueError, match=reason):
-            to_uint8(content, 56)
+            to_inputs(content, 56)
     with pytest.raises(ValueError, match="damaged"):
-        to_uint8(encoded(photograph(640, 480), "JPEG")[:3000], 56)
+        to_inputs(encoded(photograph(640, 480), "JPEG")[:3000], 56)
 
 
 def test_the_option_makes_inferences_pixels() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from .config_decoder import DistillConfig, ExpertsConfig
+from .config_image import ImageConfig
 from .schedule import COSINE, BatchSizes
 
 PREFERENCE = "preference"
@@ -300,6 +301,7 @@ class TrainConfig:
     init_from: InitConfig = MISSING
     chat_format: str | None = None  # yi-vl or chatml, see yi_vl/chat.py; null: the checkpoint's, from parts yi-vl
     image_size: int = 448
+    image: ImageConfig = field(default_factory=ImageConfig)
     objective: str = LIKELIHOOD  # of the supervised tokens; or dpo, on sources of the format preference
     dpo: DpoConfig = field(default_factory=DpoConfig)  # with objective: dpo
     distill: DistillConfig = field(default_factory=DistillConfig)

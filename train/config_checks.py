@@ -34,7 +34,8 @@ from .config import (
     flat_settings,
     num_steps,
 )
-from .config_decoder import DistillConfig, ExpertsConfig
+from .config_decoder import DistillConfig, ExpertsConfig, check_routing
+from .config_image import check_image
 from .schedule import COMPONENTS, SHAPES, component_schedule, num_decay_steps, num_warmup_steps
 from .trainable import parse_language
 
@@ -58,6 +59,7 @@ def check(config: TrainConfig, where: str) -> None:
 
     _check_numbers(config, require)
     _check_init(config, require)
+    check_image(config.image, require)
     require((config.steps is None) != (config.epochs is None), "give exactly one of steps and epochs.")
     require(config.epochs is None or config.samples is not None, "epochs needs samples, the number in one epoch.")
     _check_batch_ramp(config.batch_ramp, require)
@@ -65,7 +67,7 @@ def check(config: TrainConfig, where: str) -> None:
     precisions = ", ".join(PRECISIONS)
     require(config.precision in PRECISIONS, f"precision is {config.precision!r}; expected one of {precisions}.")
     _check_trainable(config, require)
-    _check_experts(config.experts, require)
+    check_routing(config.experts, require)
     require(
         config.data.long_text == SKIP or config.max_tokens >= _MIN_ROW_TOKENS,
         f"max_tokens is {config.max_tokens}; data.long_text: {config.data.long_text} needs {_MIN_ROW_TOKENS} or more.",
@@ -158,11 +160,12 @@ def _check_init(config: TrainConfig, require: _Require) -> None:
         ("init_from.rope", init.rope),
         ("init_from.connector", init.connector),
         ("experts", routing),
+        ("image.tiles", config.image.tiles),
     ):
         require(
             value is None or config.trainable.language != LORA,
             f"{key} cannot be set with trainable.language: lora: adapters are loaded into the checkpoint that they "
-            "adapt, and have its chat format, positions, connector and routing; leave it out.",
+            "adapt, and have its chat format, positions, connector, routing and tiles; leave it out.",
         )
 
 
@@ -212,28 +215,6 @@ def _check_trainable(config: TrainConfig, require: _Require) -> None:
         require(lora.rank > 0, f"lora.rank is {lora.rank}; it must be positive.")
         require(lora.alpha > 0, f"lora.alpha is {lora.alpha}; it must be positive.")
         require(0 <= lora.dropout < 1, f"lora.dropout is {lora.dropout}; expected 0 to 1.")
-
-
-def _check_experts(experts: ExpertsConfig, require: _Require) -> None:
-    top_p, start = experts.top_p, experts.top_p_from_step
-    require(top_p is None or 0 < top_p <= 1, f"experts.top_p is {top_p}; expected more than 0, to 1.")
-    require(start >= 0, f"experts.top_p_from_step is {start}; it must not be negative.")
-    for key, value, default in (("top_p_from_step", start, 0), ("norm_topk_prob", experts.norm_topk_prob, True)):
-        require(
-            top_p is not None or value == default,
-            f"experts.{key} is {str(value).lower()}, but there is no experts.top_p; give it, or leave both out.",
-        )
-    for key in ("max_experts", "balance_parts"):
-        value = getattr(experts, key)
-        require(value is None or value > 0, f"experts.{key} is {value}; it must be positive.")
-    weights = experts.balance_weights
-    require(
-        weights is None or (len(weights) == 3 and min(weights) >= 0),
-        f"experts.balance_weights is {weights}; expected three numbers of 0 or more: of the balance over all ranks, "
-        "over one, and over a part of one's tokens.",
-    )
-    weight = experts.entropy_weight
-    require(weight is None or weight >= 0, f"experts.entropy_weight is {weight}; it must not be negative.")
 
 
 def _check_validation(validation: ValidationConfig, data: DataConfig, require: _Require) -> None:

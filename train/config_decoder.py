@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 
@@ -43,3 +44,26 @@ class DistillConfig:
     teacher: str | None = None
     weight: float = 0.5
     temperature: float = 1.0
+
+
+def check_routing(experts: ExpertsConfig, require: Callable[[bool, str], None]) -> None:
+    """Refuse values that are out of range, or contradict each other."""
+    top_p, start = experts.top_p, experts.top_p_from_step
+    require(top_p is None or 0 < top_p <= 1, f"experts.top_p is {top_p}; expected more than 0, to 1.")
+    require(start >= 0, f"experts.top_p_from_step is {start}; it must not be negative.")
+    for key, value, default in (("top_p_from_step", start, 0), ("norm_topk_prob", experts.norm_topk_prob, True)):
+        require(
+            top_p is not None or value == default,
+            f"experts.{key} is {str(value).lower()}, but there is no experts.top_p; give it, or leave both out.",
+        )
+    for key in ("max_experts", "balance_parts"):
+        value = getattr(experts, key)
+        require(value is None or value > 0, f"experts.{key} is {value}; it must be positive.")
+    weights = experts.balance_weights
+    require(
+        weights is None or (len(weights) == 3 and min(weights) >= 0),
+        f"experts.balance_weights is {weights}; expected three numbers of 0 or more: of the balance over all ranks, "
+        "over one, and over a part of one's tokens.",
+    )
+    weight = experts.entropy_weight
+    require(weight is None or weight >= 0, f"experts.entropy_weight is {weight}; it must not be negative.")

@@ -16,7 +16,8 @@ import numpy as np
 from accelerate.tracking import GeneralTracker
 from torch import Tensor
 
-from yi_vl.chat import Segment, TooLongError, end_of_message, to_text
+from yi_vl.chat import Segment, end_of_message, to_text
+from yi_vl.encode import TooLongError
 from yi_vl.engine.engine import Engine
 from yi_vl.engine.sampling import Sampling
 from yi_vl.files import read_json_lines
@@ -42,7 +43,12 @@ class HeldOutSample:
     name: str  # shard and key
     prompt: list[Segment]
     reference: str
-    images: list[Tensor]  # (H, W, 3) uint8 each, after the transform
+    images: list[list[Tensor]]  # (H, W, 3) uint8 each, after the transform: of an image its thumbnail, then its tiles
+
+    @property
+    def images_uint8(self) -> list[Tensor]:
+        """All that the tower sees."""
+        return [each for image in self.images for each in image]
 
 
 class HeldOut:
@@ -69,7 +75,8 @@ class HeldOut:
             try:
                 segments, images = read_sample(raw, sample_format, data.ignore, processor.chat_format)
                 sample = _held_out_sample(sample_name(raw), segments, images, processor)
-                processor.encode(sample.prompt, max_prompt_tokens)
+                encoded = processor.encode(sample.prompt, max_prompt_tokens)
+                processor.expand(encoded, [len(image) for image in sample.images], max_prompt_tokens)
             except TooLongError as error:
                 raise ValueError(
                     f"generations: {sample_name(raw)} has a prompt of {error.num_tokens} tokens or more, the model "
@@ -112,16 +119,16 @@ class HeldOut:
             text = f"{to_text(sample.prompt)}\n\nreference: {sample.reference}\n\nresponse: {answer}"
             tracker.log({f"generations/{index}": text}, step=step)
             if tracker.name == "tensorboard" and sample.images:
-                images = np.stack([image.numpy() for image in sample.images])
+                images = np.stack([image.numpy() for image in sample.images_uint8])
                 tracker.log_images({f"generations/{index}": images}, step=step, dataformats="NHWC")  # type: ignore[attr-defined]
             elif tracker.name == "wandb" and sample.images:
-                values = {f"generations/{index}/images": [image.numpy() for image in sample.images]}
+                values = {f"generations/{index}/images": [image.numpy() for image in sample.images_uint8]}
                 tracker.log_images(values, step=step)  # type: ignore[attr-defined]
 
     def _page(self, rows: list[dict[str, Any]]) -> str:
         articles = []
         for index, sample in enumerate(self.samples):
-            images = "".join(map(image_tag, sample.images))
+            images = "".join(map(image_tag, sample.images_uint8))
             responses = "".join(
                 f"<tr><td>{row['step']}</td><td>{escape(row['generations'][index])}</td></tr>" for row in rows
             )
@@ -148,7 +155,7 @@ def _held_out_sample(
     first = is_supervised.index(True)
     end = is_supervised.index(False, first) if False in is_supervised[first:] else len(segments)
     num_images = sum(segment.is_image for segment in segments[:first])
-    images_uint8 = [processor.image_processor.to_uint8(image) for image in images[:num_images]]
+    inputs = [processor.image_processor.to_inputs(image) for image in images[:num_images]]
     end_text = to_text(end_of_message(processor.chat_format)).strip()
     reference = to_text(segments[first:end]).strip().removesuffix(end_text).strip()
-    return HeldOutSample(name, segments[:first], reference, images_uint8)
+    return HeldOutSample(name, segments[:first], reference, inputs)

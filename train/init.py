@@ -31,7 +31,8 @@ _WEIGHT_SUFFIXES = (".safetensors", ".bin")
 def initial_model(config: TrainConfig, device: torch.device) -> tuple[YiVLForConditionalGeneration, YiVLProcessor]:
     """The model, its position grid resized to `image_size` where that differs, and its processor.
 
-    Its rotary positions are those of `init_from.rope`, its chat format that of `chat_format`, where they are given.
+    Its rotary positions are those of `init_from.rope`, its chat format that of `chat_format`, the tiles of images those
+    of `image.tiles`, where they are given.
 
     It is in float32 on the CPU; with an int4 base as of `read_int4`, on `device`.
 
@@ -62,7 +63,7 @@ def initial_model(config: TrainConfig, device: torch.device) -> tuple[YiVLForCon
         model.model.vision_tower.resize_grid_(config.image_size)
         model.config.vision_config.image_size = config.image_size
     processor.image_processor.size_px = config.image_size
-    _in_chat_format(processor, config)
+    _as_configured(processor, config)
     if init.rope is not None:
         _set_model_rope_(model, init.rope)
         num_positions = model.config.text_config.max_position_embeddings
@@ -168,12 +169,15 @@ def initial_processor(config: TrainConfig) -> YiVLProcessor:
 def _with_settings(processor: YiVLProcessor, config: TrainConfig) -> YiVLProcessor:
     if (connector := config.init_from.connector) is not None:
         processor.num_image_tokens = ModelConnectorConfig(**asdict(connector)).num_prompt_tokens
-    return _in_chat_format(processor, config)
+    return _as_configured(processor, config)
 
 
-def _in_chat_format(processor: YiVLProcessor, config: TrainConfig) -> YiVLProcessor:
+def _as_configured(processor: YiVLProcessor, config: TrainConfig) -> YiVLProcessor:
+    """With the run's chat format and tiles, where it has any."""
     if config.chat_format is not None:
         processor.set_chat_format_(config.chat_format)  # type: ignore[arg-type]  # which config_file has checked
+    if config.image.tiles is not None:
+        processor.image_processor.max_tiles = config.image.tiles
     return processor
 
 

@@ -12,7 +12,8 @@ from html import escape
 from pathlib import Path
 
 from yi_vl import program
-from yi_vl.chat import Encoded
+from yi_vl.encode import Encoded
+from yi_vl.processor import YiVLProcessor
 
 from .config import TrainConfig
 from .config_file import load_config
@@ -63,7 +64,7 @@ def preview(config: TrainConfig, num_samples: int) -> str:
     changes = f"<p>{escape(line)}.</p>" if (line := describe_sources(config)) is not None else ""
     body = (
         f"<h1>{escape(config.run_dir)}</h1>"
-        f"<p>{config.image_size} px, {processor.tokens_per_image} tokens per image. "
+        f"<p>{config.image_size} px, {processor.tokens_per_image} tokens per image{_describe_tiles(processor)}. "
         f"<span class=supervised>Supervised</span>, <span class=image>image</span>. {escape(summary)}.</p>{changes}"
         + "\n".join(articles)
     )
@@ -81,8 +82,19 @@ def _article(source: str, sample: Sample, tokenizer: object, image_token_id: int
     )
     return (
         f"<article><div>{images}</div><div><small>{escape(source)} · {escape(sample.name)} · {tokens}, "
-        f"{len(sample.images)} images</small>{texts}</div></article>"
+        f"{_describe_images(sample)}</small>{texts}</div></article>"
     )
+
+
+def _describe_tiles(processor: YiVLProcessor) -> str:
+    max_tiles = processor.image_processor.max_tiles
+    return f", and as many for each of at most {max_tiles} tiles" if max_tiles else ""
+
+
+def _describe_images(sample: Sample) -> str:
+    num_images = sum(segment.is_image for segment in sample.segments)
+    num_tiles = len(sample.images) - num_images
+    return f"{num_images} images" + (f", {num_tiles} tiles" if num_tiles else "")
 
 
 def _coloured(row: Encoded, tokenizer: object, image_token_id: int) -> str:

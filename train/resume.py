@@ -30,6 +30,7 @@ _REFUSED = {  # keys, or patterns of them, and why they cannot change
     "chat_format": "but the model was trained in another chat format so far",
     "objective": "but the checkpoint's optimizer and log are of another loss",
     "image_size": "but the checkpoint's position grid has its own size",
+    "image.tiles": "but the model was trained with other tiles so far, which are saved with it",
     "init_from.*": "but the weights are the checkpoint's, and no others are loaded",
     "trainable.*": "but the checkpoint holds the optimizer's state of other parameters",
     "lora.rank": "but the checkpoint's adapters have their own rank",

@@ -9,6 +9,8 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from yi_vl.checkpoint.find import find
+from yi_vl.checkpoint.load import read_max_tiles
 from yi_vl.model import YiVLForConditionalGeneration
 from yi_vl.processor import YiVLProcessor
 
@@ -139,7 +141,9 @@ def reference_model(config: TrainConfig) -> ReferenceModel | None:
     if config.objective != DPO or config.dpo.reference == FROM_MODEL:
         return None
     assert config.init_from.checkpoint is not None  # load_config checks it
-    return ReferenceModel(fingerprint(config.init_from.checkpoint), config.image_size, config.data.fast_pixels)
+    checkpoint, tiles = config.init_from.checkpoint, config.image.tiles
+    tiles = read_max_tiles(find(checkpoint)) if tiles is None else tiles
+    return ReferenceModel(fingerprint(checkpoint), config.image_size, config.data.fast_pixels, tiles)
 
 
 def build_loader(

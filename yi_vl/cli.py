@@ -52,6 +52,9 @@ DtypeOption = Annotated[
 RemoteImagesOption = Annotated[
     bool, typer.Option("--allow-remote-images", help="Fetch images given as http(s) URLs, from the public internet.")
 ]
+TilesOption = Annotated[
+    int | None, typer.Option(help="Most tiles of a large image, 0 for none; by default as the model was trained.")
+]
 SystemOption = Annotated[str | None, typer.Option(help="Text before the conversation; Yi-VL's own by default.")]
 LengthOption = Annotated[int, typer.Option(help="Maximum number of new tokens.")]
 TemperatureOption = Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy decoding.")]
@@ -102,6 +105,7 @@ def ask(
     quantize: QuantizeOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
+    image_tiles: TilesOption = None,
     system: SystemOption = None,
     max_new_tokens: LengthOption = 512,
     temperature: TemperatureOption = 0.0,
@@ -125,7 +129,7 @@ def ask(
         "seed": seed,
     }
     check(model, opened, allow_remote_images, options)
-    yi_vl = load_quickly(model, quantize, device, dtype, allow_remote_images)
+    yi_vl = load_quickly(model, quantize, device, dtype, allow_remote_images, image_tiles)
     print_stream(yi_vl.stream(opened, question, system=system, **options))
 
 
@@ -136,6 +140,7 @@ def chat(
     quantize: QuantizeOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
+    image_tiles: TilesOption = None,
     system: SystemOption = None,
     max_new_tokens: LengthOption = 512,
     temperature: TemperatureOption = 0.0,
@@ -151,7 +156,7 @@ def chat(
         "seed": seed,
     }
     check(model, images or (), allow_remote_images, options)
-    yi_vl = load_quickly(model, quantize, device, dtype, allow_remote_images)
+    yi_vl = load_quickly(model, quantize, device, dtype, allow_remote_images, image_tiles)
     pending_images = [yi_vl.prepare_image(image) for image in images or ()]
     conversation = yi_vl.chat(system)
     print(_CHAT_HELP)
@@ -179,6 +184,7 @@ def serve(
     quantize: QuantizeOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
+    image_tiles: TilesOption = None,
     host: Annotated[
         str, typer.Option(help="The address to listen at; 0.0.0.0 is all of this machine's.")
     ] = "127.0.0.1",
@@ -225,7 +231,7 @@ def serve(
     if name is None:
         name = "nano" if model is None else _name_of(model)
     run_server(
-        lambda: load_quickly(model, quantize, device, dtype),
+        lambda: load_quickly(model, quantize, device, dtype, image_tiles=image_tiles),
         name,
         host=host,
         port=port,

@@ -22,7 +22,7 @@ _CHAT_MARKS: dict[ChatFormat, str] = {YI_VL: "### Human: ...", CHATML: "<|im_sta
 def config_table(name: str, config: YiVLConfig, folder: Path | None) -> Table:
     """The architecture: vision tower, language model, context, chat format, quantization, adapters."""
     from .checkpoint import base_of, holds_adapters
-    from .checkpoint.load import read_chat_format
+    from .checkpoint.load import read_chat_format, read_max_tiles
     from .checkpoint.summary import scheme_of
 
     vision, text = config.vision_config, config.text_config
@@ -45,6 +45,9 @@ def config_table(name: str, config: YiVLConfig, folder: Path | None) -> Table:
     else:
         table.add_row("connector", f"{connector.type}, {connector.num_layers} layers")
         table.add_row("image tokens", f"{config.num_image_tokens} per image, of {vision.num_patches} patches")
+    if folder is not None and (max_tiles := read_max_tiles(str(folder))):
+        most = (1 + max_tiles) * config.num_image_tokens
+        table.add_row("image tiles", f"up to {max_tiles} of a large image, beside it whole: {most:,} tokens at most")
     table.add_row(
         "language model",
         f"{text.num_hidden_layers} layers, width {text.hidden_size}, feed-forward {text.intermediate_size}, "

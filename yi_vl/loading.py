@@ -44,13 +44,21 @@ def load_quickly(
     device: str | None = None,
     dtype: str | None = None,
     allow_remote_images: bool = False,
+    image_tiles: int | None = None,
 ) -> YiVL:
     """`predict.load`, within `quick_imports`."""
     with quick_start():
         with quick_imports(quantizers=quantize is not None or _may_be_quantized(model)):
             from .predict import load
 
-        return load(model, device=device, dtype=dtype, quantize=quantize, allow_remote_images=allow_remote_images)
+        return load(
+            model,
+            device=device,
+            dtype=dtype,
+            quantize=quantize,
+            allow_remote_images=allow_remote_images,
+            image_tiles=image_tiles,
+        )
 
 
 @contextmanager

@@ -1,11 +1,11 @@
 """Yi-VL: an image encoder, a projector and a language model joined the LLaVA way. THE file to read.
 
-The contract everybody shares. B samples, S tokens, N images in the batch, P tokens per image, Dv vision width,
-D language width, V vocabulary.
+The contract everybody shares. B samples, S tokens, N images in the batch (of one with tiles its thumbnail and each of
+these), P tokens per image, Dv vision width, D language width, V vocabulary.
 
 | name           | shape, dtype          | made by           | note                                                    |
 |----------------|-----------------------|-------------------|---------------------------------------------------------|
-| input_ids      | (B, S) int64          | chat.py           | `image_token_id` at N*P positions, in reading order     |
+| input_ids      | (B, S) int64          | encode.py         | `image_token_id` at N*P positions, in reading order     |
 | attention_mask | (B, S)                | engine, collate   | 1 on real tokens, images included                       |
 | labels         | (B, S) int64          | collate           | unshifted, -100 off the loss mask                       |
 | pixel_values   | (N, 3, H, W) float    | image/            | normalized; None when the batch has no image            |

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
@@ -15,16 +16,17 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from .arguments import as_bool, as_int, as_path, one_line, shown
-from .chat import TooLongError as TooLongError
 from .checkpoint import TowerFrom
 from .checkpoint.load import check_fit, load_model
+from .encode import TooLongError as TooLongError
 from .engine.engine import Engine
 from .engine.request_queue import BatchError as BatchError
 from .engine.request_queue import Errors, RequestQueue, as_list, attempt
 from .engine.request_queue import Generation as Generation
 from .engine.sampling import Sampling
 from .generation import set_end_tokens_
-from .image import ImageSource
+from .image import ImageSource, TiledImage
+from .image.transform import as_max_tiles
 from .linear import repack_linears_
 from .messages import Message, as_images, as_messages, conversation, system_message, user_message
 from .model import YiVLForConditionalGeneration
@@ -34,6 +36,7 @@ from .quantize import Scheme
 Images = ImageSource | Sequence[ImageSource] | Iterator[ImageSource] | None
 
 _BATCH_SIZE = 8
+_logger = logging.getLogger(__name__)
 
 
 def load(
@@ -43,13 +46,23 @@ def load(
     tower_from: TowerFrom | None = "vit",
     quantize: Scheme | None = None,
     allow_remote_images: bool = False,
+    image_tiles: int | None = None,
 ) -> YiVL:
     """A model with its processor; the other arguments and the errors are those of `checkpoint.load.load_model`.
 
     Args:
         allow_remote_images: fetch images that are given as http or https URLs, from the public internet only.
+        image_tiles: most tiles of an image beside its thumbnail, 0 for none; by default what the model was trained
+            with. One that was trained without has never seen several views of one image, and may answer worse.
     """
-    return YiVL(*load_model(path, device, dtype, tower_from, quantize), allow_remote_images=allow_remote_images)
+    tiles = None if image_tiles is None else as_max_tiles(image_tiles, "image_tiles")
+    model, processor = load_model(path, device, dtype, tower_from, quantize)
+    if tiles is not None:
+        if tiles and not processor.image_processor.max_tiles:
+            name = "the bundled nano" if path is None else shown(str(path))
+            _logger.warning("%s was trained without tiles, and may answer worse with them.", name)
+        processor.image_processor.max_tiles = tiles
+    return YiVL(model, processor, allow_remote_images=allow_remote_images)
 
 
 class YiVL:
@@ -246,14 +259,14 @@ class YiVL:
         steps = self.engine.generate([self.engine.prepare(messages)], sampling)
         return (output.text for outputs in steps for output in outputs if output.text)
 
-    def prepare_image(self, image: ImageSource) -> Image.Image:
-        """An image as the model sees it, for later turns, when its file may be gone.
+    def prepare_image(self, image: ImageSource) -> Image.Image | TiledImage:
+        """An image as the model sees it, for later turns, when its file may be gone; with tiles a `TiledImage`.
 
         Raises:
             ValueError: it cannot be read.
         """
         allow_remote_images = self.engine.inputs.allow_remote_images
-        return self.processor.image_processor.prepare(image, allow_remote_images=allow_remote_images)
+        return self.processor.image_processor.snapshot(image, allow_remote_images=allow_remote_images)
 
     def clear_cache(self) -> None:
         """Drop the cached prefixes and image features of earlier requests."""

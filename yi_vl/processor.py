@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from functools import cached_property
@@ -12,11 +11,10 @@ from typing import Any
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
 from jinja2 import TemplateError
-from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerFast, ProcessorMixin
 from transformers.processing_utils import MultiModalData
 
-from .arguments import as_choice, as_float, as_int, one_line
+from .arguments import as_choice, as_float, as_int
 from .chat import (
     CHAT_FORMATS,
     CHATML,
@@ -25,16 +23,18 @@ from .chat import (
     IMAGE_PLACEHOLDER,
     YI_VL,
     ChatFormat,
-    Encoded,
     Segment,
-    encode,
     render,
     strip_answer,
     strip_separator,
 )
 from .chat_template import CHAT_TEMPLATES
+from .encode import Encoded, encode, expand
 from .image import YiVLImageProcessor
+from .image.tiles import choose_grid, num_inputs
+from .image.transform import NUM_INPUTS, as_max_tiles
 from .messages import as_messages
+from .tokenizer import drop_prefix_space_, encode_typed_specials_as_text_, make_special_, renamed
 
 _SENTENCEPIECE_FILE = "tokenizer.model"
 
@@ -80,14 +80,14 @@ class YiVLProcessor(ProcessorMixin):
         """
         chat_format = as_choice(chat_format, "chat_format", CHAT_FORMATS)  # type: ignore[assignment]
         if chat_format == CHATML:
-            _make_special_(self.tokenizer, (IM_START, IM_END))
+            make_special_(self.tokenizer, (IM_START, IM_END))
         if self.chat_template is None or self.chat_template in CHAT_TEMPLATES.values():
             self.chat_template = CHAT_TEMPLATES[chat_format]
         self.chat_format = chat_format
 
     @property
     def tokens_per_image(self) -> int:
-        """P: tokens that one image takes in the prompt."""
+        """P: tokens that one image takes in the prompt; with tiles its thumbnail, and each of its tiles."""
         if self.num_image_tokens is not None:
             return self.num_image_tokens
         return (self.image_processor.size_px // self.patch_size) ** 2
@@ -138,12 +138,20 @@ class YiVLProcessor(ProcessorMixin):
         conversations = [conversation] if isinstance(conversation[0], dict) else conversation
         for row, messages in enumerate(conversations):
             encoded = self.encode_messages(messages, add_generation_prompt)
-            is_token = [bool(value) for value in applied["attention_mask"][row]]
-            input_ids = [int(id) for id, is_on in zip(applied["input_ids"][row], is_token) if is_on]
-            if input_ids == encoded.input_ids:  # else it is cut short, or of another template
-                mask = iter(encoded.loss_mask)
-                for position in (position for position, is_on in enumerate(is_token) if is_on):
-                    applied["assistant_masks"][row][position] = int(next(mask))
+            # An image's tokens depend on its size, which the text does not say.
+            expected = [
+                (id, int(mask))
+                for id, mask in zip(encoded.input_ids, encoded.loss_mask, strict=True)
+                if id != self.image_token_id
+            ]
+            ids, masks = applied["input_ids"][row], applied["assistant_masks"][row]
+            tokens = [index for index, is_token in enumerate(applied["attention_mask"][row]) if is_token]
+            texts = [index for index in tokens if ids[index] != self.image_token_id]
+            if [int(ids[index]) for index in texts] == [id for id, _ in expected]:  # else it is cut short, or of
+                for index in tokens:  # another template
+                    masks[index] = 0
+                for index, (_, mask) in zip(texts, expected, strict=True):
+                    masks[index] = mask
 
     def decode(self, token_ids: Any, skip_special_tokens: bool = False, **kwargs: Any) -> Any:
         """As transformers' tokenizers do; with `skip_special_tokens` without the separator that ended an answer."""
@@ -171,7 +179,10 @@ class YiVLProcessor(ProcessorMixin):
         return strip_separator(text, self.chat_format)
 
     def encode(self, segments: Sequence[Segment], max_tokens: int | None = None) -> Encoded:
-        """Token ids, loss mask and image positions of a rendered conversation or caption; see `chat.encode`."""
+        """Token ids, loss mask and image positions of a rendered conversation or caption; see `encode.encode`.
+
+        Each image has the tokens of its thumbnail; see `expand` for those of its tiles.
+        """
         max_token_length = self._max_token_length if max_tokens is not None else 1
         return encode(
             segments, self.tokenizer, self.image_token_id, self.tokens_per_image, max_tokens, max_token_length
@@ -183,6 +194,10 @@ class YiVLProcessor(ProcessorMixin):
         """The conversation in the chat format, ready for an answer; see `chat.render` for what messages are."""
         return self.encode(render(as_messages(messages), add_generation_prompt, self.chat_format), max_tokens)
 
+    def expand(self, encoded: Encoded, num_inputs: Sequence[int], max_tokens: int | None = None) -> Encoded:
+        """With the tokens of as many inputs of the tower for each image as `num_inputs` says; see `encode.expand`."""
+        return expand(encoded, num_inputs, self.tokens_per_image, max_tokens)
+
     @cached_property
     def _max_token_length(self) -> int:
         """Characters of the longest token; a byte of one that is written as bytes is at most a character."""
@@ -190,14 +205,22 @@ class YiVLProcessor(ProcessorMixin):
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **_: Any) -> str:
         """transformers' hook: what one placeholder in a prompt's text becomes before it is tokenized."""
-        return IMAGE_PLACEHOLDER * self.tokens_per_image
+        count = int(image_inputs[NUM_INPUTS][image_idx]) if NUM_INPUTS in image_inputs else 1
+        return IMAGE_PLACEHOLDER * (count * self.tokens_per_image)
+
+    @property
+    def unused_input_names(self) -> list[str]:
+        """transformers' hook: what the image processor gives beside the model's inputs."""
+        return [NUM_INPUTS]
 
     def _get_num_multimodal_tokens(self, image_sizes: list[list[int]] | None = None, **_: Any) -> MultiModalData:
         """transformers' hook for inference servers: tokens and patches per image of the given sizes."""
         if image_sizes is None:
             return MultiModalData()
-        count = len(image_sizes)
-        return MultiModalData(num_image_tokens=[self.tokens_per_image] * count, num_image_patches=[1] * count)
+        size_px, max_tiles = self.image_processor.size_px, self.image_processor.max_tiles
+        counts = [num_inputs(choose_grid((width, height), size_px, max_tiles)) for height, width in image_sizes]
+        num_tokens = [count * self.tokens_per_image for count in counts]
+        return MultiModalData(num_image_tokens=num_tokens, num_image_patches=counts)
 
 
 def chat_format_of(source: str, revision: str | None = None) -> ChatFormat:
@@ -208,6 +231,16 @@ def chat_format_of(source: str, revision: str | None = None) -> ChatFormat:
     """
     values, _ = YiVLProcessor.get_processor_dict(source, revision=revision)
     return as_choice(values.get("chat_format", YI_VL), "chat_format", CHAT_FORMATS)  # type: ignore[return-value]
+
+
+def max_tiles_of(source: str, revision: str | None = None) -> int:
+    """Most tiles of an image of a native model folder or hub id, likewise.
+
+    Raises:
+        ValueError: an image cannot have so many.
+    """
+    values, _ = YiVLProcessor.get_processor_dict(source, revision=revision)
+    return as_max_tiles((values.get("image_processor") or {}).get("max_tiles", 0), "max_tiles")
 
 
 def prepare_tokenizer(source: str, image_token_id: int | None = None) -> Any:
@@ -222,14 +255,14 @@ def prepare_tokenizer(source: str, image_token_id: int | None = None) -> Any:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(source, padding_side="left")
     sentencepiece_file = _sentencepiece_file(source)
     if sentencepiece_file is not None:
-        _drop_prefix_space_(tokenizer, sentencepiece_file)
+        drop_prefix_space_(tokenizer, sentencepiece_file)
     if image_token_id is not None:
-        tokenizer = _renamed(tokenizer, image_token_id)
+        tokenizer = renamed(tokenizer, image_token_id)
     elif IMAGE_PLACEHOLDER not in tokenizer.get_added_vocab():
         tokenizer.add_special_tokens({"extra_special_tokens": [IMAGE_PLACEHOLDER]}, replace_extra_special_tokens=False)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-    _encode_typed_specials_as_text_(tokenizer)
+    encode_typed_specials_as_text_(tokenizer)
     if sentencepiece_file is not None:
         _keep_sentencepiece_model_(tokenizer, sentencepiece_file.parent)
     return tokenizer
@@ -246,100 +279,7 @@ def _sentencepiece_file(source: str) -> Path | None:
         return None
 
 
-def _drop_prefix_space_(tokenizer: Any, sentencepiece_file: Path) -> None:
-    """Put no blank before a text where the SentencePiece model puts none.
-
-    The tokenizer.json of Yi's language models does, also after a special token (01-ai/Yi-1.5, issue 37): converters of
-    their time took every SentencePiece model for Llama's.
-    """
-    if not _has_prefix_space(tokenizer.tokenize("a")):
-        return
-    from sentencepiece import SentencePieceProcessor
-
-    try:
-        pieces = SentencePieceProcessor(model_file=str(sentencepiece_file)).encode("a", out_type=str)
-    except RuntimeError as error:
-        raise ValueError(f"{sentencepiece_file} cannot be read: {one_line(error)}") from error
-    if _has_prefix_space(pieces):
-        return
-    backend = tokenizer.backend_tokenizer
-    content = json.loads(backend.to_str())
-    content |= {name: _without_prefix_space(content[name]) for name in ("normalizer", "pre_tokenizer", "decoder")}
-    without = Tokenizer.from_str(json.dumps(content))
-    backend.normalizer, backend.pre_tokenizer, backend.decoder = (
-        without.normalizer,
-        without.pre_tokenizer,
-        without.decoder,
-    )
-
-
-def _has_prefix_space(pieces: list[str]) -> bool:
-    return pieces[0].startswith("▁")
-
-
-def _without_prefix_space(part: Any) -> Any:
-    """A normalizer, pre-tokenizer or decoder of a tokenizer.json that neither adds nor removes a first blank."""
-    if part is None or part["type"] == "Prepend" or (part["type"] == "Strip" and part.get("content") == " "):
-        return None
-    for key in ("normalizers", "pretokenizers", "decoders"):  # of a sequence
-        if key in part:
-            return part | {key: [kept for each in part[key] if (kept := _without_prefix_space(each)) is not None]}
-    return part | {"prepend_scheme": "never"} if part["type"] == "Metaspace" else part
-
-
-def _make_special_(tokenizer: Any, names: Sequence[str]) -> None:
-    """Tokens that no text becomes, and that are left out where text is decoded without special ones.
-
-    Raises:
-        ValueError: the tokenizer has no such tokens.
-    """
-    if missing := [name for name in names if name not in tokenizer.get_vocab()]:
-        raise ValueError(
-            f"chat_format is {CHATML}, but the tokenizer has no token {' and no '.join(missing)}, as those of Yi's "
-            f"language models have. Set chat_format to {YI_VL}."
-        )
-    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    if not special.issuperset(names):
-        tokenizer.add_special_tokens({"extra_special_tokens": list(names)}, replace_extra_special_tokens=False)
-
-
 def _keep_sentencepiece_model_(tokenizer: Any, folder: Path) -> None:
     """Remember the bytes of a folder's `tokenizer.model` (1 MB of Yi's): it may be gone when the tokenizer is saved."""
     if (folder / _SENTENCEPIECE_FILE).is_file():
         tokenizer.sentencepiece_model = (folder / _SENTENCEPIECE_FILE).read_bytes()
-
-
-def _encode_typed_specials_as_text_(tokenizer: Any) -> None:
-    """Undo what transformers adds when it converts a SentencePiece model, so that a typed `<|im_end|>` stays text.
-
-    Up to 5.23 it makes the model's user-defined symbols added tokens, but not special ones; from 5.24 it cuts them out
-    of the text, and looks pieces up whole (`<unk>`, `<0x0A>`). Both are undone: every version gives the same ids.
-    """
-    backend = tokenizer.backend_tokenizer
-    if not getattr(backend.model, "byte_fallback", False):  # not from SentencePiece
-        return
-    if backend.model.ignore_merges:
-        backend.model.ignore_merges = False
-        backend.pre_tokenizer = None
-    pieces = backend.get_vocab(with_added_tokens=False)
-    defined = [token.content for token in tokenizer.added_tokens_decoder.values() if not token.special]
-    backend.add_special_tokens([AddedToken(name, normalized=False) for name in defined if name in pieces])
-
-
-def _renamed(tokenizer: Any, image_token_id: int) -> Any:
-    """The same tokenizer with one added token called `<image_placeholder>`, and none after it (llava-hf's `<pad>`)."""
-    content = json.loads(tokenizer.backend_tokenizer.to_str())
-    names = {token["id"]: token for token in content["added_tokens"]}
-    if image_token_id not in names:
-        raise ValueError(f"there is no added token {image_token_id}, config.json's image token")
-    names[image_token_id] |= {"content": IMAGE_PLACEHOLDER, "special": True}
-    content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] <= image_token_id]
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(content)),
-        unk_token=tokenizer.unk_token,
-        bos_token=tokenizer.bos_token,
-        eos_token=tokenizer.eos_token,
-        pad_token=tokenizer.unk_token,
-        padding_side="left",
-        extra_special_tokens=[token["content"] for token in content["added_tokens"] if token["special"]],
-    )

@@ -1,6 +1,6 @@
 """What a batch is: encoded samples, the padded tensors of one forward pass, and a rank's part of an optimizer step.
 
-B rows of a micro-batch, S tokens, N images, H, W pixels.
+B rows of a micro-batch, S tokens, N images, with tiles all their thumbnails and tiles, H, W pixels.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from yi_vl.chat import Encoded, Segment
+from yi_vl.chat import Segment
+from yi_vl.encode import Encoded
 
 IGNORE = -100
 
@@ -28,7 +29,7 @@ class Sample:
     source: int
     segments: list[Segment]
     encoded: Encoded
-    images: list[Tensor]  # (H, W, 3) uint8 each
+    images: list[Tensor]  # (H, W, 3) uint8 each: of an image with tiles its thumbnail, then these
     rejected: Encoded | None = None
     reference: tuple[float, float] | None = None
 

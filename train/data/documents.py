@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from yi_vl.chat import Encoded
+from yi_vl.encode import Encoded
 from yi_vl.processor import YiVLProcessor
 
 from ..config import PACK, SKIP, DataConfig

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
-from yi_vl.chat import Encoded, Segment, TooLongError
+from torch import Tensor
+
+from yi_vl.chat import Segment
+from yi_vl.encode import Encoded, TooLongError
 from yi_vl.processor import YiVLProcessor
 
 from ..config import DataConfig
 from .batch import Sample
 from .documents import Documents
-from .fast_image import to_uint8
+from .fast_image import to_inputs
 from .reference import ReferenceModel, read_member
 from .samples import read_versions, sample_name
 from .shard_reader import RawSample
@@ -54,25 +58,43 @@ class SampleEncoder:
         versions, encoded_images = self._read(raw, source)
         rows = [self._encode_text(segments) for segments in versions]
         image_processor = self._processor.image_processor
-        if self._is_fast:
-            images = [to_uint8(image, image_processor.size_px) for image in encoded_images]
-        else:
-            images = [image_processor.to_uint8(image) for image in encoded_images]
-        sample = Sample(sample_name(raw), source, versions[0], rows[0], images)
+        if image_processor.max_tiles:  # what is too long is not decoded
+            num_inputs = [image_processor.count_inputs(image) for image in encoded_images]
+            rows = [self._expand(row, num_inputs) for row in rows]
+        inputs = [self._to_inputs(image) for image in encoded_images]
+        sample = Sample(sample_name(raw), source, versions[0], rows[0], [each for image in inputs for each in image])
         if len(rows) == 2:
             sample.rejected = rows[1]
             sample.reference = read_member(raw, self._reference) if self._reference is not None else None
         return sample
 
+    def _to_inputs(self, image: bytes) -> list[Tensor]:
+        """What the tower sees of an encoded image, (H, W, 3) uint8 each."""
+        image_processor = self._processor.image_processor
+        if self._is_fast:
+            return to_inputs(image, image_processor.size_px, image_processor.max_tiles)
+        return image_processor.to_inputs(image)
+
     def _encode_text(self, segments: Sequence[Segment]) -> Encoded:
-        try:
+        """The tokens of a text; its images are without tiles."""
+        with self._too_long():
             encoded = self._processor.encode(segments, self._max_tokens)
-        except TooLongError as error:
-            least = "" if error.is_tokenized else "at least "
-            raise TooLong(f"{least}{error.num_tokens} tokens, max_tokens is {self._max_tokens}") from error
         if not any(encoded.loss_mask[1:]):
             raise ValueError("it has no supervised tokens")
         return encoded
+
+    def _expand(self, encoded: Encoded, num_inputs: Sequence[int]) -> Encoded:
+        """The same with the tokens of tiles."""
+        with self._too_long():
+            return self._processor.expand(encoded, num_inputs, self._max_tokens)
+
+    @contextmanager
+    def _too_long(self) -> Iterator[None]:
+        try:
+            yield
+        except TooLongError as error:
+            least = "" if error.is_tokenized else "at least "
+            raise TooLong(f"{least}{error.num_tokens} tokens, max_tokens is {self._max_tokens}") from error
 
     def new_documents(self) -> Documents:
         """Where `encode_or_queue` puts documents that are cut or packed."""

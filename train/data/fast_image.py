@@ -19,6 +19,8 @@ from torch.nn import functional as F
 
 from yi_vl.config import IMAGE_MEAN
 from yi_vl.image import load_image, open_image, pad_and_resize
+from yi_vl.image.tiles import NO_TILES, Grid, choose_grid, tile_side
+from yi_vl.image.transform import cut
 
 # Least decoded pixels per final one along a side. The first halving saves most, so it is allowed a lower ratio.
 _MIN_RATIO_HALVED, _MIN_RATIO = 1.25, 2.0
@@ -28,32 +30,45 @@ _MAX_LEAD = 16
 _EPSILON = 1e-7
 
 
-def to_uint8(content: bytes, size_px: int) -> Tensor:
-    """An encoded image, padded to a square and resized: (H, W, 3) uint8, H = W = size_px
+def to_inputs(content: bytes, size_px: int, max_tiles: int = 0) -> list[Tensor]:
+    """All that the tower sees of an encoded image, (H, W, 3) uint8 each, H = W = size_px: padded to a square and
+    resized, then its tiles, if there are any.
 
     Raises:
         ValueError: it is not an image, or damaged, or too large.
     """
     with open_image(content) as opened:
-        return _pad_and_resize(opened, size_px)
+        return _to_inputs(opened, size_px, max_tiles)
 
 
-def _pad_and_resize(opened: Image.Image, size_px: int) -> Tensor:
-    width, height = opened.size
-    scale = _scale(max(width, height), size_px) if opened.format == "JPEG" else 1
+def _to_inputs(opened: Image.Image, size_px: int, max_tiles: int) -> list[Tensor]:
+    size = opened.size
+    scale = 1
+    if opened.format == "JPEG":
+        scale = _scale(tile_side(size, choose_grid(size, size_px, max_tiles)), size_px)
     if scale > 1:
-        opened.draft("RGB", (max(1, width // scale), max(1, height // scale)))
-        scale = round(max(width, height) / max(opened.size))  # as the decoder chose
+        opened.draft("RGB", (max(1, size[0] // scale), max(1, size[1] // scale)))
+        scale = round(max(size) / max(opened.size))  # as the decoder chose
     image = load_image(opened)
     if scale == 1:
-        width, height = image.size
+        size = image.size
     elif opened.getexif().get(ExifTags.Base.Orientation, 1) > 4:  # EXIF: rotated by 90 degrees
-        width, height = height, width
-    side = max(width, height)
-    if width == height == size_px or (side / scale) ** 2 > _MAX_CANVAS_PIXELS:  # or too elongated
-        return torch.from_numpy(np.array(pad_and_resize(image, size_px)))
-    left, top = (side - width) // 2 / scale, (side - height) // 2 / scale
-    return _resize(image, left, top, side / scale, size_px)
+        size = size[::-1]
+    inputs = [_pad_and_resize(image, size, scale, size_px, NO_TILES)]
+    if (grid := choose_grid(size, size_px, max_tiles)) != NO_TILES:
+        inputs += cut(_pad_and_resize(image, size, scale, size_px, grid), size_px)
+    return inputs
+
+
+def _pad_and_resize(image: Image.Image, size: tuple[int, int], scale: int, size_px: int, grid: Grid) -> Tensor:
+    """(rows * size_px, columns * size_px, 3) of an image that was decoded at 1 / `scale` of its size."""
+    side = tile_side(size, grid)
+    padded_size = grid[0] * side, grid[1] * side
+    is_unchanged = size == padded_size and side == size_px
+    if is_unchanged or padded_size[0] * padded_size[1] / scale**2 > _MAX_CANVAS_PIXELS:  # or too elongated
+        return torch.from_numpy(np.array(pad_and_resize(image, size_px, grid)))
+    left, top = ((padded - length) // 2 / scale for padded, length in zip(padded_size, size))
+    return _resize(image, left, top, side / scale, size_px, grid)
 
 
 def _scale(side_px: int, size_px: int) -> int:
@@ -64,18 +79,19 @@ def _scale(side_px: int, size_px: int) -> int:
     return 1
 
 
-def _resize(image: Image.Image, left: float, top: float, side: float, size_px: int) -> Tensor:
-    """An image at (left, top) in a square of the mean colour, resized. `left`, `top` and `side` may be fractional.
+def _resize(image: Image.Image, left: float, top: float, side: float, size_px: int, grid: Grid) -> Tensor:
+    """An image at (left, top) in a grid of squares of the mean colour, resized. `left`, `top` and `side`, of a square,
+    may be fractional.
 
     torch's grid starts at whole pixels. So the canvas starts some final pixels earlier, as many as move the image's
     corner to about a whole pixel, and they are cropped in the end.
     """
     step = side / size_px
+    width, height = grid[0] * size_px, grid[1] * size_px
     lead_x, lead_y = _lead(left, step), _lead(top, step)
     x, y = round(left + lead_x * step), round(top + lead_y * step)
-    canvas = np.empty(
-        (_num_source_pixels(lead_y + size_px, step), _num_source_pixels(lead_x + size_px, step), 3), np.uint8
-    )
+    num_rows, num_columns = _num_source_pixels(lead_y + height, step), _num_source_pixels(lead_x + width, step)
+    canvas = np.empty((num_rows, num_columns, 3), np.uint8)
     inside = canvas[y : y + image.height, x : x + image.width]
     inside[:] = np.asarray(image)[: len(inside), : inside.shape[1]]
     canvas[:y] = canvas[y + image.height :] = _MEAN_COLOUR
@@ -83,7 +99,7 @@ def _resize(image: Image.Image, left: float, top: float, side: float, size_px: i
     planes = torch.from_numpy(canvas).permute(2, 0, 1).unsqueeze(0)  # (1, 3, H, W), not copied
     factor = (1 + _EPSILON) / step  # rounding must not lose the last pixel
     resized = F.interpolate(planes, scale_factor=factor, mode="bicubic", antialias=True)[0].permute(1, 2, 0)
-    return resized[lead_y : lead_y + size_px, lead_x : lead_x + size_px]
+    return resized[lead_y : lead_y + height, lead_x : lead_x + width]
 
 
 def _lead(start: float, step: float) -> int:

@@ -137,7 +137,7 @@ class StepStream(IterableDataset[StepBatch]):
         if too_long > _MAX_LONG_FRACTION * seen:
             raise ValueError(
                 f"{too_long} of {seen} samples are longer than max_tokens; the last: {self._last_too_long}. "
-                "Raise max_tokens (an image alone takes (image_size / patch size)^2)."
+                "Raise max_tokens (an image alone takes (image_size / patch size)^2, and so does each of its tiles)."
             )
 
 

@@ -20,16 +20,23 @@ class ReferenceModel:
     """What reference log-probabilities depend on.
 
     model: fingerprint of its weights.
+    tiles: most tiles of an image; no record of a model without them says so.
     """
 
     model: str
     image_size: int
     fast_pixels: bool
+    tiles: int = 0
+
+    @property
+    def record(self) -> dict[str, str | int | bool]:
+        """As it stands beside log-probabilities."""
+        return {key: value for key, value in asdict(self).items() if key != "tiles" or value}
 
 
 def to_member(chosen: float, rejected: float, model: ReferenceModel) -> bytes:
     """The content of the member."""
-    return json.dumps({"chosen": chosen, "rejected": rejected} | asdict(model)).encode()
+    return json.dumps({"chosen": chosen, "rejected": rejected} | model.record).encode()
 
 
 def read_member(raw: RawSample, expected: ReferenceModel) -> tuple[float, float]:
@@ -50,9 +57,10 @@ def read_member(raw: RawSample, expected: ReferenceModel) -> tuple[float, float]
     if not (math.isfinite(chosen) and math.isfinite(rejected)):
         raise WrongReferenceError(f"its .{REFERENCE_SUFFIX} holds {chosen} and {rejected}; expected finite numbers")
     for key, value in asdict(expected).items():
-        if record.get(key) != value:
+        recorded = record.get(key, 0 if key == "tiles" else None)
+        if recorded != value:
             raise WrongReferenceError(
-                f"its .{REFERENCE_SUFFIX} was made with {key} {record.get(key)}, this run starts with {value}; make it "
-                "again with this run's init_from.checkpoint, image_size and data.fast_pixels"
+                f"its .{REFERENCE_SUFFIX} was made with {key} {recorded}, this run starts with {value}; make it again "
+                "with this run's init_from.checkpoint, image_size, image.tiles and data.fast_pixels"
             )
     return chosen, rejected

@@ -30,7 +30,7 @@ RUNS_PER_PARAMETER = 4
 _RUN_PREFIXES = ("base.", "base with overrides.")  # of the stage's settings, and of a proxy's
 # Settings that the search makes itself, for each run.
 _OWN = ("run_dir", "seed", "resume", "validation", "generations")
-_NOT_SEARCHED = (*_OWN, "data.sources", "steps", "epochs", "samples", "precision", "image_size")
+_NOT_SEARCHED = (*_OWN, "data.sources", "steps", "epochs", "samples", "precision", "image_size", "image.")
 _NO_RESULT = (  # of a training config: they do not change its losses
     "run_dir", "resume", "validation", "generations", "checkpoint.", "log_every", "log_samples", "trackers",
     "data.workers", "data.max_broken_fraction", "micro_batch", "compile", "activation_checkpointing",

@@ -1,6 +1,6 @@
 """`python -m train.nano data | train | export | measure`: nano's data, training from scratch, and measurement; and
 `preferences | style`: preferences for nano, and what they change; `experts`: how many experts a token gets; and
-`connectors`: nano with other connectors, compared."""
+`connectors`: nano with other connectors, compared; `tiles`: what tiles bring on pages of small words."""
 
 from __future__ import annotations
 
@@ -209,6 +209,20 @@ def connectors(
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     typer.echo(compare_speed(comparison) if speed else compare(comparison))
+
+
+@app.command()
+def tiles(
+    data_dir: Annotated[Path, typer.Option("--data", help="nano's data, for its fonts")] = DATA,
+    out: Annotated[Path, typer.Option(help="folder for pages, runs, results and the table")] = RUNS / "tiles",
+    number: Annotated[int, typer.Option(min=2, help="most tiles of a page")] = 4,
+    steps: Annotated[int, typer.Option(min=1, help="training steps of each run")] = 150,
+    seeds: Annotated[int, typer.Option(min=1, help="runs of each kind")] = 3,
+) -> None:
+    """Train nano further on pages of small words, with tiles and without, and print the table; what is done is kept."""
+    from train.nano.tiles.compare import compare
+
+    typer.echo(compare(data_dir, out, number, steps, seeds))
 
 
 @app.command()

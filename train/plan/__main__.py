@@ -40,6 +40,7 @@ from .estimate import (
 )
 from .flops import Row, forward_flops
 from .models import initial_model, read_model
+from .tiles import ImageSize, as_image_size, average_inputs, planned_tiles, tile_assumptions
 
 app = typer.Typer(add_completion=False)
 
@@ -149,6 +150,9 @@ def plan(
     caption_tokens: Annotated[int, typer.Option(min=1, help="Average text tokens per sample in caption format.")] = 32,
     chat_tokens: Annotated[int, typer.Option(min=1, help="Average text tokens per sample in chat format.")] = 256,
     text_tokens: Annotated[int, typer.Option(min=2, help="Average tokens per document in text format.")] = 512,
+    image_pixels: Annotated[
+        str | None, typer.Option(help="Average image, WIDTHxHEIGHT, for image.tiles; by default one of all tiles.")
+    ] = None,
     model: Annotated[
         str | None, typer.Option(help=f"{', '.join(PRESETS)} or a model folder, instead of the config's.")
     ] = None,
@@ -166,14 +170,15 @@ def plan(
     if not paths:
         raise ValueError("name at least one config file; the recipes are in train/configs/.")
     tokens = SampleTokens(caption_tokens, chat_tokens, text_tokens)
-    plans = [make_plan(path, overrides, model, tokens) for path in paths]
+    image_size = None if image_pixels is None else as_image_size(image_pixels)
+    plans = [make_plan(path, overrides, model, tokens, image_size) for path in paths]
     console = Console()
     for made in plans:
         for line in describe(made, hardware):
             console.print(line, highlight=False, soft_wrap=True)
         console.print(memory_table(made, hardware))
     console.print(sum_table(plans, hardware))
-    for line in assumptions(plans, hardware, tokens):
+    for line in assumptions(plans, hardware, tokens, image_size):
         console.print(line, highlight=False, soft_wrap=True)
     if curves is not None:
         from .curves import draw_curves  # takes a second
@@ -182,9 +187,16 @@ def plan(
 
 
 def make_plan(
-    path: str | Path, overrides: Sequence[str], model: str | None = None, tokens: SampleTokens = AVERAGE
+    path: str | Path,
+    overrides: Sequence[str],
+    model: str | None = None,
+    tokens: SampleTokens = AVERAGE,
+    image_size: ImageSize | None = None,
 ) -> Plan:
     """
+    Args:
+        image_size: width and height of an average image; None: it has as many tiles as an image may have.
+
     Raises:
         ValueError: the config is wrong, or does not tell what model it is for.
     """
@@ -194,7 +206,9 @@ def make_plan(
     set_connector_(shape, config.init_from.connector)
     shape.vision_config.image_size = config.image_size
     try:
-        rows = average_rows(config, shape.num_image_tokens, tokens)
+        config.image.tiles = planned_tiles(config, Path(path), model)
+        inputs = average_inputs(config.image.tiles, config.image_size, image_size)
+        rows = average_rows(config, shape.num_image_tokens, tokens, inputs)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     check_positions(shape, config)
@@ -226,9 +240,8 @@ def describe(made: Plan, hardware: Hardware) -> list[str]:
 
 
 def _describe_rows(made: Plan) -> str:
-    num_image_tokens = made.model.num_image_tokens
     kinds = [
-        f"{row.tokens:,} tokens a sample, {num_image_tokens:,} of them its image's"
+        f"{row.tokens:,} tokens a sample, {row.num_inputs * made.model.num_image_tokens:,} of them its image's"
         if row.has_image
         else f"{row.tokens:,} tokens a text"
         for _, row in made.rows
@@ -281,7 +294,9 @@ def sum_table(plans: Sequence[Plan], hardware: Hardware) -> Table:
     return table
 
 
-def assumptions(plans: Sequence[Plan], hardware: Hardware, tokens: SampleTokens) -> list[str]:
+def assumptions(
+    plans: Sequence[Plan], hardware: Hardware, tokens: SampleTokens, image_size: ImageSize | None = None
+) -> list[str]:
     """The assumptions behind the numbers."""
     has_texts = any(not row.has_image for made in plans for _, row in made.rows)
     texts = f"; {tokens.text} tokens in a text" if has_texts else ""
@@ -289,6 +304,7 @@ def assumptions(plans: Sequence[Plan], hardware: Hardware, tokens: SampleTokens)
         f"Assumed: one image and {tokens.caption} tokens of text in a caption, {tokens.chat} in a chat{texts}; "
         f"{hardware.utilisation:.0%} of {hardware.tflops:g} TFLOP/s; {1 - USABLE:.0%} of the memory kept free; "
         "what is frozen was released in bf16.",
+        *tile_assumptions(((each.config.image.tiles or 0, each.model.num_image_tokens) for each in plans), image_size),
         "`to N` fits as long as the longest row of a micro-batch has at most N tokens.",
     ]
     if (name := _released(plans)) is not None:

@@ -29,10 +29,16 @@ class SampleTokens:
 AVERAGE = SampleTokens()
 
 
-def average_rows(config: TrainConfig, num_image_tokens: int, tokens: SampleTokens) -> list[tuple[float, Row]]:
+def average_rows(
+    config: TrainConfig, tokens_per_input: int, tokens: SampleTokens, image_inputs: int = 1
+) -> list[tuple[float, Row]]:
     """The average row of the samples with an image and that of the texts, each with its fraction of the samples.
 
     Samples of every format but text are taken to have one image.
+
+    Args:
+        tokens_per_input: that the tower gives of an image, or of a tile of it.
+        image_inputs: how often the tower sees an average image.
 
     Raises:
         ValueError: such a row is longer than `max_tokens`.
@@ -44,19 +50,24 @@ def average_rows(config: TrainConfig, num_image_tokens: int, tokens: SampleToken
     rows = []
     if with_image:
         fraction, num_text = _average(with_image)
+        num_image_tokens = image_inputs * tokens_per_input
         if num_image_tokens + num_text > config.max_tokens:
-            raise ValueError(f"an image and {num_text} tokens of text exceed max_tokens {config.max_tokens}.")
-        rows.append((fraction, Row(num_image_tokens + num_text, num_text)))
+            raise ValueError(
+                f"an image of {num_image_tokens:,} tokens and {num_text} tokens of text exceed max_tokens "
+                f"{config.max_tokens}."
+            )
+        rows.append((fraction, Row(num_image_tokens + num_text, num_text, image_inputs=image_inputs)))
     if texts := [fraction for fraction, each in zip(fractions, formats) if each == TEXT]:
         num_text = _text_row_tokens(config, tokens.text)
         rows.append((sum(texts), Row(num_text, num_text - 1, has_image=False)))
     return rows
 
 
-def longest(row: Row, config: TrainConfig, num_image_tokens: int) -> Row:
+def longest(row: Row, config: TrainConfig, tokens_per_input: int) -> Row:
     """A row of the same kind that has `max_tokens` tokens."""
     limit = config.max_tokens
-    return Row(limit, limit - num_image_tokens if row.has_image else limit - 1, row.has_image)
+    supervised = limit - row.num_inputs * tokens_per_input if row.has_image else limit - 1
+    return Row(limit, supervised, row.has_image, row.image_inputs)
 
 
 def _average(samples: Sequence[tuple[float, int]]) -> tuple[float, int]:

@@ -170,7 +170,7 @@ def _layers_differ(model_config: YiVLConfig, config: TrainConfig) -> bool:
 def _loss(model: YiVLForConditionalGeneration, row: Row, num_rows: int, device: str) -> Tensor:
     """`Objective`'s, for rows that begin with their image or are texts. Its masks need values, which these tensors
     lack."""
-    features = _image_features(model, row, num_rows, device)  # (N, P, D)
+    features = _image_features(model, row, num_rows, device)  # (B K, P, D)
     is_cross_attention = model.config.connector_config.is_cross_attention
     hidden = (_attending if is_cross_attention else _joined)(model, features, row, num_rows, device)  # (B, S, D)
     targets = torch.empty(num_rows * row.supervised, dtype=torch.long, device=device)
@@ -185,12 +185,13 @@ def _joined(
     model: YiVLForConditionalGeneration, features: Tensor | None, row: Row, num_rows: int, device: str
 ) -> Tensor:
     """Hidden states (B, S, D) of a language model that has image features among its embeddings."""
-    num_text = row.tokens - (model.config.num_image_tokens if row.has_image else 0)
+    num_text = row.tokens - row.num_inputs * model.config.num_image_tokens
     ids = torch.empty(num_rows, num_text, dtype=torch.long, device=device)
     language_model = model.model.language_model
-    embeds = language_model.embed_tokens(ids)  # of a text (B, S, D), beside an image (B, S - P, D)
+    embeds = language_model.embed_tokens(ids)  # of a text (B, S, D), beside an image (B, S - K P, D)
     if row.has_image and features is not None:
-        embeds = torch.cat([features.to(embeds.dtype), embeds], dim=1)  # (B, S, D)
+        images = features.to(embeds.dtype).unflatten(0, (num_rows, row.num_inputs)).flatten(1, 2)  # (B, K P, D)
+        embeds = torch.cat([images, embeds], dim=1)  # (B, S, D)
     return language_model(inputs_embeds=embeds, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
 
 
@@ -211,10 +212,11 @@ def _attending(
 
 
 def _image_features(model: YiVLForConditionalGeneration, row: Row, num_rows: int, device: str) -> Tensor | None:
-    """Of one image per row; for a micro-batch of texts, of a blank one if the tower or the projector is trained."""
+    """Of one image per row, and its tiles; for a micro-batch of texts, of a blank one if the tower or the projector is
+    trained."""
     of_component = component_parameters(model)
     is_trained = any(parameter.requires_grad for name in ("vision", "projector") for parameter in of_component[name])
-    num_images = num_rows if row.has_image else int(is_trained)
+    num_images = num_rows * row.num_inputs if row.has_image else int(is_trained)
     if not num_images:
         return None
     size_px = model.config.vision_config.image_size

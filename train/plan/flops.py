@@ -34,11 +34,20 @@ _SEEING = ("q", "o", *_MLP)  # of a block of cross-attention, what multiplies th
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a micro-batch, with one image or a text alone. `supervised` of its `tokens` are predicted."""
+    """A row of a micro-batch, with one image or a text alone. `supervised` of its `tokens` are predicted.
+
+    image_inputs: how often the tower sees the image: more than once with tiles.
+    """
 
     tokens: int
     supervised: int
     has_image: bool = True
+    image_inputs: int = 1
+
+    @property
+    def num_inputs(self) -> int:
+        """Of the tower; 0 of a text."""
+        return self.image_inputs if self.has_image else 0
 
 
 def step_flops(model: YiVLConfig, trainable: TrainableConfig, row: Row) -> int:
@@ -50,8 +59,8 @@ def step_flops(model: YiVLConfig, trainable: TrainableConfig, row: Row) -> int:
     queries. Of experts, those that a token gets.
     """
     num_seeing = row.tokens if row.has_image else 0
-    flops = _language_flops(model, trainable, [row], int(row.has_image), num_seeing)
-    return flops + (_image_flops(model, trainable) if row.has_image else 0)
+    flops = _language_flops(model, trainable, [row], row.num_inputs, num_seeing)
+    return flops + row.num_inputs * _image_flops(model, trainable)
 
 
 def forward_flops(model: YiVLConfig, row: Row) -> int:

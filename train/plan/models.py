@@ -13,7 +13,7 @@ from yi_vl.checkpoint.load import read_config
 from yi_vl.config import PRESETS, OpenClipVisionConfig, YiVLConfig, preset
 
 from ..checkpoint import FINAL
-from ..config import InitConfig
+from ..config import InitConfig, TrainConfig
 from ..config_file import load_config
 from ..init import set_connector_, set_rope_
 
@@ -39,20 +39,29 @@ def initial_model(init: InitConfig, path: Path) -> YiVLConfig:
         return YiVLConfig(vision_config=tower, text_config=text, tie_word_embeddings=text.tie_word_embeddings)
     if Path(init.checkpoint).is_dir():
         return read_config(find(init.checkpoint))
+    made_by = maker_of(init.checkpoint, path)
+    if made_by is None:
+        raise ValueError(
+            f"{path}: {init.checkpoint} is not there yet, nor a config beside this one that makes it; say --model with "
+            f"a folder or one of {', '.join(PRESETS)}."
+        )
+    maker, other = made_by
+    model = initial_model(maker.init_from, other)
+    set_rope_(model.text_config, maker.init_from.rope)
+    set_connector_(model, maker.init_from.connector)
+    return model
+
+
+def maker_of(checkpoint: str, path: Path) -> tuple[TrainConfig, Path] | None:
+    """The config beside the one at `path` whose run makes a checkpoint, and its path."""
     for other in sorted(set(path.parent.glob("*.yaml")) - {path}):
         try:
             maker = load_config(other)
         except ValueError:
             continue  # it makes no model, such as a search's config
-        if Path(maker.run_dir) / FINAL == Path(init.checkpoint):
-            model = initial_model(maker.init_from, other)
-            set_rope_(model.text_config, maker.init_from.rope)
-            set_connector_(model, maker.init_from.connector)
-            return model
-    raise ValueError(
-        f"{path}: {init.checkpoint} is not there yet, nor a config beside this one that makes it; say --model with a "
-        f"folder or one of {', '.join(PRESETS)}."
-    )
+        if Path(maker.run_dir) / FINAL == Path(checkpoint):
+            return maker, other
+    return None
 
 
 def read_model(name: str) -> YiVLConfig:

@@ -74,7 +74,8 @@ class Scorer:
         self._objective = PreferenceObjective(self._model, 1, config.dpo)
         self._encoder = SampleEncoder(self._processor, config.data, config.max_tokens)
         self._micro_batch = micro_batch
-        self.model = ReferenceModel(fingerprint(model), config.image_size, fast_pixels)
+        max_tiles = self._processor.image_processor.max_tiles
+        self.model = ReferenceModel(fingerprint(model), config.image_size, fast_pixels, max_tiles)
 
     def encode(self, raw: RawSample) -> Sample:
         """
@@ -120,7 +121,7 @@ def add_references(folder: Path, out: Path, scorer: Scorer) -> list[str]:
     if out.resolve() == folder.resolve():
         raise ValueError(f"{out} holds the shards themselves; take another folder for those with references.")
     made_from = {
-        "reference": vars(scorer.model), "shards": [[path.name, path.stat().st_size] for path in paths],
+        "reference": scorer.model.record, "shards": [[path.name, path.stat().st_size] for path in paths],
         "num_shards": len(paths),
     }  # fmt: skip
     manifest = Manifest.open(out, made_from)

@@ -28,7 +28,7 @@ from yi_vl.processor import YiVLProcessor
 from ..attention.cpu import keep_memory
 from ..config import DataConfig, SourceConfig
 from ..data.batch import IGNORE
-from ..data.fast_image import to_uint8
+from ..data.fast_image import to_inputs
 from ..data.loader import StepLoader
 
 Format = Literal["jpg", "png"]
@@ -129,7 +129,8 @@ def drift(shard: Path, size_px: int, num_images: int = 20) -> tuple[float, float
         for name in sample:
             if name.endswith(("jpg", "png")):
                 exact = processor.to_uint8(sample[name]).float()
-                differences.append((to_uint8(sample[name], size_px).float() - exact).flatten())
+                (fast,) = to_inputs(sample[name], size_px)
+                differences.append((fast.float() - exact).flatten())
         if len(differences) >= num_images:
             break
     all_differences = torch.cat(differences)

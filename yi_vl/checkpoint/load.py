@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, get_args
 
@@ -18,6 +18,7 @@ from ..arguments import as_choice, one_line, shown
 from ..auto import YiVLConfig, YiVLForConditionalGeneration, YiVLProcessor  # which registers them with transformers
 from ..chat import CHAT_FORMATS, YI_VL, ChatFormat
 from ..generation import set_end_tokens_
+from ..image.transform import as_max_tiles
 from ..linear import tune_linears_
 from ..quantize import METHOD, Scheme, make_config
 from . import Checkpoint, TowerFrom, base_of, holds_adapters, merge, open_checkpoint, read_configuration, read_processor
@@ -147,11 +148,20 @@ def read_chat_format(source: str) -> ChatFormat:
     Raises:
         ValueError: its processor_config.json is damaged, or names none that there is.
     """
-    folder = fetch(source, with_weights=False)
-    if holds_adapters(folder):
-        with _base(folder, with_weights=False) as base:
-            return _chat_format(base)
-    return _chat_format(folder)
+    path, values = _read_processor_config(source)
+    return as_choice(values.get("chat_format", YI_VL), f"chat_format in {path}", CHAT_FORMATS)  # type: ignore[return-value]
+
+
+def read_max_tiles(source: str) -> int:
+    """Most tiles of an image, likewise; 0 for none.
+
+    Raises:
+        ValueError: its processor_config.json is damaged, or an image cannot have so many.
+    """
+    path, values = _read_processor_config(source)
+    image_processor = values.get("image_processor")
+    value = image_processor.get("max_tiles", 0) if isinstance(image_processor, dict) else 0
+    return as_max_tiles(value, f"max_tiles in {path}")
 
 
 def load_processor(path: str | os.PathLike | None) -> YiVLProcessor:
@@ -258,11 +268,13 @@ def _base(folder: Path, with_weights: bool) -> Iterator[Path]:
         raise ValueError(f"{folder} holds adapters of {name}: {error}") from error
 
 
-def _chat_format(folder: Path) -> ChatFormat:
-    """As processor_config.json says; foreign layouts are always in Yi-VL's own."""
-    path = folder / "processor_config.json"
-    chat_format = read_json(path).get("chat_format", YI_VL) if path.exists() else YI_VL
-    return as_choice(chat_format, f"chat_format in {path}", CHAT_FORMATS)  # type: ignore[return-value]
+def _read_processor_config(source: str) -> tuple[Path, dict[str, Any]]:
+    """The file processor_config.json of a model, of adapters that of their base, and its values: none of a foreign
+    layout, whose chat format is Yi-VL's own and whose images have no tiles."""
+    folder = fetch(source, with_weights=False)
+    with _base(folder, with_weights=False) if holds_adapters(folder) else nullcontext(folder) as model:
+        path = model / "processor_config.json"
+        return path, read_json(path) if path.exists() else {}
 
 
 def _quantization_method(folder: Path) -> str | None:

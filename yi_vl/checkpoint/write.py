@@ -92,8 +92,8 @@ def convert(
 def check_target(source: Checkpoint, target: Path, to: str) -> None:
     """
     Raises:
-        ValueError: the folder exists, or the layout cannot hold a quantized model, its language model, chat format or
-            positions.
+        ValueError: the folder exists, or the layout cannot hold a quantized model, its language model, chat format,
+            tiles or positions.
     """
     if to != "yi-vl" and getattr(source.config, "quantization_config", None):
         raise ValueError(
@@ -107,6 +107,11 @@ def check_target(source: Checkpoint, target: Path, to: str) -> None:
         )
     if target.exists():
         raise ValueError(f"{target} exists already; choose another name, or remove it.")
+    if to != "yi-vl" and source.layout == "yi-vl" and (max_tiles := source.make_processor().image_processor.max_tiles):
+        raise ValueError(
+            f"{source.folder} cuts images into up to {max_tiles} tiles, for which the layout {to!r} has no place: its "
+            "readers would show the model thumbnails alone. Keep it in the layout 'yi-vl'."
+        )
     is_foreign = to in ("official", "llava-hf")
     if is_foreign and source.layout == "yi-vl" and source.make_processor().chat_format != YI_VL:
         raise ValueError(

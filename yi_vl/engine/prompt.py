@@ -1,6 +1,6 @@
 """From a conversation to the model's input: tokens, decoded images, and the key that names both.
 
-S tokens, N images.
+S tokens, N inputs of the tower: images, or of one with tiles its thumbnail and these.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..chat import Encoded, TooLongError
-from ..image import ImageSource, check_source
+from ..encode import Encoded
+from ..image import ImageSource, TiledImage
 from ..messages import Message, as_messages, images_of
 from ..processor import YiVLProcessor
 from .prefix_cache import ImageKey, PrefixKey
@@ -60,13 +60,15 @@ class InputProcessor:
         checked = as_messages(messages)
         encoded = self.encode(checked)  # before images are decoded
         images = list(images_of(checked))
+        if self.processor.image_processor.max_tiles:
+            self.expand(encoded, [self._count_inputs(image) for image in images])
         if len(images) < 2:
             return self.to_prompt(encoded, [self._decode_image(image) for image in images])
         with ThreadPoolExecutor(os.cpu_count()) as threads:  # Pillow decodes without holding the interpreter's lock
             return self.to_prompt(encoded, list(threads.map(self._decode_image, images)))
 
     def encode(self, messages: list[Message]) -> Encoded:
-        """A conversation's tokens; its images are not looked at.
+        """A conversation's tokens, without those of tiles; its images are not looked at.
 
         Raises:
             ValueError: it is malformed.
@@ -74,30 +76,42 @@ class InputProcessor:
         """
         return self.processor.encode_messages(messages, max_tokens=self.max_tokens)
 
+    def expand(self, encoded: Encoded, num_inputs: Sequence[int]) -> Encoded:
+        """The tokens of a conversation whose images are so many inputs of the tower each.
+
+        Raises:
+            TooLongError: it leaves no room for an answer.
+        """
+        return self.processor.expand(encoded, num_inputs, self.max_tokens)
+
     def check(self, messages: list[Message]) -> None:
         """
         Raises:
             ValueError: a conversation cannot be answered; what shows only when images are fetched and decoded is not
                 found.
         """
-        self.encode(messages)
-        for image in images_of(messages):
-            check_source(image, self.allow_remote_images)
+        encoded = self.encode(messages)
+        self.expand(encoded, [self._count_inputs(image) for image in images_of(messages)])
 
-    def to_prompt(self, encoded: Encoded, images_uint8: Sequence[Tensor]) -> Prompt:
-        """Tokens and images, (H, W, 3) uint8 each in reading order, as a prompt.
+    def to_prompt(self, encoded: Encoded, images: Sequence[Sequence[Tensor]]) -> Prompt:
+        """Tokens as `encode` gives them and images in reading order, as a prompt.
+
+        Args:
+            images: the inputs of the tower that each is, (H, W, 3) uint8, as `YiVLImageProcessor.to_inputs` gives them.
 
         Raises:
             TooLongError: it leaves no room for an answer.
         """
-        num_tokens, patches = len(encoded.input_ids), self.processor.tokens_per_image
-        if num_tokens > self.max_tokens:
-            raise TooLongError(num_tokens, len(encoded.image_starts), patches, self.max_tokens)
+        expanded = self.expand(encoded, [len(inputs) for inputs in images])
+        inputs_uint8 = tuple(each for inputs in images for each in inputs)
         keys = tuple(
-            ImageKey(hashlib.sha256(image.numpy().tobytes()).digest(), start, start + patches)
-            for image, start in zip(images_uint8, encoded.image_starts, strict=True)
+            ImageKey(hashlib.sha256(each.numpy().tobytes()).digest(), start, start + self.processor.tokens_per_image)
+            for each, start in zip(inputs_uint8, expanded.image_starts, strict=True)
         )
-        return Prompt(PrefixKey(np.array(encoded.input_ids, dtype=np.int64), keys), tuple(images_uint8))
+        return Prompt(PrefixKey(np.array(expanded.input_ids, dtype=np.int64), keys), inputs_uint8)
 
-    def _decode_image(self, image: ImageSource) -> Tensor:
-        return self.processor.image_processor.to_uint8(image, allow_remote_images=self.allow_remote_images)
+    def _count_inputs(self, image: ImageSource | TiledImage) -> int:
+        return self.processor.image_processor.count_inputs(image, self.allow_remote_images)
+
+    def _decode_image(self, image: ImageSource | TiledImage) -> list[Tensor]:
+        return self.processor.image_processor.to_inputs(image, allow_remote_images=self.allow_remote_images)

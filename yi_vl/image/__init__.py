@@ -11,7 +11,7 @@ from .samples import ImageError
 from .source import ImageSource
 
 if TYPE_CHECKING:
-    from .transform import YiVLImageProcessor, pad_and_resize
+    from .transform import TiledImage, YiVLImageProcessor, pad_and_resize
 
 __all__ = [
     "MAX_PIXELS",
@@ -19,6 +19,7 @@ __all__ = [
     "WEB_FORMATS",
     "ImageError",
     "ImageSource",
+    "TiledImage",
     "YiVLImageProcessor",
     "check_source",
     "load_image",
@@ -29,6 +30,6 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """The transform is imported when it is used: an image is checked before torch and transformers are imported."""
-    if name not in ("YiVLImageProcessor", "pad_and_resize"):
+    if name not in ("TiledImage", "YiVLImageProcessor", "pad_and_resize"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(".transform", __name__), name)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -70,19 +71,27 @@ def open_image(
         raise ImageError(f"{name} holds samples, not an image in a file's format.")
 
 
-def check_source(source: ImageSource, allow_remote_images: bool = False) -> None:
+def check_source(
+    source: ImageSource, allow_remote_images: bool = False, formats: Sequence[str] | None = None
+) -> tuple[int, int] | None:
     """Find what is wrong with an image without decoding it; what can be read only once is not read, nor is a URL.
+
+    Returns:
+        Its width and height, not turned upright; None for what is not read.
 
     Raises:
         ValueError: as `load_image`, but for damage that only shows when it is decoded.
     """
     if isinstance(source, np.ndarray) or is_tensor(source):
-        _samples(source)
-    elif is_url(source):
+        samples = _samples(source)
+        return samples.shape[1], samples.shape[0]
+    if is_url(source):
         check_url(source, allow_remote_images)
-    elif not is_stream(source):
-        with open_image(source):
-            pass
+        return None
+    if is_stream(source):
+        return None
+    with open_image(source, formats) as image:
+        return image.size
 
 
 @contextmanager
@@ -95,11 +104,17 @@ def open_strips(source: ImageSource, formats: Sequence[str] | None, allow_remote
         yield strips
         return
     with open_image(source, formats, allow_remote_images) as image:
+        full_size = image.size
         if not isinstance(source, Image.Image):  # which is its owner's
             halve_large_jpeg_(image)
+        is_halved = image.size != full_size
         is_large = image.width * image.height > _LARGE_IMAGE_PIXELS
         with _large_image_lock if is_large else nullcontext():
-            yield strips_of_image(image, name)
+            strips = strips_of_image(image, name)
+            if is_halved:
+                is_turned = strips.size != image.size
+                strips = replace(strips, full_size=full_size[::-1] if is_turned else full_size)
+            yield strips
 
 
 def _samples(array: np.ndarray | Tensor) -> np.ndarray | Tensor:

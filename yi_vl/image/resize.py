@@ -1,8 +1,9 @@
-"""Pad to a square and resize, in time and memory that grow with the image's own pixels, not with the square's.
+"""Pad to a square, or to the shape of a grid of tiles, and resize, in time and memory that grow with the image's own
+pixels, not with the padded one's.
 
 Pillow resizes along x, then along y, and rounds to 8 bits after each. Most images are padded strip by strip and resized
 by Pillow. Of a long and large one only the outputs that its own rows or columns reach are computed, here, with Pillow's
-integer weights; the others are constant. h rows of n values among S rows, most of them padding, become O rows.
+integer weights; the others are constant. h rows of n values among H rows, most of them padding, become O rows.
 """
 
 from __future__ import annotations
@@ -13,78 +14,94 @@ import numpy as np
 from PIL import Image
 
 from ..config import IMAGE_MEAN
+from .tiles import NO_TILES, Grid, tile_side
 
 ReadStrip = Callable[[int, int], Image.Image]  # rows [start, stop) of an image: RGB, as wide as the image
 
 _PADDING = tuple(int(255 * channel) for channel in IMAGE_MEAN)  # (122, 116, 104), as Yi-VL pads
 _STRIP_PIXELS = 1 << 19  # that are converted and resized at once
-_MAX_PADDED_PIXELS = 1 << 25  # of the square, up to which Pillow takes 0.2 s at most, whatever the image's shape
-_MAX_RATIO = 2  # of the sides, up to which Pillow is faster at any size
+_MAX_PADDED_PIXELS = 1 << 25  # up to which Pillow takes 0.2 s at most, whatever the image's shape
+_MAX_RATIO = 2  # of padded pixels to the image's own, up to which Pillow is faster at any size
 _PRECISION_BITS = 22  # of Pillow's weights
 
 
-def resize_strips(size: tuple[int, int], read_strip: ReadStrip, size_px: int) -> Image.Image:
-    """An image of `size` (width, height) centred on a square and resized: RGB, size_px x size_px
+def resize_strips(size: tuple[int, int], read_strip: ReadStrip, size_px: int, grid: Grid = NO_TILES) -> Image.Image:
+    """An image of `size` (width, height) centred on a grid of squares, each of which becomes size_px x size_px: RGB
 
-    Equal to the last bit to pasting it on a square of the mean colour and `resize(..., BICUBIC)` of that.
+    Equal to the last bit to pasting it on that rectangle of the mean colour and `resize(..., BICUBIC)` of that.
+
+    Args:
+        grid: columns and rows; by default one square.
     """
-    width, height = size
-    side = max(size)
-    if width == height == size_px:
-        return read_strip(0, height)
-    if side * side <= _MAX_PADDED_PIXELS or side <= _MAX_RATIO * min(size):
-        return _resize_x(size, read_strip, size_px, side).resize((size_px, size_px), Image.Resampling.BICUBIC)
-    return (_resize_wide if height < side else _resize_tall)(size, read_strip, size_px)
+    side = tile_side(size, grid)
+    padded_size = grid[0] * side, grid[1] * side
+    new_size = grid[0] * size_px, grid[1] * size_px
+    if size == padded_size == new_size:
+        return read_strip(0, size[1])
+    num_padded = padded_size[0] * padded_size[1]
+    if num_padded <= _MAX_PADDED_PIXELS or num_padded <= _MAX_RATIO * size[0] * size[1]:
+        rows = _resize_x(size, read_strip, padded_size, new_size[0])
+        return rows.resize(new_size, Image.Resampling.BICUBIC)
+    is_wide = size[1] * padded_size[0] < size[0] * padded_size[1]  # most of the padding is above and below
+    return (_resize_wide if is_wide else _resize_tall)(size, read_strip, padded_size, new_size)
 
 
-def _resize_x(size: tuple[int, int], read_strip: ReadStrip, size_px: int, num_rows: int) -> Image.Image:
-    """An image padded to max(size) columns, which become `size_px`, and to `num_rows` rows."""
-    width, height = size
-    side = max(size)
-    narrow = Image.new("RGB", (size_px, num_rows), _PADDING)
-    strip_rows = max(1, _STRIP_PIXELS // side)
+def _resize_x(
+    size: tuple[int, int], read_strip: ReadStrip, padded_size: tuple[int, int], new_width: int
+) -> Image.Image:
+    """An image padded to columns, which become `new_width`, and to rows."""
+    (width, height), (num_columns, num_rows) = size, padded_size
+    narrow = Image.new("RGB", (new_width, num_rows), _PADDING)
+    strip_rows = max(1, _STRIP_PIXELS // num_columns)
     for start in range(0, height, strip_rows):
         strip = read_strip(start, min(start + strip_rows, height))
-        if width < side:
-            padded = Image.new("RGB", (side, strip.height), _PADDING)
-            padded.paste(strip, ((side - width) // 2, 0))
+        if width < num_columns:
+            padded = Image.new("RGB", (num_columns, strip.height), _PADDING)
+            padded.paste(strip, ((num_columns - width) // 2, 0))
             strip = padded
-        resized = strip.resize((size_px, strip.height), Image.Resampling.BICUBIC)
+        resized = strip.resize((new_width, strip.height), Image.Resampling.BICUBIC)
         narrow.paste(resized, (0, (num_rows - height) // 2 + start))
     return narrow
 
 
-def _resize_wide(size: tuple[int, int], read_strip: ReadStrip, size_px: int) -> Image.Image:
-    width, height = size
-    rows = _PaddedAxis(height, width, size_px)
-    narrow = np.asarray(_resize_x(size, read_strip, size_px, height)).reshape(height, -1)  # (h, n)
-    resized = Image.new("RGB", (size_px, size_px), _PADDING)
-    resized.paste(Image.fromarray(rows.resample(narrow).reshape(-1, size_px, 3)), (0, rows.first_output))
+def _resize_wide(
+    size: tuple[int, int], read_strip: ReadStrip, padded_size: tuple[int, int], new_size: tuple[int, int]
+) -> Image.Image:
+    height = size[1]
+    rows = _PaddedAxis(height, padded_size[1], new_size[1])
+    narrow = np.asarray(_resize_x(size, read_strip, (padded_size[0], height), new_size[0])).reshape(
+        height, -1
+    )  # (h, n)
+    resized = Image.new("RGB", new_size, _PADDING)
+    resized.paste(Image.fromarray(rows.resample(narrow).reshape(-1, new_size[0], 3)), (0, rows.first_output))
     return resized
 
 
-def _resize_tall(size: tuple[int, int], read_strip: ReadStrip, size_px: int) -> Image.Image:
-    width, height = size
-    columns = _PaddedAxis(width, height, size_px)
-    narrow = Image.new("RGB", (columns.num_outputs, height))
+def _resize_tall(
+    size: tuple[int, int], read_strip: ReadStrip, padded_size: tuple[int, int], new_size: tuple[int, int]
+) -> Image.Image:
+    (width, height), num_rows = size, padded_size[1]
+    columns = _PaddedAxis(width, padded_size[0], new_size[0])
+    narrow = Image.new("RGB", (columns.num_outputs, num_rows), _PADDING)
     strip_rows = max(1, _STRIP_PIXELS // width)
     for start in range(0, height, strip_rows):
         strip = read_strip(start, min(start + strip_rows, height))
         transposed = np.asarray(strip.transpose(Image.Transpose.TRANSPOSE)).reshape(width, -1)  # (h, n)
         resampled = columns.resample(transposed).reshape(-1, strip.height, 3).transpose(1, 0, 2)
-        narrow.paste(Image.fromarray(np.ascontiguousarray(resampled)), (0, start))
-    resized = Image.new("RGB", (size_px, size_px), _PADDING)
-    resized.paste(narrow.resize((narrow.width, size_px), Image.Resampling.BICUBIC), (columns.first_output, 0))
+        narrow.paste(Image.fromarray(np.ascontiguousarray(resampled)), (0, (num_rows - height) // 2 + start))
+    resized = Image.new("RGB", new_size, _PADDING)
+    resized.paste(narrow.resize((narrow.width, new_size[1]), Image.Resampling.BICUBIC), (columns.first_output, 0))
     return resized
 
 
 class _PaddedAxis:
-    """`num_inputs` rows in the middle of `side` rows, of whose `size_px` outputs `num_outputs` are not just padding."""
+    """`num_inputs` rows in the middle of `num_padded`, of which `new_size` are made, `num_outputs` of them not just
+    padding."""
 
-    def __init__(self, num_inputs: int, side: int, size_px: int) -> None:
-        self._start = (side - num_inputs) // 2
+    def __init__(self, num_inputs: int, num_padded: int, new_size: int) -> None:
+        self._start = (num_padded - num_inputs) // 2
         self._end = self._start + num_inputs
-        kernels = _kernels(side, size_px)
+        kernels = _kernels(num_padded, new_size)
         reached = [
             index
             for index, (first, weights) in enumerate(kernels)

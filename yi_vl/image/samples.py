@@ -61,10 +61,14 @@ class ImageError(ValueError):
 
 @dataclass(frozen=True)
 class RgbStrips:
-    """An upright 8-bit RGB image of `size` (width, height); `read(start, stop)` gives some of its rows."""
+    """An upright 8-bit RGB image of `size` (width, height); `read(start, stop)` gives some of its rows.
+
+    full_size: of the file, where it is decoded at a reduced size.
+    """
 
     size: tuple[int, int]
     read: Callable[[int, int], Image.Image]
+    full_size: tuple[int, int]
 
     def read_all(self) -> Image.Image:
         """All rows, which are converted strip by strip."""
@@ -105,7 +109,8 @@ def strips_of_image(image: Image.Image, name: str) -> RgbStrips:
             strip = _over_white(strip if bits is None else _grey(strip, bits))
             return strip if turn is None else strip.transpose(turn)
 
-    return RgbStrips((height, width) if turn in _FROM_COLUMNS else (width, height), read)
+    upright_size = (height, width) if turn in _FROM_COLUMNS else (width, height)
+    return RgbStrips(upright_size, read, upright_size)
 
 
 def strips_of_array(array: np.ndarray | Tensor, name: str) -> RgbStrips:
@@ -128,7 +133,7 @@ def strips_of_array(array: np.ndarray | Tensor, name: str) -> RgbStrips:
     def read(start: int, stop: int) -> Image.Image:
         return _over_white(Image.fromarray(np.ascontiguousarray(_to_8_bits(samples(start, stop), bits))))
 
-    return RgbStrips(size, read)
+    return RgbStrips(size, read, size)
 
 
 @contextmanager

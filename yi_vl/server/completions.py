@@ -17,7 +17,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 from torch import Tensor
 
-from ..chat import Encoded
+from ..encode import Encoded
 from ..engine.sampling import Sampling
 from ..predict import TooLongError, YiVL
 from .body import read_body
@@ -31,7 +31,8 @@ T = TypeVar("T")
 _logger = logging.getLogger(__name__)
 _NUM_BODIES = 32  # bodies read concurrently
 _NUM_DECODERS = 4  # images decoded concurrently, so that one that takes long delays no other
-_NUM_IMAGES = 64  # of the latest requests, kept decoded
+_NUM_IMAGES = 64  # of the latest requests, kept decoded; with tiles as many thumbnails and tiles, but
+_LEAST_IMAGES = 8  # at least so many images: those of a conversation
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,9 @@ class Completions:
         self._allow_remote_images = allow_remote_images
         self._body_limit = AdmissionLimit(_NUM_BODIES)
         self._tokenizing = ThreadPoolExecutor(1, "yi-vl-tokenizer")
-        self._images = ImageDecoder(yi_vl.processor.image_processor, _NUM_DECODERS, _NUM_IMAGES)
+        image_processor = yi_vl.processor.image_processor
+        num_images = max(_LEAST_IMAGES, _NUM_IMAGES // (1 + image_processor.max_tiles))
+        self._images = ImageDecoder(image_processor, _NUM_DECODERS, num_images)
 
     async def complete(self, request: Request) -> Response:
         """The answer to a request, or an `ApiError`; when the client leaves, the work for it stops within one step.
@@ -100,8 +103,11 @@ class Completions:
         """An empty piece once the prompt is found to be good, then one for every token."""
         with self.loop.admission:
             encoded = await self._encode(chat)  # what is too long is refused before its images are decoded
-            images = [await self._load_image(url, param) for url, param in chat.images]
-            prompt = await self._in_thread(self._yi_vl.engine.inputs.to_prompt, encoded, images)
+            if self._yi_vl.processor.image_processor.max_tiles:
+                images = await self._load_tiled_images(encoded, chat)
+            else:
+                images = [await self._load_image(url, param) for url, param in chat.images]
+            prompt = await self._checked(self._yi_vl.engine.inputs.to_prompt, encoded, images)
             yield Piece(0, "", None, {})
             num_generated = [0] * chat.n
             self.metrics.prompt_tokens.inc(len(prompt))
@@ -117,16 +123,29 @@ class Completions:
                     num_generated[choice] = output.num_tokens
                     yield Piece(choice, output.text, output.finish_reason, _usage(len(prompt), sum(num_generated)))
 
-    async def _load_image(self, url: str, param: str) -> Tensor:
-        data = await read_url(url, param, self._limits, self._allow_remote_images)
-        return await self._images.decode(data, param)
+    async def _load_image(self, url: str, param: str) -> list[Tensor]:
+        """The inputs of the tower that an image is."""
+        return await self._images.decode(await self._read_url(url, param), param)
+
+    async def _load_tiled_images(self, encoded: Encoded, chat: ChatRequest) -> list[list[Tensor]]:
+        """The same of all images. What their tiles make too long is refused by their sizes, before they are decoded."""
+        contents = [(await self._read_url(url, param), param) for url, param in chat.images]
+        num_inputs = [await self._images.count_inputs(data, param) for data, param in contents]
+        await self._checked(self._yi_vl.engine.inputs.expand, encoded, num_inputs)
+        return [await self._images.decode(data, param) for data, param in contents]
+
+    async def _read_url(self, url: str, param: str) -> bytes:
+        return await read_url(url, param, self._limits, self._allow_remote_images)
 
     async def _encode(self, chat: ChatRequest) -> Encoded:
-        """The conversation's tokens."""
+        """The conversation's tokens, without those of tiles."""
         messages = merge_messages(chat.as_messages([None] * len(chat.images)))
-        encode = self._yi_vl.engine.inputs.encode
+        return await self._checked(self._yi_vl.engine.inputs.encode, messages)
+
+    async def _checked(self, function: Callable[..., T], *arguments: Any) -> T:
+        """What a function that takes a conversation returns, from the thread that tokenizes."""
         try:
-            return await self._in_thread(encode, messages)
+            return await self._in_thread(function, *arguments)
         except TooLongError as error:
             raise ApiError(400, str(error), "messages", "context_length_exceeded") from error
         except ValueError as error:

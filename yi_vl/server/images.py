@@ -7,6 +7,7 @@ import hashlib
 from collections import OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
@@ -46,7 +47,7 @@ async def read_url(url: str, param: str, limits: Limits, allow_remote: bool) -> 
 class _Image:
     """An image that is decoded or waits for it, and how many requests wait for it."""
 
-    pixels: Future[Tensor]
+    pixels: Future[list[Tensor]]
     num_waiting: int = 0
 
 
@@ -55,7 +56,7 @@ class ImageDecoder:
 
     Args:
         num_threads: images decoded concurrently, each of which may take hundreds of megabytes.
-        max_images: that are kept, 0.6 MB each at 448 px.
+        max_images: that are kept, 0.6 MB each at 448 px, and for each tile.
     """
 
     def __init__(self, processor: YiVLImageProcessor, num_threads: int, max_images: int) -> None:
@@ -64,8 +65,20 @@ class ImageDecoder:
         self._threads = ThreadPoolExecutor(num_threads, "yi-vl-images")
         self._images: OrderedDict[bytes, _Image] = OrderedDict()  # by the hash of the encoded bytes
 
-    async def decode(self, data: bytes, param: str) -> Tensor:
-        """The image in encoded bytes as the model sees it, (H, W, 3) uint8, not to be modified.
+    async def count_inputs(self, data: bytes, param: str) -> int:
+        """How many inputs of the tower the image in encoded bytes is, by its header; arguments as of `decode`.
+
+        Raises:
+            ApiError: 422: as `decode`, but for damage that only shows when it is decoded.
+        """
+        count = partial(self._processor.count_inputs, data, formats=WEB_FORMATS)
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._threads, count)
+        except ValueError as error:
+            raise ApiError(422, f"{param}: {error}", param, "invalid_image") from error
+
+    async def decode(self, data: bytes, param: str) -> list[Tensor]:
+        """What the tower sees of the image in encoded bytes, (H, W, 3) uint8 each, not to be modified.
 
         Args:
             param: where in the request the image is, for errors.
@@ -76,7 +89,7 @@ class ImageDecoder:
         digest = hashlib.sha256(data).digest()
         image = self._images.pop(digest, None)
         if image is None or _has_failed(image.pixels):
-            image = _Image(self._threads.submit(self._processor.to_uint8, data, WEB_FORMATS))
+            image = _Image(self._threads.submit(self._processor.to_inputs, data, WEB_FORMATS))
         self._images[digest] = image
         while len(self._images) > self._max_images:
             self._images.popitem(last=False)
@@ -96,7 +109,7 @@ class ImageDecoder:
         self._threads.shutdown(cancel_futures=True)
 
 
-def _has_failed(pixels: Future[Tensor]) -> bool:
+def _has_failed(pixels: Future[list[Tensor]]) -> bool:
     return pixels.cancelled() or (pixels.done() and pixels.exception() is not None)
 
 

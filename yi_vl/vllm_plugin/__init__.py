@@ -24,6 +24,7 @@ def register() -> None:
 
     import yi_vl.auto  # noqa: F401  # configuration, processor and model, for transformers' Auto classes
 
+    from ..processor import max_tiles_of
     from .answer import strip_answers
     from .hybrid_config import GATED, HYBRID, HybridModelConfig, WithoutFusedExperts
 
@@ -32,7 +33,16 @@ def register() -> None:
 
         @staticmethod
         def verify_and_update_model_config(model_config: Any) -> None:
-            """Use the renderer below, and answer greedily where a client does not say how, as `yi_vl` does."""
+            """Use the renderer below, and answer greedily where a client does not say how, as `yi_vl` does.
+
+            Raises:
+                ValueError: the model's images have tiles.
+            """
+            if max_tiles := max_tiles_of(model_config.model, model_config.revision):
+                raise ValueError(
+                    f"{model_config.model} cuts images into up to {max_tiles} tiles, which vLLM is not told of here. "
+                    "Serve it with yi-vl serve."
+                )
             if model_config.tokenizer_mode == "auto":
                 model_config.tokenizer_mode = _MODE
             is_auto = model_config.generation_config == "auto"

@@ -11,7 +11,8 @@ from vllm.renderers.hf import HfRenderer
 from vllm.renderers.params import ChatParams
 from vllm.utils.async_utils import make_async
 
-from ..chat import Encoded, encode, end_of_message, render
+from ..chat import end_of_message, render
+from ..encode import Encoded, encode
 from ..messages import as_messages
 from ..processor import chat_format_of
 from ..server.conversation import merge_messages
