@@ -541,3 +541,14 @@ def test_a_broken_config_is_named(changes: dict[str, Any], message: str, folder:
     (tmp_path / "broken/config.json").write_text(json.dumps(values))
     with pytest.raises(ValueError, match=message):
         yi_vl.load(tmp_path / "broken")
+
+
+def test_tiles_are_refused(tmp_path: Path) -> None:
+    model = gated_model()
+    processor = gated_processor(model)
+    yi_vl.YiVL(model, processor).save(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"up to 4 tiles.*cross_attention"):
+        yi_vl.load(tmp_path / "model", image_tiles=4)
+    processor.image_processor.max_tiles = 2
+    with pytest.raises(ValueError, match=r"up to 2 tiles.*cross_attention"):
+        yi_vl.YiVL(model, processor)

@@ -337,3 +337,10 @@ def test_an_int4_base_has_its_blocks_in_full(opened: Path, configure: Configure,
         assert any(weight.dtype == torch.uint8 for name, weight in weights.items() if "self_attn" in name)
         run.run()
         assert len(losses(config)) == 2
+
+
+def test_tiles_are_refused(configure: Configure) -> None:
+    with pytest.raises(ValueError, match=r"up to 4 tiles.*cross_attention"):
+        initial_model(configure(SETTING, "image={tiles: 4}"), CPU)
+    with pytest.raises(ValueError, match=r"up to 4 tiles.*cross_attention"):
+        make_plan(CONFIGS / "6b-cross-attention/align-448.yaml", ["image={tiles: 4}"])

@@ -13,7 +13,7 @@ from yi_vl.arguments import one_line
 from yi_vl.checkpoint import holds_adapters
 from yi_vl.checkpoint.assemble import from_parts, replace_connector_
 from yi_vl.checkpoint.find import find
-from yi_vl.checkpoint.load import check_fit, fetch, load_model, load_processor, read_config
+from yi_vl.checkpoint.load import check_fit, check_tiles, fetch, load_model, load_processor, read_config
 from yi_vl.config import OpenClipVisionConfig, YiVLConfig, check_rope
 from yi_vl.connector.config import ConnectorConfig as ModelConnectorConfig
 from yi_vl.files import sha256
@@ -64,6 +64,7 @@ def initial_model(config: TrainConfig, device: torch.device) -> tuple[YiVLForCon
         model.config.vision_config.image_size = config.image_size
     processor.image_processor.size_px = config.image_size
     _as_configured(processor, config)
+    check_tiles(model.config, processor.image_processor.max_tiles)
     if init.rope is not None:
         _set_model_rope_(model, init.rope)
         num_positions = model.config.text_config.max_position_embeddings

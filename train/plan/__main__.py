@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from yi_vl import program
+from yi_vl.checkpoint.load import check_tiles
 from yi_vl.config import PRESETS, YiVLConfig, preset
 
 from ..config import DPO, FROM_MODEL, INT4, LORA, TrainConfig, batch_sizes, num_steps
@@ -207,6 +208,7 @@ def make_plan(
     shape.vision_config.image_size = config.image_size
     try:
         config.image.tiles = planned_tiles(config, Path(path), model)
+        check_tiles(shape, config.image.tiles)
         inputs = average_inputs(config.image.tiles, config.image_size, image_size)
         rows = average_rows(config, shape.num_image_tokens, tokens, inputs)
     except ValueError as error:

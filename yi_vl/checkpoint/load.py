@@ -251,6 +251,19 @@ def check_fit(config: YiVLConfig, processor: YiVLProcessor) -> None:
         raise ValueError(
             f"The tokenizer has {len(processor.tokenizer)} tokens, the model only {config.text_config.vocab_size}."
         )
+    check_tiles(config, processor.image_processor.max_tiles)
+
+
+def check_tiles(config: YiVLConfig, max_tiles: int) -> None:
+    """
+    Raises:
+        ValueError: the model cannot take images in tiles.
+    """
+    if max_tiles and config.connector_config.is_cross_attention:
+        raise ValueError(
+            f"Images are cut into up to {max_tiles} tiles, and the connector is of type cross_attention: text would "
+            "attend to the last tile alone. Set the tiles to 0, or take another connector."
+        )
 
 
 @contextmanager

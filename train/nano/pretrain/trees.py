@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from train.nano.text.mosaic_texts import MosaicText
-from yi_vl.chat import Encoded, encode, from_llava, render, render_caption
+from yi_vl.chat import from_llava, render, render_caption
+from yi_vl.encode import Encoded, encode
 
 TREES = "nano_trees"
 IGNORED = -100
