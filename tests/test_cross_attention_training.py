@@ -123,7 +123,7 @@ def gradients(objective: Objective, micro: Any, pixels: Any) -> tuple[float, dic
     )  # fmt: skip
     loss.backward()
     named = objective.model.named_parameters()
-    return float(loss), {name: p.grad.clone() for name, p in named if p.grad is not None}
+    return float(loss.detach()), {name: p.grad.clone() for name, p in named if p.grad is not None}
 
 
 def test_packed_rows_learn_as_padded_ones(opened: Path, configure: Configure, tmp_path: Path) -> None:
