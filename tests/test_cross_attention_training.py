@@ -123,23 +123,23 @@ def gradients(objective: Objective, micro: Any, pixels: Any) -> tuple[float, dic
     )  # fmt: skip
     loss.backward()
     named = objective.model.named_parameters()
-    return float(loss), {name: p.grad.clone() for name, p in named if p.grad is not None}
+    return float(loss.detach()), {name: p.grad.clone() for name, p in named if p.grad is not None}
 
 
 def test_packed_rows_learn_as_padded_ones(opened: Path, configure: Configure, tmp_path: Path) -> None:
     """Rows with one image, two or none, after a prefix that they share; packed they attend in groups."""
     run = trainer(configure(*from_checkpoint(opened), f"run_dir={tmp_path}/run"))
     batches: Iterator[Any] = iter(run.loader)
-    micros = [micro for _ in range(3) for micro in next(batches).micro_batches]
-    counts = [(micro.input_ids == run.processor.image_token_id).sum(1).tolist() for micro in micros]
+    micro_batches = [micro for _ in range(3) for micro in next(batches).micro_batches]
+    counts = [(micro.input_ids == run.processor.image_token_id).sum(1).tolist() for micro in micro_batches]
     assert {count for each in counts for count in each} >= {0, 1, 2}
-    assert any(micro.shared_prefix_length for micro in micros)
+    assert any(micro.shared_prefix_length for micro in micro_batches)
     to_pixels = run.processor.image_processor.to_pixel_values
     packed = Objective(run.model, 1)
     run.model.model.language_model.set_attn_implementation("sdpa")
     padded = Objective(run.model, 1)
     assert padded._packing is None and packed._packing is not None
-    for micro in micros:
+    for micro in micro_batches:
         pixels = to_pixels(micro.images) if micro.images is not None else None
         results = []
         for objective, attention in ((packed, "yi_vl_packed"), (padded, "sdpa")):
