@@ -19,10 +19,10 @@ class ImageConfig:
 
 def check_image(image: ImageConfig, require: Callable[[bool, str], None]) -> None:
     """Refuse a number of tiles that an image cannot have."""
-    from yi_vl.image.transform import as_max_tiles  # takes a second to import
-
     if image.tiles is None:
         return
+    from yi_vl.image.tiles import as_max_tiles  # numpy and Pillow, where there are tiles
+
     try:
         as_max_tiles(image.tiles, "image.tiles")
     except ValueError as error:

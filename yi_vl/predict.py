@@ -26,7 +26,7 @@ from .engine.request_queue import Generation as Generation
 from .engine.sampling import Sampling
 from .generation import set_end_tokens_
 from .image import ImageSource, TiledImage
-from .image.transform import as_max_tiles
+from .image.tiles import as_max_tiles
 from .linear import repack_linears_
 from .messages import Message, as_images, as_messages, conversation, system_message, user_message
 from .model import YiVLForConditionalGeneration

@@ -31,8 +31,8 @@ from .chat import (
 from .chat_template import CHAT_TEMPLATES
 from .encode import Encoded, encode, expand
 from .image import YiVLImageProcessor
-from .image.tiles import choose_grid, num_inputs
-from .image.transform import NUM_INPUTS, as_max_tiles
+from .image.tiles import as_max_tiles, choose_grid, num_inputs
+from .image.transform import NUM_INPUTS
 from .messages import as_messages
 from .tokenizer import drop_prefix_space_, encode_typed_specials_as_text_, make_special_, renamed
 

@@ -18,7 +18,7 @@ from ..arguments import as_choice, one_line, shown
 from ..auto import YiVLConfig, YiVLForConditionalGeneration, YiVLProcessor  # which registers them with transformers
 from ..chat import CHAT_FORMATS, YI_VL, ChatFormat
 from ..generation import set_end_tokens_
-from ..image.transform import as_max_tiles
+from ..image.tiles import as_max_tiles
 from ..linear import tune_linears_
 from ..quantize import METHOD, Scheme, make_config
 from . import Checkpoint, TowerFrom, base_of, holds_adapters, merge, open_checkpoint, read_configuration, read_processor

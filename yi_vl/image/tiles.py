@@ -14,8 +14,11 @@ The number of tiles of an image is that of the image turned by 90 degrees: a hea
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
-MAX_TILES = 64  # of an image: 16,384 tokens of 448 px and patches of 14 px
+from ..arguments import as_int
+
+MAX_TILES = 64  # of an image; at 448 px each takes 1,024 of Yi-VL's tokens
 Grid = tuple[int, int]  # columns, rows
 NO_TILES: Grid = (1, 1)  # the thumbnail alone
 _LEAST_KEPT = 0.75  # of the pixels of an image; a square one has tiles from 518 px on, where a tower sees 448 px
@@ -39,6 +42,17 @@ def choose_grid(size: tuple[int, int], size_px: int, max_tiles: int) -> Grid:
     if enough:
         return min(enough, key=lambda grid: grid[0] * grid[1])  # of two as small, one smaller would keep enough
     return min((NO_TILES, *grids), key=lambda grid: (-_kept(size, grid, size_px), grid[0] * grid[1]))
+
+
+def as_max_tiles(value: Any, name: str) -> int:
+    """
+    Raises:
+        ValueError: an image cannot have so many tiles.
+    """
+    number = as_int(value, name, 0, MAX_TILES)
+    if number == 1:
+        raise ValueError(f"{name} is 1, but one tile would be the thumbnail again; expected 0, or 2 to {MAX_TILES}.")
+    return number
 
 
 def num_inputs(grid: Grid) -> int:

@@ -24,7 +24,7 @@ from .load import check_source, open_strips
 from .resize import resize_strips
 from .samples import ImageError
 from .source import ImageSource
-from .tiles import MAX_TILES, NO_TILES, Grid, choose_grid, num_inputs
+from .tiles import NO_TILES, Grid, as_max_tiles, choose_grid, num_inputs
 
 NUM_INPUTS = "num_inputs"  # beside pixel_values: how many of them each image is
 _MAX_SIZE_PX = 1 << 14
@@ -173,17 +173,6 @@ class YiVLImageProcessor(BaseImageProcessor):
         mean, std = (torch.tensor(values, device=images_uint8.device) for values in (self.image_mean, self.image_std))
         scaled = torch.addcmul(-mean / std, images_uint8.float(), 1 / (255 * std))  # (N, H, W, 3)
         return scaled.permute(0, 3, 1, 2)
-
-
-def as_max_tiles(value: Any, name: str) -> int:
-    """
-    Raises:
-        ValueError: an image cannot have so many tiles.
-    """
-    number = as_int(value, name, 0, MAX_TILES)
-    if number == 1:
-        raise ValueError(f"{name} is 1, but one tile would be the thumbnail again; expected 0, or 2 to {MAX_TILES}.")
-    return number
 
 
 def _as_rgb(values: Any, name: str) -> list[float]:

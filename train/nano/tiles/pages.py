@@ -27,7 +27,7 @@ from yi_vl.files import write_text
 from yi_vl.image.data_url import png_bytes
 
 PAGE_PX = 896
-_CARD_SIDES = (0.3, 0.44)  # in sides of the page
+_CARD_SIDES = (0.4, 0.48)  # in sides of the page
 _SAMPLES_PER_SHARD = 1000
 _FOUR_WORDS = 0.5  # of the pages
 _SEED = 20261126
