@@ -394,7 +394,9 @@ def test_an_answer_is_correct_with_a_full_stop_or_without() -> None:
 
 def test_every_so_many_th_question_is_of_both_languages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Held-out questions alternate between the languages."""
-    questions = [Question(str(i), "things", ("en", "zh")[i % 2], (), "What?", ("It is a dog.",)) for i in range(12)]
+    questions = [
+        Question(str(i), "things", "name", ("en", "zh")[i % 2], (), "What?", ("It is a dog.",)) for i in range(12)
+    ]
     prompted: list[Question] = []
 
     def measure(_: Any, questions: list[Question]) -> list[dict[str, Any]]:

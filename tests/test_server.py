@@ -207,7 +207,7 @@ def test_the_command_serves(yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch, tmp_pa
             assert sockets[0].getsockname() == ("127.0.0.1", port)
             sockets[0].close()
 
-    monkeypatch.setattr(cli, "load_quickly", lambda *_: yi_vl)
+    monkeypatch.setattr(cli, "load_quickly", lambda *_, **__: yi_vl)
     monkeypatch.setattr(uvicorn, "Server", Server)
     monkeypatch.setenv("YI_VL_API_KEY", "sesame other")
     with socket.create_server(("127.0.0.1", 0)) as free:
