@@ -37,6 +37,8 @@ from yi_vl.messages import Message, user_message
 from yi_vl.predict import YiVL
 from yi_vl.server import create_app
 
+pytestmark = pytest.mark.core
+
 WIDE, TALL = OFFICIAL / "wide.png", OFFICIAL / "tall.png"
 NOISE, OTHER = (
     Image.fromarray(np.random.default_rng(seed).integers(0, 256, (60, 60, 3), dtype=np.uint8)) for seed in range(2)

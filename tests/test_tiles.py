@@ -34,6 +34,8 @@ from yi_vl.predict import TooLongError, YiVL
 from yi_vl.processor import YiVLProcessor, max_tiles_of
 from yi_vl.server import create_app
 
+pytestmark = pytest.mark.core
+
 SIZE = IMAGE_SIZE_PX
 COLOURS = {"red": (255, 0, 0), "lime": (0, 255, 0), "blue": (0, 0, 255), "white": (255, 255, 255)}
 
