@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 from fake_cuda import fake_cuda
+from gated import NUM_LAYERS, RESAMPLED, blocks, gated_model, gated_processor
 from PIL import Image
 from serving import client_of, openai_messages, serving
-from test_cross_attention import NUM_LAYERS, RESAMPLED, blocks, gated_model, gated_processor
 from test_decoder_cache import alone, assert_decodes_as_uncached, prompt_of
 from test_prefix_cache import Watched
 from tiny import NUM_PATCHES, OFFICIAL, prefill, tiny_processor, uncached
