@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from omegaconf import MISSING
@@ -331,21 +331,6 @@ class TrainConfig:
     log_every: int = 10
     log_samples: bool = False  # the names of each step's samples, in run_dir/samples-RANK.jsonl
     trackers: list[str] = field(default_factory=list)
-
-
-def flat_settings(config: Any, prefix: str = "") -> dict[str, Any]:
-    """All settings by their full key; those of a source by its name, as in `data.sources.NAME.weight`."""
-    flat: dict[str, Any] = {}
-    for field_ in fields(config):
-        key, value = f"{prefix}{field_.name}", getattr(config, field_.name)
-        if is_dataclass(value):
-            flat |= flat_settings(value, f"{key}.")
-        elif key in ("data.sources", "validation.sources"):
-            for source in value:
-                flat |= flat_settings(source, f"{key}.{source.name}.")
-        else:
-            flat[key] = value
-    return flat
 
 
 def batch_sizes(config: TrainConfig) -> BatchSizes:

@@ -31,10 +31,10 @@ from .config import (
     TrainConfig,
     ValidationConfig,
     ValidationSourceConfig,
-    flat_settings,
     num_steps,
 )
 from .config_decoder import DistillConfig, ExpertsConfig, check_routing
+from .config_flat import flat_settings
 from .config_image import check_image
 from .schedule import COMPONENTS, SHAPES, component_schedule, num_decay_steps, num_warmup_steps
 from .trainable import parse_language

@@ -14,8 +14,9 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from .checkpoint import load_state, newest_good
-from .config import DPO, LORA, TrainConfig, batch_sizes, flat_settings, num_steps
+from .config import DPO, LORA, TrainConfig, batch_sizes, num_steps
 from .config_file import load_config
+from .config_flat import flat_settings
 from .distributed import raise_on_all_ranks
 
 _ORDER = "which changes the order of the data: samples would be repeated or skipped"

@@ -19,10 +19,10 @@ from ..config import (
     SourceConfig,
     TrainConfig,
     ValidationSourceConfig,
-    flat_settings,
     num_steps,
 )
 from ..config_file import load_config, load_derived, load_structured
+from ..config_flat import flat_settings
 
 METHODS = DIRICHLET, GRID = "dirichlet", "grid"
 MIN_BUDGET = 16
