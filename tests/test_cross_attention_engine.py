@@ -4,7 +4,6 @@ are computed once per conversation."""
 from __future__ import annotations
 
 import random
-from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from engine_checks import (
+    Requests,
+    Texts,
+    alone,
+    assert_decodes_as_uncached,
+    assert_rejected_drafts_change_no_answer,
+    assert_whatever_joins_or_leaves_changes_no_answer,
+    prompt_of,
+)
 from fake_cuda import fake_cuda
 from gated import NUM_LAYERS, RESAMPLED, blocks, gated_model, gated_processor
 from PIL import Image
 from serving import client_of, openai_messages, serving
-from test_decoder_cache import alone, assert_decodes_as_uncached, prompt_of
 from test_prefix_cache import Watched
 from tiny import NUM_PATCHES, OFFICIAL, prefill, tiny_processor, uncached
 from transformers.cache_utils import Cache
@@ -27,9 +34,7 @@ from yi_vl.engine import prompt_lookup
 from yi_vl.engine.attention import GROUPED
 from yi_vl.engine.cache_layers import GrowableLayer, ImageLayer
 from yi_vl.engine.kv_cache import gather, lacks_image, layers_of, load_, new_cache, row_of, shift_row_, truncate_
-from yi_vl.engine.pace import Pace
 from yi_vl.engine.prefix_cache import PrefixCache
-from yi_vl.engine.prompt_lookup import PromptLookup
 from yi_vl.engine.running_batch import forward
 from yi_vl.engine.sampling import Sampling
 from yi_vl.info import config_table
@@ -169,32 +174,10 @@ def test_prompts_that_are_prefilled_together_are_computed_as_if_alone(
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_whatever_joins_leaves_is_cancelled_edited_or_continued_changes_no_answer(seed: int) -> None:
-    yi_vl, draw = gated_yi_vl(), random.Random(seed)
-    engine = yi_vl.engine
-    engine.max_batch_size = 4
-    engine.core.prefill_pace = Pace(1.0, least=33, most=33, first=33)
-    requests: dict[int, tuple[list[Message], Any, Sampling]] = {}
-    texts: dict[int, str] = defaultdict(str)
-    cancelled = set()
-    for step in range(300):
-        if step < 24 and draw.random() < 0.6:
-            messages = _next_messages(draw, requests, texts)
-            sampling = Sampling(draw.randint(1, 10), temperature=draw.choice([0.0, 0.0, 1.0]), seed=draw.randrange(9))
-            prompt = engine.prepare(messages)
-            requests[engine.admit(prompt, sampling)] = messages, prompt, sampling
-        if requests and step < 40 and draw.random() < 0.1:
-            cancelled.add(draw.choice([*requests]))
-            engine.cancel(max(cancelled))
-        for output in engine.step():
-            assert output.error is None
-            texts[output.request_id] += output.text
-    assert not engine.wait_for_work(0)
-    for request_id, (_, prompt, sampling) in requests.items():
-        expected = alone(yi_vl, prompt, sampling)
-        assert texts[request_id] == expected or (request_id in cancelled and expected.startswith(texts[request_id]))
+    assert_whatever_joins_or_leaves_changes_no_answer(gated_yi_vl(), seed, 24, _next_messages)
 
 
-def _next_messages(draw: random.Random, requests: dict[int, Any], texts: dict[int, str]) -> list[Message]:
+def _next_messages(draw: random.Random, requests: Requests, texts: Texts) -> list[Message]:
     """A conversation: a new one, or an earlier one that goes on, is asked again, goes back a turn, or is edited."""
     new = user_message(draw.sample([WIDE, TALL, NOISE], draw.choice([0, 0, 1, 2])), draw.choice(QUESTIONS))
     if not requests or draw.random() < 0.3:
@@ -206,25 +189,10 @@ def _next_messages(draw: random.Random, requests: dict[int, Any], texts: dict[in
 
 
 def test_rejected_drafts_change_no_answer(yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine, record = uncached(yi_vl).engine, PromptLookup.record
-    drafts: list[tuple[int, int]] = []
-
-    def watch(lookup: PromptLookup, num_drafted: int, num_accepted: int) -> None:
-        drafts.append((num_drafted, num_accepted))
-        record(lookup, num_drafted, num_accepted)
-
-    monkeypatch.setattr(PromptLookup, "record", watch)
-    monkeypatch.setattr(prompt_lookup, "_NGRAM_TOKENS", 1)  # many drafts, most of them wrong
-    monkeypatch.setattr(prompt_lookup, "_PAUSE_TOKENS", 0)
+    engine = yi_vl.engine
     prompts = [engine.prepare(messages) for messages in conversations()]
     samplings = [Sampling(12 + 2 * i, temperature=float(i == 1), seed=i) for i in range(len(prompts))]
-    ids = [engine.admit(prompt, sampling) for prompt, sampling in zip(prompts, samplings)]
-    texts: dict[int, str] = defaultdict(str)
-    while engine.wait_for_work(0):
-        for output in engine.step():
-            texts[output.request_id] += output.text
-    assert [texts[i] for i in ids] == [alone(yi_vl, p, s) for p, s in zip(prompts, samplings)]
-    assert any(0 < accepted < drafted for drafted, accepted in drafts)
+    assert_rejected_drafts_change_no_answer(yi_vl, prompts, samplings, engine.max_draft_tokens, monkeypatch)
 
 
 def test_on_a_gpu_answers_are_those_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

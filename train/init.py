@@ -13,7 +13,8 @@ from yi_vl.arguments import one_line
 from yi_vl.checkpoint import holds_adapters
 from yi_vl.checkpoint.assemble import from_parts, replace_connector_
 from yi_vl.checkpoint.find import find
-from yi_vl.checkpoint.load import check_fit, check_tiles, fetch, load_model, load_processor, read_config
+from yi_vl.checkpoint.fit import check_fit, check_tiles
+from yi_vl.checkpoint.load import fetch, load_model, load_processor, read_config
 from yi_vl.config import OpenClipVisionConfig, YiVLConfig, check_rope
 from yi_vl.connector.config import ConnectorConfig as ModelConnectorConfig
 from yi_vl.files import sha256

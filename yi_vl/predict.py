@@ -17,7 +17,8 @@ from safetensors import SafetensorError
 
 from .arguments import as_bool, as_int, as_path, one_line, shown
 from .checkpoint import TowerFrom
-from .checkpoint.load import check_fit, load_model
+from .checkpoint.fit import check_fit
+from .checkpoint.load import load_model
 from .encode import TooLongError as TooLongError
 from .engine.engine import Engine
 from .engine.request_queue import BatchError as BatchError

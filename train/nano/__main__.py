@@ -1,6 +1,9 @@
-"""`python -m train.nano data | train | export | measure`: nano's data, training from scratch, and measurement; and
-`preferences | style`: preferences for nano, and what they change; `experts`: how many experts a token gets; and
-`connectors`: nano with other connectors, compared; `tiles`: what tiles bring on pages of small words."""
+"""nano: its data, training from scratch, and what is tried on it.
+
+`data | train | export | measure`: all of it, in this order. `language | measure-language | ablate` and `tower | probe`:
+each part alone. `preferences | style`: preferences, and what they change. `experts`: how many experts a token gets.
+`connectors`: other connectors, compared. `tiles`: what tiles bring on pages of small words.
+"""
 
 from __future__ import annotations
 

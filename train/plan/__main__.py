@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from yi_vl import program
-from yi_vl.checkpoint.load import check_tiles
+from yi_vl.checkpoint.fit import check_tiles
 from yi_vl.config import PRESETS, YiVLConfig, preset
 
 from ..config import DPO, FROM_MODEL, INT4, LORA, TrainConfig, batch_sizes, num_steps

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 from yi_vl.arguments import one_line
-from yi_vl.checkpoint.load import check_fit, load_model
+from yi_vl.checkpoint.fit import check_fit
+from yi_vl.checkpoint.load import load_model
 from yi_vl.files import read_json_lines, sha256, write_json_lines
 
 from ..config import DataConfig, SourceConfig

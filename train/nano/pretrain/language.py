@@ -37,7 +37,7 @@ _NUM_TEXTS, _NAME_REPEATS, _PROMPT_REPEATS = 4000, 40, 200  # that the tokenizer
 
 @dataclass
 class LanguageRecipe:
-    """A run: `shape` and `form` are what an ablation changes."""
+    """A run: `shape` and `layout` are what an ablation changes."""
 
     shape: Shape = field(default_factory=Shape)
     layout: TextLayout = field(default_factory=TextLayout)
