@@ -252,6 +252,6 @@ def test_held_out_digits_are_harder_than_a_random_split() -> None:
     order = np.random.default_rng(0).permutation(len(values))
     accuracies = []
     for split in (np.arange(len(values)), order):
-        known, asked = split[:-NUM_TEST_DIGITS], split[-NUM_TEST_DIGITS:]
-        accuracies.append(SVC(C=10).fit(pixels[known], values[known]).score(pixels[asked], values[asked]))
+        known, held_out = split[:-NUM_TEST_DIGITS], split[-NUM_TEST_DIGITS:]
+        accuracies.append(SVC(C=10).fit(pixels[known], values[known]).score(pixels[held_out], values[held_out]))
     assert accuracies[0] == pytest.approx(0.958, abs=0.003) and accuracies[1] > 0.975

@@ -42,7 +42,8 @@ _CHINESE = {
     "diverged": "{name} 有 {count} 次训练发散，未计入。",
 }  # fmt: skip
 _SKILLS_ZH = {
-    "digits": "数字", "flags": "国旗", "same": "异同", "scenes": "场景", "things": "物体", "words": "文字", ALL: "全部"
+    "digits": "数字", "flags": "国旗", "same": "异同", "scenes": "场景",
+    "things": "物体", "unknown": "未知", "words": "文字", ALL: "全部",
 }  # fmt: skip
 
 
