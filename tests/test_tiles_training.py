@@ -42,6 +42,7 @@ from train.plan.count import count_flops
 from train.plan.flops import Row, step_flops
 from train.plan.tiles import as_image_size, tile_assumptions
 from train.preview import preview
+from train.run_series import Ended
 from train.trainer import train
 from yi_vl.config import preset
 from yi_vl.image import YiVLImageProcessor
@@ -433,10 +434,19 @@ def test_the_comparison_is_resumed_where_it_stopped(
 
 def test_a_result_that_is_there_is_not_computed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compare, "load", lambda *_, **__: pytest.fail("loaded"))
-    (arm, *_), path = compare.arms(4), tmp_path / "results/nano-tiles-0.json"
-    path.parent.mkdir()
-    path.write_text(json.dumps({"scores": {}}))
+    arm, folder = compare.arms(4)[0], tmp_path / "runs/nano-tiles-0"
+    folder.mkdir(parents=True)
+    (folder / "result.json").write_text(json.dumps({"scores": {}}))
     assert compare._result(arm, tmp_path, 10, 0) == {"scores": {}}
+
+
+def test_a_comparisons_run_that_fails_or_diverges_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(__file__).parents[1])
+    with pytest.raises(ValueError, match=r"run tiles-4-steps-10-seed-0: data\.sources.*no such shard.*\(log: "):
+        compare._result(compare.arms(4)[3], tmp_path, 10, 0)
+    monkeypatch.setattr(compare, "train_in_series", lambda *_: Ended(1.0, has_diverged=True))
+    with pytest.raises(ValueError, match="tiles-4-steps-10-seed-0 diverged; lower lr"):
+        compare._result(compare.arms(4)[3], tmp_path, 10, 0)
 
 
 def test_the_config_of_the_comparison_is_read() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import os
 import shutil
 import sys
 import time
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils import logging as transformers_logging
 
 from yi_vl.files import write_text
 
@@ -40,6 +42,14 @@ class Ended:
 
     seconds: float
     has_diverged: bool
+
+
+def log_to_files() -> None:
+    """Let this process print its own lines alone: what runs and transformers say is in the runs' logs, or left out."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # workers are forked
+    logging.getLogger().setLevel(logging.INFO)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
 
 
 def train_in_series(config: TrainConfig, name: str) -> Ended:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -28,15 +26,10 @@ def mixture(
     from .config import load_search
 
     search = load_search(config, overrides or ())
-
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # workers are forked
-    logging.getLogger().setLevel(logging.INFO)  # to the runs' own logs
-    from transformers.utils import logging as transformers_logging
-
+    from ..run_series import log_to_files
     from .search import run_search  # torch and transformers, after the settings are known to be right
 
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    log_to_files()
     results = run_search(search)
     typer.echo(f"{results['verdict']['reason']}\n\n{results['yaml']}\n\nThe page: {search.directory}/index.html")
 

@@ -7,8 +7,6 @@ each part alone. `preferences | style`: preferences, and what they change. `expe
 
 from __future__ import annotations
 
-import logging
-import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -63,8 +61,14 @@ def train() -> None:
 
 
 def run_stage(name: str) -> None:
-    """Train by a config file; a finished run returns at once, an interrupted one is resumed."""
-    subprocess.run([sys.executable, "-m", "train", str(CONFIGS / f"{name}.yaml")], check=True)
+    """Train by a config file; a finished run returns at once, an interrupted one is resumed.
+
+    Raises:
+        SystemExit: it failed, and has said why.
+    """
+    trained = subprocess.run([sys.executable, "-m", "train", str(CONFIGS / f"{name}.yaml")], check=False)
+    if trained.returncode:
+        raise SystemExit(trained.returncode)
 
 
 @app.command()
@@ -203,14 +207,10 @@ def connectors(
     from train.nano.connectors.config import load_comparison
 
     comparison = load_comparison(config, overrides or ())
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # workers are forked
-    logging.getLogger().setLevel(logging.INFO)  # to the runs' own logs
-    from transformers.utils import logging as transformers_logging
-
     from train.nano.connectors.compare import compare, compare_speed  # torch, after the settings are known to be right
+    from train.run_series import log_to_files
 
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    log_to_files()
     typer.echo(compare_speed(comparison) if speed else compare(comparison))
 
 
@@ -224,7 +224,9 @@ def tiles(
 ) -> None:
     """Train nano further on pages of small words, with tiles and without, and print the table; what is done is kept."""
     from train.nano.tiles.compare import compare
+    from train.run_series import log_to_files
 
+    log_to_files()
     typer.echo(compare(data_dir, out, number, steps, seeds))
 
 

@@ -6,20 +6,21 @@ Data, runs and results lie in one folder; what is complete is kept, and an inter
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any
 
-from train.metrics import read_metrics, training_rows
+from train.checkpoint import FINAL
+from train.config_file import load_config
+from train.metrics import METRICS_FILE, read_metrics, training_rows
 from train.nano.data.art import load_art
 from train.nano.data.compose import Composer
 from train.nano.measure.evaluate import measure, read_questions, scores
 from train.nano.tiles.pages import PAGE_PX, build_pages
+from train.run_series import print_line, read_result, train_in_series, write_result
 from yi_vl import load
-from yi_vl.files import write_text
+from yi_vl.files import write_json_lines, write_text
 from yi_vl.image.tiles import choose_grid, num_inputs
 
 CONFIG = Path("train/configs/nano/tiles.yaml")
@@ -83,16 +84,15 @@ def table(results: dict[str, list[dict[str, Any]]]) -> str:
 def _result(arm: Arm, out: Path, steps: int, seed: int) -> dict[str, Any]:
     """Scores and costs of one model, which is trained if need be."""
     name = f"tiles-{arm.tiles}-steps-{steps}-seed-{seed}" if arm.is_trained else f"nano-tiles-{arm.tiles}"
-    path = out / "results" / f"{name}.json"
-    if path.exists():
-        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return result
+    directory = out / "runs" / name
+    if (stored := read_result(directory)) is not None:
+        return stored
+    print_line(name)
     model, rate = None, None
     if arm.is_trained:
-        run_dir = out / "runs" / name
-        _train(run_dir, out, arm.tiles, steps, seed)
-        model = run_dir / "final"
-        rate = median(row["samples_per_second"] for row in training_rows(read_metrics(run_dir / "metrics.jsonl")))
+        _train(directory, out, arm.tiles, steps, seed)
+        model = directory / FINAL
+        rate = median(row["samples_per_second"] for row in training_rows(read_metrics(directory / METRICS_FILE)))
     yi_vl = load(model, image_tiles=None if arm.is_trained else arm.tiles)
     records = measure(yi_vl, read_questions(out / "data" / "heldout"))
     grid = choose_grid((PAGE_PX, PAGE_PX), yi_vl.processor.image_processor.size_px, arm.tiles)
@@ -100,20 +100,24 @@ def _result(arm: Arm, out: Path, steps: int, seed: int) -> dict[str, Any]:
         "scores": scores(records), "samples_per_second": rate,
         "image_tokens": num_inputs(grid) * yi_vl.processor.tokens_per_image,
     }  # fmt: skip
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(record, ensure_ascii=False) for record in records]
-    write_text(path.with_suffix(".jsonl"), "\n".join(lines) + "\n")
-    write_text(path, json.dumps(result))
+    directory.mkdir(parents=True, exist_ok=True)
+    write_json_lines(directory / "answers.jsonl", records)
+    write_result(directory, result)
     return result
 
 
 def _train(run_dir: Path, out: Path, tiles: int, steps: int, seed: int) -> None:
-    """A run in a process of its own; a finished one returns at once, an interrupted one is resumed."""
+    """
+    Raises:
+        ValueError: the run needs the user's attention, or it diverged.
+        SystemExit: a signal was received; the same command resumes.
+    """
     overrides = (
         f"run_dir={run_dir}", f"image.tiles={tiles}", f"steps={steps}", f"seed={seed}",
         f"data.sources=[{{name: pages, shards: '{out}/data/pages/*.tar'}}]",
     )  # fmt: skip
-    subprocess.run([sys.executable, "-m", "train", str(CONFIG), *overrides], check=True)
+    if train_in_series(load_config(CONFIG, overrides), run_dir.name).has_diverged:
+        raise ValueError(f"{run_dir} diverged; lower lr in {CONFIG}, and take another --out.")
 
 
 def _spread(values: list[float], unit: str) -> str:
