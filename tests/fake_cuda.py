@@ -177,6 +177,8 @@ class _Functions(TorchFunctionMode):
         if func is Tensor.backward:  # what runs again on the way back is to see this device, too
             with self:
                 return torch.autograd.backward(args[0], *args[1:], **_renamed(kwargs))
+        if func is torch._C._nn._parse_to:  # of `Module.to`: it makes nothing
+            return func(*args, **kwargs)
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         if not given or kwargs.get("device") is not None:
             return self._make(func, given, *args, **kwargs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,14 @@ import torch
 from safetensors.torch import save_file
 
 pytest.importorskip("sklearn")
+from nano_parts import RECIPE, made_up_art, save_parts
+
 from train.nano.data.labels import BACKGROUND
-from train.nano.pretrain.match import _IGNORED, _targets, position_codes, sign_loss
+from train.nano.pretrain import match as match_module
+from train.nano.pretrain.match import _IGNORED, _targets, match, position_codes, sign_loss
+from train.nano.pretrain.tower import SampleStream
 from train.nano.text.mosaic import SIGN_IDS
+from yi_vl import YiVLForConditionalGeneration
 
 SIGNS = torch.randn(len(SIGN_IDS), 256, generator=torch.Generator().manual_seed(0))
 EMPTY = SIGN_IDS[BACKGROUND]
@@ -50,3 +56,34 @@ def test_a_language_model_that_was_trained_alone_brings_its_signs_and_places(tmp
     signs, codes = _targets(tmp_path, None, None)  # type: ignore[arg-type]  # neither is needed
     assert torch.equal(signs, SIGNS)
     assert torch.equal(codes[16], cells[:16]) and torch.equal(codes[64], cells[16:])
+
+
+@pytest.fixture
+def parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    """Folders of a language model with its signs, and of a tower."""
+    monkeypatch.setattr(match_module, "load_art", lambda folder: made_up_art())
+    monkeypatch.setattr(match_module, "CATEGORIES", ("thing",))
+    return save_parts(tmp_path)
+
+
+def test_a_stopped_match_continues_exactly_and_leaves_the_language_model_alone(
+    parts: tuple[Path, Path], tmp_path: Path
+) -> None:
+    match(*parts, tmp_path / "whole", tmp_path, RECIPE)
+    with pytest.MonkeyPatch.context() as patch:
+        all_batches = SampleStream.batches
+        patch.setattr(
+            SampleStream, "batches", lambda stream: (batch for batch, _ in zip(all_batches(stream), range(3)))
+        )
+        match(*parts, tmp_path / "part", tmp_path, RECIPE)
+    assert torch.load(tmp_path / "part" / "state.pt", weights_only=True)["step"] == 2
+    match(*parts, tmp_path / "part", tmp_path, RECIPE)
+    whole, again, before = (
+        YiVLForConditionalGeneration.from_pretrained(folder).state_dict()
+        for folder in (tmp_path / "whole", tmp_path / "part", parts[0])
+    )
+    assert all(torch.equal(tensor, again[name]) for name, tensor in whole.items())
+    changed = {name for name, tensor in before.items() if not torch.equal(tensor, whole[name])}
+    assert changed and not any("language_model" in name or "lm_head" in name for name in changed)
+    with pytest.raises(ValueError, match="batch_size"):
+        match(*parts, tmp_path / "part", tmp_path, replace(RECIPE, batch_size=8))

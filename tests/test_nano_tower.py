@@ -8,43 +8,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from matplotlib import get_data_path
 from PIL import Image
 
 pytest.importorskip("sklearn")
+from nano_parts import RECIPE, made_up_art, small_config
+
 from train.nano.data import paint
-from train.nano.data.art import Art, Drawing
+from train.nano.data.art import Art
 from train.nano.data.compose import Composer
-from train.nano.data.labels import FLAGS, THINGS
 from train.nano.data.sample import Sample
 from train.nano.measure import probe
 from train.nano.pretrain import tower
-from train.nano.pretrain.tower import PointHead, SampleStream, TowerRecipe, pretrain_tower, score_heldout
-from yi_vl.config import OpenClipVisionConfig, YiVLConfig, preset
+from train.nano.pretrain.tower import PointHead, SampleStream, pretrain_tower, score_heldout
 from yi_vl.vision import OpenClipTower
-
-RECIPE = TowerRecipe(
-    num_steps=4, batch_size=4, num_points=4, warmup_steps=2, save_every=2, measure_every=2, num_workers=0
-)
-
-
-def small_config() -> YiVLConfig:
-    config = preset("nano")
-    config.vision_config = OpenClipVisionConfig(
-        patch_size=56, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=224
-    )
-    return config
 
 
 @pytest.fixture
 def art(monkeypatch: pytest.MonkeyPatch) -> Art:
-    """Each thing and flag has a colour of its own."""
-    rng = np.random.default_rng(0)
-    labels = [f"thing {key}" for key in THINGS] + [f"flag {key}" for key in FLAGS] + ["unknown"]
-    pixels = {label: np.full((24, 24, 4), (*rng.integers(0, 256, 3), 255), dtype=np.uint8) for label in labels}
-    drawings = {label: [Drawing("made up", colour)] for label, colour in pixels.items()}
-    fonts = sorted(Path(get_data_path(), "fonts", "ttf").glob("DejaVuSans.ttf"))
-    made = Art(drawings, drawings, {"train": fonts, "test": fonts})
+    made = made_up_art()
     monkeypatch.setattr(tower, "load_art", lambda folder: made)
     monkeypatch.setattr(tower, "preset", lambda name: small_config())
     return made

@@ -1,4 +1,4 @@
-"""Measured limits of a machine, memory bandwidth and matrix rate, to compare speeds with."""
+"""The machine: where to compute, and its measured limits, memory bandwidth and matrix rate, to compare speeds with."""
 
 from __future__ import annotations
 
@@ -23,6 +23,13 @@ def machine() -> str:
     named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else (named or [platform.processor()])[0]
     return f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def gpu_or_cpu() -> torch.device:
+    """The GPU if there is one, else the CPU."""
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def synchronized_seconds(device: torch.device | str) -> float:

@@ -28,6 +28,7 @@ from train.nano.data.labels import DIGITS, FLAGS, THINGS
 from train.nano.data.sample import Category, Item, Sample
 from yi_vl import YiVLForConditionalGeneration
 from yi_vl.files import atomic_path
+from yi_vl.hardware import gpu_or_cpu
 from yi_vl.image import YiVLImageProcessor
 from yi_vl.vision import OpenClipTower
 
@@ -65,7 +66,7 @@ def probe_tower(model: Path, data_dir: Path, cache_dir: Path, scale: float = 1.0
     Raises:
         ValueError: the folder has no tower.
     """
-    tower = load_tower(model)
+    tower = load_tower(model).to(gpu_or_cpu())  # type: ignore[arg-type]
     composer = Composer(load_art(data_dir))
     lines = ["| skill | held out | training items | accuracy | target |", "|---|---|---|---|---|"]
     for skill in SKILLS:
@@ -116,8 +117,9 @@ def item_features(tower: OpenClipTower, samples: Iterator[Sample]) -> Features:
     labels: list[str] = []
     for batch in _batched(samples):
         pixels = torch.from_numpy(np.stack([np.asarray(sample.image) for sample in batch]))
-        features = tower.visual(processor.to_pixel_values(pixels), tower.config.feature_layer)  # (B, P, Dv)
-        for sample, patches in zip(batch, features):
+        pixel_values = processor.to_pixel_values(pixels.to(tower.device))
+        features = tower.visual(pixel_values, tower.config.feature_layer)  # (B, P, Dv)
+        for sample, patches in zip(batch, features.cpu()):
             for item in sample.truth.items:
                 rows.append(_describe(patches, item).numpy())
                 labels.append(item.label)
@@ -166,7 +168,7 @@ def _digest(tower: OpenClipTower) -> str:
     """Of the weights: another tower has other features."""
     digest = hashlib.sha256()
     for tensor in tower.state_dict().values():
-        digest.update(tensor.float().numpy().tobytes())
+        digest.update(tensor.float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

@@ -24,10 +24,18 @@ from train.nano.data.labels import FLAGS, THINGS
 from train.nano.pretrain.init import init_checkpoint, train_tokenizer
 from train.nano.pretrain.mosaic_model import MosaicLanguageModel, Shape
 from train.nano.pretrain.tasks import measure_tasks, task_scores
-from train.nano.pretrain.trainer import RECIPE, STATE, LoopRecipe, read_recipe, remember_recipe, train_loop
+from train.nano.pretrain.trainer import (
+    RECIPE,
+    STATE,
+    LoopRecipe,
+    read_recipe,
+    remember_recipe,
+    train_loop,
+)
 from train.nano.pretrain.trees import Tree, TreeBatch, TreeEncoder, fill_rows
 from train.nano.text.mosaic_texts import TextLayout, training_text
 from yi_vl.chat import render, to_text
+from yi_vl.hardware import gpu_or_cpu
 from yi_vl.model import YiVLForConditionalGeneration
 from yi_vl.processor import prepare_tokenizer
 
@@ -85,7 +93,7 @@ def pretrain_language(run_dir: Path, recipe: LanguageRecipe) -> None:
     remember_recipe(run_dir, asdict(recipe))
     encoder = load_encoder(run_dir, recipe)
     torch.manual_seed(recipe.loop.seed)
-    model = MosaicLanguageModel(recipe.shape)
+    model = MosaicLanguageModel(recipe.shape).to(gpu_or_cpu())
 
     def batches(first: int) -> Iterator[TreeBatch]:
         workers = recipe.loop.num_workers
@@ -112,10 +120,10 @@ def load_run(run_dir: Path) -> tuple[MosaicLanguageModel, TreeEncoder, LanguageR
     if not (run_dir / STATE).exists():
         raise ValueError(f"{run_dir} has no {STATE}: `python -m train.nano language {run_dir}` makes one.")
     recipe = recipe_of(run_dir)
-    state = torch.load(run_dir / STATE, weights_only=True)
+    state = torch.load(run_dir / STATE, map_location="cpu", weights_only=True)
     model = MosaicLanguageModel(recipe.shape)
     model.load_state_dict(state["module"])
-    return model.eval(), load_encoder(run_dir, recipe), recipe, state["step"]
+    return model.eval().to(gpu_or_cpu()), load_encoder(run_dir, recipe), recipe, state["step"]
 
 
 def recipe_of(run_dir: Path) -> LanguageRecipe:

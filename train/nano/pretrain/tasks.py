@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from train.nano.pretrain.mosaic_model import MosaicLanguageModel
+from train.nano.pretrain.trainer import to_device
 from train.nano.pretrain.trees import IGNORED, Row, Tree, TreeBatch, TreeEncoder
 from train.nano.text.mosaic_texts import MosaicText, TextLayout, TextQuestion, heldout_questions
 
@@ -68,8 +69,8 @@ def greedy_answers(
                  tree.cells, tree.sees_prefix)
             for tree, answer in zip(prompts, answers)
         ]  # fmt: skip
-        batch, lengths = _batch(encoder, trees)
-        with torch.autocast("cpu", torch.bfloat16):
+        batch, lengths = _batch(model, encoder, trees)
+        with torch.autocast(batch.prefix.device.type, torch.bfloat16):
             hidden = model(batch)
             last = torch.stack([row[length - 1] for row, length in zip(hidden, lengths)])
             likeliest = model.lm_head(last).argmax(-1)
@@ -79,8 +80,8 @@ def greedy_answers(
 
 
 def _are_correct(model: MosaicLanguageModel, encoder: TreeEncoder, trees: Sequence[Tree]) -> list[bool]:
-    batch, _ = _batch(encoder, trees)
-    with torch.autocast("cpu", torch.bfloat16):
+    batch, _ = _batch(model, encoder, trees)
+    with torch.autocast(batch.prefix.device.type, torch.bfloat16):
         hidden = model(batch)
         is_supervised = batch.labels != IGNORED
         likeliest = model.lm_head(hidden[is_supervised]).argmax(-1)
@@ -89,13 +90,14 @@ def _are_correct(model: MosaicLanguageModel, encoder: TreeEncoder, trees: Sequen
     return (~is_wrong.any(1)).tolist()
 
 
-def _batch(encoder: TreeEncoder, trees: Sequence[Tree]) -> tuple[TreeBatch, list[int]]:
-    """One row for each tree, and the rows' lengths."""
+def _batch(model: MosaicLanguageModel, encoder: TreeEncoder, trees: Sequence[Tree]) -> tuple[TreeBatch, list[int]]:
+    """One row for each tree, on the model's device, and the rows' lengths."""
     length = max(map(_num_tokens, trees))
     rows = [Row() for _ in trees]
     for row, tree in zip(rows, trees):
         row.add(tree, len(encoder.prefix), length)
-    return TreeBatch.of(rows, length, encoder.prefix), [len(row.input_ids) for row in rows]
+    batch = to_device(TreeBatch.of(rows, length, encoder.prefix), model.signs.weight.device)
+    return batch, [len(row.input_ids) for row in rows]
 
 
 def _num_tokens(tree: Tree) -> int:

@@ -10,7 +10,7 @@ B images, K points each, P patches, L labels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -22,8 +22,6 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.optim import AdamW
-from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from train.nano.data.art import DATA_DIR, Art, load_art
@@ -32,6 +30,7 @@ from train.nano.data.labels import LABELS
 from train.nano.data.sample import Category, Sample, dense_labels
 from train.nano.pretrain.trainer import LoopRecipe, remember_recipe, train_loop
 from yi_vl.config import preset
+from yi_vl.hardware import gpu_or_cpu
 from yi_vl.image import YiVLImageProcessor
 from yi_vl.vision import OpenClipTower, resize_position_grid
 
@@ -60,6 +59,18 @@ class TowerRecipe:
     num_threads: int = 1
     seed: int = 0
     num_workers: int = 2
+
+    def loop(self) -> LoopRecipe:
+        """What of it is not about images."""
+        return LoopRecipe(
+            num_steps=self.num_steps,
+            learning_rate=self.learning_rate,
+            warmup_steps=self.warmup_steps,
+            decay_fraction=self.decay_fraction,
+            weight_decay=self.weight_decay,
+            save_every=self.save_every,
+            measure_every=self.measure_every,
+        )
 
     def is_large(self, index: int) -> bool:
         """Whether batch `index` is one of 448 px."""
@@ -150,6 +161,11 @@ class SampleStream(IterableDataset[Batch]):
             samples = [composer.compose(rng, category, size_px) for category in categories]
             yield self.make_batch(rng, samples)
 
+    def batches(self) -> Iterator[Batch]:
+        """The same, composed in processes of their own."""
+        workers = self.recipe.num_workers
+        return iter(DataLoader(self, batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None))
+
 
 def point_batch(rng: np.random.Generator, samples: list[Sample], num_points: int) -> PointBatch:
     """Half of the points on items, the rest anywhere."""
@@ -180,30 +196,16 @@ def pretrain_tower(out_dir: Path, recipe: TowerRecipe, data_dir: Path = DATA_DIR
     config = preset("nano").vision_config
     config.image_size = 224
     head = PointHead(OpenClipTower(config)).train()
-    head.to(memory_format=torch.channels_last)
+    head.to(device=gpu_or_cpu(), memory_format=torch.channels_last)  # type: ignore[call-overload]
     for module in head.tower.visual.unused_modules(config.feature_layer):
         module.requires_grad_(False)
     processor = YiVLImageProcessor()
-    loop = LoopRecipe(
-        num_steps=recipe.num_steps,
-        learning_rate=recipe.learning_rate,
-        warmup_steps=recipe.warmup_steps,
-        decay_fraction=recipe.decay_fraction,
-        weight_decay=recipe.weight_decay,
-        save_every=recipe.save_every,
-        measure_every=recipe.measure_every,
-    )
-
-    def batches(first: int) -> Iterator[PointBatch]:
-        stream = SampleStream(art, recipe, partial(point_batch, num_points=recipe.num_points), first)
-        workers = recipe.num_workers
-        return iter(DataLoader(stream, batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None))
-
+    make_batch = partial(point_batch, num_points=recipe.num_points)
     train_loop(
         out_dir,
         head,
-        loop,
-        batches,
+        recipe.loop(),
+        lambda first: SampleStream(art, recipe, make_batch, first).batches(),
         lambda batch: _loss(head, processor, batch, recipe.label_smoothing),
         lambda: {category: score_heldout(head, art, category) for category in ("thing", "flag", "digit", "word")},
     )
@@ -211,18 +213,9 @@ def pretrain_tower(out_dir: Path, recipe: TowerRecipe, data_dir: Path = DATA_DIR
     return head.tower
 
 
-def make_optimizer(parameters: Iterable[nn.Parameter], recipe: TowerRecipe) -> tuple[AdamW, OneCycleLR]:
-    """AdamW under one cosine cycle."""
-    optimizer = AdamW(parameters, recipe.learning_rate, weight_decay=recipe.weight_decay, betas=(0.9, 0.98))
-    warmup_fraction = recipe.warmup_steps / recipe.num_steps
-    return optimizer, OneCycleLR(
-        optimizer, recipe.learning_rate, recipe.num_steps, pct_start=warmup_fraction, cycle_momentum=False
-    )
-
-
 def _loss(head: PointHead, processor: YiVLImageProcessor, batch: PointBatch, label_smoothing: float) -> Tensor:
     # For as few tokens as here plain attention has the much faster backward pass on CPU.
-    with sdpa_kernel(SDPBackend.MATH), torch.autocast("cpu", torch.bfloat16):
+    with sdpa_kernel(SDPBackend.MATH), torch.autocast(batch.pixels.device.type, torch.bfloat16):
         logits = head.at_size(processor.to_pixel_values(batch.pixels), batch.points)
     return F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), label_smoothing=label_smoothing)
 
@@ -236,7 +229,7 @@ def score_heldout(head: PointHead, art: Art, category: Category, size_px: int = 
     samples = _heldout(Composer(art), category, size_px)
     prefix = "letter" if category == "word" else category
     ids = [index for index, label in enumerate(LABELS) if label.startswith(prefix)]
-    processor = YiVLImageProcessor()
+    processor, device = YiVLImageProcessor(), head.norm.weight.device
     was_training = head.training
     head.eval()
     correct: list[bool] = []
@@ -244,8 +237,8 @@ def score_heldout(head: PointHead, art: Art, category: Category, size_px: int = 
         chunk = samples[start : start + 32]
         pixels = processor.to_pixel_values(torch.from_numpy(np.stack([np.asarray(each.image) for each in chunk])))
         points = torch.stack([_item_points(each) for each in chunk])  # (B, items * 16, 2)
-        with torch.autocast("cpu", torch.bfloat16):
-            logits = head.at_size(pixels, points)
+        with torch.autocast(device.type, torch.bfloat16):
+            logits = head.at_size(pixels.to(device), points.to(device))
         scores = logits.log_softmax(-1)[..., ids].unflatten(1, (-1, _POINTS_PER_ITEM)).sum(2)  # (B, items, labels)
         for sample, best in zip(chunk, scores.argmax(-1).tolist(), strict=True):
             correct += [LABELS[ids[i]] == item.label for i, item in zip(best, sample.truth.items)]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -27,7 +27,7 @@ from yi_vl.arguments import one_line
 from yi_vl.files import atomic_path, read_json_lines, write_json_lines, write_text
 
 STATE, LOG, RECIPE = "state.pt", "log.jsonl", "recipe.json"
-Batch = TypeVar("Batch")
+Batch = TypeVar("Batch")  # a dataclass of tensors
 Recipe = TypeVar("Recipe")
 # When a run is continued.
 _MAY_CHANGE = {"num_steps", "save_every", "measure_every", "num_workers", "num_threads", "num_questions"}
@@ -117,6 +117,12 @@ def _flat(recipe: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """A copy of the batch with all its tensors on the device."""
+    values = {each.name: getattr(batch, each.name) for each in fields(batch)}  # type: ignore[arg-type]
+    return replace(batch, **{name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)})  # type: ignore[type-var]
+
+
 def train_loop(
     run_dir: Path,
     module: nn.Module,
@@ -125,7 +131,7 @@ def train_loop(
     loss_of: Callable[[Batch], Tensor],
     measure: Callable[[], dict[str, float]],
 ) -> None:
-    """Train the module in place up to `recipe.num_steps`, from `state.pt` on if there is one.
+    """Train the module in place, on its device, up to `recipe.num_steps`, from `state.pt` on if there is one.
 
     Args:
         batches: gives the batches of the steps from a number on.
@@ -134,12 +140,13 @@ def train_loop(
     optimizer = AdamW(_groups(module, recipe), recipe.learning_rate, betas=(0.9, 0.98))
     first, running = _restore(run_dir, module, optimizer)
     rows = [row for row in read_json_lines(run_dir / LOG, drops_partial=True) if row["step"] <= first] if first else []
+    device = next(module.parameters()).device
     started = time.time()
     steps = range(first, recipe.num_steps)
     for step, batch in zip(track(steps, run_dir.name), batches(first)):
         for group in optimizer.param_groups:
             group["lr"] = recipe.learning_rate * recipe.rate_factor(step)
-        loss = loss_of(batch)
+        loss = loss_of(to_device(batch, device))
         loss.backward()
         nn.utils.clip_grad_norm_(module.parameters(), recipe.clip_norm)
         optimizer.step()
@@ -169,7 +176,7 @@ def _restore(run_dir: Path, module: nn.Module, optimizer: AdamW) -> tuple[int, f
     path = run_dir / STATE
     if not path.exists():
         return 0, 0.0
-    state = torch.load(path, weights_only=True)
+    state = torch.load(path, map_location="cpu", weights_only=True)
     module.load_state_dict(state["module"])
     optimizer.load_state_dict(state["optimizer"])
     return int(state["step"]), float(state["loss"])

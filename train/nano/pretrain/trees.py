@@ -186,10 +186,10 @@ class TreeBatch:
         length = self.input_ids.shape[1]
         is_own = (self.branches[:, None] == 0) | (self.branches[:, None] == self.branches[:, :, None])
         sees = (self.trees[:, None] == self.trees[:, :, None]) & is_own
-        sees &= torch.ones(length, length, dtype=torch.bool).tril()
+        sees &= torch.ones(length, length, dtype=torch.bool, device=sees.device).tril()
         prefix = self.sees_prefix[:, :, None].expand(-1, -1, len(self.prefix))
         hidden = ~torch.cat([prefix, sees], dim=2)
-        return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)
+        return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)
 
 
 def _common_start(sequences: Sequence[list[int]]) -> list[int]:
@@ -221,7 +221,7 @@ def tree_attention(
     length = tree_mask.shape[2] * groups // num_heads
     prefix = size - length
     query, key, value = (part.to(value.dtype).transpose(1, 2)[0] for part in (query, key, value))  # (T, heads, d)
-    causal = torch.full((prefix, prefix), -torch.inf, dtype=value.dtype).triu(1)
+    causal = torch.full((prefix, prefix), -torch.inf, dtype=value.dtype, device=value.device).triu(1)
     causal = causal.repeat(num_heads // groups, 1).expand(1, groups, -1, -1)
     first = _attend(query[None, :prefix], key[None, :prefix], value[None, :prefix], causal, scaling)
     keys, values = (
