@@ -5,11 +5,13 @@ import json
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 pytest.importorskip("resvg_py")
 
-from train.nano.data import art, packages
+from train.nano.data import art, packages, paint
 from train.nano.data.labels import FLAGS, THINGS
 from train.nano.data.unknown import unknown_icons
 
@@ -32,11 +34,12 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("nano")
     npm = folder / "npm"
     npm.mkdir()
-    for name, package in (packages.THING_ART | packages.FLAG_ART).items():
+    for name, package in (packages.THING_ART | packages.MORE_THING_ART | packages.FLAG_ART).items():
         colour = "#ff0000" if package.split == "train" else "#0000ff"
         icons = {icon: _icon(colour) for named in THINGS.values() for icon in named.icons}
         icons |= {f"flag-for-{art_name}": _icon(colour) for art_name in ("japan", "ireland", "argentina")}
-        icons |= {"jp-4x3": _icon(colour), "jp-1x1": _icon(colour)}
+        icons |= {"jp": _icon(colour), "jp-4x3": _icon(colour), "jp-1x1": _icon(colour)}
+        icons |= {icon: _icon("currentColor") for names in art.read_icons().get(name, {}).values() for icon in names}
         if name == "circle-flags":  # two letters may be a language's: those drawings are green
             icons = {key: _icon("#00ff00" if key in ("ie", "io", "la", "ar") else colour) for key in FLAGS}
             icons |= {key: _icon(colour) for key in ("lang-ga", "dg", "lo")}
@@ -55,9 +58,10 @@ def test_splits_come_from_their_own_packages(data_dir: Path) -> None:
     loaded = art.load_art(data_dir)
     for drawings, channel in ((loaded.train, 0), (loaded.heldout, 2)):
         for label, drawn in drawings.items():
-            assert all(drawing.pixels[..., channel].min() == 255 for drawing in drawn), label
+            coloured = [drawing for drawing in drawn if not drawing.is_glyph]
+            assert coloured and all(drawing.pixels[..., channel].min() == 255 for drawing in coloured), label
     assert not {path.name for path in loaded.fonts["train"]} & {path.name for path in loaded.fonts["test"]}
-    assert len(loaded.fonts["test"]) * 3 >= len(loaded.fonts["train"])
+    assert len(loaded.fonts["test"]) >= 11
     known = {f"thing {key}" for key in THINGS} | {f"flag {key}" for key in FLAGS}
     assert set(loaded.heldout) == known | {"unknown"}
     assert len(loaded.heldout["unknown"]) == len(unknown_icons("test"))  # of other classes than those of training
@@ -85,9 +89,10 @@ def test_drawings_are_cropped_to_their_ink(data_dir: Path) -> None:
 
 
 def test_a_drawing_that_does_not_render_is_left_out_and_counted(data_dir: Path) -> None:
-    first = f"thing {next(iter(THINGS))}"
+    first = next(iter(THINGS.values()))
     assert json.loads((data_dir / "art.json").read_text())["num_failed"] == 1
-    assert "noto" not in [drawing.style for drawing in art.load_art(data_dir).train[first] if drawing.is_primary]
+    styles = [drawing.style for drawing in art.load_art(data_dir).train[f"thing {first.key}"]]
+    assert styles.count("noto") == styles.count("noto-v1") - 1
 
 
 def test_every_package_is_pinned_and_has_a_licence() -> None:
@@ -95,3 +100,34 @@ def test_every_package_is_pinned_and_has_a_licence() -> None:
     for package in packages.PACKAGES:
         row = f"| `{package.name}` | {package.version} | {package.licence} | {package.use} | {package.split} |"
         assert row in licences
+
+
+def test_a_glyph_is_black_on_the_white_of_what_it_encloses() -> None:
+    ring = np.zeros((20, 20, 4), dtype=np.uint8)
+    ring[2:18, 2:18, 3] = 255
+    ring[6:14, 6:14, 3] = 0
+    ring[6, 6, 3] = 51  # antialiased, inside
+    ring[1, 5, 3] = 51  # and outside
+    filled = art.fill_enclosed(ring)
+    assert (filled[0, 0] == 0).all() and (filled[3, 3] == (0, 0, 0, 255)).all() and (filled[10, 10] == 255).all()
+    assert (filled[6, 6] == (204, 204, 204, 255)).all() and (filled[1, 5] == (0, 0, 0, 51)).all()
+
+
+def test_glyphs_are_found_and_coloured(data_dir: Path) -> None:
+    drawings = art.load_art(data_dir).train["thing dog"]
+    assert {drawing.style for drawing in drawings if drawing.is_glyph} <= set(packages.MORE_THING_ART)
+    (glyph, *_) = [Image.fromarray(np.asarray(drawing.pixels)) for drawing in drawings if drawing.is_glyph]
+    grey = (90, 90, 90)
+    colours = {paint.coloured_glyph(np.random.default_rng(seed), glyph, grey).getpixel((9, 9)) for seed in range(30)}
+    assert len(colours) > 10 and all(colour[3] == 255 for colour in colours)
+    assert all(paint.distance(colour[:3], grey) > 100 for colour in colours)  # it stands out
+    ring = Image.fromarray(np.dstack([np.full((9, 9), 255, np.uint8)] * 4))  # all enclosed
+    alphas = {paint.coloured_glyph(np.random.default_rng(seed), ring, grey).getpixel((4, 4))[3] for seed in range(30)}
+    assert alphas == {0, 255}  # left empty, or filled
+
+
+def test_icons_of_other_names_are_of_known_things_and_sets() -> None:
+    icons = art.read_icons()
+    assert set(icons) == set(packages.MORE_THING_ART) and all(icons.values())
+    assert {key for names in icons.values() for key in names} <= set(THINGS)
+    assert len({key for names in icons.values() for key in names}) > 0.9 * len(THINGS)

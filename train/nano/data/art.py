@@ -4,6 +4,7 @@ The cache is two files: `art.npy`, every RGBA raster flattened into one uint8 ar
 Training artwork and held-out artwork are distinguished by the package they come from and never mixed.
 """
 
+import csv
 import io
 import json
 import logging
@@ -14,10 +15,10 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 import resvg_py
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from train.nano.data.labels import FLAGS, LABELS, THINGS, UNKNOWN
-from train.nano.data.packages import FLAG_ART, FONTS, THING_ART, Package, Split, fetch, read_members
+from train.nano.data.packages import FLAG_ART, FONTS, MORE_THING_ART, THING_ART, Package, Split, fetch, read_members
 from train.nano.data.unknown import unknown_icons
 from yi_vl.files import atomic_path, write_text
 
@@ -25,20 +26,25 @@ from yi_vl.files import atomic_path, write_text
 # and the held-out flag is twemoji's.
 _CIRCLE_FLAG_NAMES = {"ie": "lang-ga", "io": "dg", "la": "lo"}
 _WITHOUT_CIRCLE_FLAG = {"ar"}
+_FLAG_SUFFIXES = {"flag": ("-4x3", "-1x1")}
 
 LONGER_SIDE_PX = 192
-_VERSION = 2  # with artwork of unknown classes
+_VERSION = 3  # with glyphs
 DATA_DIR = Path("data/nano")
+ICONS_PATH = Path(__file__).with_name("icons.tsv")
 _logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """One raster of one class: `style` names its package, `pixels` is (H, W, 4) uint8, cropped to its ink."""
+    """One raster of one class: `style` names its package, `pixels` is (H, W, 4) uint8, cropped to its ink.
+
+    A glyph is drawn with one ink: black here, and white where it encloses something.
+    """
 
     style: str
     pixels: npt.NDArray[np.uint8]
-    is_primary: bool = True  # drawn from the class's first icon name: the one that is tested on
+    is_glyph: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,7 +71,7 @@ def load_art(data_dir: Path = DATA_DIR) -> Art:
     for row in index["drawings"]:
         height, width = row["height"], row["width"]
         pixels = flat[row["offset"] : row["offset"] + height * width * 4].reshape(height, width, 4)
-        drawing = Drawing(row["style"], pixels, row["is_primary"])
+        drawing = Drawing(row["style"], pixels, row["is_glyph"])
         art.of(row["split"]).setdefault(row["label"], []).append(drawing)
     for name, package in FONTS.items():
         art.fonts[package.split].extend(sorted((data_dir / "fonts").glob(f"{name}-latin-*.woff2")))
@@ -78,14 +84,19 @@ def render_art(data_dir: Path) -> None:
     rasters: list[npt.NDArray[np.uint8]] = []
     rows: list[dict[str, Any]] = []
     offset = num_failed = 0
-    for label, style, split, is_primary, svg in _all_svgs(data_dir / "npm"):
+    for label, style, split, svg in _all_svgs(data_dir / "npm"):
         pixels = render(svg)
         if pixels is None:
             num_failed += 1
             _logger.warning("resvg could not draw %s of %s; skipped", label, style)
             continue
         height, width = pixels.shape[:2]
-        row = {"label": label, "style": style, "split": split, "is_primary": is_primary}
+        is_glyph = not pixels[pixels[..., 3] > 0][:, :3].any()
+        if is_glyph and label.startswith("flag"):
+            continue  # a flag is its colours
+        if is_glyph:
+            pixels = fill_enclosed(pixels)
+        row = {"label": label, "style": style, "split": split, "is_glyph": is_glyph}
         rows.append({**row, "offset": offset, "height": height, "width": width})
         rasters.append(pixels.reshape(-1))
         offset += pixels.size
@@ -111,6 +122,16 @@ def render(svg: str) -> npt.NDArray[np.uint8] | None:
     return None if box is None else np.asarray(image.crop(box))
 
 
+def fill_enclosed(glyph: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """(H, W, 4) black ink on nothing -> the same on the white of what it encloses."""
+    ink = glyph[..., 3]
+    bordered = Image.fromarray(np.pad(np.where(ink > 127, 255, 0).astype(np.uint8), 1)).copy()  # not read-only
+    ImageDraw.floodfill(bordered, (0, 0), 128)
+    is_enclosed = np.asarray(bordered)[1:-1, 1:-1] != 128
+    grey = np.where(is_enclosed, 255 - ink, 0)
+    return np.dstack([grey, grey, grey, np.where(is_enclosed, 255, ink)]).astype(np.uint8)
+
+
 def _unpack_fonts(data_dir: Path) -> None:
     """Write the regular and the bold Latin file of every font package to `data_dir/fonts`."""
     folder = data_dir / "fonts"
@@ -121,33 +142,46 @@ def _unpack_fonts(data_dir: Path) -> None:
             (folder / Path(member).name).write_bytes(content)
 
 
-def _all_svgs(npm_dir: Path) -> list[tuple[str, str, Split, bool, str]]:
-    """(label, style, split, is_primary, svg) of every drawing of every class."""
-    drawings: list[tuple[str, str, Split, bool, str]] = []
+def _all_svgs(npm_dir: Path) -> list[tuple[str, str, Split, str]]:
+    """(label, style, split, svg) of every drawing of every class."""
+    drawings: list[tuple[str, str, Split, str]] = []
     for style, package in THING_ART.items():
         icons = _IconSet(package, npm_dir)
         for named in THINGS.values():
             names = named.icons if package.split == "train" else named.icons[:1]
-            for rank, svg in enumerate(icons.svgs(names)):
-                drawings.append((f"thing {named.key}", style, package.split, rank == 0, svg))
+            drawings += [(f"thing {named.key}", style, package.split, svg) for svg in icons.svgs(names)]
         for named in FLAGS.values():  # emojione draws all flags, noto-v1 a few
             if package.split == "train" or named.key in _WITHOUT_CIRCLE_FLAG:
                 svgs = icons.svgs(named.icons)[:1]
-                drawings += [(f"flag {named.key}", style, package.split, True, svg) for svg in svgs]
-        for svg in icons.svgs(unknown_icons(package.split)):
-            drawings.append((UNKNOWN, style, package.split, True, svg))
+                drawings += [(f"flag {named.key}", style, package.split, svg) for svg in svgs]
+        drawings += [(UNKNOWN, style, package.split, svg) for svg in icons.svgs(unknown_icons(package.split))]
+    for style, names_of in read_icons().items():
+        package = MORE_THING_ART[style]
+        icons = _IconSet(package, npm_dir)
+        for key, names in names_of.items():
+            drawings += [(f"thing {key}", style, package.split, svg) for svg in icons.svgs(names)]
+        drawings += [(UNKNOWN, style, package.split, svg) for svg in icons.svgs(unknown_icons(package.split))]
     for style, package in FLAG_ART.items():
         icons = _IconSet(package, npm_dir)
-        for suffix in ("-4x3", "-1x1") if package.split == "train" else ("",):
+        for suffix in _FLAG_SUFFIXES.get(style, ("",)):
             for named in FLAGS.values():
                 if package.split == "test" and named.key in _WITHOUT_CIRCLE_FLAG:
                     continue
                 name = named.key if package.split == "train" else _CIRCLE_FLAG_NAMES.get(named.key, named.key)
                 for svg in icons.svgs((name + suffix,)):
-                    drawings.append((f"flag {named.key}", style + suffix, package.split, True, svg))
+                    drawings.append((f"flag {named.key}", style + suffix, package.split, svg))
     known = set(LABELS)
     assert all(label in known for label, *_ in drawings)
     return drawings
+
+
+def read_icons(path: Path = ICONS_PATH) -> dict[str, dict[str, tuple[str, ...]]]:
+    """Of each set in `MORE_THING_ART`, the icons of things, by their keys."""
+    icons: dict[str, dict[str, tuple[str, ...]]] = {style: {} for style in MORE_THING_ART}
+    with path.open(encoding="utf-8", newline="") as lines:
+        for row in csv.DictReader(lines, delimiter="\t"):
+            icons[row["set"]][row["thing"]] = tuple(row["icons"].split())
+    return icons
 
 
 class _IconSet:

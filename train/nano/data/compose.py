@@ -23,6 +23,7 @@ from train.nano.data.vocabulary import VOCABULARY
 
 NUM_TEST_DIGITS = 360
 _FONT_PX = 64
+_GLYPHS = 0.3  # share of drawings with one ink, where there are others
 _RIGID_SHAPES = {"square": 10.0, "diamond": 10.0, "triangle": 14.0, "cross": 12.0, "heart": 16.0, "star": 30.0}
 _Sprite = tuple[Image.Image, Image.Image | None]  # what is pasted, and its outline (None: the whole box counts)
 
@@ -89,13 +90,21 @@ class Composer:
             image = page(rng, size_px, [str(path) for path in self.art.fonts[split]])
         return Sample((image,), Truth("unknown", (Item("unknown", "", (0, 0, 1, 1)),)), (None,))
 
-    def _drawing(self, rng: np.random.Generator, label: str, split: Split) -> Image.Image:
+    def _drawing(self, rng: np.random.Generator, label: str, split: Split, behind: paint.Colour) -> Image.Image:
         drawings: list[Drawing] = self.art.of(split).get(label, [])
         if not drawings:
             raise ValueError(f"no {split} drawing of {label!r}: the artwork cache is incomplete; render it again")
-        return Image.fromarray(np.asarray(drawings[rng.integers(len(drawings))].pixels))
+        glyphs = [drawing for drawing in drawings if drawing.is_glyph]
+        if 0 < len(glyphs) < len(drawings):
+            is_glyph = rng.random() < _GLYPHS
+            drawings = [drawing for drawing in drawings if drawing.is_glyph == is_glyph]
+        drawing = drawings[rng.integers(len(drawings))]
+        base = Image.fromarray(np.asarray(drawing.pixels))
+        return paint.coloured_glyph(rng, base, behind) if drawing.is_glyph else base
 
-    def _sprite(self, rng: np.random.Generator, item: Item, split: Split, size_px: float) -> _Sprite:
+    def _sprite(
+        self, rng: np.random.Generator, item: Item, split: Split, size_px: float, canvas: Image.Image
+    ) -> _Sprite:
         """The item drawn, coloured, warped and cropped to its ink, its longer side `size_px`."""
         is_train = split == "train"
         distortion = paint.random_warp(rng) if is_train else paint.Warp()
@@ -107,7 +116,7 @@ class Composer:
                 limit = _RIGID_SHAPES.get(item.name, 0.0)
                 distortion = paint.Warp(rotation=rng.uniform(-limit, limit), stretch=rng.uniform(0.93, 1.07))
         else:
-            base = self._drawing(rng, item.label, split)
+            base = self._drawing(rng, item.label, split, paint.average(canvas))
             if is_train and item.category == "flag" and base.getchannel("A").getextrema()[0] == 255:
                 base = paint.restyle_flag(rng, base)
             if (
@@ -138,7 +147,7 @@ class Composer:
         else:
             item = Item(category, key, (0, 0, 1, 1))  # type: ignore[arg-type]
             canvas = _canvas(rng, size_px, split, [])
-            sprite = self._sprite(rng, item, split, scale * size_px)
+            sprite = self._sprite(rng, item, split, scale * size_px, canvas)
         room = [size_px - side for side in sprite[0].size]
         spread = (0.0, 1.0) if is_train else (0.4, 0.6)
         corner = [max(0, round(side * rng.uniform(*spread))) for side in room]
@@ -173,7 +182,7 @@ class Composer:
         corners: list[tuple[int, int]] = []
         sprites: list[_Sprite] = []
         for x, y, side in place_items(rng, num_items):
-            sprite = self._sprite(rng, items[len(sprites)], split, side * size_px)
+            sprite = self._sprite(rng, items[len(sprites)], split, side * size_px, canvas)
             sprites.append(sprite)
             width, height = sprite[0].size
             corners.append((round(x * size_px - width / 2), round(y * size_px - height / 2)))

@@ -11,11 +11,13 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
 Colour = tuple[int, int, int]
 _SPRITE_PX = 192
 _NOISE_PX = 640
+_BLACK: Colour = (20, 20, 20)
+_STANDS_OUT = 110.0  # distance of two colours
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,12 @@ def random_warp(rng: np.random.Generator, max_rotation: float = 14.0, max_shear:
         shear=rng.uniform(-max_shear, max_shear),
         stretch=rng.uniform(0.88, 1.14),
     )
+
+
+def average(image: Image.Image) -> Colour:
+    """The mean colour of an image."""
+    red, green, blue = image.convert("RGB").resize((1, 1), Image.Resampling.BOX).getpixel((0, 0))  # type: ignore[misc]
+    return int(red), int(green), int(blue)
 
 
 def distance(first: Colour, second: Colour) -> float:
@@ -205,6 +213,21 @@ def _corners(shape: str) -> list[tuple[float, float]]:
     raise ValueError(f"unknown shape {shape!r}")
 
 
+def coloured_glyph(rng: np.random.Generator, sprite: Image.Image, behind: Colour) -> Image.Image:
+    """A drawing with one ink in some colour, what it encloses in another, or empty four times in ten.
+
+    Args:
+        sprite: black ink on the white of what it encloses.
+        behind: about the colour of what it will lie on, from which it is to stand out.
+    """
+    is_dark = rng.random() < 0.4 and distance(_BLACK, behind) > _STANDS_OUT
+    line = _BLACK if is_dark else far_colour(rng, [behind], _STANDS_OUT)
+    alpha, enclosed = sprite.getchannel("A"), sprite.getchannel("R")
+    if rng.random() < 0.4:
+        return inked(ImageChops.multiply(alpha, ImageChops.invert(enclosed)), line)
+    return Image.composite(inked(alpha, far_colour(rng, [line], 120.0)), inked(alpha, line), enclosed)
+
+
 def restyle_thing(rng: np.random.Generator, sprite: Image.Image) -> Image.Image:
     """A drawing as it is, in a few flat colours, outlined, or on a disc or a rounded tile, as other sets have it."""
     style = rng.choice(["plain", "flat", "outlined", "flat outlined", "tile"], p=[0.4, 0.25, 0.15, 0.1, 0.1])
@@ -238,17 +261,16 @@ def _on_tile(rng: np.random.Generator, sprite: Image.Image) -> Image.Image:
     """On a disc or a rounded square of one colour."""
     side = int(max(sprite.size) * rng.uniform(1.2, 1.6))
     shape = "circle" if rng.random() < 0.5 else "rounded"
-    average = sprite.convert("RGB").resize((1, 1), Image.Resampling.BOX).getpixel((0, 0))
-    colour = far_colour(rng, [average], 110.0, pale=rng.random() < 0.4)  # type: ignore[list-item]
+    colour = far_colour(rng, [average(sprite)], _STANDS_OUT, pale=rng.random() < 0.4)
     tile = inked(outline(shape).resize((side, side)), colour)
     tile.alpha_composite(sprite, ((side - sprite.width) // 2, (side - sprite.height) // 2))
     return tile
 
 
 def restyle_flag(rng: np.random.Generator, sprite: Image.Image) -> Image.Image:
-    """A rectangular flag as it is, cropped square, cut round, or with rounded corners; sometimes with a border."""
-    style: Literal["plain", "square", "round", "rounded"] = rng.choice(
-        ["plain", "square", "round", "rounded"], p=[0.2, 0.1, 0.55, 0.15]
+    """A rectangular flag as it is, cropped square, cut round, rounded off, or waving; sometimes with a border."""
+    style: Literal["plain", "square", "round", "rounded", "waving"] = rng.choice(
+        ["plain", "square", "round", "rounded", "waving"], p=[0.2, 0.1, 0.4, 0.15, 0.15]
     )
     if style in ("square", "round") and sprite.width != sprite.height:
         sprite = _to_square(sprite, by_cropping=rng.random() < 0.6)
@@ -261,7 +283,26 @@ def restyle_flag(rng: np.random.Generator, sprite: Image.Image) -> Image.Image:
     if rng.random() < 0.3:
         rgb = _bordered(rng, rgb, mask)
     rgb.putalpha(mask)
-    return rgb
+    return _waved(rng, rgb) if style == "waving" else rgb
+
+
+def _waved(rng: np.random.Generator, sprite: Image.Image) -> Image.Image:
+    """As in the wind: its columns moved up and down, and shaded."""
+    pixels = np.asarray(sprite)  # (H, W, 4)
+    height, width = pixels.shape[:2]
+    phase = 2 * np.pi * (rng.uniform(0.6, 1.6) * np.arange(width) / width + rng.random())
+    amplitude = rng.uniform(0.02, 0.07) * height
+    shifts = np.round(amplitude * (1 + np.sin(phase))).astype(int)
+    rows = np.arange(height + shifts.max())[:, None] - shifts  # (H', W)
+    waved = pixels[rows.clip(0, height - 1), np.arange(width)].astype(np.float64)
+    waved[..., :3] *= (1 + rng.uniform(0.0, 0.2) * np.cos(phase))[None, :, None]
+    waved[..., 3] *= (rows >= 0) & (rows < height)
+    return Image.fromarray(as_bytes(waved))
+
+
+def as_bytes(pixels: npt.NDArray[np.float64]) -> npt.NDArray[np.uint8]:
+    """Any numbers as channels of 0 to 255."""
+    return pixels.clip(0, 255).astype(np.uint8)
 
 
 def _to_square(sprite: Image.Image, by_cropping: bool) -> Image.Image:

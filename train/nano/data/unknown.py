@@ -56,13 +56,13 @@ def photo(rng: np.random.Generator, size_px: int) -> Image.Image:
     """Something like a photograph of nothing in particular."""
     light = _clouds(rng, size_px, (2, 4, 8), (1.0, 0.6, 0.3))[..., None]  # (H, W, 1)
     first, second = (np.array(paint.random_colour(rng), dtype=np.float64) for _ in range(2))
-    canvas = Image.fromarray(_as_bytes(first * light + second * (1 - light)))
+    canvas = Image.fromarray(paint.as_bytes(first * light + second * (1 - light)))
     for _ in range(int(rng.integers(3, 12))):
         _add_object(rng, canvas)
     canvas = canvas.filter(ImageFilter.GaussianBlur(rng.uniform(0.002, 0.015) * size_px))
     texture = _clouds(rng, size_px, (16, 32, 64), (0.6, 0.8, 1.0))[..., None] - 0.5
     grain = rng.normal(0.0, rng.uniform(2, 14), (size_px, size_px, 1))
-    return Image.fromarray(_as_bytes(np.asarray(canvas) * (1 + rng.uniform(0.1, 0.6) * texture) + grain))
+    return Image.fromarray(paint.as_bytes(np.asarray(canvas) * (1 + rng.uniform(0.1, 0.6) * texture) + grain))
 
 
 def real_photo(rng: np.random.Generator, size_px: int) -> Image.Image:
@@ -137,10 +137,6 @@ def _clouds(
         grid = Image.fromarray(rng.integers(0, 256, (side, side), dtype=np.uint8))
         total += weight * np.asarray(grid.resize((size_px, size_px), Image.Resampling.BICUBIC)) / 255
     return total / sum(weights)
-
-
-def _as_bytes(values: npt.NDArray[np.float64]) -> npt.NDArray[np.uint8]:
-    return np.clip(values, 0, 255).astype(np.uint8)
 
 
 def _line(rng: np.random.Generator, num_words: int) -> str:
