@@ -213,15 +213,15 @@ def _corners(shape: str) -> list[tuple[float, float]]:
     raise ValueError(f"unknown shape {shape!r}")
 
 
-def coloured_glyph(rng: np.random.Generator, sprite: Image.Image, behind: Colour) -> Image.Image:
+def coloured_glyph(rng: np.random.Generator, sprite: Image.Image, backdrop: Colour) -> Image.Image:
     """A drawing with one ink in some colour, what it encloses in another, or empty four times in ten.
 
     Args:
         sprite: black ink on the white of what it encloses.
-        behind: about the colour of what it will lie on, from which it is to stand out.
+        backdrop: about the colour of what it will lie on, from which it is to stand out.
     """
-    is_dark = rng.random() < 0.4 and distance(_BLACK, behind) > _STANDS_OUT
-    line = _BLACK if is_dark else far_colour(rng, [behind], _STANDS_OUT)
+    is_dark = rng.random() < 0.4 and distance(_BLACK, backdrop) > _STANDS_OUT
+    line = _BLACK if is_dark else far_colour(rng, [backdrop], _STANDS_OUT)
     alpha, enclosed = sprite.getchannel("A"), sprite.getchannel("R")
     if rng.random() < 0.4:
         return inked(ImageChops.multiply(alpha, ImageChops.invert(enclosed)), line)
