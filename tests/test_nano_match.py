@@ -5,14 +5,17 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 pytest.importorskip("sklearn")
 from nano_parts import RECIPE, made_up_art, save_parts
 
 from train.nano.data.labels import BACKGROUND
+from train.nano.data.sample import Item, Sample, Truth
 from train.nano.pretrain import match as match_module
 from train.nano.pretrain.match import _IGNORED, _targets, match, position_codes, sign_loss
 from train.nano.pretrain.tower import SampleStream
@@ -87,3 +90,10 @@ def test_a_stopped_match_continues_exactly_and_leaves_the_language_model_alone(
     assert changed and not any("language_model" in name or "lm_head" in name for name in changed)
     with pytest.raises(ValueError, match="batch_size"):
         match(*parts, tmp_path / "part", tmp_path, replace(RECIPE, batch_size=8))
+
+
+def test_a_patch_that_no_sign_can_tell_is_ignored_and_the_others_are_not() -> None:
+    letters = [Item("letter", letter, (x, 0.1, x + 0.02, 0.2)) for letter, x in zip("qzxa", (0.01, 0.03, 0.05, 0.8))]
+    sample = Sample((Image.new("RGB", (224, 224)),), Truth("word", tuple(letters)), (None,) * 4)
+    signs = match_module.sign_batch(np.random.default_rng(0), [sample], 56).signs[0]
+    assert signs[0] == _IGNORED and signs[3] == SIGN_IDS["letter a"] and (signs[4:] == EMPTY).all()

@@ -16,7 +16,8 @@ from nano_parts import RECIPE, made_up_art, small_config
 from train.nano.data import paint
 from train.nano.data.art import Art
 from train.nano.data.compose import Composer
-from train.nano.data.sample import Sample
+from train.nano.data.labels import LABELS
+from train.nano.data.sample import Sample, dense_labels
 from train.nano.measure import probe
 from train.nano.pretrain import tower
 from train.nano.pretrain.tower import PointHead, SampleStream, pretrain_tower, score_heldout
@@ -112,13 +113,34 @@ def test_things_are_drawn_in_other_styles_for_training() -> None:
     assert colours == {True, False} and sizes == {True, False}
 
 
-def test_words_are_shown_only_where_their_letters_can_be_told_apart(art: Art) -> None:
+def test_letters_are_as_large_in_small_images_as_in_large_ones(art: Art) -> None:
     recipe = replace(RECIPE, num_steps=12, batch_size=16, large_every=2, late_from=1.0)
     shown: dict[int, set[str]] = {224: set(), 448: set()}
+    widths_px: dict[int, list[float]] = {224: [], 448: []}
 
     def note(rng: np.random.Generator, samples: list[Sample]) -> None:
-        shown[samples[0].image.width].update(sample.truth.category for sample in samples)
+        side = samples[0].image.width
+        shown[side].update(sample.truth.category for sample in samples)
+        letters = [item for sample in samples for item in sample.truth.items if item.category == "letter"]
+        widths_px[side] += [side * (item.box[2] - item.box[0]) for item in letters]
 
     list(SampleStream(art, recipe, note))
-    assert "word" in shown[448] and "word" not in shown[224]
-    assert {"thing", "flag", "digit", "scene"} <= shown[224] & shown[448]
+    assert {"thing", "flag", "digit", "scene", "word"} <= shown[224] & shown[448]
+    assert 0.8 < np.mean(widths_px[224]) / np.mean(widths_px[448]) < 1.25
+
+
+def test_lines_show_letters_as_large_as_words_of_large_images_do_and_label_them(art: Art) -> None:
+    composer = Composer(art)
+    heights, counts, is_labelled = [], [], []
+    for seed in range(12):
+        sample = composer.compose(np.random.default_rng(seed), "lines", 224)
+        word = composer.compose(np.random.default_rng(seed), "word", 448)
+        heights.append([np.mean([item.box[3] - item.box[1] for item in each.truth.items]) for each in (sample, word)])
+        counts.append(len(sample.truth.items))
+        labels = dense_labels(sample, 32, sub=1)
+        for item in sample.truth.items:
+            x, y = (int(side * 32) for side in item.centre)
+            is_labelled.append(LABELS[labels[y, x]].startswith("letter"))
+    small, large = np.mean(heights, axis=0)
+    assert 1.6 < small / large < 2.4  # in halves of the side
+    assert np.mean(counts) > 6 and all(is_labelled)

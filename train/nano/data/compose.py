@@ -5,11 +5,13 @@ split "train" are varied; those of "test" use held-out drawings, fonts and digit
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
 from train.nano.data import paint
@@ -17,15 +19,31 @@ from train.nano.data.art import Art, Drawing
 from train.nano.data.labels import COLOURS, DIGITS, FLAGS, THINGS
 from train.nano.data.layout import choice, place_items, scene_items, word_width
 from train.nano.data.packages import Split
-from train.nano.data.sample import Category, Item, Sample, Truth
+from train.nano.data.sample import Category, Item, Sample, Truth, TruthCategory
 from train.nano.data.unknown import UNKNOWN_STYLES, UnknownStyle, noise, page, photo, real_photo
 from train.nano.data.vocabulary import VOCABULARY
 
 NUM_TEST_DIGITS = 360
 _FONT_PX = 64
+_LARGE_PX, _PATCH_PX = 448, 56  # two lines never share a patch
 _GLYPHS = 0.3  # share of drawings with one ink, where there are others
 _RIGID_SHAPES = {"square": 10.0, "diamond": 10.0, "triangle": 14.0, "cross": 12.0, "heart": 16.0, "star": 30.0}
 _Sprite = tuple[Image.Image, Image.Image | None]  # what is pasted, and its outline (None: the whole box counts)
+
+
+@dataclass(frozen=True)
+class _Printed:
+    """A printed word: its letters' boxes before a warp, its L mask after it, and the warp's (2, 3) map."""
+
+    word: str
+    boxes: list[tuple[int, int, int, int]]
+    mask: Image.Image
+    forward: npt.NDArray[np.float64]
+
+    def letters(self, corner: tuple[int, int], size_px: int) -> Iterator[Item]:
+        """Its letters with their boxes, the mask lying at `corner` of an image of `size_px`."""
+        for letter, box in zip(self.word, self.boxes, strict=True):
+            yield Item("letter", letter, _moved_box(box, self.forward, corner, size_px))
 
 
 class Composer:
@@ -42,6 +60,8 @@ class Composer:
             return self._scene(rng, size_px, split)
         if category == "word":
             return self._word(rng, size_px, split, key)
+        if category == "lines":
+            return self._lines(rng, size_px)
         if category == "unknown":
             return self.unknown(rng, size_px, split)
         if category == "digit":
@@ -133,7 +153,7 @@ class Composer:
         return sprite.crop(box), None if item.category == "thing" else alpha.crop(box)
 
     def _single(
-        self, rng: np.random.Generator, category: Category, key: str, size_px: int, split: Split, index: int = -1
+        self, rng: np.random.Generator, category: TruthCategory, key: str, size_px: int, split: Split, index: int = -1
     ) -> Sample:
         """One thing, flag or digit somewhere in the frame; `index` is of the written digits, a random one below 0."""
         is_train = split == "train"
@@ -155,24 +175,39 @@ class Composer:
 
     def _word(self, rng: np.random.Generator, size_px: int, split: Split, key: str | None) -> Sample:
         """One printed word in lower, Title or UPPER case, every letter with its box."""
-        is_train = split == "train"
         word = key or choice(rng, tuple(VOCABULARY))
+        printed = self._print(rng, word, size_px, split)
+        canvas, ink = _canvas_and_ink(rng, size_px, split)
+        spread = (0.0, 1.0) if split == "train" else (0.35, 0.65)
+        x, y = (round((size_px - side) * rng.uniform(*spread)) for side in printed.mask.size)
+        canvas.paste(ink, (x, y), printed.mask)
+        items = tuple(printed.letters((x, y), size_px))
+        return Sample((_aged(rng, canvas, split),), Truth("word", items), (None,) * len(items))
+
+    def _lines(self, rng: np.random.Generator, size_px: int) -> Sample:
+        """Words in lines, cut off at the sides, as large as alone in 448 px: many letters in a small image."""
+        canvas, ink = _canvas_and_ink(rng, size_px, "train")
+        items: list[Item] = []
+        y = round(rng.uniform(-0.1, 0.1) * size_px)
+        while y < 0.9 * size_px:
+            printed = self._print(rng, choice(rng, tuple(VOCABULARY)), _LARGE_PX, "train")
+            room = size_px - printed.mask.width
+            x = round(room / 2 + rng.uniform(-0.5, 0.5) * abs(room))
+            canvas.paste(ink, (x, y), printed.mask)
+            items += [item for item in printed.letters((x, y), size_px) if all(0 < side < 1 for side in item.centre)]
+            y += max(printed.mask.height, _PATCH_PX) + round(rng.uniform(0.0, 0.08) * size_px)
+        return Sample((_aged(rng, canvas, "train"),), Truth("word", tuple(items)), (None,) * len(items))
+
+    def _print(self, rng: np.random.Generator, word: str, image_px: int, split: Split) -> _Printed:
+        """A word in some font and case, as large as it is alone in an image of `image_px`."""
+        is_train = split == "train"
         shown = (word, word.title(), word.upper())[rng.choice(3, p=[0.5, 0.25, 0.25])]
         fonts = self.art.fonts[split]
         tracking = rng.uniform(0.0, 0.2) if is_train else 0.03
         mask, boxes = _word_mask(str(fonts[rng.integers(len(fonts))]), shown, tracking)
         distortion = paint.random_warp(rng, 6.0) if is_train else paint.Warp()
         scale = rng.uniform(0.75, 1.0) * word_width(len(word))
-        canvas, ink = _canvas_and_ink(rng, size_px, split)
-        warped, forward = paint.warp(mask, scale * size_px, distortion)
-        spread = (0.0, 1.0) if is_train else (0.35, 0.65)
-        x, y = (round((size_px - side) * rng.uniform(*spread)) for side in warped.size)
-        canvas.paste(ink, (x, y), warped)
-        items = tuple(
-            Item("letter", letter, _moved_box(box, forward, (x, y), size_px))
-            for letter, box in zip(word, boxes, strict=True)
-        )
-        return Sample((_aged(rng, canvas, split),), Truth("word", items), (None,) * len(items))
+        return _Printed(word, boxes, *paint.warp(mask, scale * image_px, distortion))
 
     def _scene(self, rng: np.random.Generator, size_px: int, split: Split) -> Sample:
         """One to five shapes and things, apart from each other."""
@@ -191,7 +226,7 @@ class Composer:
 
 def _finish(
     rng: np.random.Generator,
-    category: Category,
+    category: TruthCategory,
     canvas: Image.Image,
     items: list[Item],
     sprites: list[_Sprite],

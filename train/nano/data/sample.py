@@ -9,8 +9,9 @@ from PIL import Image
 
 from train.nano.data.labels import LABEL_IDS, UNKNOWN
 
-Category = Literal["thing", "flag", "digit", "word", "scene", "unknown"]
+Category = Literal["thing", "flag", "digit", "word", "lines", "scene", "unknown"]
 CATEGORIES: tuple[Category, ...] = ("thing", "flag", "digit", "word", "scene")  # what nano has names for
+TruthCategory = Literal["thing", "flag", "digit", "word", "scene", "same", "unknown"]
 ItemCategory = Literal["thing", "flag", "digit", "letter", "shape", "unknown"]
 Box = tuple[float, float, float, float]
 
@@ -43,7 +44,7 @@ class Truth:
     "unknown" one item, or the whole image as one, that nano has no name for.
     """
 
-    category: Literal["thing", "flag", "digit", "word", "scene", "same", "unknown"]
+    category: TruthCategory
     items: tuple[Item, ...]
 
     @property

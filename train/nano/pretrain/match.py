@@ -42,7 +42,7 @@ _SHARPNESS = 16.0  # logits per squared distance between two signs
 
 @dataclass(frozen=True)
 class SignBatch:
-    """`pixels` (B, H, W, 3) uint8; `signs` (B, P) indices into `SIGNS`, -100 for images that signs cannot tell."""
+    """`pixels` (B, H, W, 3) uint8; `signs` (B, P) indices into `SIGNS`, -100 for patches that no sign can tell."""
 
     pixels: Tensor
     signs: Tensor
@@ -67,9 +67,7 @@ def sign_batch(rng: np.random.Generator, samples: list[Sample], patch_size_px: i
     grid = pixels.shape[1] // patch_size_px
     signs = np.full((len(samples), grid * grid), _IGNORED)
     for row, sample in zip(signs, samples, strict=True):
-        cells = ideal_cells(sample.truth, grid)
-        if cells is not None:
-            row[:] = [SIGN_IDS[name] for name in cells.flat]
+        row[:] = [_IGNORED if name is None else SIGN_IDS[name] for name in ideal_cells(sample.truth, grid).flat]
     return SignBatch(torch.from_numpy(pixels), torch.from_numpy(signs))
 
 

@@ -80,8 +80,10 @@ def to_cells(
     if truth.category == "unknown":
         return [_unknown(rng, truth.items[0], grid)]
     cells = ideal_cells(truth, grid)
-    if cells is None or truth.category == "word":
-        return None if cells is None else [cells]
+    if None in cells.flat:
+        return None
+    if truth.category == "word":
+        return [cells]
     if truth.category != "scene":
         return [_mistaken(rng, cells, truth.items[0])]
     if rng.random() >= centres_only:
@@ -91,7 +93,7 @@ def to_cells(
     return [cells]
 
 
-def ideal_cells(truth: Truth, grid: int) -> np.ndarray | None:
+def ideal_cells(truth: Truth, grid: int) -> np.ndarray:
     """(grid, grid) keys of `SIGNS` for one image: a single item wherever it is, those of a word or scene by centre.
 
     None where a patch would need more than one sign.
@@ -105,15 +107,13 @@ def _empty(grid: int) -> np.ndarray:
     return np.full((grid, grid), BACKGROUND, dtype=object)
 
 
-def _by_centre(items: tuple[Item, ...], grid: int) -> np.ndarray | None:
+def _by_centre(items: tuple[Item, ...], grid: int) -> np.ndarray:
     """(grid, grid) labels: each item in the patch of its centre, two letters together; None where that cannot be."""
     cells = _empty(grid)
     for item in items:
         x, y = (min(grid - 1, max(0, int(side * grid))) for side in item.centre)
         label = item.label if cells[y, x] == BACKGROUND else f"{cells[y, x]}{item.name}"
-        if label not in SIGNS:
-            return None
-        cells[y, x] = label
+        cells[y, x] = label if label in SIGNS else None
     return cells
 
 
