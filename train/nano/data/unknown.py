@@ -145,9 +145,8 @@ def _line(rng: np.random.Generator, num_words: int) -> str:
 
 def _fitting_line(rng: np.random.Generator, font: ImageFont.FreeTypeFont, width: float) -> str:
     line = _line(rng, 14)
-    while font.getlength(line) > width and " " in line:
-        line = line.rsplit(" ", 1)[0]
-    return line
+    num_fitting = int(len(line) * width / font.getlength(line))  # about: measuring a line takes as long as drawing it
+    return line if num_fitting >= len(line) else line[:num_fitting].rpartition(" ")[0]
 
 
 def _font(path: str, height: float) -> ImageFont.FreeTypeFont:
