@@ -366,3 +366,13 @@ def test_the_comparison_of_the_project_holds_out_what_it_measures() -> None:
         patterns = [source.shards for source in chat.data.sources]
         for held_out in chat.validation.sources:
             assert not any(fnmatch(held_out.shards, pattern) for pattern in patterns), held_out.shards
+
+
+def test_a_connector_may_have_a_learning_rate_of_its_own(load: Load) -> None:
+    comparison = load("connectors=[{name: mlp, type: mlp}, {name: fast, type: mlp, lr: 0.5}]")
+    plain, fast = (comparison.stage_configs(name, 0) for name in ("mlp", "fast"))
+    assert {config.lr.projector for config in fast.values()} == {0.5}
+    assert {config.lr.projector for config in plain.values()}.isdisjoint({0.5})
+    assert {config.lr.vision for config in fast.values()} == {config.lr.vision for config in plain.values()}
+    with pytest.raises(ValueError, match=r"connector 'mlp'.*lr"):
+        load("connectors=[{name: mlp, type: mlp, lr: -1}]")

@@ -36,7 +36,7 @@ class ComparisonConfig:
     """
     directory: of the runs and the results.
     model: where every run starts, but for its connector.
-    connectors: each a name, and the settings of `init_from.connector`.
+    connectors: each a name, and the settings of `init_from.connector`; at will `lr`, its learning rate in all stages.
     stages: by name, in the order in which they are trained; the first begins with the fresh connector.
     seeds: runs of each connector.
     heldout: the folder of the held-out questions.
@@ -85,13 +85,15 @@ class Comparison:
             ValueError: a setting is wrong.
         """
         connector = next(connector for connector in self.config.connectors if connector["name"] == name)
-        fresh: dict[str, Any] | None = {key: value for key, value in connector.items() if key != "name"}
+        fresh: dict[str, Any] | None = {key: value for key, value in connector.items() if key not in ("name", "lr")}
+        rate = {"lr.projector": connector["lr"]} if "lr" in connector else {}
         start = self.config.model
         configs = {}
         for stage, stage_config in self.config.stages.items():
             run_dir = self.run_directory(name, seed) / stage
             settings = {
                 **stage_config.overrides,
+                **rate,
                 "run_dir": str(run_dir),
                 "seed": seed,
                 "init_from": {"checkpoint": start, "tower": None, "language_model": None, "connector": fresh},
