@@ -32,7 +32,7 @@ _Sprite = tuple[Image.Image, Image.Image | None]  # what is pasted, and its outl
 
 
 @dataclass(frozen=True)
-class _Printed:
+class _DrawnWord:
     """A printed word: its letters' boxes before a warp, its L mask after it, and the warp's (2, 3) map."""
 
     word: str
@@ -176,12 +176,12 @@ class Composer:
     def _word(self, rng: np.random.Generator, size_px: int, split: Split, key: str | None) -> Sample:
         """One printed word in lower, Title or UPPER case, every letter with its box."""
         word = key or choice(rng, tuple(VOCABULARY))
-        printed = self._print(rng, word, size_px, split)
+        drawn = self._draw_word(rng, word, size_px, split)
         canvas, ink = _canvas_and_ink(rng, size_px, split)
         spread = (0.0, 1.0) if split == "train" else (0.35, 0.65)
-        x, y = (round((size_px - side) * rng.uniform(*spread)) for side in printed.mask.size)
-        canvas.paste(ink, (x, y), printed.mask)
-        items = tuple(printed.letters((x, y), size_px))
+        x, y = (round((size_px - side) * rng.uniform(*spread)) for side in drawn.mask.size)
+        canvas.paste(ink, (x, y), drawn.mask)
+        items = tuple(drawn.letters((x, y), size_px))
         return Sample((_aged(rng, canvas, split),), Truth("word", items), (None,) * len(items))
 
     def _lines(self, rng: np.random.Generator, size_px: int) -> Sample:
@@ -190,15 +190,15 @@ class Composer:
         items: list[Item] = []
         y = round(rng.uniform(-0.1, 0.1) * size_px)
         while y < 0.9 * size_px:
-            printed = self._print(rng, choice(rng, tuple(VOCABULARY)), _LARGE_PX, "train")
-            room = size_px - printed.mask.width
+            drawn = self._draw_word(rng, choice(rng, tuple(VOCABULARY)), _LARGE_PX, "train")
+            room = size_px - drawn.mask.width
             x = round(room / 2 + rng.uniform(-0.5, 0.5) * abs(room))
-            canvas.paste(ink, (x, y), printed.mask)
-            items += [item for item in printed.letters((x, y), size_px) if all(0 < side < 1 for side in item.centre)]
-            y += max(printed.mask.height, _PATCH_PX) + round(rng.uniform(0.0, 0.08) * size_px)
+            canvas.paste(ink, (x, y), drawn.mask)
+            items += [item for item in drawn.letters((x, y), size_px) if all(0 < side < 1 for side in item.centre)]
+            y += max(drawn.mask.height, _PATCH_PX) + round(rng.uniform(0.0, 0.08) * size_px)
         return Sample((_aged(rng, canvas, "train"),), Truth("word", tuple(items)), (None,) * len(items))
 
-    def _print(self, rng: np.random.Generator, word: str, image_px: int, split: Split) -> _Printed:
+    def _draw_word(self, rng: np.random.Generator, word: str, image_px: int, split: Split) -> _DrawnWord:
         """A word in some font and case, as large as it is alone in an image of `image_px`."""
         is_train = split == "train"
         shown = (word, word.title(), word.upper())[rng.choice(3, p=[0.5, 0.25, 0.25])]
@@ -207,7 +207,7 @@ class Composer:
         mask, boxes = _word_mask(str(fonts[rng.integers(len(fonts))]), shown, tracking)
         distortion = paint.random_warp(rng, 6.0) if is_train else paint.Warp()
         scale = rng.uniform(0.75, 1.0) * word_width(len(word))
-        return _Printed(word, boxes, *paint.warp(mask, scale * image_px, distortion))
+        return _DrawnWord(word, boxes, *paint.warp(mask, scale * image_px, distortion))
 
     def _scene(self, rng: np.random.Generator, size_px: int, split: Split) -> Sample:
         """One to five shapes and things, apart from each other."""
