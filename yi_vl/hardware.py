@@ -22,7 +22,8 @@ def machine() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else (named or [platform.processor()])[0]
-    return f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    num_threads = torch.get_num_threads()
+    return f"{device}, {num_threads} thread{'s' * (num_threads != 1)}, torch {torch.__version__}"
 
 
 def gpu_or_cpu() -> torch.device:
