@@ -1,8 +1,8 @@
 """Pages of words: images of twice nano's size with small cards, on each of which a word is printed.
 
 A card is an image of a word as nano was trained on (compose.py), less than half as wide as the page, so that nano's own
-448 px show its letters at less than half of their pixels. A page has one card anywhere, or one in each quarter. The
-held-out pages have held-out fonts, as all of nano's questions.
+448 px show its letters at less than half of their pixels. A page has a card in one of its quarters, or one in each; a
+quarter is a tile. The held-out pages have held-out fonts, as all of nano's questions.
 """
 
 from __future__ import annotations
@@ -44,17 +44,16 @@ Turn = dict[str, str]
 
 
 def page(rng: np.random.Generator, composer: Composer, num_words: int, split: Split) -> tuple[Image.Image, list[Truth]]:
-    """A page of one card, or of four, and the word on each in reading order."""
+    """A page of so many cards, each in a quarter of its own, and the word on each in reading order."""
     colour = paint.pale_colour(rng) if split == "test" else paint.random_colour(rng)
     image = Image.new("RGB", (PAGE_PX, PAGE_PX), colour)
     truths = []
-    columns = 1 if num_words == 1 else 2
-    cell = PAGE_PX // columns
-    for index in range(num_words):
+    quarter = PAGE_PX // 2
+    for index in sorted(rng.permutation(4)[:num_words].tolist()):
         side = round(PAGE_PX * rng.uniform(*_CARD_SIDES))
         card = composer.compose(rng, "word", side, split)
-        left, top = (int(rng.integers(0, cell - side + 1)) for _ in range(2))
-        image.paste(card.image, (index % columns * cell + left, index // columns * cell + top))
+        left, top = (int(rng.integers(0, quarter - side + 1)) for _ in range(2))
+        image.paste(card.image, (index % 2 * quarter + left, index // 2 * quarter + top))
         truths.append(card.truth)
     return image, truths
 
