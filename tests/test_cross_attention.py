@@ -217,7 +217,7 @@ def test_a_prompt_in_transformers_chunks() -> None:
 
 def test_a_static_cache_is_refused() -> None:
     with pytest.raises(ValueError, match=r"static cache .* leave cache_implementation out"):
-        gated_model().generate(tokens(1, 5, {}), cache_implementation="static")
+        gated_model().generate(tokens(1, 5, {}), max_new_tokens=2, cache_implementation="static")
 
 
 @torch.inference_mode()
