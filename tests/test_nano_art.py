@@ -43,6 +43,8 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if name == "circle-flags":  # two letters may be a language's: those drawings are green
             icons = {key: _icon("#00ff00" if key in ("ie", "io", "la", "ar") else colour) for key in FLAGS}
             icons |= {key: _icon(colour) for key in ("lang-ga", "dg", "lo")}
+        if name == "emojione-monotone":
+            icons["flag-for-japan"] = _icon("currentColor")
         if name == "noto":
             icons[next(iter(THINGS.values())).icons[0]] = {"body": "<rect"}
         icons |= {icon: _icon(colour) for split in ("train", "test") for icon in unknown_icons(split)}  # type: ignore[arg-type]
@@ -61,7 +63,10 @@ def test_splits_come_from_their_own_packages(data_dir: Path) -> None:
             coloured = [drawing for drawing in drawn if not drawing.is_glyph]
             assert coloured and all(drawing.pixels[..., channel].min() == 255 for drawing in coloured), label
     assert not {path.name for path in loaded.fonts["train"]} & {path.name for path in loaded.fonts["test"]}
-    assert len(loaded.fonts["test"]) >= 11
+    num_train, num_test = (len(loaded.fonts[split]) for split in ("train", "test"))  # type: ignore[index]
+    text = (Path(art.__file__).parents[3] / "docs/nano.md").read_text(encoding="utf-8")
+    assert num_test == 11 and f" {num_test} of the {num_train + num_test} fonts" in text
+    assert not any(drawing.is_glyph for drawn in loaded.heldout.values() for drawing in drawn)
     known = {f"thing {key}" for key in THINGS} | {f"flag {key}" for key in FLAGS}
     assert set(loaded.heldout) == known | {"unknown"}
     assert len(loaded.heldout["unknown"]) == len(unknown_icons("test"))  # of other classes than those of training
@@ -114,8 +119,10 @@ def test_a_glyph_is_black_on_the_white_of_what_it_encloses() -> None:
 
 
 def test_glyphs_are_found_and_coloured(data_dir: Path) -> None:
-    drawings = art.load_art(data_dir).train["thing dog"]
-    assert {drawing.style for drawing in drawings if drawing.is_glyph} <= set(packages.MORE_THING_ART)
+    train = art.load_art(data_dir).train
+    styles = {drawing.style for drawn in train.values() for drawing in drawn if drawing.is_glyph}
+    assert styles == set(packages.MORE_THING_ART)  # not the flag of one ink, which is left out
+    drawings = train["thing dog"]
     (glyph, *_) = [Image.fromarray(np.asarray(drawing.pixels)) for drawing in drawings if drawing.is_glyph]
     grey = (90, 90, 90)
     colours = {paint.coloured_glyph(np.random.default_rng(seed), glyph, grey).getpixel((9, 9)) for seed in range(30)}

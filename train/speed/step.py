@@ -21,7 +21,7 @@ from transformers import LlamaConfig
 import yi_vl
 from yi_vl.chat import render, render_caption
 from yi_vl.config import OpenClipVisionConfig, YiVLConfig
-from yi_vl.hardware import matrix_rate, synchronized_seconds
+from yi_vl.hardware import gpu_or_cpu, matrix_rate, synchronized_seconds
 from yi_vl.model import YiVLForConditionalGeneration
 from yi_vl.processor import YiVLProcessor
 
@@ -140,7 +140,7 @@ def compare(work: Work) -> dict[str, Any]:
     model_config = YiVLConfig.from_pretrained(work.checkpoint)
     text = model_config.text_config
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}[work.config.precision]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = gpu_or_cpu()
     limit = matrix_rate(_RATE_ROWS, text.hidden_size, text.intermediate_size, dtype, device)
     flops = sum(step_flops(model_config, work.config.trainable, row) for row in work.rows)
     num_timed = len(work.steps) - 1
@@ -173,7 +173,7 @@ def compare(work: Work) -> dict[str, Any]:
 
 def baseline(work: Work) -> Step:
     """Like transformers' Trainer: padding, all logits, the model's own loss."""
-    config, device = work.config, torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config, device = work.config, gpu_or_cpu()
     model: Any = YiVLForConditionalGeneration.from_pretrained(work.checkpoint, dtype=torch.float32)
     model.to(device)
     processor: YiVLProcessor = YiVLProcessor.from_pretrained(work.checkpoint)

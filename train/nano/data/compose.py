@@ -110,7 +110,7 @@ class Composer:
             image = page(rng, size_px, [str(path) for path in self.art.fonts[split]])
         return Sample((image,), Truth("unknown", (Item("unknown", "", (0, 0, 1, 1)),)), (None,))
 
-    def _drawing(self, rng: np.random.Generator, label: str, split: Split, backdrop: paint.Colour) -> Image.Image:
+    def _drawing(self, rng: np.random.Generator, label: str, split: Split, canvas: Image.Image) -> Image.Image:
         drawings: list[Drawing] = self.art.of(split).get(label, [])
         if not drawings:
             raise ValueError(f"no {split} drawing of {label!r}: the artwork cache is incomplete; render it again")
@@ -120,7 +120,7 @@ class Composer:
             drawings = [drawing for drawing in drawings if drawing.is_glyph == is_glyph]
         drawing = drawings[rng.integers(len(drawings))]
         base = Image.fromarray(np.asarray(drawing.pixels))
-        return paint.coloured_glyph(rng, base, backdrop) if drawing.is_glyph else base
+        return paint.coloured_glyph(rng, base, paint.average(canvas)) if drawing.is_glyph else base
 
     def _sprite(
         self, rng: np.random.Generator, item: Item, split: Split, size_px: float, canvas: Image.Image
@@ -136,7 +136,7 @@ class Composer:
                 limit = _RIGID_SHAPES.get(item.name, 0.0)
                 distortion = paint.Warp(rotation=rng.uniform(-limit, limit), stretch=rng.uniform(0.93, 1.07))
         else:
-            base = self._drawing(rng, item.label, split, paint.average(canvas))
+            base = self._drawing(rng, item.label, split, canvas)
             if is_train and item.category == "flag" and base.getchannel("A").getextrema()[0] == 255:
                 base = paint.restyle_flag(rng, base)
             if (

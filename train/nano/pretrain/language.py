@@ -10,7 +10,7 @@ D language width.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -28,8 +28,8 @@ from train.nano.pretrain.trainer import (
     RECIPE,
     STATE,
     LoopRecipe,
+    prepare_run,
     read_recipe,
-    remember_recipe,
     train_loop,
 )
 from train.nano.pretrain.trees import Tree, TreeBatch, TreeEncoder, fill_rows
@@ -88,11 +88,8 @@ def pretrain_language(run_dir: Path, recipe: LanguageRecipe) -> None:
         ValueError: the folder has a run of another recipe.
     """
     keep_memory()
-    torch.set_num_threads(recipe.num_threads)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    remember_recipe(run_dir, asdict(recipe))
+    prepare_run(run_dir, recipe, recipe.num_threads, recipe.loop.seed)
     encoder = load_encoder(run_dir, recipe)
-    torch.manual_seed(recipe.loop.seed)
     model = MosaicLanguageModel(recipe.shape).to(gpu_or_cpu())
 
     def batches(first: int) -> Iterator[TreeBatch]:

@@ -9,7 +9,7 @@ B images, P patches each (G x G), D language width, L signs, W waves.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from train.nano.data.labels import BACKGROUND
 from train.nano.data.sample import CATEGORIES, Category, Sample
 from train.nano.pretrain.language import SIGNS_FILE, load_signs
 from train.nano.pretrain.tower import SampleStream, TowerModule, TowerRecipe
-from train.nano.pretrain.trainer import remember_recipe, to_device, train_loop
+from train.nano.pretrain.trainer import prepare_run, to_device, train_loop
 from train.nano.pretrain.trees import GRIDS, first_cell
 from train.nano.text.mosaic import SIGN_IDS, SIGNS, ideal_cells
 from yi_vl import YiVLForConditionalGeneration, YiVLProcessor
@@ -80,10 +80,7 @@ def match(language_dir: Path, tower_dir: Path, out_dir: Path, data_dir: Path, re
     Raises:
         ValueError: the folder has a run of another recipe.
     """
-    out_dir.mkdir(parents=True, exist_ok=True)
-    remember_recipe(out_dir, asdict(recipe))
-    torch.set_num_threads(recipe.num_threads)
-    torch.manual_seed(recipe.seed)
+    prepare_run(out_dir, recipe, recipe.num_threads, recipe.seed)
     art = load_art(data_dir)
     model = YiVLForConditionalGeneration.from_pretrained(language_dir, dtype=torch.float32)
     processor = YiVLProcessor.from_pretrained(language_dir)
@@ -99,7 +96,7 @@ def match(language_dir: Path, tower_dir: Path, out_dir: Path, data_dir: Path, re
     train_loop(
         out_dir,
         encoder,
-        recipe.loop(),
+        recipe,
         lambda first: SampleStream(art, recipe, make_batch, first).batches(),
         lambda batch: _loss(encoder, batch, embeddings, codes, recipe.label_smoothing),
         lambda: {category: score_signs(encoder, embeddings, codes, art, category) for category in CATEGORIES},

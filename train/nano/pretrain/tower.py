@@ -11,7 +11,7 @@ B images, K points each, P patches, L labels.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -28,7 +28,7 @@ from train.nano.data.art import DATA_DIR, Art, load_art
 from train.nano.data.compose import Composer
 from train.nano.data.labels import LABELS
 from train.nano.data.sample import Category, Sample, dense_labels
-from train.nano.pretrain.trainer import LoopRecipe, remember_recipe, train_loop
+from train.nano.pretrain.trainer import LoopRecipe, prepare_run, train_loop
 from yi_vl.config import preset
 from yi_vl.hardware import gpu_or_cpu
 from yi_vl.image import YiVLImageProcessor
@@ -40,37 +40,22 @@ _POINTS = 32  # points along a side from which the K are drawn; a multiple of bo
 
 
 @dataclass
-class TowerRecipe:
+class TowerRecipe(LoopRecipe):
     """How the tower is pretrained."""
 
     num_steps: int = 4800
+    warmup_steps: int = 300
+    decay_fraction: float = 0.5
+    save_every: int = 200
+    measure_every: int = 500
+    num_workers: int = 2
     batch_size: int = 64  # images at 224 px; half as many at 448
     large_every: int = 3  # batches; one of them is of 448 px
     late_large_every: int = 1  # the same from `late_from` on
     late_from: float = 0.6  # fraction of all steps
     num_points: int = 48
-    learning_rate: float = 1.5e-3
-    weight_decay: float = 0.05
-    warmup_steps: int = 300
-    decay_fraction: float = 0.5  # of the steps, over which the rate falls at the end
     label_smoothing: float = 0.05
-    save_every: int = 200
-    measure_every: int = 500
     num_threads: int = 1
-    seed: int = 0
-    num_workers: int = 2
-
-    def loop(self) -> LoopRecipe:
-        """What of it is not about images."""
-        return LoopRecipe(
-            num_steps=self.num_steps,
-            learning_rate=self.learning_rate,
-            warmup_steps=self.warmup_steps,
-            decay_fraction=self.decay_fraction,
-            weight_decay=self.weight_decay,
-            save_every=self.save_every,
-            measure_every=self.measure_every,
-        )
 
     def is_large(self, index: int) -> bool:
         """Whether batch `index` is one of 448 px."""
@@ -188,10 +173,7 @@ def pretrain_tower(out_dir: Path, recipe: TowerRecipe, data_dir: Path = DATA_DIR
     Raises:
         ValueError: the folder has a run of another recipe.
     """
-    out_dir.mkdir(parents=True, exist_ok=True)
-    remember_recipe(out_dir, asdict(recipe))
-    torch.set_num_threads(recipe.num_threads)
-    torch.manual_seed(recipe.seed)
+    prepare_run(out_dir, recipe, recipe.num_threads, recipe.seed)
     art = load_art(data_dir)
     config = preset("nano").vision_config
     config.image_size = 224
@@ -204,7 +186,7 @@ def pretrain_tower(out_dir: Path, recipe: TowerRecipe, data_dir: Path = DATA_DIR
     train_loop(
         out_dir,
         head,
-        recipe.loop(),
+        recipe,
         lambda first: SampleStream(art, recipe, make_batch, first).batches(),
         lambda batch: _loss(head, processor, batch, recipe.label_smoothing),
         lambda: {category: score_heldout(head, art, category) for category in ("thing", "flag", "digit", "word")},

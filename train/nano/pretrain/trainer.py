@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -90,12 +90,19 @@ def read_recipe(schema: type[Recipe], path: Path | None, overrides: Sequence[str
         raise ValueError(f"{where}: {one_line(error)}") from error
 
 
-def remember_recipe(run_dir: Path, recipe: dict[str, Any]) -> None:
-    """Write the recipe to the run's folder.
+def prepare_run(run_dir: Path, recipe: Any, num_threads: int, seed: int) -> None:
+    """Make the run's folder, write its recipe, a dataclass, to it, and set this process's threads and seed.
 
     Raises:
         ValueError: the run was started with another recipe.
     """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    _remember_recipe(run_dir, asdict(recipe))
+    torch.set_num_threads(num_threads)
+    torch.manual_seed(seed)
+
+
+def _remember_recipe(run_dir: Path, recipe: dict[str, Any]) -> None:
     path = run_dir / RECIPE
     if path.exists():
         before = _flat(json.loads(path.read_text(encoding="utf-8")))
