@@ -24,7 +24,7 @@ from train.nano.measure.heldout import write_cmmmu, write_mmmu
 from train.nano.measure.page import write_pages
 from train.nano.text import dialogue
 from train.nano.text.choices import choice_prompt, with_image
-from train.nano.text.mosaic import SIGNS, random_truth, to_mosaics
+from train.nano.text.mosaic import SIGN_IDS, random_truth, to_cells
 from train.nano.text.wording import noun
 
 
@@ -88,22 +88,19 @@ def test_conversations_alternate_and_mark_their_images(composer: Composer) -> No
         assert [turn["from"] for turn in turns] == ["human", "gpt"] * (len(turns) // 2)
         assert sum(turn["value"].count("<image>") for turn in turns) == len(sample.images)
         assert all(turn["value"].strip() and "{" not in turn["value"] for turn in turns)
-        with_mosaics = dialogue.in_mosaics(turns, ["@"] * len(sample.images))
-        assert with_mosaics[0]["value"] == turns[0]["value"].replace("<image>", "@") and with_mosaics[1:] == turns[1:]
 
 
 def test_a_mosaic_shows_each_item_where_it_is() -> None:
-    labels = {sign: label for label, sign in SIGNS.items()}
-    assert len(labels) == len(SIGNS) and all(len(sign) == 1 for sign in labels)
     num_words = num_scenes = 0
     for seed in range(400):
         rng = np.random.default_rng(seed)
         truth = random_truth(rng, dict.fromkeys((*CATEGORIES, "same"), 1 / 6))
-        mosaics = to_mosaics(rng, truth, 8)
+        mosaics = to_cells(rng, truth, 8)
         if mosaics is None:
             continue
-        assert len(mosaics) == (2 if truth.category == "same" else 1) and all(len(mosaic) == 64 for mosaic in mosaics)
-        cells = np.array([labels[sign] for sign in mosaics[0]], dtype=object).reshape(8, 8)
+        assert len(mosaics) == (2 if truth.category == "same" else 1)
+        assert all(mosaic.shape == (8, 8) and set(mosaic.flat) <= set(SIGN_IDS) for mosaic in mosaics)
+        cells = mosaics[0]
         if truth.category == "word":  # from left to right, whatever the rows
             read = "".join(label.removeprefix("letter ") for label in cells.T.flat if label != "background")
             assert read.upper() == truth.word
@@ -185,8 +182,8 @@ def test_what_has_no_name_is_answered_with_not_sure(composer: Composer) -> None:
             assert covered.all() if style != "artwork" else 0 < covered.mean() < 1
         turns = dialogue.conversation(rng, sample.truth)
         assert {turn["value"] for turn in turns[1::2]} <= {"I am not sure.", "我不确定。"}
-        cells = to_mosaics(rng, sample.truth, 8)
-        assert cells is not None and len(set(cells[0]) - {SIGNS["background"]}) >= 1
+        cells = to_cells(rng, sample.truth, 8)
+        assert cells is not None and len(set(cells[0].flat) - {"background"}) >= 1
     first, second = (composer.unknown(np.random.default_rng(7), 112).image.tobytes() for _ in range(2))
     assert first == second
 

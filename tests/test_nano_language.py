@@ -25,7 +25,7 @@ from train.nano.pretrain.trees import IGNORED, Row, TreeBatch, TreeEncoder
 from train.nano.text import dialogue
 from train.nano.text.combinations import is_heldout
 from train.nano.text.dialogue import all_questions, comparisons
-from train.nano.text.mosaic import SIGNS, random_truth
+from train.nano.text.mosaic import SIGN_IDS, random_truth
 from train.nano.text.mosaic_texts import TASKS, MosaicText, TextLayout, heldout_questions, training_text
 from yi_vl import YiVLForConditionalGeneration, YiVLProcessor
 
@@ -139,7 +139,7 @@ def test_counts_go_to_nine_and_are_listed_first_if_asked() -> None:
 
 
 def test_the_sign_of_unknown_things_is_the_last_so_that_older_mosaics_keep_their_signs() -> None:
-    assert list(SIGNS)[-1] == "unknown"
+    assert list(SIGN_IDS)[-1] == "unknown"
 
 
 def test_a_stopped_run_continues_exactly(run_dir: Path, tmp_path: Path, tokenizer: Path) -> None:
@@ -170,7 +170,7 @@ def test_a_finished_run_is_a_checkpoint_with_its_signs_and_can_be_measured(run_d
     model = YiVLForConditionalGeneration.from_pretrained(final)
     processor = YiVLProcessor.from_pretrained(final)
     signs, cells = load_signs(final)
-    assert signs.shape == (len(SIGNS), 32) and cells.shape == (80, 32)
+    assert signs.shape == (len(SIGN_IDS), 32) and cells.shape == (80, 32)
     assert processor.tokenizer.convert_tokens_to_ids("<image_placeholder>") == model.config.image_token_id
     state = torch.load(run_dir / "state.pt", weights_only=True)["module"]
     assert torch.equal(model.lm_head.weight, state["lm_head.weight"])

@@ -17,7 +17,7 @@ from nano_parts import RECIPE, made_up_art, save_parts
 from train.nano.data.labels import BACKGROUND
 from train.nano.data.sample import Item, Sample, Truth
 from train.nano.pretrain import match as match_module
-from train.nano.pretrain.match import _IGNORED, _targets, match, position_codes, sign_loss
+from train.nano.pretrain.match import _IGNORED, _targets, match, sign_loss
 from train.nano.pretrain.tower import SampleStream
 from train.nano.text.mosaic import SIGN_IDS
 from yi_vl import YiVLForConditionalGeneration
@@ -46,17 +46,10 @@ def test_every_image_weighs_the_same_and_those_without_signs_nothing() -> None:
     assert first > 1 and 0.5 < first / second < 2
 
 
-def test_places_differ_and_mean_the_same_on_both_grids() -> None:
-    large, small = position_codes(8, SIGNS).view(8, 8, -1), position_codes(4, SIGNS).view(4, 4, -1)
-    assert torch.pdist(large.flatten(0, 1)).min() > 0
-    near = (large[0, 0] + large[1, 1]) / 2  # around the centre of the small grid's first patch
-    assert (near - small[0, 0]).norm() < (near - small[0, 1]).norm()
-
-
-def test_a_language_model_that_was_trained_alone_brings_its_signs_and_places(tmp_path: Path) -> None:
+def test_a_language_model_brings_its_signs_and_places(tmp_path: Path) -> None:
     cells = torch.randn(16 + 64, 256)
     save_file({"signs": SIGNS, "cells": cells}, tmp_path / "signs.safetensors")
-    signs, codes = _targets(tmp_path, None, None)  # type: ignore[arg-type]  # neither is needed
+    signs, codes = _targets(tmp_path)
     assert torch.equal(signs, SIGNS)
     assert torch.equal(codes[16], cells[:16]) and torch.equal(codes[64], cells[16:])
 

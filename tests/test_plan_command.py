@@ -20,7 +20,7 @@ from train.plan.flops import Row
 ROOT = Path(__file__).parents[1]
 ROW = Row(tokens=61, supervised=20)
 STAGES = ("align-224", "upscale-448", "chat-448")
-LANGUAGE_STAGE, ONE_SOURCE = ROOT / "train/configs/nano/language.yaml", "data.sources=[{name: books, shards: x}]"
+STAGE, ONE_SOURCE = ROOT / "train/configs/nano/chat-448.yaml", "data.sources=[{name: books, shards: x}]"
 Run = Callable[..., tuple[int, str, str]]
 
 
@@ -141,9 +141,7 @@ TEXT_SOURCE = "data.sources=[{name: a, shards: x, format: caption}, {name: b, sh
 
 
 def test_a_stage_of_texts_has_no_image_tokens(run: Run) -> None:
-    code, output, _ = run(
-        LANGUAGE_STAGE, "data.format=text", ONE_SOURCE, "--model", "nano", "--gpus", 1, "--text-tokens", 90
-    )
+    code, output, _ = run(STAGE, "data.format=text", ONE_SOURCE, "--model", "nano", "--gpus", 1, "--text-tokens", 90)
     assert code == 0 and "90 tokens a text" in output and "of them its image" not in output
     assert "90 tokens in a text" in output and {row[-1] for row in rows(output, "DDP")} == {"yes"}
 
@@ -153,7 +151,7 @@ def test_a_stage_of_texts_has_no_image_tokens(run: Run) -> None:
 )
 def test_documents_become_rows_as_the_trainer_makes_them(long_text: str, num_tokens: int, expected: int) -> None:
     overrides = ["data.format=text", ONE_SOURCE, f"data.long_text={long_text}", "max_tokens=512"]
-    made = make_plan(LANGUAGE_STAGE, overrides, "nano", SampleTokens(text=num_tokens))
+    made = make_plan(STAGE, overrides, "nano", SampleTokens(text=num_tokens))
     assert made.rows == [(1.0, Row(expected, expected - 1, has_image=False))]
     assert made.num_tokens == made.num_samples * expected
 
@@ -193,11 +191,11 @@ def test_curves_are_drawn(tmp_path: Path) -> None:
     [
         (("none.yaml",), "none.yaml: there is no such config file"),
         (("gpus=3",), "name at least one config file"),
-        (("train/configs/nano/signs.yaml", "init_from.checkpoint=no/such", "--gpus", "1"), "no/such is not there yet"),
+        (("train/configs/nano/align-224.yaml", "init_from.checkpoint=no/such", "--gpus", "1"), "no/such is not there"),
         (("train/configs/6b/chat-448.yaml", "--gpus", "100"), "global_batch 256 does not divide by 100 GPUs"),
         (("train/configs/6b/chat-448.yaml", "batch_ramp=[[9, 200]]"), "448.yaml: batch_ramp: 200 does not divide by"),
         (
-            ("train/configs/nano/language.yaml", "--model", "nano", "max_tokens=64", "data.format=text", ONE_SOURCE),
+            ("train/configs/nano/chat-448.yaml", "--model", "nano", "max_tokens=64", "data.format=text", ONE_SOURCE),
             "yaml: texts of 512 tokens exceed max_tokens 64 and would be skipped; set data.long_text to split or pack",
         ),
         (("train/configs/6b/chat-448.yaml", "--model", "7b"), "7b"),

@@ -40,18 +40,13 @@ def data(processes: Annotated[int, typer.Option(help="number of processes that c
 
 @app.command()
 def train() -> None:
-    """Tokenizer, language model, tower, then the three stages; finished runs are kept, interrupted ones resumed."""
-    from train.nano.data.shards import read_texts
-    from train.nano.pretrain.init import init_checkpoint, train_tokenizer
+    """Language model, tower, their match, then the three stages; finished runs are kept, interrupted ones resumed."""
+    from train.nano.pretrain.language import LanguageRecipe, pretrain_language
     from train.nano.pretrain.match import match
     from train.nano.pretrain.tower import TowerRecipe, pretrain_tower
-    from yi_vl.config import preset
 
-    if not (RUNS / "start" / "config.json").exists():
-        train_tokenizer(read_texts(DATA), RUNS / "tokenizer", preset("nano").image_token_id)
-        init_checkpoint(RUNS / "tokenizer", RUNS / "start")
-    run_stage("signs")
-    run_stage("language")
+    if not (RUNS / "language" / "final" / "config.json").exists():
+        pretrain_language(RUNS / "language", LanguageRecipe())
     if not (RUNS / "tower" / "config.json").exists():
         pretrain_tower(RUNS / "tower", TowerRecipe(), DATA)
     if not (RUNS / "parts" / "config.json").exists():

@@ -26,6 +26,7 @@ from train.nano.data.vocabulary import VOCABULARY
 NUM_TEST_DIGITS = 360
 _FONT_PX = 64
 _LARGE_PX, _PATCH_PX = 448, 56  # two lines never share a patch
+_NUM_ITEMS = {"few": (0.1, 0.25, 0.25, 0.2, 0.2), "many": (0.1, 0.2, 0.2, 0.14, 0.14, 0.07, 0.06, 0.05, 0.04)}  # scenes
 _GLYPHS = 0.3  # share of drawings with one ink, where there are others
 _RIGID_SHAPES = {"square": 10.0, "diamond": 10.0, "triangle": 14.0, "cross": 12.0, "heart": 16.0, "star": 30.0}
 _Sprite = tuple[Image.Image, Image.Image | None]  # what is pasted, and its outline (None: the whole box counts)
@@ -210,8 +211,9 @@ class Composer:
         return _DrawnWord(word, boxes, *paint.warp(mask, scale * image_px, distortion))
 
     def _scene(self, rng: np.random.Generator, size_px: int, split: Split) -> Sample:
-        """One to five shapes and things, apart from each other."""
-        num_items = int(rng.choice([1, 2, 3, 4, 5], p=[0.1, 0.25, 0.25, 0.2, 0.2]))
+        """One to five shapes and things, apart from each other; in large images of the training up to nine."""
+        shares = _NUM_ITEMS["many" if split == "train" and size_px >= _LARGE_PX else "few"]
+        num_items = int(rng.choice(len(shares), p=shares)) + 1
         items = scene_items(rng, num_items)
         canvas = _canvas(rng, size_px, split, [COLOURS[item.colour][1] for item in items if item.colour])
         corners: list[tuple[int, int]] = []

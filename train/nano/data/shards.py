@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import tarfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -22,20 +21,16 @@ from rich.progress import track
 
 from train.nano.data.art import load_art
 from train.nano.data.compose import Composer
-from train.nano.data.labels import FLAGS, LANGS, THINGS
-from train.nano.data.sample import Category, Sample, Truth
+from train.nano.data.labels import LANGS
+from train.nano.data.sample import Category, Sample
 from train.nano.text import dialogue
 from train.nano.text.choices import choice_conversation, with_image
-from train.nano.text.mosaic import SIGNS, Shares, random_truth, to_mosaics
 from train.shards.files import write_tar
 
 SAMPLES_PER_SHARD = 1000
 _SHARES_224: dict[Category, float] = {"thing": 0.36, "flag": 0.34, "digit": 0.1, "scene": 0.2}  # too coarse for letters
 _SHARES_448: dict[Category, float] = {"thing": 0.2, "flag": 0.2, "digit": 0.05, "word": 0.35, "scene": 0.2}
-_SHARES_OF_CAPTIONS: Shares = {"thing": 0.22, "flag": 0.28, "digit": 0.05, "word": 0.15, "scene": 0.3}
-_SHARES_OF_DIALOGUES: Shares = {"thing": 0.09, "flag": 0.12, "digit": 0.03, "word": 0.2, "scene": 0.5, "same": 0.06}
 _JPEG_QUALITY = 90
-_NAME_REPEATS, _PROMPT_REPEATS = 1000, 2000
 
 
 @dataclass(frozen=True)
@@ -63,26 +58,6 @@ def build_shards(data_dir: Path, processes: int = 2) -> None:
 
 def shard_path(data_dir: Path, source: Source, number: int) -> Path:
     return data_dir / source.folder / f"{number:05d}.tar"
-
-
-def read_texts(data_dir: Path) -> Iterator[str]:
-    """The texts that the tokenizer is trained on: signs, all captions, one shard in ten of the conversations.
-
-    The prompt and all names are repeated, so that they take few tokens.
-    """
-    from yi_vl.chat import render, to_text
-
-    yield from SIGNS.values()
-    yield to_text(render([{"role": "user", "content": "?"}])) * _PROMPT_REPEATS
-    for named in (*THINGS.values(), *FLAGS.values()):
-        yield "\n".join([f" {named.en}", named.zh] * _NAME_REPEATS)
-    conversations = sorted((data_dir / "text").glob("*.tar"))[::10]
-    for path in (*conversations, *sorted((data_dir / "text-captions").glob("*.tar"))):
-        with tarfile.open(path) as archive:
-            for member in archive:
-                file = archive.extractfile(member)
-                assert file is not None
-                yield from (turn["value"] for turn in json.load(file)["conversations"])
 
 
 def encode_jpeg(image: Image.Image) -> bytes:
@@ -152,37 +127,7 @@ def _make_talk(composer: Composer, rng: np.random.Generator) -> dict[str, bytes]
     return _json(dialogue.talk(rng))
 
 
-def _random_mosaics(rng: np.random.Generator, shares: Shares, small_fraction: float) -> tuple[Truth, list[str]]:
-    """A random ground truth and its mosaics: of 4 x 4 patches with probability `small_fraction`, else of 8 x 8."""
-    grid = 4 if rng.random() < small_fraction else 8
-    while True:
-        truth = random_truth(rng, shares)
-        mosaics = to_mosaics(rng, truth, grid)
-        if mosaics is not None:
-            return truth, mosaics
-
-
-def _make_text(composer: Composer, rng: np.random.Generator) -> dict[str, bytes]:
-    """Dialogues over mosaics, multiple choice among them, and a little talk; nothing is drawn."""
-    draw = rng.random()
-    if draw < 0.03:
-        return _json(dialogue.talk(rng))
-    truth, mosaics = _random_mosaics(rng, _SHARES_OF_DIALOGUES, 0.6)
-    if draw < 0.12 and truth.category != "same":
-        return _json(dialogue.in_mosaics(with_image(rng, choice_conversation(rng, truth)), mosaics))
-    return _json(dialogue.in_mosaics(dialogue.conversation(rng, truth), mosaics))
-
-
-def _make_text_caption(composer: Composer, rng: np.random.Generator) -> dict[str, bytes]:
-    """A mosaic and its caption, for the plain prompt of the first stages; nothing is drawn."""
-    truth, mosaics = _random_mosaics(rng, _SHARES_OF_CAPTIONS, 0.75)
-    caption = dialogue.caption(rng, truth, LANGS[rng.integers(2)])
-    return _json([{"from": "human", "value": mosaics[0]}, {"from": "gpt", "value": caption}])
-
-
 SOURCES = (
-    Source("text", 160_000, _make_text),
-    Source("text-captions", 100_000, _make_text_caption),
     Source("captions-224", 40_000, _caption_maker(224)),
     Source("captions-448", 24_000, _caption_maker(448)),
     Source("chat-448/scenes", 12_000, _chat_maker("scene")),

@@ -23,8 +23,8 @@ from yi_vl.model import YiVLForConditionalGeneration
 from yi_vl.processor import YiVLProcessor, prepare_tokenizer
 
 CONTROL_SYMBOLS = ["<|Human|>", "<|Assistant|>", "<|System|>", "<|im_start|>", "<|im_end|>", "<|im_sep|>"]  # ids 3 to 8
-_BOUNDARY = re.compile(r"([\n的，。、：？！“”\ue000-\uf8ff])|(?<=[A-Z])(?=[A-Z])")
-# No token crosses these: names and signs stay whole, and words in capitals are spelt letter by letter.
+_BOUNDARY = re.compile(r"([\n的，。、：？！“”])|(?<=[A-Z])(?=[A-Z])")
+# No token crosses these: names stay whole, and words in capitals are spelt letter by letter.
 
 
 def train_tokenizer(texts: Iterable[str], out_dir: Path, vocab_size: int) -> None:
@@ -80,24 +80,15 @@ def train_tokenizer(texts: Iterable[str], out_dir: Path, vocab_size: int) -> Non
 
 
 def init_checkpoint(
-    tokenizer_dir: Path,
-    out_dir: Path,
-    image_size: int = 224,
-    seed: int = 0,
-    text_config: PreTrainedConfig | None = None,
+    tokenizer_dir: Path, out_dir: Path, text_config: PreTrainedConfig, image_size: int = 224, seed: int = 0
 ) -> None:
-    """A whole model with fresh weights, as a checkpoint whose language model can be trained.
-
-    Args:
-        text_config: of another language model than the preset's; the image token is then the last of the tokenizer.
-    """
+    """A whole model with fresh weights: a language model of `text_config`, else as the preset has it."""
     torch.manual_seed(seed)
     tokenizer = prepare_tokenizer(str(tokenizer_dir))
     config = preset("nano")
     config.vision_config.image_size = image_size
-    if text_config is not None:
-        config.text_config, config.image_token_id = text_config, len(tokenizer) - 1
-    assert tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER) == config.image_token_id, "preset and tokenizer disagree"
+    config.text_config, config.image_token_id = text_config, len(tokenizer) - 1
+    assert tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER) == config.image_token_id, "the tokenizer ends otherwise"
     model = YiVLForConditionalGeneration(config)
     assert model.generation_config is not None
     set_end_tokens_(model.generation_config, tokenizer)

@@ -1,10 +1,10 @@
 """Alignment of tower and projector with the language model: a patch's feature is pulled to its sign's embedding.
 
 The language model was trained on images as mosaics of signs (text/mosaic.py). The target of a patch is the embedding of
-its sign plus a small position code, so that the first stage starts from aligned image features: from captions alone
+its sign plus that of its cell, so that the first stage starts from aligned image features: from captions alone
 that alignment would take hours on a CPU. The language model itself does not run.
 
-B images, P patches each (G x G), D language width, L signs, W waves.
+B images, P patches each, D language width, L signs.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from train.nano.data.art import Art, load_art
 from train.nano.data.compose import Composer
 from train.nano.data.labels import BACKGROUND
 from train.nano.data.sample import CATEGORIES, Category, Sample
-from train.nano.pretrain.language import SIGNS_FILE, load_signs
+from train.nano.pretrain.language import load_signs
 from train.nano.pretrain.tower import SampleStream, TowerModule, TowerRecipe
 from train.nano.pretrain.trainer import prepare_run, to_device, train_loop
 from train.nano.pretrain.trees import GRIDS, first_cell
-from train.nano.text.mosaic import SIGN_IDS, SIGNS, ideal_cells
+from train.nano.text.mosaic import SIGN_IDS, ideal_cells
 from yi_vl import YiVLForConditionalGeneration, YiVLProcessor
 from yi_vl.connector import Connector
 from yi_vl.hardware import gpu_or_cpu
@@ -36,13 +36,12 @@ from yi_vl.vision import OpenClipTower
 
 RECIPE = TowerRecipe(num_steps=2700, learning_rate=8e-4, warmup_steps=100, large_every=2, late_from=0.45)
 _IGNORED = -100
-_CODE_SCALE = 0.4  # of the signs' own spread
 _SHARPNESS = 16.0  # logits per squared distance between two signs
 
 
 @dataclass(frozen=True)
 class SignBatch:
-    """`pixels` (B, H, W, 3) uint8; `signs` (B, P) indices into `SIGNS`, -100 for patches that no sign can tell."""
+    """`pixels` (B, H, W, 3) uint8; `signs` (B, P) numbers of signs, -100 for patches that no sign can tell."""
 
     pixels: Tensor
     signs: Tensor
@@ -86,7 +85,7 @@ def match(language_dir: Path, tower_dir: Path, out_dir: Path, data_dir: Path, re
     processor = YiVLProcessor.from_pretrained(language_dir)
     tower, projector = model.model.vision_tower, model.model.multi_modal_projector
     tower.load_state_dict(OpenClipTower.from_pretrained(tower_dir).state_dict())
-    embeddings, codes = _targets(language_dir, model, processor)
+    embeddings, codes = _targets(language_dir)
     device = gpu_or_cpu()
     embeddings, codes = embeddings.to(device), {size: code.to(device) for size, code in codes.items()}
     with torch.no_grad():  # the projector's output starts at the scale of the embeddings
@@ -105,20 +104,10 @@ def match(language_dir: Path, tower_dir: Path, out_dir: Path, data_dir: Path, re
     processor.save_pretrained(out_dir)
 
 
-def _targets(
-    language_dir: Path, model: YiVLForConditionalGeneration, processor: YiVLProcessor
-) -> tuple[Tensor, dict[int, Tensor]]:
-    """The signs' embeddings, (L, D), and for each number of patches what a patch's place adds, (P, D).
-
-    Both as the language model was trained on them (language.py), or, if it was trained on mosaics as text, of the
-    signs' tokens and of fixed codes.
-    """
-    if (language_dir / SIGNS_FILE).exists():
-        signs, cells = load_signs(language_dir)
-        return signs, {grid**2: cells[first_cell(grid) :][: grid**2] for grid in GRIDS}
-    sign_token_ids = processor.tokenizer.convert_tokens_to_ids(list(SIGNS.values()))
-    signs = model.model.language_model.embed_tokens.weight.detach()[sign_token_ids].clone()
-    return signs, {grid**2: position_codes(grid, signs) for grid in GRIDS}
+def _targets(language_dir: Path) -> tuple[Tensor, dict[int, Tensor]]:
+    """The signs' embeddings, (L, D), and for each number of patches what a patch's place adds, (P, D)."""
+    signs, cells = load_signs(language_dir)
+    return signs, {grid**2: cells[first_cell(grid) :][: grid**2] for grid in GRIDS}
 
 
 def _loss(
@@ -128,19 +117,6 @@ def _loss(
     with sdpa_kernel(SDPBackend.MATH), torch.autocast(embeddings.device.type, torch.bfloat16):
         features = encoder.at_size(YiVLImageProcessor().to_pixel_values(batch.pixels))
     return sign_loss(features - codes[features.shape[1]], batch.signs, embeddings, label_smoothing)
-
-
-def position_codes(grid: int, embeddings: Tensor) -> Tensor:
-    """(P, D): where each of grid x grid patches lies, as waves across and down the image in fixed random directions.
-
-    Signs name what there is; from order alone the language model does not learn left from right.
-    """
-    centres = (torch.arange(grid) + 0.5) / grid
-    waves = [wave(torch.pi * cycles * centres) for cycles in (0.5, 1, 2) for wave in (torch.cos, torch.sin)]
-    side = torch.stack(waves, dim=-1)  # (G, W)
-    both = torch.cat([side[:, None].expand(-1, grid, -1), side[None].expand(grid, -1, -1)], dim=-1).flatten(0, 1)
-    directions = torch.randn(both.shape[1], embeddings.shape[1], generator=torch.Generator().manual_seed(0))
-    return _CODE_SCALE * embeddings.std() * both @ directions / (both.shape[1] / 2) ** 0.5  # (P, D)
 
 
 def sign_loss(features: Tensor, signs: Tensor, embeddings: Tensor, label_smoothing: float = 0.0) -> Tensor:

@@ -3,7 +3,7 @@
 Captions alone would not train a tower in minutes on a CPU; labels do. A small head, discarded afterwards, classifies
 random points of each image (a thing, a flag, a digit, a letter, a coloured shape, background) from the features of the
 patch that the point lies in: those of the penultimate block, which the language model gets.
-Some batches are 448 px, with the position grid resized on the fly: every third at first, all towards the end.
+Some batches are 448 px, with the position grid resized on the fly: every fourth at first, all towards the end.
 
 B images, K points each, P patches, L labels.
 """
@@ -43,16 +43,16 @@ _POINTS = 32  # points along a side from which the K are drawn; a multiple of bo
 class TowerRecipe(LoopRecipe):
     """How the tower is pretrained."""
 
-    num_steps: int = 4800
+    num_steps: int = 16_000
     warmup_steps: int = 300
     decay_fraction: float = 0.5
-    save_every: int = 200
-    measure_every: int = 500
+    save_every: int = 100
+    measure_every: int = 1000
     num_workers: int = 2
     batch_size: int = 64  # images at 224 px; half as many at 448
-    large_every: int = 3  # batches; one of them is of 448 px
+    large_every: int = 4  # batches; one of them is of 448 px
     late_large_every: int = 1  # the same from `late_from` on
-    late_from: float = 0.6  # fraction of all steps
+    late_from: float = 0.9  # fraction of all steps
     num_points: int = 48
     label_smoothing: float = 0.05
     num_threads: int = 1

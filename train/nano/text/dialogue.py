@@ -172,13 +172,6 @@ def conversation(rng: np.random.Generator, truth: Truth, max_turns: int = 4, ski
     return turns
 
 
-def in_mosaics(turns: list[Turn], mosaics: list[str]) -> list[Turn]:
-    """A conversation with every <image> replaced by its mosaic, for a language model without a tower."""
-    first, *rest = turns[0]["value"].split("<image>")
-    value = first + "".join(mosaic + text for mosaic, text in zip(mosaics, rest, strict=True))
-    return [{"from": "human", "value": value}, *turns[1:]]
-
-
 def talk(rng: np.random.Generator) -> list[Turn]:
     """One to three turns without an image."""
     pairs = [TALK[i] for i in rng.choice(len(TALK), size=int(rng.integers(1, 4)), replace=False)]

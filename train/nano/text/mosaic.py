@@ -1,9 +1,8 @@
-"""Mosaics: images as text, one sign per patch, which nano's language model is trained on before it gets images.
+"""Mosaics: images as one sign per patch, which nano's language model is trained on before it gets images.
 
 An image reaches a language model as one vector per patch. A mosaic has one sign per patch in the same order, so a
 language model trained on mosaics can use image features, and the first stage only has to map each patch to its sign.
-Signs are characters of Unicode's private use area: one for each of `labels.LABELS`, and one for every two letters that
-can share a patch.
+There is a sign for each of `labels.LABELS`, and one for every two letters that can share a patch.
 """
 
 from __future__ import annotations
@@ -18,16 +17,13 @@ from train.nano.data.layout import place_items, scene_items, word_width
 from train.nano.data.sample import Box, Item, Truth
 from train.nano.data.vocabulary import VOCABULARY
 
-_FIRST_SIGN = 0xE000
 _LETTER_PAIRS = sorted({f"letter {a}{b}" for word in VOCABULARY for a, b in pairwise(word)})
 _NAMES = (*(label for label in LABELS if label != UNKNOWN), *_LETTER_PAIRS, UNKNOWN)
-SIGNS: dict[str, str] = {label: chr(_FIRST_SIGN + i) for i, label in enumerate(_NAMES)}
-SIGN_IDS: dict[str, int] = {label: index for index, label in enumerate(SIGNS)}
+SIGN_IDS: dict[str, int] = {label: index for index, label in enumerate(_NAMES)}
 
 Shares = dict[str, float]  # category -> fraction
 _NARROW, _WIDE = "fijlrt", "mw"
 _COVERED = 0.4  # of a patch: then it shows the item
-_CENTRES_ONLY = 0.7  # share of scenes whose items have one sign each, where their centre is
 _NOISY, _NOISE = 0.5, 0.25  # share of single items seen badly, and of their patches that are mistaken
 _LABELS_OF = {each: [label for label in LABELS if label.startswith(each)] for each in ("thing", "flag", "digit")}
 
@@ -59,21 +55,11 @@ def random_truth(rng: np.random.Generator, shares: Shares, max_items: int = 5) -
     return Truth(category, tuple(Item(of, name, _box(rng)) for name in names))  # type: ignore[arg-type]
 
 
-def to_mosaics(rng: np.random.Generator, truth: Truth, grid: int) -> list[str] | None:
-    """The mosaic of every image, (grid * grid) signs in reading order; None where a patch would need more than one."""
-    cells = to_cells(rng, truth, grid)
-    return None if cells is None else ["".join(SIGNS[label] for label in each.flat) for each in cells]
+def to_cells(rng: np.random.Generator, truth: Truth, grid: int) -> list[np.ndarray] | None:
+    """(grid, grid) keys of `SIGN_IDS` for every image; None where a patch would need more than one.
 
-
-def to_cells(
-    rng: np.random.Generator, truth: Truth, grid: int, centres_only: float = _CENTRES_ONLY
-) -> list[np.ndarray] | None:
-    """(grid, grid) keys of `SIGNS` for every image; None where a patch would need more than one.
-
-    Single items have mistaken patches at times; a scene's items at times have their sign in every patch they cover.
-
-    Args:
-        centres_only: share of scenes whose items have one sign each: what covers more cannot always be counted.
+    Single items have mistaken patches at times. A scene's items have one sign each: what covers more cannot always be
+    counted.
     """
     if truth.category == "same":
         return [_mistaken(rng, _covered(item, grid), item) for item in truth.items]
@@ -82,19 +68,13 @@ def to_cells(
     cells = ideal_cells(truth, grid)
     if None in cells.flat:
         return None
-    if truth.category == "word":
+    if truth.category in ("word", "scene"):
         return [cells]
-    if truth.category != "scene":
-        return [_mistaken(rng, cells, truth.items[0])]
-    if rng.random() >= centres_only:
-        for item in truth.items:
-            covered = _covered(item, grid)
-            cells = np.where(covered != BACKGROUND, covered, cells)
-    return [cells]
+    return [_mistaken(rng, cells, truth.items[0])]
 
 
 def ideal_cells(truth: Truth, grid: int) -> np.ndarray:
-    """(grid, grid) keys of `SIGNS` for one image: a single item wherever it is, those of a word or scene by centre.
+    """(grid, grid) keys of `SIGN_IDS` for one image: a single item wherever it is, those of a word or scene by centre.
 
     None where a patch would need more than one sign.
     """
@@ -113,7 +93,7 @@ def _by_centre(items: tuple[Item, ...], grid: int) -> np.ndarray:
     for item in items:
         x, y = (min(grid - 1, max(0, int(side * grid))) for side in item.centre)
         label = item.label if cells[y, x] == BACKGROUND else f"{cells[y, x]}{item.name}"
-        cells[y, x] = label if label in SIGNS else None
+        cells[y, x] = label if label in SIGN_IDS else None
     return cells
 
 

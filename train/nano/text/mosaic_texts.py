@@ -124,7 +124,7 @@ def _random_mosaic(
     grid = 4 if rng.random() < small else 8
     while True:
         truth = random_truth(rng, {category: 1.0} if category else SHARES, MAX_ITEMS)
-        cells = to_cells(rng, truth, grid, centres_only=1.0)
+        cells = to_cells(rng, truth, grid)
         if cells is not None:
             return truth, tuple(tuple(SIGN_IDS[label] for label in each.flat) for each in cells)
 
