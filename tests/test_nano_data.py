@@ -16,6 +16,7 @@ from train.nano.data.art import Art, Drawing
 from train.nano.data.compose import NUM_TEST_DIGITS, Composer, _digits
 from train.nano.data.labels import FLAGS, LABEL_IDS, LANGS, THINGS, UNKNOWN
 from train.nano.data.layout import direction
+from train.nano.data.packages import Split
 from train.nano.data.sample import CATEGORIES, dense_labels
 from train.nano.data.unknown import UNKNOWN_STYLES
 from train.nano.measure import heldout
@@ -78,6 +79,15 @@ def test_places_and_counts_that_are_asked_for_are_true(composer: Composer) -> No
                 assert direction(by_name[qa.core], by_name[subject]) == qa.topic, (qa, truth)
                 num_places += 1
     assert num_places > 100
+
+
+def test_scenes_of_more_than_five_items_are_large_and_for_training_only(composer: Composer) -> None:
+    def most(size_px: int, split: Split) -> int:
+        rng = np.random.default_rng(0)
+        return max(len(composer.compose(rng, "scene", size_px, split).truth.items) for _ in range(60))
+
+    assert most(448, "train") == 9
+    assert most(448, "test") == most(224, "train") == 5
 
 
 def test_conversations_alternate_and_mark_their_images(composer: Composer) -> None:

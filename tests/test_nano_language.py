@@ -138,7 +138,7 @@ def test_counts_go_to_nine_and_are_listed_first_if_asked() -> None:
         assert len(listed.split(", ")) == words.index(number)
 
 
-def test_the_sign_of_unknown_things_is_the_last_so_that_older_mosaics_keep_their_signs() -> None:
+def test_the_sign_of_unknown_things_is_the_last() -> None:
     assert list(SIGN_IDS)[-1] == "unknown"
 
 
