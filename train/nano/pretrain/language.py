@@ -104,6 +104,7 @@ def pretrain_language(run_dir: Path, recipe: LanguageRecipe) -> None:
         batches,
         lambda batch: model.loss(batch, recipe.noise),
         lambda: task_scores(measure_tasks(model, encoder, recipe.layout, recipe.num_questions)),
+        layers=model.language_model.layers,
     )
     _write_checkpoint(run_dir / "final", run_dir / TOKENIZER, model)
 

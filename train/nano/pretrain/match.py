@@ -99,6 +99,7 @@ def match(language_dir: Path, tower_dir: Path, out_dir: Path, data_dir: Path, re
         lambda first: SampleStream(art, recipe, make_batch, first).batches(),
         lambda batch: _loss(encoder, batch, embeddings, codes, recipe.label_smoothing),
         lambda: {category: score_signs(encoder, embeddings, codes, art, category) for category in CATEGORIES},
+        layers=tower.visual.transformer,
     )
     model.eval().save_pretrained(out_dir)
     processor.save_pretrained(out_dir)

@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.progress import track
 from torch import Tensor, nn
-from torch.optim import AdamW
+from torch.optim import AdamW, Muon, Optimizer
 from yaml import YAMLError
 
 from train.config import ScheduleConfig
@@ -40,6 +40,7 @@ class LoopRecipe:
 
     num_steps: int = 6000
     learning_rate: float = 1.5e-3
+    uses_muon: bool = False  # for the matrices of the layers, instead of AdamW
     warmup_steps: int = 200
     decay_fraction: float = 0.3
     weight_decay: float = 0.05
@@ -137,27 +138,30 @@ def train_loop(
     batches: Callable[[int], Iterator[Batch]],
     loss_of: Callable[[Batch], Tensor],
     measure: Callable[[], dict[str, float]],
+    layers: nn.Module,
 ) -> None:
     """Train the module in place, on its device, up to `recipe.num_steps`, from `state.pt` on if there is one.
 
     Args:
         batches: gives the batches of the steps from a number on.
         measure: what is logged besides the loss, every `measure_every` steps and at the end; the loss at every saving.
+        layers: the part of the module whose matrices Muon may train.
     """
-    optimizer = AdamW(_groups(module, recipe), recipe.learning_rate, betas=(0.9, 0.98))
-    first, running = _restore(run_dir, module, optimizer)
+    optimizers = make_optimizers(module, layers, recipe)
+    first, running = _restore(run_dir, module, optimizers)
     rows = [row for row in read_json_lines(run_dir / LOG, drops_partial=True) if row["step"] <= first] if first else []
     device = next(module.parameters()).device
     started = time.time()
     steps = range(first, recipe.num_steps)
     for step, batch in zip(track(steps, run_dir.name), batches(first)):
-        for group in optimizer.param_groups:
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = recipe.learning_rate * recipe.rate_factor(step)
         loss = loss_of(to_device(batch, device))
         loss.backward()
         nn.utils.clip_grad_norm_(module.parameters(), recipe.clip_norm)
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         done = step + 1
         running += (loss.item() - running) / min(done, _SMOOTH_STEPS)
         is_last = done == recipe.num_steps
@@ -167,35 +171,50 @@ def train_loop(
             scores = measure() if is_measured else {}
             rows.append({"step": done, "loss": running, "seconds_per_step": round(seconds, 3), **scores})
         if is_saved:
-            _save(run_dir, module, optimizer, (done, running), rows)
+            _save(run_dir, module, optimizers, (done, running), rows)
 
 
-def _groups(module: nn.Module, recipe: LoopRecipe) -> list[dict[str, Any]]:
-    """Weight decay for matrices only."""
-    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    matrices = [parameter for parameter in parameters if parameter.ndim > 1]
-    vectors = [parameter for parameter in parameters if parameter.ndim <= 1]
-    return [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+def make_optimizers(module: nn.Module, layers: nn.Module, recipe: LoopRecipe) -> list[Optimizer]:
+    """AdamW, with weight decay for matrices only; or Muon for the matrices of `layers`, and AdamW for all else."""
+    of_layers = {id(parameter) for parameter in layers.parameters() if recipe.uses_muon and parameter.ndim == 2}
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    rest = [parameter for parameter in trained if id(parameter) not in of_layers]
+    groups = [
+        {"params": [parameter for parameter in rest if parameter.ndim > 1], "weight_decay": recipe.weight_decay},
+        {"params": [parameter for parameter in rest if parameter.ndim <= 1], "weight_decay": 0.0},
+    ]
+    optimizers: list[Optimizer] = [AdamW(groups, recipe.learning_rate, betas=(0.9, 0.98), fused=True)]
+    if matrices := [parameter for parameter in trained if id(parameter) in of_layers]:
+        # Its updates are as large as AdamW's usually are, so that both have one learning rate.
+        scale = {"weight_decay": recipe.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
+        optimizers.append(Muon(matrices, recipe.learning_rate, **scale))
+    return optimizers
 
 
-def _restore(run_dir: Path, module: nn.Module, optimizer: AdamW) -> tuple[int, float]:
+def _restore(run_dir: Path, module: nn.Module, optimizers: Sequence[Optimizer]) -> tuple[int, float]:
     """The number of steps done, and the mean loss of the last."""
     path = run_dir / STATE
     if not path.exists():
         return 0, 0.0
     state = torch.load(path, map_location="cpu", weights_only=True)
     module.load_state_dict(state["module"])
-    optimizer.load_state_dict(state["optimizer"])
+    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(saved)
     return int(state["step"]), float(state["loss"])
 
 
 def _save(
-    run_dir: Path, module: nn.Module, optimizer: AdamW, done: tuple[int, float], rows: list[dict[str, Any]]
+    run_dir: Path,
+    module: nn.Module,
+    optimizers: Sequence[Optimizer],
+    done: tuple[int, float],
+    rows: list[dict[str, Any]],
 ) -> None:
     write_json_lines(run_dir / LOG, rows)  # first: rows after the saved step are dropped when the run is continued
     draw_curves(run_dir, rows)
     with atomic_path(run_dir / STATE) as path:
-        state = {"step": done[0], "loss": done[1], "module": module.state_dict(), "optimizer": optimizer.state_dict()}
+        optimizer_states = [optimizer.state_dict() for optimizer in optimizers]
+        state = {"step": done[0], "loss": done[1], "module": module.state_dict(), "optimizers": optimizer_states}
         torch.save(state, path)
 
 
