@@ -12,6 +12,7 @@ from tiny import spread_model, tiny_config, tiny_processor
 
 from train.nano.data.art import Art, Drawing
 from train.nano.data.labels import FLAGS, THINGS
+from train.nano.pretrain.join import join
 from train.nano.pretrain.tower import TowerRecipe
 from train.nano.text.mosaic import SIGN_IDS
 from yi_vl.config import OpenClipVisionConfig, YiVLConfig, preset
@@ -41,8 +42,8 @@ def small_config() -> YiVLConfig:
     return config
 
 
-def save_parts(folder: Path) -> tuple[Path, Path]:
-    """Folders of a language model with its signs, and of a tower, for `match`."""
+def save_parts(folder: Path) -> Path:
+    """A language model with its signs and a tower, each in a folder, and the folder of both joined, for `match`."""
     config = tiny_config()
     config.vision_config = small_config().vision_config
     spread_model(config, 0).save_pretrained(folder / "language")
@@ -51,4 +52,5 @@ def save_parts(folder: Path) -> tuple[Path, Path]:
     signs = {"signs": torch.randn(len(SIGN_IDS), 32), "cells": torch.randn(80, 32)}
     save_file(signs, folder / "language" / "signs.safetensors")
     OpenClipTower(config.vision_config).save_pretrained(folder / "tower")
-    return folder / "language", folder / "tower"
+    join(folder / "language", folder / "tower", folder / "parts")
+    return folder / "parts"

@@ -47,7 +47,7 @@ HELDOUT = tower._heldout
 TRAININGS: dict[str, Callable[[Path, Path], object]] = {
     "language": lambda parts, out: language.pretrain_language(out, LANGUAGE),
     "tower": lambda parts, out: tower.pretrain_tower(out, RECIPE),
-    "match": lambda parts, out: match.match(parts / "language", parts / "tower", out, parts, RECIPE),
+    "match": lambda parts, out: match.match(parts / "parts", out, parts, RECIPE),
 }
 
 

@@ -21,6 +21,7 @@ from train.nano.pretrain.match import _IGNORED, _targets, match, sign_loss
 from train.nano.pretrain.tower import SampleStream
 from train.nano.text.mosaic import SIGN_IDS
 from yi_vl import YiVLForConditionalGeneration
+from yi_vl.vision import OpenClipTower
 
 SIGNS = torch.randn(len(SIGN_IDS), 256, generator=torch.Generator().manual_seed(0))
 EMPTY = SIGN_IDS[BACKGROUND]
@@ -55,34 +56,43 @@ def test_a_language_model_brings_its_signs_and_places(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
-    """Folders of a language model with its signs, and of a tower."""
+def parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a language model with its signs and a tower, joined."""
     monkeypatch.setattr(match_module, "load_art", lambda folder: made_up_art())
     monkeypatch.setattr(match_module, "CATEGORIES", ("thing",))
     return save_parts(tmp_path)
 
 
-def test_a_stopped_match_continues_exactly_and_leaves_the_language_model_alone(
-    parts: tuple[Path, Path], tmp_path: Path
-) -> None:
-    match(*parts, tmp_path / "whole", tmp_path, RECIPE)
+def test_both_parts_are_joined_as_they_are_with_a_fresh_projector(parts: Path) -> None:
+    joined = YiVLForConditionalGeneration.from_pretrained(parts)
+    alone = YiVLForConditionalGeneration.from_pretrained(parts.parent / "language", dtype=torch.bfloat16).state_dict()
+    tower = OpenClipTower.from_pretrained(parts.parent / "tower", dtype=torch.bfloat16).state_dict()
+    assert joined.dtype == torch.bfloat16
+    for name, tensor in joined.state_dict().items():
+        expected = tower[name.partition("vision_tower.")[2]] if "vision_tower." in name else alone[name]
+        assert torch.equal(tensor, expected), name
+    assert any(not torch.equal(tensor, alone[f"model.vision_tower.{name}"]) for name, tensor in tower.items())
+
+
+def test_a_stopped_match_continues_exactly_and_leaves_the_language_model_alone(parts: Path, tmp_path: Path) -> None:
+    match(parts, tmp_path / "whole", tmp_path, RECIPE)
     with pytest.MonkeyPatch.context() as patch:
         all_batches = SampleStream.batches
         patch.setattr(
             SampleStream, "batches", lambda stream: (batch for batch, _ in zip(all_batches(stream), range(3)))
         )
-        match(*parts, tmp_path / "part", tmp_path, RECIPE)
+        match(parts, tmp_path / "part", tmp_path, RECIPE)
     assert torch.load(tmp_path / "part" / "state.pt", weights_only=True)["step"] == 2
-    match(*parts, tmp_path / "part", tmp_path, RECIPE)
+    match(parts, tmp_path / "part", tmp_path, RECIPE)
     whole, again, before = (
         YiVLForConditionalGeneration.from_pretrained(folder).state_dict()
-        for folder in (tmp_path / "whole", tmp_path / "part", parts[0])
+        for folder in (tmp_path / "whole", tmp_path / "part", parts)
     )
     assert all(torch.equal(tensor, again[name]) for name, tensor in whole.items())
     changed = {name for name, tensor in before.items() if not torch.equal(tensor, whole[name])}
     assert changed and not any("language_model" in name or "lm_head" in name for name in changed)
     with pytest.raises(ValueError, match="batch_size"):
-        match(*parts, tmp_path / "part", tmp_path, replace(RECIPE, batch_size=8))
+        match(parts, tmp_path / "part", tmp_path, replace(RECIPE, batch_size=8))
 
 
 def test_a_patch_that_no_sign_can_tell_is_ignored_and_the_others_are_not() -> None:

@@ -21,6 +21,7 @@ from train.nano.data.sample import Sample, dense_labels
 from train.nano.measure import probe
 from train.nano.pretrain import tower
 from train.nano.pretrain.tower import PointHead, SampleStream, pretrain_tower, score_heldout
+from train.nano.pretrain.trainer import make_optimizers
 from yi_vl.vision import OpenClipTower
 
 
@@ -32,20 +33,38 @@ def art(monkeypatch: pytest.MonkeyPatch) -> Art:
     return made
 
 
-def test_a_stopped_run_continues_exactly(art: Art, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("uses_muon", [False, True])
+def test_a_stopped_run_continues_exactly(
+    uses_muon: bool, art: Art, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = replace(RECIPE, uses_muon=uses_muon)
     monkeypatch.setattr(tower, "score_heldout", lambda *_: 0.5)
-    pretrain_tower(tmp_path / "whole", RECIPE)
+    pretrain_tower(tmp_path / "whole", recipe)
     with pytest.MonkeyPatch.context() as patch:
-        batches = list(SampleStream(art, RECIPE, lambda rng, samples: tower.point_batch(rng, samples, 4)))
+        batches = list(SampleStream(art, recipe, lambda rng, samples: tower.point_batch(rng, samples, 4)))
         patch.setattr(SampleStream, "__iter__", lambda stream: iter(batches[:3]))
-        pretrain_tower(tmp_path / "part", RECIPE)
+        pretrain_tower(tmp_path / "part", recipe)
     assert torch.load(tmp_path / "part" / "state.pt", weights_only=True)["step"] == 2
-    pretrain_tower(tmp_path / "part", RECIPE)
+    pretrain_tower(tmp_path / "part", recipe)
     whole, again = (torch.load(tmp_path / run / "state.pt", weights_only=True) for run in ("whole", "part"))
     assert all(torch.equal(tensor, again["module"][name]) for name, tensor in whole["module"].items())
     assert OpenClipTower.from_pretrained(tmp_path / "part").config.image_size == 224
     with pytest.raises(ValueError, match="learning_rate"):
-        pretrain_tower(tmp_path / "part", replace(RECIPE, learning_rate=1.0))
+        pretrain_tower(tmp_path / "part", replace(recipe, learning_rate=1.0))
+
+
+def test_muon_trains_the_matrices_of_the_blocks_and_adamw_all_else() -> None:
+    head = PointHead(OpenClipTower(small_config().vision_config))
+    head.tower.visual.positional_embedding.requires_grad_(False)
+    adamw, muon = (
+        [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
+        for optimizer in make_optimizers(head, head.tower.visual.transformer, RECIPE)
+    )
+    trained = {id(parameter): name for name, parameter in head.named_parameters() if parameter.requires_grad}
+    assert sorted(adamw + muon) == sorted(trained)
+    assert all("resblocks" in trained[each] for each in muon) and len(muon) == 2 * 4  # blocks, matrices of each
+    (alone,) = make_optimizers(head, head.tower.visual.transformer, replace(RECIPE, uses_muon=False))
+    assert sum(len(group["params"]) for group in alone.param_groups) == len(trained)
 
 
 def test_held_out_scores_are_of_images_and_of_letters(art: Art, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -101,7 +101,7 @@ def draw_rank_check(results: dict[str, Any]) -> Figure:
 
 
 def draw_verdict(results: dict[str, Any]) -> Figure:
-    """The losses of the judged runs, one per seed, with the mean and two standard errors of each group."""
+    """The losses of the judged runs, with the mean and two standard errors of each group; a line joins one seed's."""
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(5, 4), layout="constrained")
@@ -110,6 +110,8 @@ def draw_verdict(results: dict[str, Any]) -> Figure:
         if run["name"].startswith("verdict-") and run["loss"] is not None:
             name = run["name"].removeprefix("verdict-").partition("-seed-")[0]
             groups.setdefault(name, []).append(run["loss"])
+    for of_seed in zip(*groups.values()) if len(set(map(len, groups.values()))) == 1 else ():
+        axes.plot(range(len(groups)), of_seed, color="grey", linewidth=0.8)
     for position, losses in enumerate(groups.values()):
         _draw_group(axes, position, losses)
     axes.set_xticks(range(len(groups)), list(groups))

@@ -44,17 +44,21 @@ def no_prediction(correlation: float | None, num_runs: int) -> Verdict | None:
 
 
 def judge(equal: Sequence[float | None], best: Sequence[float | None]) -> Verdict:
-    """Compare losses on the second held-out set, one per seed; None is a run that diverged."""
+    """Compare losses on the second held-out set, of the same seeds in the same order; None is a run that diverged.
+
+    The error is that of the mean difference of two runs with one seed: what the seed does to both is no doubt about the
+    mixture.
+    """
     if None in best:
         return Verdict(False, f"{KEEP_EQUAL}: a run of the predicted best mixture diverged.")
     if None in equal:
         return Verdict(False, f"{KEEP_EQUAL}: a run of equal shares diverged, so there is nothing to compare with.")
     before, after = ([loss for loss in losses if loss is not None] for losses in (equal, best))
-    gain = fmean(before) - fmean(after)
-    error = math.sqrt(sum(stdev(losses) ** 2 / len(losses) for losses in (before, after)))
+    gains = [equal_loss - best_loss for equal_loss, best_loss in zip(before, after, strict=True)]
+    gain, error = fmean(gains), stdev(gains) / math.sqrt(len(gains))
     numbers = (
         f"on the second held-out set its loss is {fmean(after):.4f}, that of equal shares {fmean(before):.4f}, "
-        f"{'lower' if gain > 0 else 'higher'} by {abs(gain):.4f} with a standard error of {error:.4f}"
+        f"{'lower' if gain > 0 else 'higher'} by {abs(gain):.4f} seed by seed, with a standard error of {error:.4f}"
     )
     if gain > _NUM_ERRORS * error:
         return Verdict(True, f"take the predicted best mixture: {numbers}, more than two of them.", gain, error)

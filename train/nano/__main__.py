@@ -1,8 +1,9 @@
 """nano: its data, training from scratch, and what is tried on it.
 
 `data | train | export | measure`: all of it, in this order. `language | measure-language | ablate` and `tower | probe`:
-each part alone. `preferences | style`: preferences, and what they change. `experts`: how many experts a token gets.
-`connectors`: other connectors, compared. `tiles`: what tiles bring on pages of small words.
+each part alone; `join` makes one model of both. `preferences | style`: preferences, and what they change. `experts`:
+how many experts a token gets. `connectors`: other connectors, compared. `tiles`: what tiles bring on pages of small
+words.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pret
 CONFIGS = Path("train/configs/nano")
 RUNS = Path("runs/nano")
 STAGES = ("align-224", "upscale-448", "chat-448")
+PARTS = Path("train/nano/parts")  # language model and tower, finished
 DATA = Path("data/nano")
 PACKAGED = Path("yi_vl/nano")
 DOCUMENTS = (Path("README.md"), Path("README_zh.md"), PACKAGED / "README.md")
@@ -39,20 +41,39 @@ def data(processes: Annotated[int, typer.Option(help="number of processes that c
 
 
 @app.command()
-def train() -> None:
-    """Language model, tower, their match, then the three stages; finished runs are kept, interrupted ones resumed."""
-    from train.nano.pretrain.language import LanguageRecipe, pretrain_language
+def train(
+    from_scratch: Annotated[
+        bool, typer.Option("--from-scratch", help="train the language model and the tower as well: half a day on a CPU")
+    ] = False,
+) -> None:
+    """Match the tower with the language model, then the three stages; finished runs are kept, interrupted ones resumed.
+
+    Both parts come from train/nano/parts.
+    """
     from train.nano.pretrain.match import match
+
+    parts = _train_parts() if from_scratch else PARTS
+    typer.echo(f"language model and tower: {parts}")
+    if not (RUNS / "matched" / "config.json").exists():
+        match(parts, RUNS / "matched", DATA)
+    for stage in STAGES:
+        run_stage(stage)
+
+
+def _train_parts() -> Path:
+    """Train both parts, or continue to; their folder."""
+    from train.nano.pretrain.join import join
+    from train.nano.pretrain.language import LanguageRecipe, pretrain_language
     from train.nano.pretrain.tower import TowerRecipe, pretrain_tower
 
     if not (RUNS / "language" / "final" / "config.json").exists():
         pretrain_language(RUNS / "language", LanguageRecipe())
     if not (RUNS / "tower" / "config.json").exists():
         pretrain_tower(RUNS / "tower", TowerRecipe(), DATA)
-    if not (RUNS / "parts" / "config.json").exists():
-        match(RUNS / "language" / "final", RUNS / "tower", RUNS / "parts", DATA)
-    for stage in STAGES:
-        run_stage(stage)
+    parts = RUNS / "parts"
+    if not (parts / "config.json").exists():
+        join(RUNS / "language" / "final", RUNS / "tower", parts)
+    return parts
 
 
 def run_stage(name: str) -> None:
@@ -124,6 +145,18 @@ def tower(
     from train.nano.pretrain.trainer import read_recipe
 
     pretrain_tower(run_dir, read_recipe(TowerRecipe, None, overrides or ()), data_dir)
+
+
+@app.command()
+def join(
+    language_dir: Annotated[Path, typer.Argument(help="`final` of a run of `language`")],
+    tower_dir: Annotated[Path, typer.Argument(help="the folder of a run of `tower`")],
+    out: Annotated[Path, typer.Option(help="the folder that `train` starts from")] = PARTS,
+) -> None:
+    """Write a language model and a tower, both finished, as one model with a fresh projector, in bfloat16."""
+    from train.nano.pretrain.join import join as join_parts
+
+    join_parts(language_dir, tower_dir, out)
 
 
 @app.command()

@@ -70,10 +70,11 @@ def sign_batch(rng: np.random.Generator, samples: list[Sample], patch_size_px: i
     return SignBatch(torch.from_numpy(pixels), torch.from_numpy(signs))
 
 
-def match(language_dir: Path, tower_dir: Path, out_dir: Path, data_dir: Path, recipe: TowerRecipe = RECIPE) -> None:
-    """Join the language model and the tower with a projector trained on signs, or continue to.
+def match(parts_dir: Path, out_dir: Path, data_dir: Path, recipe: TowerRecipe = RECIPE) -> None:
+    """Train the tower and a fresh projector to give the signs that the language model reads, or continue to.
 
     Args:
+        parts_dir: what `join` has written.
         out_dir: gets the run, and the model that stage 1 starts from.
 
     Raises:
@@ -81,11 +82,10 @@ def match(language_dir: Path, tower_dir: Path, out_dir: Path, data_dir: Path, re
     """
     prepare_run(out_dir, recipe, recipe.num_threads, recipe.seed)
     art = load_art(data_dir)
-    model = YiVLForConditionalGeneration.from_pretrained(language_dir, dtype=torch.float32)
-    processor = YiVLProcessor.from_pretrained(language_dir)
+    model = YiVLForConditionalGeneration.from_pretrained(parts_dir, dtype=torch.float32)
+    processor = YiVLProcessor.from_pretrained(parts_dir)
     tower, projector = model.model.vision_tower, model.model.multi_modal_projector
-    tower.load_state_dict(OpenClipTower.from_pretrained(tower_dir).state_dict())
-    embeddings, codes = _targets(language_dir)
+    embeddings, codes = _targets(parts_dir)
     device = gpu_or_cpu()
     embeddings, codes = embeddings.to(device), {size: code.to(device) for size, code in codes.items()}
     with torch.no_grad():  # the projector's output starts at the scale of the embeddings
@@ -105,9 +105,9 @@ def match(language_dir: Path, tower_dir: Path, out_dir: Path, data_dir: Path, re
     processor.save_pretrained(out_dir)
 
 
-def _targets(language_dir: Path) -> tuple[Tensor, dict[int, Tensor]]:
+def _targets(parts_dir: Path) -> tuple[Tensor, dict[int, Tensor]]:
     """The signs' embeddings, (L, D), and for each number of patches what a patch's place adds, (P, D)."""
-    signs, cells = load_signs(language_dir)
+    signs, cells = load_signs(parts_dir)
     return signs, {grid**2: cells[first_cell(grid) :][: grid**2] for grid in GRIDS}
 
 

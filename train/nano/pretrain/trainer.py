@@ -40,7 +40,7 @@ class LoopRecipe:
 
     num_steps: int = 6000
     learning_rate: float = 1.5e-3
-    uses_muon: bool = False  # for the matrices of the layers, instead of AdamW
+    uses_muon: bool = True  # for the matrices of the layers; AdamW trains the rest, or everything
     warmup_steps: int = 200
     decay_fraction: float = 0.3
     weight_decay: float = 0.05
