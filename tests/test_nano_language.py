@@ -143,16 +143,17 @@ def test_the_sign_of_unknown_things_is_the_last() -> None:
 
 
 def test_a_stopped_run_continues_exactly(run_dir: Path, tmp_path: Path, tokenizer: Path) -> None:
-    language.pretrain_language(run_dir, recipe(4))
+    settings = recipe(4, signs_until=3)  # in the part that is continued
+    language.pretrain_language(run_dir, settings)
     whole = torch.load(run_dir / "state.pt", weights_only=True)
     other = tmp_path / "other"
     other.mkdir()
     (other / "tokenizer").symlink_to(tokenizer / "tokenizer")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TreeStream, "__iter__", lambda stream: (stream.batch(step) for step in range(3)))
-        language.pretrain_language(other, recipe(4))  # its batches end after the third step; saved is the second
+        language.pretrain_language(other, settings)  # its batches end after the third step; saved is the second
     assert torch.load(other / "state.pt", weights_only=True)["step"] == 2
-    language.pretrain_language(other, recipe(4))
+    language.pretrain_language(other, settings)
     again = torch.load(other / "state.pt", weights_only=True)
     assert again["loss"] == whole["loss"]
     assert all(torch.equal(tensor, again["module"][name]) for name, tensor in whole["module"].items())
@@ -162,6 +163,15 @@ def test_a_stopped_run_continues_exactly(run_dir: Path, tmp_path: Path, tokenize
     for row in (*rows, *rows_again):
         row.pop("seconds_per_step")
     assert rows == rows_again and [row["step"] for row in rows] == [2, 4] and (run_dir / "curves.png").exists()
+
+
+def test_signs_and_cells_stay_from_a_step_on_while_the_rest_is_trained(run_dir: Path) -> None:
+    states = []
+    for num_steps in (2, 4):
+        language.pretrain_language(run_dir, recipe(num_steps, signs_until=2))
+        states.append(torch.load(run_dir / "state.pt", weights_only=True)["module"])
+    stayed = {name for name, tensor in states[0].items() if torch.equal(tensor, states[1][name])}
+    assert stayed == {"signs.weight", "cells.weight"}
 
 
 def test_a_finished_run_is_a_checkpoint_with_its_signs_and_can_be_measured(run_dir: Path) -> None:

@@ -53,6 +53,7 @@ class LanguageRecipe:
     num_rows: int = 24
     row_tokens: int = 256
     noise: float = 0.2  # standard deviation of the noise on mosaics, in those of the signs
+    signs_until: int = 1500  # steps; then signs and cells stay, and a tower can be matched while this goes on
     num_threads: int = 1
     num_questions: int = 100  # for each task and language, at every measurement
 
@@ -97,12 +98,16 @@ def pretrain_language(run_dir: Path, recipe: LanguageRecipe) -> None:
         stream = TreeStream(encoder, recipe, first)
         return iter(DataLoader(stream, batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None))
 
+    def loss_of(batch: TreeBatch) -> Tensor:
+        model.set_signs_trainable(batch.seed < recipe.signs_until)
+        return model.loss(batch, recipe.noise)
+
     train_loop(
         run_dir,
         model,
         recipe.loop,
         batches,
-        lambda batch: model.loss(batch, recipe.noise),
+        loss_of,
         lambda: task_scores(measure_tasks(model, encoder, recipe.layout, recipe.num_questions)),
         layers=model.language_model.layers,
     )

@@ -69,9 +69,15 @@ class MosaicLanguageModel(nn.Module):
         for module in (self.lm_head, self.signs, self.cells):
             nn.init.normal_(module.weight, std=_INIT_STD)
         self.image_token_id = shape.vocab_size
+        self.has_cells = shape.has_cells
         if not shape.has_cells:
             nn.init.zeros_(self.cells.weight)
-            self.cells.requires_grad_(False)
+        self.set_signs_trainable(True)
+
+    def set_signs_trainable(self, is_trainable: bool) -> None:
+        """Whether signs and cells are trained with the rest."""
+        self.signs.requires_grad_(is_trainable)
+        self.cells.requires_grad_(is_trainable and self.has_cells)
 
     def forward(self, batch: TreeBatch, noise: float = 0.0, precision: torch.dtype = torch.bfloat16) -> Tensor:
         """The hidden states of the rows' tokens, (B, L, D)"""

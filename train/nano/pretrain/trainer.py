@@ -30,7 +30,7 @@ STATE, LOG, RECIPE = "state.pt", "log.jsonl", "recipe.json"
 Batch = TypeVar("Batch")  # a dataclass of tensors
 Recipe = TypeVar("Recipe")
 # When a run is continued.
-_MAY_CHANGE = {"num_steps", "save_every", "measure_every", "num_workers", "num_threads", "num_questions"}
+_MAY_CHANGE = {"num_steps", "save_every", "measure_every", "num_workers", "num_threads", "num_questions", "signs_until"}
 _SMOOTH_STEPS = 50
 
 
