@@ -1,7 +1,7 @@
 # make ask     ask about an image: IMAGE=... QUESTION=... ; the first call creates .venv
 # make demo    a chat in the browser; MODEL=... for another model than the bundled nano
 # make test    the tests;  make test-slow: those with a browser or several processes;  make lint: style and types
-# make nano    train the bundled model from scratch and measure it
+# make nano    train the bundled model from its parts (docs/nano.md) and measure it
 # make matrix  the core tests on the oldest and the newest libraries, and on each Python;  make lock: renew constraints.txt
 # make vllm    vLLM's answers against yi_vl's, on a CPU, in an environment of its own (4 GB to download)
 PYTHON ?= python3
