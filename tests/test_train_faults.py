@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import resource
 import signal
 import subprocess
+import time
 from collections.abc import Callable, Iterator
+from multiprocessing import active_children, current_process
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +124,28 @@ def test_a_signal_saves_and_leaves(
     assert rows != [] and read_metrics(tmp_path / "run/samples-0.jsonl") == read_metrics(
         tmp_path / "whole/samples-0.jsonl"
     )
+
+
+def test_a_signal_to_every_process_leaves_the_workers_to_the_trainer(
+    configure: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configure("data.workers=2")
+    update = Trainer._update
+
+    def signalled(run: Trainer, norm: float) -> None:
+        update(run, norm)
+        if run.done_steps == 2:
+            # From another process: torch takes a signal from the trainer itself as its own.
+            subprocess.run(["kill", *(str(process.pid) for process in (*active_children(), current_process()))])
+            time.sleep(0.3)
+
+    monkeypatch.setattr(Trainer, "_update", signalled)
+    with pytest.raises(SystemExit) as left:
+        train(config)
+    assert left.value.code == 128 + signal.SIGTERM
+    assert [path.name for path in checkpoint.checkpoints(Path(config.run_dir))] == ["step-00000003"]
+    gc.collect()
+    assert not active_children()
 
 
 class Poisoned(torch.nn.Module):

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import itertools
 import os
+import signal
 import sys
+import threading
 import time
 import zlib
 from collections import Counter
@@ -208,7 +210,7 @@ class StepLoader:
             num_workers=data.workers,
             # forkserver's workers would outlive a trainer that is killed
             multiprocessing_context="fork" if data.workers and sys.platform == "linux" else None,
-            worker_init_fn=_leave_process_group,
+            worker_init_fn=_end_with_trainer,
             generator=torch.Generator(),  # not torch's default, which dropout uses: a resume would differ
         )
 
@@ -243,9 +245,23 @@ class StepLoader:
         return sum((Counter(state["counts"]) for state in self._states.values()), Counter())
 
 
-def _leave_process_group(_worker: int) -> None:
-    """Keep Ctrl-C, sent to the whole process group, from ending workers that the current step needs."""
+def _end_with_trainer(_worker: int) -> None:
+    """Leave it to the trainer to end this worker: the current step needs it when a stop signal reaches all processes.
+
+    Ctrl-C goes to the whole process group, SIGTERM of a cluster's scheduler to every process.
+    """
     os.setpgrp()
+    if not hasattr(signal, "sigwaitinfo"):  # macOS
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_exit_if_told_by, args=(os.getppid(),), daemon=True).start()
+
+
+def _exit_if_told_by(parent: int) -> None:
+    """Take SIGTERM from the parent process alone; torch sends it to a worker that does not end in time."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 def _layout(sources: Sequence[SourceConfig]) -> list[tuple[str, str, float | list[float], int | None, str]]:
