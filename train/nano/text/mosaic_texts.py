@@ -7,6 +7,7 @@ model computes the image tokens once for all of them.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import isqrt
 
 import numpy as np
 
@@ -27,11 +28,13 @@ from train.nano.text.dialogue import (
     training_questions,
 )
 from train.nano.text.mosaic import SIGN_IDS, random_truth, to_cells
+from train.nano.text.places import places
 from train.nano.text.wording import MAX_ITEMS, class_of, noun
 
 SHARES = {"scene": 0.62, "thing": 0.09, "flag": 0.11, "digit": 0.02, "word": 0.07, "same": 0.05, "unknown": 0.04}
 _TALK, _CAPTION, _FORM, _CONVERSATION = 0.01, 0.1, 0.06, 0.06  # shares of samples; the last of a sample's conversations
 _CHOICE = 0.1  # of a sample's conversations
+_PLACES = 0.3  # of a scene's conversations
 _SMALL = 0.35  # share of 4 x 4 mosaics
 CHOICES: dict[Lang, str] = {"en": "choice (MMMU)", "zh": "choice (CMMMU)"}
 TASKS = ("counting", "comparing", "left/right", "above/below", *CHOICES.values())
@@ -64,6 +67,7 @@ class TextLayout:
 
     lists_first: bool = False  # a count is answered by "dog, dog, dog: three": what is counted, then the number
     image_last: bool = False  # the question stands before the mosaic
+    places: bool = True  # some conversations name the squares that items lie in
 
 
 def training_text(rng: np.random.Generator, layout: TextLayout, max_conversations: int = 12) -> MosaicText:
@@ -78,7 +82,8 @@ def training_text(rng: np.random.Generator, layout: TextLayout, max_conversation
     if draw < _TALK + _CAPTION + _FORM and truth.category not in ("same", "unknown"):
         return MosaicText(cells, _in_one_form(rng, truth, max_conversations // 3))
     conversations = [
-        _training_conversation(rng, truth, layout) for _ in range(_num_conversations(truth, max_conversations))
+        _training_conversation(rng, truth, isqrt(len(cells[0])), layout)
+        for _ in range(_num_conversations(truth, max_conversations))
     ]
     return MosaicText(cells, [each for each in conversations if each])
 
@@ -133,7 +138,7 @@ def _num_conversations(truth: Truth, most: int) -> int:
     return most if truth.category == "scene" else 4 if truth.category != "same" else 3
 
 
-def _training_conversation(rng: np.random.Generator, truth: Truth, layout: TextLayout) -> list[Turn]:
+def _training_conversation(rng: np.random.Generator, truth: Truth, grid: int, layout: TextLayout) -> list[Turn]:
     """One question in its own conversation, or several in one; empty where all that was drawn is held out."""
     lang: Lang = LANGS[rng.integers(2)]
     questions = training_questions(rng, truth, lang, skips_heldout=True)
@@ -143,6 +148,9 @@ def _training_conversation(rng: np.random.Generator, truth: Truth, layout: TextL
     if draw < _CONVERSATION and not layout.image_last:
         return conversation(rng, truth, max_turns=3, skips_heldout=True)
     qa = _one_of_each_topic(rng, questions)
+    if truth.category == "scene" and layout.places and draw > 1 - _PLACES:
+        question, answer = places(rng, truth, grid, lang, qa)
+        return _turns(_with_image(question, "<image>", layout), answer)
     if draw < _CONVERSATION + _CHOICE and truth.category not in ("same", "unknown"):
         chosen, options = as_choice(rng, qa, truth)
         if len(options) > 1:

@@ -1,0 +1,67 @@
+"""Where the items of a scene lie, as squares of its grid: "C5" is the third column, the fifth row.
+
+For pretraining only. An answer "to the left" teaches a language model one bit about two items; their squares teach it to
+find items, to read their cells, and then to compare and to count them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+
+from train.nano.data.labels import Lang
+from train.nano.data.sample import Item, Truth
+from train.nano.text.dialogue import QAPair
+from train.nano.text.wording import class_of, noun
+
+_LISTS: dict[Lang, str] = {"en": "List the items with their squares.", "zh": "列出所有东西和位置。"}
+_FIND: dict[Lang, str] = {"en": "Square of the {x}?", "zh": "{x}的位置？"}
+_NAME: dict[Lang, str] = {"en": "What is in {x}?", "zh": "{x}里是什么？"}
+_STEPS: dict[Lang, str] = {"en": "{x} First name the squares.", "zh": "{x}先说位置。"}
+_IN_STEPS = ("count", "count_of", "more", "sideways", "upright", "left", "right", "above", "below")
+
+
+def square(item: Item, grid: int) -> str:
+    """The column's letter and the row's number of an item's centre."""
+    row, column = _cell(item, grid)
+    return f"{'ABCDEFGH'[column]}{row + 1}"
+
+
+def _cell(item: Item, grid: int) -> tuple[int, int]:
+    x, y = (min(grid - 1, max(0, int(side * grid))) for side in item.centre)
+    return y, x
+
+
+def places(rng: np.random.Generator, truth: Truth, grid: int, lang: Lang, qa: QAPair) -> tuple[str, str]:
+    """A question about squares and its answer: of all items, of one, or of those that a question is about.
+
+    Args:
+        qa: a question about the scene; it is the one that is asked in steps.
+    """
+    draw = rng.random()
+    items = sorted(truth.items, key=lambda item: _cell(item, grid))
+    if draw < 0.25:
+        return _LISTS[lang], _listed(items, grid, lang)
+    item = items[rng.integers(len(items))]
+    is_unique = Counter(each.label for each in items)[item.label] == 1
+    if draw < 0.5 and is_unique:
+        return _FIND[lang].format(x=noun(item, lang)), square(item, grid)
+    if draw < 0.6 or qa.topic not in _IN_STEPS:
+        return _NAME[lang].format(x=square(item, grid)), noun(item, lang)
+    return _STEPS[lang].format(x=qa.question), _listed(_asked_about(qa, items), grid, lang) + {"en": ": ", "zh": "："}[
+        lang
+    ] + qa.core
+
+
+def _listed(items: list[Item], grid: int, lang: Lang) -> str:
+    between = "" if lang == "zh" else " "
+    return ("，" if lang == "zh" else ", ").join(f"{noun(item, lang)}{between}{square(item, grid)}" for item in items)
+
+
+def _asked_about(qa: QAPair, items: list[Item]) -> list[Item]:
+    """All items for "how many items"; otherwise those of the classes, or the very items, that are named."""
+    if qa.topic == "count":
+        return items
+    named = {" ".join(name.split()) for name in qa.combination.split("|")[1:]}
+    return [item for item in items if class_of(item) in named or item.label in named] or items
