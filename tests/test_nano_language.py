@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from PIL import Image
 
 pytest.importorskip("sklearn")
 import yi_vl
+from train.nano.data.labels import BACKGROUND
 from train.nano.pretrain import language
 from train.nano.pretrain.ablation import ablate, measure_runs, overrides
 from train.nano.pretrain.language import LanguageRecipe, TreeStream, load_signs
@@ -25,8 +27,9 @@ from train.nano.pretrain.trees import IGNORED, Row, TreeBatch, TreeEncoder
 from train.nano.text import dialogue
 from train.nano.text.combinations import is_heldout
 from train.nano.text.dialogue import all_questions, comparisons
-from train.nano.text.mosaic import SIGN_IDS, random_truth
+from train.nano.text.mosaic import SIGN_IDS, random_truth, to_cells
 from train.nano.text.mosaic_texts import TASKS, MosaicText, TextLayout, heldout_questions, training_text
+from train.nano.text.places import places, square
 from yi_vl import YiVLForConditionalGeneration, YiVLProcessor
 
 SHAPE = Shape(num_layers=2, width=32, num_heads=4, num_key_heads=2, mlp_width=48, vocab_size=2200)
@@ -136,6 +139,32 @@ def test_counts_go_to_nine_and_are_listed_first_if_asked() -> None:
         listed, _, number = answer.rstrip(".").rpartition(": ")
         words = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
         assert len(listed.split(", ")) == words.index(number)
+
+
+def test_squares_are_where_a_mosaic_has_its_signs_and_lead_to_the_answer() -> None:
+    numbers = dict(zip(("one", "two", "three", "four", "five", "six", "seven", "eight", "nine"), range(1, 10)))
+    kinds: Counter[str] = Counter()
+    for seed in range(400):
+        rng = np.random.default_rng(seed)
+        truth = random_truth(rng, {"scene": 1.0}, 9)
+        (cells,) = to_cells(rng, truth, 8) or [None]
+        if cells is None:
+            continue
+        where = {square(item, 8): item.label for item in truth.items}
+        shown = {f"{'ABCDEFGH'[x]}{y + 1}": cells[y, x] for y, x in np.argwhere(cells != BACKGROUND)}
+        assert where == shown
+        qa = all_questions(rng, truth, "en")[0]
+        question, answer = places(rng, truth, 8, "en", qa)
+        found, _, core = answer.partition(": ")
+        if question.startswith("List"):
+            rows_first = [named.split()[-1][::-1] for named in found.split(", ")]
+            assert rows_first == sorted(rows_first) and len(rows_first) == len(truth.items)
+        elif core and qa.topic in ("count", "count_of"):
+            assert len(found.split(", ")) == numbers[core]
+        elif core and qa.topic in ("sideways", "upright"):
+            assert len(found.split(", ")) == 2
+        kinds[qa.topic if core else question.split()[0]] += 1
+    assert min(kinds[kind] for kind in ("List", "Square", "What", "count_of", "sideways", "upright")) >= 5
 
 
 def test_the_sign_of_unknown_things_is_the_last() -> None:

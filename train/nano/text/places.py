@@ -1,7 +1,7 @@
 """Where the items of a scene lie, as squares of its grid: "C5" is the third column, the fifth row.
 
-For pretraining only. An answer "to the left" teaches a language model one bit about two items; their squares teach it to
-find items, to read their cells, and then to compare and to count them.
+For pretraining only. An answer "to the left" teaches a language model one bit about two items; their squares teach it
+to find items, to read their cells, and then to compare and to count them.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ _LISTS: dict[Lang, str] = {"en": "List the items with their squares.", "zh": "�
 _FIND: dict[Lang, str] = {"en": "Square of the {x}?", "zh": "{x}的位置？"}
 _NAME: dict[Lang, str] = {"en": "What is in {x}?", "zh": "{x}里是什么？"}
 _STEPS: dict[Lang, str] = {"en": "{x} First name the squares.", "zh": "{x}先说位置。"}
+_COMMAS: dict[Lang, str] = {"en": ", ", "zh": "，"}
+_COLONS: dict[Lang, str] = {"en": ": ", "zh": "："}
 _IN_STEPS = ("count", "count_of", "more", "sideways", "upright", "left", "right", "above", "below")
 
 
@@ -49,14 +51,13 @@ def places(rng: np.random.Generator, truth: Truth, grid: int, lang: Lang, qa: QA
         return _FIND[lang].format(x=noun(item, lang)), square(item, grid)
     if draw < 0.6 or qa.topic not in _IN_STEPS:
         return _NAME[lang].format(x=square(item, grid)), noun(item, lang)
-    return _STEPS[lang].format(x=qa.question), _listed(_asked_about(qa, items), grid, lang) + {"en": ": ", "zh": "："}[
-        lang
-    ] + qa.core
+    found = _listed(_asked_about(qa, items), grid, lang)
+    return _STEPS[lang].format(x=qa.question), found + _COLONS[lang] + qa.core
 
 
 def _listed(items: list[Item], grid: int, lang: Lang) -> str:
-    between = "" if lang == "zh" else " "
-    return ("，" if lang == "zh" else ", ").join(f"{noun(item, lang)}{between}{square(item, grid)}" for item in items)
+    space = " " if lang == "en" else ""
+    return _COMMAS[lang].join(f"{noun(item, lang)}{space}{square(item, grid)}" for item in items)
 
 
 def _asked_about(qa: QAPair, items: list[Item]) -> list[Item]:
