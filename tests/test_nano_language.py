@@ -27,9 +27,9 @@ from train.nano.pretrain.trees import IGNORED, Row, TreeBatch, TreeEncoder
 from train.nano.text import dialogue
 from train.nano.text.combinations import is_heldout
 from train.nano.text.dialogue import all_questions, comparisons
+from train.nano.text.locations import cell_name, location_question
 from train.nano.text.mosaic import SIGN_IDS, random_truth, to_cells
 from train.nano.text.mosaic_texts import TASKS, MosaicText, TextLayout, heldout_questions, training_text
-from train.nano.text.places import places, square
 from yi_vl import YiVLForConditionalGeneration, YiVLProcessor
 
 SHAPE = Shape(num_layers=2, width=32, num_heads=4, num_key_heads=2, mlp_width=48, vocab_size=2200)
@@ -141,30 +141,30 @@ def test_counts_go_to_nine_and_are_listed_first_if_asked() -> None:
         assert len(listed.split(", ")) == words.index(number)
 
 
-def test_squares_are_where_a_mosaic_has_its_signs_and_lead_to_the_answer() -> None:
+def test_cells_are_where_a_mosaic_has_its_signs_and_lead_to_the_answer() -> None:
     numbers = dict(zip(("one", "two", "three", "four", "five", "six", "seven", "eight", "nine"), range(1, 10)))
-    kinds: Counter[str] = Counter()
+    num_questions: Counter[str] = Counter()
     for seed in range(400):
         rng = np.random.default_rng(seed)
         truth = random_truth(rng, {"scene": 1.0}, 9)
         (cells,) = to_cells(rng, truth, 8) or [None]
         if cells is None:
             continue
-        where = {square(item, 8): item.label for item in truth.items}
+        where = {cell_name(item, 8): item.label for item in truth.items}
         shown = {f"{'ABCDEFGH'[x]}{y + 1}": cells[y, x] for y, x in np.argwhere(cells != BACKGROUND)}
         assert where == shown
         qa = all_questions(rng, truth, "en")[0]
-        question, answer = places(rng, truth, 8, "en", qa)
-        found, _, core = answer.partition(": ")
+        question, answer = location_question(rng, truth, 8, "en", qa)
+        listed, _, core = answer.partition(": ")
         if question.startswith("List"):
-            rows_first = [named.split()[-1][::-1] for named in found.split(", ")]
+            rows_first = [named.split()[-1][::-1] for named in listed.split(", ")]
             assert rows_first == sorted(rows_first) and len(rows_first) == len(truth.items)
         elif core and qa.topic in ("count", "count_of"):
-            assert len(found.split(", ")) == numbers[core]
+            assert len(listed.split(", ")) == numbers[core]
         elif core and qa.topic in ("sideways", "upright"):
-            assert len(found.split(", ")) == 2
-        kinds[qa.topic if core else question.split()[0]] += 1
-    assert min(kinds[kind] for kind in ("List", "Square", "What", "count_of", "sideways", "upright")) >= 5
+            assert len(listed.split(", ")) == 2
+        num_questions[qa.topic if core else question.split()[0]] += 1
+    assert min(num_questions[name] for name in ("List", "Square", "What", "count_of", "sideways", "upright")) >= 5
 
 
 def test_the_sign_of_unknown_things_is_the_last() -> None:

@@ -27,14 +27,14 @@ from train.nano.text.dialogue import (
     tells_heldout,
     training_questions,
 )
+from train.nano.text.locations import location_question
 from train.nano.text.mosaic import SIGN_IDS, random_truth, to_cells
-from train.nano.text.places import places
 from train.nano.text.wording import MAX_ITEMS, class_of, noun
 
 SHARES = {"scene": 0.62, "thing": 0.09, "flag": 0.11, "digit": 0.02, "word": 0.07, "same": 0.05, "unknown": 0.04}
 _TALK, _CAPTION, _FORM, _CONVERSATION = 0.01, 0.1, 0.06, 0.06  # shares of samples; the last of a sample's conversations
 _CHOICE = 0.1  # of a sample's conversations
-_PLACES = 0.3  # of a scene's conversations
+_LOCATIONS = 0.3  # of a scene's conversations
 _SMALL = 0.35  # share of 4 x 4 mosaics
 CHOICES: dict[Lang, str] = {"en": "choice (MMMU)", "zh": "choice (CMMMU)"}
 TASKS = ("counting", "comparing", "left/right", "above/below", *CHOICES.values())
@@ -67,7 +67,7 @@ class TextLayout:
 
     lists_first: bool = False  # a count is answered by "dog, dog, dog: three": what is counted, then the number
     image_last: bool = False  # the question stands before the mosaic
-    places: bool = True  # some conversations name the squares that items lie in
+    has_locations: bool = True  # some conversations name the cells that items lie in
 
 
 def training_text(rng: np.random.Generator, layout: TextLayout, max_conversations: int = 12) -> MosaicText:
@@ -148,8 +148,8 @@ def _training_conversation(rng: np.random.Generator, truth: Truth, grid: int, la
     if draw < _CONVERSATION and not layout.image_last:
         return conversation(rng, truth, max_turns=3, skips_heldout=True)
     qa = _one_of_each_topic(rng, questions)
-    if truth.category == "scene" and layout.places and draw > 1 - _PLACES:
-        question, answer = places(rng, truth, grid, lang, qa)
+    if truth.category == "scene" and layout.has_locations and draw > 1 - _LOCATIONS:
+        question, answer = location_question(rng, truth, grid, lang, qa)
         return _turns(_with_image(question, "<image>", layout), answer)
     if draw < _CONVERSATION + _CHOICE and truth.category not in ("same", "unknown"):
         chosen, options = as_choice(rng, qa, truth)

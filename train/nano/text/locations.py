@@ -1,7 +1,7 @@
-"""Where the items of a scene lie, as squares of its grid: "C5" is the third column, the fifth row.
+"""Where the items of a scene lie, as cells of its grid: "C5" is the third column, the fifth row.
 
-For pretraining only. An answer "to the left" teaches a language model one bit about two items; their squares teach it
-to find items, to read their cells, and then to compare and to count them.
+For pretraining only. An answer "to the left" teaches a language model one bit about two items; their cells teach it
+to find items, and then to compare and to count them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _COLONS: dict[Lang, str] = {"en": ": ", "zh": "："}
 _IN_STEPS = ("count", "count_of", "more", "sideways", "upright", "left", "right", "above", "below")
 
 
-def square(item: Item, grid: int) -> str:
+def cell_name(item: Item, grid: int) -> str:
     """The column's letter and the row's number of an item's centre."""
     row, column = _cell(item, grid)
     return f"{'ABCDEFGH'[column]}{row + 1}"
@@ -35,8 +35,8 @@ def _cell(item: Item, grid: int) -> tuple[int, int]:
     return y, x
 
 
-def places(rng: np.random.Generator, truth: Truth, grid: int, lang: Lang, qa: QAPair) -> tuple[str, str]:
-    """A question about squares and its answer: of all items, of one, or of those that a question is about.
+def location_question(rng: np.random.Generator, truth: Truth, grid: int, lang: Lang, qa: QAPair) -> tuple[str, str]:
+    """A question about cells and its answer: of all items, of one, or of those that a question is about.
 
     Args:
         qa: a question about the scene; it is the one that is asked in steps.
@@ -48,16 +48,16 @@ def places(rng: np.random.Generator, truth: Truth, grid: int, lang: Lang, qa: QA
     item = items[rng.integers(len(items))]
     is_unique = Counter(each.label for each in items)[item.label] == 1
     if draw < 0.5 and is_unique:
-        return _FIND[lang].format(x=noun(item, lang)), square(item, grid)
+        return _FIND[lang].format(x=noun(item, lang)), cell_name(item, grid)
     if draw < 0.6 or qa.topic not in _IN_STEPS:
-        return _NAME[lang].format(x=square(item, grid)), noun(item, lang)
-    found = _listed(_asked_about(qa, items), grid, lang)
-    return _STEPS[lang].format(x=qa.question), found + _COLONS[lang] + qa.core
+        return _NAME[lang].format(x=cell_name(item, grid)), noun(item, lang)
+    cells = _listed(_asked_about(qa, items), grid, lang)
+    return _STEPS[lang].format(x=qa.question), cells + _COLONS[lang] + qa.core
 
 
 def _listed(items: list[Item], grid: int, lang: Lang) -> str:
     space = " " if lang == "en" else ""
-    return _COMMAS[lang].join(f"{noun(item, lang)}{space}{square(item, grid)}" for item in items)
+    return _COMMAS[lang].join(f"{noun(item, lang)}{space}{cell_name(item, grid)}" for item in items)
 
 
 def _asked_about(qa: QAPair, items: list[Item]) -> list[Item]:
