@@ -23,6 +23,7 @@ from train.attention.cpu import keep_memory
 from train.nano.data.labels import FLAGS, THINGS
 from train.nano.pretrain.init import init_checkpoint, train_tokenizer
 from train.nano.pretrain.mosaic_model import MosaicLanguageModel, Shape
+from train.nano.pretrain.named_signs import init_signs_by_name
 from train.nano.pretrain.tasks import measure_tasks, task_scores
 from train.nano.pretrain.trainer import (
     RECIPE,
@@ -91,7 +92,9 @@ def pretrain_language(run_dir: Path, recipe: LanguageRecipe) -> None:
     keep_memory()
     prepare_run(run_dir, recipe, recipe.num_threads, recipe.loop.seed)
     encoder = load_encoder(run_dir, recipe)
-    model = MosaicLanguageModel(recipe.shape).to(gpu_or_cpu())
+    model = MosaicLanguageModel(recipe.shape)
+    init_signs_by_name(model, encoder.token_ids)
+    model.to(gpu_or_cpu())
 
     def batches(first: int) -> Iterator[TreeBatch]:
         workers = recipe.loop.num_workers

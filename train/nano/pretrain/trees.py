@@ -123,6 +123,11 @@ class TreeEncoder:
         first = mask.index(True)
         return Tree(tree.trunk, [(ids[:first], mask[:first])], tree.cells, tree.sees_prefix)
 
+    def token_ids(self, text: str) -> list[int]:
+        """Without special tokens."""
+        ids: list[int] = self._tokenizer(text, add_special_tokens=False).input_ids
+        return ids
+
     def text(self, ids: list[int]) -> str:
         """The text of an answer's ids, up to the separator that ends it."""
         decoded: str = self._tokenizer.decode(ids)

@@ -15,6 +15,7 @@ from train.nano.data.sample import Item, Truth
 from train.nano.text.dialogue import QAPair
 from train.nano.text.wording import class_of, noun
 
+COLUMNS = "ABCDEFGH"
 _LISTS: dict[Lang, str] = {"en": "List the items with their squares.", "zh": "列出所有东西和位置。"}
 _FIND: dict[Lang, str] = {"en": "Square of the {x}?", "zh": "{x}的位置？"}
 _NAME: dict[Lang, str] = {"en": "What is in {x}?", "zh": "{x}里是什么？"}
@@ -27,7 +28,7 @@ _IN_STEPS = ("count", "count_of", "more", "sideways", "upright", "left", "right"
 def cell_name(item: Item, grid: int) -> str:
     """The column's letter and the row's number of an item's centre."""
     row, column = _cell(item, grid)
-    return f"{'ABCDEFGH'[column]}{row + 1}"
+    return f"{COLUMNS[column]}{row + 1}"
 
 
 def _cell(item: Item, grid: int) -> tuple[int, int]:
