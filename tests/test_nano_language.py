@@ -21,6 +21,7 @@ from train.nano.pretrain import language
 from train.nano.pretrain.ablation import ablate, measure_runs, overrides
 from train.nano.pretrain.language import LanguageRecipe, TreeStream, load_signs
 from train.nano.pretrain.mosaic_model import MosaicLanguageModel, Shape, megabytes
+from train.nano.pretrain.named_signs import init_signs_by_name, sign_names
 from train.nano.pretrain.tasks import greedy_answers, measure_tasks, task_scores
 from train.nano.pretrain.trainer import LoopRecipe, read_recipe, read_yaml
 from train.nano.pretrain.trees import IGNORED, Row, TreeBatch, TreeEncoder
@@ -192,6 +193,25 @@ def test_a_stopped_run_continues_exactly(run_dir: Path, tmp_path: Path, tokenize
     for row in (*rows, *rows_again):
         row.pop("seconds_per_step")
     assert rows == rows_again and [row["step"] for row in rows] == [2, 4] and (run_dir / "curves.png").exists()
+
+
+def test_a_fresh_sign_resembles_its_names_and_no_others(encoder: TreeEncoder) -> None:
+    assert sign_names("shape red circle") == [" red circle", "红色的圆形"] and sign_names("letter ab") == ["A", "B"]
+    torch.manual_seed(0)
+    model = MosaicLanguageModel(SHAPE)
+    model.language_model.get_input_embeddings().weight.data = torch.randn(2240, 256)  # wide: chance is a small number
+    model.lm_head.weight.data, model.signs.weight.data = torch.zeros(2240, 256), torch.zeros(len(SIGN_IDS), 256)
+    model.cells.weight.data = torch.zeros(80, 256)
+    init_signs_by_name(model, encoder.token_ids)
+    words, signs = model.lm_head.weight, model.signs.weight
+    for sign in ("thing dog", "flag fr", "shape red circle", "digit 3", "letter ab"):
+        named = {index for text in sign_names(sign) for index in encoder.token_ids(text)}
+        nearest = torch.cosine_similarity(words, signs[SIGN_IDS[sign]], dim=-1).topk(len(named)).indices.tolist()
+        assert set(nearest) == named, sign
+    corner = set(encoder.token_ids("H8") + encoder.token_ids(" H8"))
+    assert (
+        set(torch.cosine_similarity(words, model.cells.weight[-1], dim=-1).topk(len(corner)).indices.tolist()) == corner
+    )
 
 
 def test_signs_and_cells_stay_from_a_step_on_while_the_rest_is_trained(run_dir: Path) -> None:
