@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from matplotlib import get_data_path
 from safetensors.torch import save_file
-from tiny import spread_model, tiny_config, tiny_processor
+from tiny import tiny_config, tiny_processor
+from transformers import AutoModelForCausalLM
 
 from train.nano.data.art import Art, Drawing
 from train.nano.data.labels import FLAGS, THINGS
-from train.nano.pretrain.join import join
 from train.nano.pretrain.tower import TowerRecipe
 from train.nano.text.mosaic import SIGN_IDS
 from yi_vl.config import OpenClipVisionConfig, YiVLConfig, preset
@@ -42,15 +42,14 @@ def small_config() -> YiVLConfig:
     return config
 
 
-def save_parts(folder: Path) -> Path:
-    """A language model with its signs and a tower, each in a folder, and the folder of both joined, for `match`."""
-    config = tiny_config()
-    config.vision_config = small_config().vision_config
-    spread_model(config, 0).save_pretrained(folder / "language")
-    tiny_processor(patch_size=56).save_pretrained(folder / "language")
+def save_parts(folder: Path) -> tuple[Path, Path]:
+    """Folders of a language model with its signs, and of a tower, for `match`."""
+    text_config = tiny_config().text_config
     torch.manual_seed(0)
-    signs = {"signs": torch.randn(len(SIGN_IDS), 32), "cells": torch.randn(80, 32)}
+    AutoModelForCausalLM.from_config(text_config).save_pretrained(folder / "language")
+    tiny_processor(patch_size=56).tokenizer.save_pretrained(folder / "language")
+    width = text_config.hidden_size
+    signs = {"signs": torch.randn(len(SIGN_IDS), width), "cells": torch.randn(80, width)}
     save_file(signs, folder / "language" / "signs.safetensors")
-    OpenClipTower(config.vision_config).save_pretrained(folder / "tower")
-    join(folder / "language", folder / "tower", folder / "parts")
-    return folder / "parts"
+    OpenClipTower(small_config().vision_config).save_pretrained(folder / "tower")
+    return folder / "language", folder / "tower"

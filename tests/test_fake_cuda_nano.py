@@ -12,7 +12,7 @@ from fake_cuda import fake_cuda
 pytest.importorskip("sklearn")
 from nano_parts import RECIPE, made_up_art, save_parts, small_config
 
-from train.nano.pretrain import language, match, tower
+from train.nano.pretrain import init, language, match, tower
 from train.nano.pretrain.ablation import measure_runs
 from train.nano.pretrain.language import LanguageRecipe
 from train.nano.pretrain.mosaic_model import Shape
@@ -34,7 +34,8 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     art = made_up_art()
     for module in (tower, match):
         monkeypatch.setattr(module, "load_art", lambda folder: art)
-    monkeypatch.setattr(tower, "preset", lambda name: small_config())
+    for module in (init, tower):
+        monkeypatch.setattr(module, "preset", lambda name: small_config())
     monkeypatch.setattr(tower, "_NUM_WORDS", 4)
     monkeypatch.setattr(tower, "_heldout", lambda composer, category, size: HELDOUT(composer, category, size)[:4])
     monkeypatch.setattr(match, "CATEGORIES", ("thing", "word"))
@@ -47,7 +48,7 @@ HELDOUT = tower._heldout
 TRAININGS: dict[str, Callable[[Path, Path], object]] = {
     "language": lambda parts, out: language.pretrain_language(out, LANGUAGE),
     "tower": lambda parts, out: tower.pretrain_tower(out, RECIPE),
-    "match": lambda parts, out: match.match(parts / "parts", out, parts, RECIPE),
+    "match": lambda parts, out: match.match(parts / "language", parts / "tower", out, parts, RECIPE),
 }
 
 

@@ -12,11 +12,14 @@ from PIL import Image
 from safetensors.torch import save_file
 
 pytest.importorskip("sklearn")
-from nano_parts import RECIPE, made_up_art, save_parts
+from nano_parts import RECIPE, made_up_art, save_parts, small_config
+from transformers import AutoModelForCausalLM
 
 from train.nano.data.labels import BACKGROUND
 from train.nano.data.sample import Item, Sample, Truth
+from train.nano.pretrain import init
 from train.nano.pretrain import match as match_module
+from train.nano.pretrain.join import join, keep_language, keep_tower
 from train.nano.pretrain.match import _IGNORED, _targets, match, sign_loss
 from train.nano.pretrain.tower import SampleStream
 from train.nano.text.mosaic import SIGN_IDS
@@ -56,43 +59,53 @@ def test_a_language_model_brings_its_signs_and_places(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of a language model with its signs and a tower, joined."""
+def parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    """Folders of a language model with its signs, and of a tower."""
     monkeypatch.setattr(match_module, "load_art", lambda folder: made_up_art())
     monkeypatch.setattr(match_module, "CATEGORIES", ("thing",))
+    monkeypatch.setattr(init, "preset", lambda name: small_config())
     return save_parts(tmp_path)
 
 
-def test_both_parts_are_joined_as_they_are_with_a_fresh_projector(parts: Path) -> None:
-    joined = YiVLForConditionalGeneration.from_pretrained(parts)
-    alone = YiVLForConditionalGeneration.from_pretrained(parts.parent / "language", dtype=torch.bfloat16).state_dict()
-    tower = OpenClipTower.from_pretrained(parts.parent / "tower", dtype=torch.bfloat16).state_dict()
-    assert joined.dtype == torch.bfloat16
+def test_parts_that_are_kept_are_joined_as_they_are(parts: tuple[Path, Path], tmp_path: Path) -> None:
+    keep_language(parts[0], tmp_path / "kept")
+    keep_tower(parts[1], tmp_path / "kept")
+    joined, processor = join(tmp_path / "kept" / "language", tmp_path / "kept" / "tower")
+    text_model = AutoModelForCausalLM.from_pretrained(parts[0]).state_dict()
+    tower = OpenClipTower.from_pretrained(parts[1]).state_dict()
     for name, tensor in joined.state_dict().items():
-        expected = tower[name.partition("vision_tower.")[2]] if "vision_tower." in name else alone[name]
-        assert torch.equal(tensor, expected), name
-    assert any(not torch.equal(tensor, alone[f"model.vision_tower.{name}"]) for name, tensor in tower.items())
+        part, _, inner = name.removeprefix("model.").partition(".")
+        source = {"vision_tower": tower, "language_model": text_model, "lm_head": text_model}.get(part)
+        if source is not None:
+            key = inner if source is tower else name.replace("language_model.", "")
+            assert torch.equal(tensor, source[key].to(torch.bfloat16).float()), name
+    assert joined.dtype == torch.float32
+    assert processor.tokenizer.convert_tokens_to_ids("<image_placeholder>") == joined.config.image_token_id
+    assert torch.equal(_targets(tmp_path / "kept" / "language")[0], _targets(parts[0])[0])
 
 
-def test_a_stopped_match_continues_exactly_and_leaves_the_language_model_alone(parts: Path, tmp_path: Path) -> None:
-    match(parts, tmp_path / "whole", tmp_path, RECIPE)
+def test_a_stopped_match_continues_exactly_and_leaves_the_language_model_alone(
+    parts: tuple[Path, Path], tmp_path: Path
+) -> None:
+    match(*parts, tmp_path / "whole", tmp_path, RECIPE)
     with pytest.MonkeyPatch.context() as patch:
         all_batches = SampleStream.batches
         patch.setattr(
             SampleStream, "batches", lambda stream: (batch for batch, _ in zip(all_batches(stream), range(3)))
         )
-        match(parts, tmp_path / "part", tmp_path, RECIPE)
+        match(*parts, tmp_path / "part", tmp_path, RECIPE)
     assert torch.load(tmp_path / "part" / "state.pt", weights_only=True)["step"] == 2
-    match(parts, tmp_path / "part", tmp_path, RECIPE)
-    whole, again, before = (
+    match(*parts, tmp_path / "part", tmp_path, RECIPE)
+    whole, again = (
         YiVLForConditionalGeneration.from_pretrained(folder).state_dict()
-        for folder in (tmp_path / "whole", tmp_path / "part", parts)
+        for folder in (tmp_path / "whole", tmp_path / "part")
     )
     assert all(torch.equal(tensor, again[name]) for name, tensor in whole.items())
+    before = join(*parts)[0].state_dict()
     changed = {name for name, tensor in before.items() if not torch.equal(tensor, whole[name])}
     assert changed and not any("language_model" in name or "lm_head" in name for name in changed)
     with pytest.raises(ValueError, match="batch_size"):
-        match(parts, tmp_path / "part", tmp_path, replace(RECIPE, batch_size=8))
+        match(*parts, tmp_path / "part", tmp_path, replace(RECIPE, batch_size=8))
 
 
 def test_a_patch_that_no_sign_can_tell_is_ignored_and_the_others_are_not() -> None:

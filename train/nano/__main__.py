@@ -1,9 +1,9 @@
 """nano: its data, training from scratch, and what is tried on it.
 
 `data | train | export | measure`: all of it, in this order. `language | measure-language | ablate` and `tower | probe`:
-each part alone; `join` makes one model of both. `preferences | style`: preferences, and what they change. `experts`:
-how many experts a token gets. `connectors`: other connectors, compared. `tiles`: what tiles bring on pages of small
-words.
+each part alone; `keep` makes it one that `train` starts from. `preferences | style`: preferences, and what they change.
+`experts`: how many experts a token gets. `connectors`: other connectors, compared. `tiles`: what tiles bring on pages
+of small words.
 """
 
 from __future__ import annotations
@@ -43,37 +43,43 @@ def data(processes: Annotated[int, typer.Option(help="number of processes that c
 @app.command()
 def train(
     from_scratch: Annotated[
-        bool, typer.Option("--from-scratch", help="train the language model and the tower as well: half a day on a CPU")
+        bool, typer.Option("--from-scratch", help="train the language model and the tower too: half a day on a CPU")
     ] = False,
 ) -> None:
     """Match the tower with the language model, then the three stages; finished runs are kept, interrupted ones resumed.
 
-    Both parts come from train/nano/parts.
+    Language model and tower come from train/nano/parts; what is not there is trained first.
     """
     from train.nano.pretrain.match import match
 
-    parts = _train_parts() if from_scratch else PARTS
-    typer.echo(f"language model and tower: {parts}")
+    language_dir, tower_dir = PARTS / "language", PARTS / "tower"
+    if from_scratch or not language_dir.exists():
+        language_dir = _train_language()
+    if from_scratch or not tower_dir.exists():
+        tower_dir = _train_tower()
+    typer.echo(f"language model: {language_dir}, tower: {tower_dir}")
     if not (RUNS / "matched" / "config.json").exists():
-        match(parts, RUNS / "matched", DATA)
+        match(language_dir, tower_dir, RUNS / "matched", DATA)
     for stage in STAGES:
         run_stage(stage)
 
 
-def _train_parts() -> Path:
-    """Train both parts, or continue to; their folder."""
-    from train.nano.pretrain.join import join
+def _train_language() -> Path:
     from train.nano.pretrain.language import LanguageRecipe, pretrain_language
+
+    folder = RUNS / "language" / "final"
+    if not (folder / "config.json").exists():
+        pretrain_language(RUNS / "language", LanguageRecipe())
+    return folder
+
+
+def _train_tower() -> Path:
     from train.nano.pretrain.tower import TowerRecipe, pretrain_tower
 
-    if not (RUNS / "language" / "final" / "config.json").exists():
-        pretrain_language(RUNS / "language", LanguageRecipe())
-    if not (RUNS / "tower" / "config.json").exists():
-        pretrain_tower(RUNS / "tower", TowerRecipe(), DATA)
-    parts = RUNS / "parts"
-    if not (parts / "config.json").exists():
-        join(RUNS / "language" / "final", RUNS / "tower", parts)
-    return parts
+    folder = RUNS / "tower"
+    if not (folder / "config.json").exists():
+        pretrain_tower(folder, TowerRecipe(), DATA)
+    return folder
 
 
 def run_stage(name: str) -> None:
@@ -148,15 +154,18 @@ def tower(
 
 
 @app.command()
-def join(
-    language_dir: Annotated[Path, typer.Argument(help="`final` of a run of `language`")],
-    tower_dir: Annotated[Path, typer.Argument(help="the folder of a run of `tower`")],
+def keep(
+    language_dir: Annotated[Path | None, typer.Option("--language", help="`final` of a run of `language`")] = None,
+    tower_dir: Annotated[Path | None, typer.Option("--tower", help="the folder of a run of `tower`")] = None,
     out: Annotated[Path, typer.Option(help="the folder that `train` starts from")] = PARTS,
 ) -> None:
-    """Write a language model and a tower, both finished, as one model with a fresh projector, in bfloat16."""
-    from train.nano.pretrain.join import join as join_parts
+    """Write finished parts to train/nano/parts, in bfloat16."""
+    from train.nano.pretrain.join import keep_language, keep_tower
 
-    join_parts(language_dir, tower_dir, out)
+    if language_dir is not None:
+        keep_language(language_dir, out)
+    if tower_dir is not None:
+        keep_tower(tower_dir, out)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""Nano's tokenizer, and a whole model with fresh weights to start training from.
+"""Nano's tokenizer, and a whole model with random weights.
 
 The tokenizer is SentencePiece with the special ids of Yi's.
 """
@@ -79,10 +79,10 @@ def train_tokenizer(texts: Iterable[str], out_dir: Path, vocab_size: int) -> Non
     (out_dir / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
 
 
-def init_checkpoint(
-    tokenizer_dir: Path, out_dir: Path, text_config: PreTrainedConfig, image_size: int = 224, seed: int = 0
-) -> None:
-    """A whole model with fresh weights: a language model of `text_config`, else as the preset has it."""
+def fresh_model(
+    tokenizer_dir: Path, text_config: PreTrainedConfig, image_size: int = 224, seed: int = 0
+) -> tuple[YiVLForConditionalGeneration, YiVLProcessor]:
+    """Nano with random weights, but for its language model's shape as in the preset; and its processor."""
     torch.manual_seed(seed)
     tokenizer = prepare_tokenizer(str(tokenizer_dir))
     config = preset("nano")
@@ -92,6 +92,4 @@ def init_checkpoint(
     model = YiVLForConditionalGeneration(config)
     assert model.generation_config is not None
     set_end_tokens_(model.generation_config, tokenizer)
-    processor = YiVLProcessor(YiVLImageProcessor(image_size), tokenizer, config.vision_config.patch_size)
-    model.save_pretrained(out_dir)
-    processor.save_pretrained(out_dir)
+    return model, YiVLProcessor(YiVLImageProcessor(image_size), tokenizer, config.vision_config.patch_size)

@@ -9,6 +9,7 @@ D language width.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,10 +19,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from transformers import AutoModelForCausalLM
 
 from train.attention.cpu import keep_memory
 from train.nano.data.labels import FLAGS, THINGS
-from train.nano.pretrain.init import init_checkpoint, train_tokenizer
+from train.nano.pretrain.init import train_tokenizer
 from train.nano.pretrain.mosaic_model import MosaicLanguageModel, Shape
 from train.nano.pretrain.named_signs import init_signs_by_name
 from train.nano.pretrain.tasks import measure_tasks, task_scores
@@ -37,7 +39,6 @@ from train.nano.pretrain.trees import Tree, TreeBatch, TreeEncoder, fill_rows
 from train.nano.text.mosaic_texts import TextLayout, training_text
 from yi_vl.chat import render, to_text
 from yi_vl.hardware import gpu_or_cpu
-from yi_vl.model import YiVLForConditionalGeneration
 from yi_vl.processor import prepare_tokenizer
 
 TOKENIZER, SIGNS_FILE = "tokenizer", "signs.safetensors"
@@ -112,7 +113,7 @@ def pretrain_language(run_dir: Path, recipe: LanguageRecipe) -> None:
         batches,
         loss_of,
         lambda: task_scores(measure_tasks(model, encoder, recipe.layout, recipe.num_questions)),
-        layers=model.language_model.layers,
+        layers=model.get_submodule("language_model.layers"),
     )
     _write_checkpoint(run_dir / "final", run_dir / TOKENIZER, model)
 
@@ -138,12 +139,12 @@ def recipe_of(run_dir: Path) -> LanguageRecipe:
 
 
 def _write_checkpoint(folder: Path, tokenizer: Path, model: MosaicLanguageModel) -> None:
-    """A whole model with a fresh tower, and the signs that `match` aligns the tower with."""
-    init_checkpoint(tokenizer, folder, text_config=model.language_model.config)
-    whole = YiVLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
-    whole.model.language_model.load_state_dict(model.language_model.state_dict())
-    whole.lm_head.load_state_dict(model.lm_head.state_dict())
-    whole.save_pretrained(folder)
+    """An ordinary language model, and the signs that `match` aligns the tower with."""
+    text_model = AutoModelForCausalLM.from_config(model.language_model.config, attn_implementation="sdpa")
+    text_model.model.load_state_dict(model.language_model.state_dict())
+    text_model.lm_head.load_state_dict(model.lm_head.state_dict())
+    text_model.save_pretrained(folder)
+    shutil.copytree(tokenizer, folder, dirs_exist_ok=True)
     save_file({"signs": model.signs.weight.detach(), "cells": model.cells.weight.detach()}, folder / SIGNS_FILE)
 
 

@@ -23,12 +23,12 @@ from train.nano.data.art import Art, load_art
 from train.nano.data.compose import Composer
 from train.nano.data.labels import BACKGROUND
 from train.nano.data.sample import CATEGORIES, Category, Sample
+from train.nano.pretrain.join import join
 from train.nano.pretrain.language import load_signs
 from train.nano.pretrain.tower import SampleStream, TowerModule, TowerRecipe
 from train.nano.pretrain.trainer import prepare_run, to_device, train_loop
 from train.nano.pretrain.trees import GRIDS, first_cell
 from train.nano.text.mosaic import SIGN_IDS, ideal_cells
-from yi_vl import YiVLForConditionalGeneration, YiVLProcessor
 from yi_vl.connector import Connector
 from yi_vl.hardware import gpu_or_cpu
 from yi_vl.image import YiVLImageProcessor
@@ -70,11 +70,10 @@ def sign_batch(rng: np.random.Generator, samples: list[Sample], patch_size_px: i
     return SignBatch(torch.from_numpy(pixels), torch.from_numpy(signs))
 
 
-def match(parts_dir: Path, out_dir: Path, data_dir: Path, recipe: TowerRecipe = RECIPE) -> None:
-    """Train the tower and a fresh projector to give the signs that the language model reads, or continue to.
+def match(language_dir: Path, tower_dir: Path, out_dir: Path, data_dir: Path, recipe: TowerRecipe = RECIPE) -> None:
+    """Join the language model and the tower with a projector trained on signs, or continue to.
 
     Args:
-        parts_dir: what `join` has written.
         out_dir: gets the run, and the model that stage 1 starts from.
 
     Raises:
@@ -82,10 +81,9 @@ def match(parts_dir: Path, out_dir: Path, data_dir: Path, recipe: TowerRecipe = 
     """
     prepare_run(out_dir, recipe, recipe.num_threads, recipe.seed)
     art = load_art(data_dir)
-    model = YiVLForConditionalGeneration.from_pretrained(parts_dir, dtype=torch.float32)
-    processor = YiVLProcessor.from_pretrained(parts_dir)
+    model, processor = join(language_dir, tower_dir)
     tower, projector = model.model.vision_tower, model.model.multi_modal_projector
-    embeddings, codes = _targets(parts_dir)
+    embeddings, codes = _targets(language_dir)
     device = gpu_or_cpu()
     embeddings, codes = embeddings.to(device), {size: code.to(device) for size, code in codes.items()}
     with torch.no_grad():  # the projector's output starts at the scale of the embeddings
@@ -105,9 +103,9 @@ def match(parts_dir: Path, out_dir: Path, data_dir: Path, recipe: TowerRecipe = 
     processor.save_pretrained(out_dir)
 
 
-def _targets(parts_dir: Path) -> tuple[Tensor, dict[int, Tensor]]:
+def _targets(language_dir: Path) -> tuple[Tensor, dict[int, Tensor]]:
     """The signs' embeddings, (L, D), and for each number of patches what a patch's place adds, (P, D)."""
-    signs, cells = load_signs(parts_dir)
+    signs, cells = load_signs(language_dir)
     return signs, {grid**2: cells[first_cell(grid) :][: grid**2] for grid in GRIDS}
 
 

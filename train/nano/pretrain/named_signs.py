@@ -29,7 +29,7 @@ def init_signs_by_name(model: MosaicLanguageModel, token_ids: Callable[[str], li
     Args:
         token_ids: the ids of a text, without special tokens.
     """
-    words = model.language_model.get_input_embeddings().weight
+    words = model.get_parameter("language_model.embed_tokens.weight")
     model.lm_head.weight.copy_(words)  # so that copying a word is one and the same map for all words
 
     def name(embedding: torch.Tensor, texts: list[str]) -> None:

@@ -190,7 +190,7 @@ def pretrain_tower(out_dir: Path, recipe: TowerRecipe, data_dir: Path = DATA_DIR
         lambda first: SampleStream(art, recipe, make_batch, first).batches(),
         lambda batch: _loss(head, processor, batch, recipe.label_smoothing),
         lambda: {category: score_heldout(head, art, category) for category in ("thing", "flag", "digit", "word")},
-        layers=head.tower.visual.transformer,
+        layers=head.get_submodule("tower.visual.transformer"),
     )
     head.tower.save_pretrained(out_dir)
     return head.tower

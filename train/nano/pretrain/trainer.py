@@ -186,8 +186,8 @@ def make_optimizers(module: nn.Module, layers: nn.Module, recipe: LoopRecipe) ->
     optimizers: list[Optimizer] = [AdamW(groups, recipe.learning_rate, betas=(0.9, 0.98), fused=True)]
     if matrices := [parameter for parameter in trained if id(parameter) in of_layers]:
         # Its updates are as large as AdamW's usually are, so that both have one learning rate.
-        scale = {"weight_decay": recipe.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
-        optimizers.append(Muon(matrices, recipe.learning_rate, **scale))
+        rate, decay = recipe.learning_rate, recipe.weight_decay
+        optimizers.append(Muon(matrices, rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
     return optimizers
 
 
