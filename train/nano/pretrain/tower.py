@@ -43,7 +43,7 @@ _POINTS = 32  # points along a side from which the K are drawn; a multiple of bo
 class TowerRecipe(LoopRecipe):
     """How the tower is pretrained."""
 
-    num_steps: int = 16_000
+    num_steps: int = 7000
     warmup_steps: int = 300
     decay_fraction: float = 0.5
     save_every: int = 100
