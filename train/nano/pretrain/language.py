@@ -51,7 +51,7 @@ class LanguageRecipe:
 
     shape: Shape = field(default_factory=Shape)
     layout: TextLayout = field(default_factory=TextLayout)
-    loop: LoopRecipe = field(default_factory=LoopRecipe)
+    loop: LoopRecipe = field(default_factory=lambda: LoopRecipe(num_steps=12_000, learning_rate=6e-4))
     num_rows: int = 24
     row_tokens: int = 256
     noise: float = 0.2  # standard deviation of the noise on mosaics, in those of the signs
