@@ -15,6 +15,8 @@ pytest.importorskip("sklearn")
 from nano_parts import RECIPE, made_up_art, save_parts, small_config
 from transformers import AutoModelForCausalLM
 
+import yi_vl
+from train.nano import __main__ as nano
 from train.nano.data.labels import BACKGROUND
 from train.nano.data.sample import Item, Sample, Truth
 from train.nano.pretrain import init
@@ -82,6 +84,30 @@ def test_parts_that_are_kept_are_joined_as_they_are(parts: tuple[Path, Path], tm
     assert joined.dtype == torch.float32
     assert processor.tokenizer.convert_tokens_to_ids("<image_placeholder>") == joined.config.image_token_id
     assert torch.equal(_targets(tmp_path / "kept" / "language")[0], _targets(parts[0])[0])
+    joined.save_pretrained(tmp_path / "joined")
+    processor.save_pretrained(tmp_path / "joined")
+    image = Image.new("RGB", (9, 9))
+    assert isinstance(yi_vl.load(tmp_path / "joined").predict(image, "?", max_new_tokens=2), str)
+
+
+def test_a_tower_is_taken_out_of_a_model_and_what_is_no_part_is_refused(
+    parts: tuple[Path, Path], tmp_path: Path
+) -> None:
+    model, _ = join(*parts)
+    model.save_pretrained(tmp_path / "model")
+    keep_tower(tmp_path / "model", tmp_path / "kept")
+    kept = OpenClipTower.from_pretrained(tmp_path / "kept" / "tower").state_dict()
+    assert all(torch.equal(tensor.to(torch.bfloat16), kept[name]) for name, tensor in
+               model.model.vision_tower.state_dict().items())  # fmt: skip
+    with pytest.raises(ValueError, match=r"model has no signs.safetensors: give the folder `final`"):
+        keep_language(tmp_path / "model", tmp_path / "kept")
+    with pytest.raises(ValueError, match=r"language/config.json is of a 'llama'; expected .* a tower"):
+        keep_tower(parts[0], tmp_path / "kept")
+    with pytest.raises(ValueError, match=r"nowhere has no config.json"):
+        join(parts[0], tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"nothing to keep: give --language, --tower"):
+        nano.keep()
+    assert not (tmp_path / "kept" / "language").exists()
 
 
 def test_a_stopped_match_continues_exactly_and_leaves_the_language_model_alone(

@@ -105,15 +105,15 @@ def draw_verdict(results: dict[str, Any]) -> Figure:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(5, 4), layout="constrained")
-    groups: dict[str, list[float]] = {}
+    groups: dict[str, dict[str, float]] = {}  # name -> seed -> loss
     for run in results["runs"]:
         if run["name"].startswith("verdict-") and run["loss"] is not None:
-            name = run["name"].removeprefix("verdict-").partition("-seed-")[0]
-            groups.setdefault(name, []).append(run["loss"])
-    for of_seed in zip(*groups.values()) if len(set(map(len, groups.values()))) == 1 else ():
-        axes.plot(range(len(groups)), of_seed, color="grey", linewidth=0.8)
+            name, _, seed = run["name"].removeprefix("verdict-").partition("-seed-")
+            groups.setdefault(name, {})[seed] = run["loss"]
     for position, losses in enumerate(groups.values()):
-        _draw_group(axes, position, losses)
+        _draw_group(axes, position, list(losses.values()))
+    for seed in set.intersection(*map(set, groups.values())):
+        axes.plot(range(len(groups)), [losses[seed] for losses in groups.values()], color="grey", linewidth=0.8)
     axes.set_xticks(range(len(groups)), list(groups))
     axes.set_xlim(-0.6, len(groups) - 0.4)
     axes.set_ylabel("loss on the second held-out set")

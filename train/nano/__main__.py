@@ -50,9 +50,10 @@ def train(
 
     Language model and tower come from train/nano/parts; what is not there is trained first.
     """
+    from train.nano.pretrain.join import LANGUAGE, TOWER
     from train.nano.pretrain.match import match
 
-    language_dir, tower_dir = PARTS / "language", PARTS / "tower"
+    language_dir, tower_dir = PARTS / LANGUAGE, PARTS / TOWER
     if from_scratch or not language_dir.exists():
         language_dir = _train_language()
     if from_scratch or not tower_dir.exists():
@@ -156,10 +157,12 @@ def tower(
 @app.command()
 def keep(
     language_dir: Annotated[Path | None, typer.Option("--language", help="`final` of a run of `language`")] = None,
-    tower_dir: Annotated[Path | None, typer.Option("--tower", help="the folder of a run of `tower`")] = None,
+    tower_dir: Annotated[Path | None, typer.Option("--tower", help="a run of `tower`, or a model")] = None,
     out: Annotated[Path, typer.Option(help="the folder that `train` starts from")] = PARTS,
 ) -> None:
     """Write finished parts to train/nano/parts, in bfloat16."""
+    if language_dir is None and tower_dir is None:
+        raise ValueError("There is nothing to keep: give --language, --tower, or both.")
     from train.nano.pretrain.join import keep_language, keep_tower
 
     if language_dir is not None:

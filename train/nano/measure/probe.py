@@ -11,7 +11,6 @@ B images, P patches (G x G), Dv tower width.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ from train.nano.data.art import load_art
 from train.nano.data.compose import Composer
 from train.nano.data.labels import DIGITS, FLAGS, THINGS
 from train.nano.data.sample import Category, Item, Sample
-from yi_vl import YiVLForConditionalGeneration
+from train.nano.pretrain.join import read_tower
 from yi_vl.files import atomic_path
 from yi_vl.hardware import gpu_or_cpu
 from yi_vl.image import YiVLImageProcessor
@@ -83,20 +82,11 @@ def load_tower(folder: Path) -> OpenClipTower:
     Raises:
         ValueError: the folder has neither.
     """
-    path = folder / "config.json"
-    if not path.is_file():
-        raise ValueError(f"{folder} has no config.json: give the folder of a model, or of a tower.")
-    model_type = json.loads(path.read_text(encoding="utf-8")).get("model_type")
-    if model_type == "open_clip_vision":
-        tower = OpenClipTower.from_pretrained(folder)
-    elif model_type == "yi_vl":
-        tower = YiVLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).model.vision_tower
-    else:
-        raise ValueError(f"{path} is of a {model_type!r}; expected a yi_vl model or a tower, open_clip_vision.")
+    tower = read_tower(folder)
     if tower.config.image_size != SIZE_PX:
         tower.visual.resize_(SIZE_PX, tower.config.patch_size)
         tower.config.image_size = SIZE_PX
-    return tower.float().eval()
+    return tower.eval()
 
 
 def linear_accuracy(train: Features, test: Features) -> float:

@@ -103,7 +103,7 @@ def pretrain_language(run_dir: Path, recipe: LanguageRecipe) -> None:
         return iter(DataLoader(stream, batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None))
 
     def loss_of(batch: TreeBatch) -> Tensor:
-        model.set_signs_trainable(batch.seed < recipe.signs_until)
+        model.set_signs_trainable(batch.seed < recipe.signs_until)  # a batch's seed is its step
         return model.loss(batch, recipe.noise)
 
     train_loop(

@@ -13,27 +13,22 @@ import numpy as np
 from train.nano.data.labels import Lang
 from train.nano.data.sample import Item, Truth
 from train.nano.text.dialogue import QAPair
+from train.nano.text.mosaic import centre_cell
 from train.nano.text.wording import class_of, noun
 
 COLUMNS = "ABCDEFGH"
-_LISTS: dict[Lang, str] = {"en": "List the items with their squares.", "zh": "列出所有东西和位置。"}
-_FIND: dict[Lang, str] = {"en": "Square of the {x}?", "zh": "{x}的位置？"}
+_LISTS: dict[Lang, str] = {"en": "List the items with their cells.", "zh": "列出所有东西和位置。"}
+_FIND: dict[Lang, str] = {"en": "Cell of the {x}?", "zh": "{x}的位置？"}
 _NAME: dict[Lang, str] = {"en": "What is in {x}?", "zh": "{x}里是什么？"}
-_STEPS: dict[Lang, str] = {"en": "{x} First name the squares.", "zh": "{x}先说位置。"}
+_STEPS: dict[Lang, str] = {"en": "{x} First name the cells.", "zh": "{x}先说位置。"}
 _COMMAS: dict[Lang, str] = {"en": ", ", "zh": "，"}
 _COLONS: dict[Lang, str] = {"en": ": ", "zh": "："}
-_IN_STEPS = ("count", "count_of", "more", "sideways", "upright", "left", "right", "above", "below")
 
 
 def cell_name(item: Item, grid: int) -> str:
     """The column's letter and the row's number of an item's centre."""
-    row, column = _cell(item, grid)
+    row, column = centre_cell(item, grid)
     return f"{COLUMNS[column]}{row + 1}"
-
-
-def _cell(item: Item, grid: int) -> tuple[int, int]:
-    x, y = (min(grid - 1, max(0, int(side * grid))) for side in item.centre)
-    return y, x
 
 
 def location_question(rng: np.random.Generator, truth: Truth, grid: int, lang: Lang, qa: QAPair) -> tuple[str, str]:
@@ -43,14 +38,14 @@ def location_question(rng: np.random.Generator, truth: Truth, grid: int, lang: L
         qa: a question about the scene; it is the one that is asked in steps.
     """
     draw = rng.random()
-    items = sorted(truth.items, key=lambda item: _cell(item, grid))
+    items = sorted(truth.items, key=lambda item: centre_cell(item, grid))
     if draw < 0.25:
         return _LISTS[lang], _listed(items, grid, lang)
     item = items[rng.integers(len(items))]
     is_unique = Counter(each.label for each in items)[item.label] == 1
     if draw < 0.5 and is_unique:
         return _FIND[lang].format(x=noun(item, lang)), cell_name(item, grid)
-    if draw < 0.6 or qa.topic not in _IN_STEPS:
+    if draw < 0.6 or not qa.combination:  # a colour or a shape
         return _NAME[lang].format(x=cell_name(item, grid)), noun(item, lang)
     cells = _listed(_asked_about(qa, items), grid, lang)
     return _STEPS[lang].format(x=qa.question), cells + _COLONS[lang] + qa.core
@@ -66,4 +61,4 @@ def _asked_about(qa: QAPair, items: list[Item]) -> list[Item]:
     if qa.topic == "count":
         return items
     named = {" ".join(name.split()) for name in qa.combination.split("|")[1:]}
-    return [item for item in items if class_of(item) in named or item.label in named] or items
+    return [item for item in items if class_of(item) in named or item.label in named]

@@ -83,6 +83,12 @@ def ideal_cells(truth: Truth, grid: int) -> np.ndarray:
     return _covered(truth.items[0], grid)
 
 
+def centre_cell(item: Item, grid: int) -> tuple[int, int]:
+    """The row and the column of the cell that an item's centre lies in."""
+    x, y = (min(grid - 1, max(0, int(side * grid))) for side in item.centre)
+    return y, x
+
+
 def _empty(grid: int) -> np.ndarray:
     return np.full((grid, grid), BACKGROUND, dtype=object)
 
@@ -91,7 +97,7 @@ def _by_centre(items: tuple[Item, ...], grid: int) -> np.ndarray:
     """(grid, grid) labels: each item in the patch of its centre, two letters together; None where that cannot be."""
     cells = _empty(grid)
     for item in items:
-        x, y = (min(grid - 1, max(0, int(side * grid))) for side in item.centre)
+        y, x = centre_cell(item, grid)
         label = item.label if cells[y, x] == BACKGROUND else f"{cells[y, x]}{item.name}"
         cells[y, x] = label if label in SIGN_IDS else None
     return cells
