@@ -7,6 +7,7 @@ import json
 import re
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 pytest.importorskip("sklearn")
-from train.nano.data.labels import BACKGROUND
+from train.nano.data.labels import BACKGROUND, THINGS
 from train.nano.pretrain import language
 from train.nano.pretrain.ablation import ablate, measure_runs, overrides
 from train.nano.pretrain.language import LanguageRecipe, TreeStream, load_signs
@@ -24,12 +25,13 @@ from train.nano.pretrain.named_signs import init_signs_by_name, sign_names
 from train.nano.pretrain.tasks import greedy_answers, measure_tasks, task_scores
 from train.nano.pretrain.trainer import LoopRecipe, read_recipe, read_yaml
 from train.nano.pretrain.trees import IGNORED, Row, TreeBatch, TreeEncoder
-from train.nano.text import dialogue
+from train.nano.text import dialogue, mosaic_texts
 from train.nano.text.combinations import is_heldout
 from train.nano.text.dialogue import all_questions, comparisons
 from train.nano.text.locations import cell_name, location_question
-from train.nano.text.mosaic import SIGN_IDS, random_truth, to_cells
+from train.nano.text.mosaic import SIGN_IDS, distinct_scene, random_truth, to_cells
 from train.nano.text.mosaic_texts import TASKS, MosaicText, TextLayout, heldout_questions, training_text
+from train.nano.text.wording import noun, plural
 from yi_vl.processor import prepare_tokenizer
 
 SHAPE = Shape(num_layers=2, width=32, num_heads=4, num_key_heads=2, mlp_width=48, vocab_size=2200)
@@ -65,6 +67,8 @@ def run_dir(tokenizer: Path, tmp_path: Path) -> Path:
 def test_a_tree_gives_what_its_conversations_give_one_by_one(encoder: TreeEncoder) -> None:
     torch.manual_seed(0)
     model = MosaicLanguageModel(SHAPE).eval()
+    for parameter in model.language_model.get_submodule("layers").parameters():
+        parameter.data = torch.randn_like(parameter) * 0.1  # a fresh layer is the identity
     text = MosaicText((tuple(range(64)),), [_turns(f"<image>\nHow many {i}?", "There are two.") for i in range(3)])
     other = MosaicText((tuple(range(16)),), [_turns("<image>\n这是什么？", "这是狗。")])
     trees = [*encoder.trees(text), *encoder.trees(other)]
@@ -144,7 +148,7 @@ def test_counts_go_to_nine_and_are_listed_first_if_asked() -> None:
 def test_cells_are_where_a_mosaic_has_its_signs_and_lead_to_the_answer() -> None:
     numbers = dict(zip(("one", "two", "three", "four", "five", "six", "seven", "eight", "nine"), range(1, 10)))
     num_questions: Counter[str] = Counter()
-    for seed in range(400):
+    for seed in range(1200):
         rng = np.random.default_rng(seed)
         truth = random_truth(rng, {"scene": 1.0}, 9)
         (cells,) = to_cells(rng, truth, 8) or [None]
@@ -163,8 +167,46 @@ def test_cells_are_where_a_mosaic_has_its_signs_and_lead_to_the_answer() -> None
             assert len(listed.split(", ")) == numbers[core]
         elif core and qa.topic in ("sideways", "upright"):
             assert len(listed.split(", ")) == 2
+        elif question.startswith("Cell"):
+            names = question.removesuffix("?").partition(" of ")[2].removeprefix("the ").split(", ")
+            named = [f"{names[0]} {answer}"] if question.startswith("Cell ") else answer.split(", ")
+            nouns = {cell: noun(item, "en") for item in truth.items if (cell := cell_name(item, 8))}
+            assert [tuple(each.rsplit(" ", 1)) for each in named] == [
+                (name, cell) for name in names for cell, other in nouns.items() if other == name
+            ]
         num_questions[qa.topic if core else question.split()[0]] += 1
-    assert min(num_questions[name] for name in ("List", "Cell", "What", "count_of", "sideways", "upright")) >= 5
+    topics = ("List", "Cell", "Cells", "What", "count_of", "sideways", "upright")
+    assert min(num_questions[topic] for topic in topics) >= 5, num_questions
+
+
+def test_training_begins_with_lookups_of_different_items(encoder: TreeEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = TreeStream(encoder, recipe(4, lookups_until=2), 0)
+    called: list[str] = []
+
+    def remembered(name: str, *args: object) -> MosaicText:
+        called.append(name)
+        return getattr(mosaic_texts, name)(*args)
+
+    for name in ("lookup_text", "training_text"):
+        monkeypatch.setattr(language, name, partial(remembered, name))
+    for step, name in enumerate(["lookup_text", "lookup_text", "training_text", "training_text"]):
+        called.clear()
+        stream.batch(step)
+        assert set(called) == {name}
+    for seed in range(50):
+        labels = [item.label for item in distinct_scene(np.random.default_rng(seed)).items]
+        assert 2 <= len(labels) == len(set(labels)) <= 9
+        conversations = mosaic_texts.lookup_text(np.random.default_rng(seed)).conversations
+        questions = {conversation[0]["value"] for conversation in conversations}
+        assert all("Cell" in question or "的位置" in question for question in questions)
+        assert len(questions) == len(conversations) > 1
+
+
+def test_names_of_things_are_one_token_each(encoder: TreeEncoder) -> None:
+    """A name of several tokens is looked up far later: they have to be put together first."""
+    words = [f" {name}" for thing in THINGS.values() for name in (thing.en, plural(thing.en)) if " " not in name]
+    words += [thing.zh for thing in THINGS.values()]
+    assert sum(len(encoder.token_ids(word)) == 1 for word in words) >= 0.9 * len(words)
 
 
 def test_the_sign_of_unknown_things_is_the_last() -> None:
@@ -195,7 +237,9 @@ def test_a_stopped_run_continues_exactly(run_dir: Path, tmp_path: Path, tokenize
 
 
 def test_a_fresh_sign_resembles_its_names_and_no_others(encoder: TreeEncoder) -> None:
-    assert sign_names("shape red circle") == [" red circle", "红色的圆形"] and sign_names("letter ab") == ["A", "B"]
+    assert sign_names("shape red circle") == [" red circle", "红色的圆形", " red circles"] and sign_names(
+        "letter ab"
+    ) == ["A", "B"]
     torch.manual_seed(0)
     model = MosaicLanguageModel(SHAPE)
     model.language_model.get_input_embeddings().weight.data = torch.randn(2240, 256)  # wide: chance is a small number

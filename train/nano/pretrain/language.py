@@ -36,13 +36,15 @@ from train.nano.pretrain.trainer import (
     train_loop,
 )
 from train.nano.pretrain.trees import Tree, TreeBatch, TreeEncoder, fill_rows
-from train.nano.text.mosaic_texts import TextLayout, training_text
+from train.nano.text.mosaic_texts import TextLayout, lookup_text, training_text
+from train.nano.text.wording import plural
 from yi_vl.chat import render, to_text
 from yi_vl.hardware import gpu_or_cpu
 from yi_vl.processor import prepare_tokenizer
 
 TOKENIZER, SIGNS_FILE = "tokenizer", "signs.safetensors"
-_NUM_TEXTS, _NAME_REPEATS, _PROMPT_REPEATS = 4000, 40, 200  # that the tokenizer is trained on
+_NUM_TEXTS, _PROMPT_REPEATS = 4000, 200  # that the tokenizer is trained on
+_THING_REPEATS, _FLAG_REPEATS = 500, 40  # things are asked about, and are one token each where they are one word
 
 
 @dataclass
@@ -51,10 +53,11 @@ class LanguageRecipe:
 
     shape: Shape = field(default_factory=Shape)
     layout: TextLayout = field(default_factory=TextLayout)
-    loop: LoopRecipe = field(default_factory=lambda: LoopRecipe(num_steps=12_000, learning_rate=6e-4))
+    loop: LoopRecipe = field(default_factory=lambda: LoopRecipe(num_steps=12_000, learning_rate=1e-3))
     num_rows: int = 24
     row_tokens: int = 256
     noise: float = 0.2  # standard deviation of the noise on mosaics, in those of the signs
+    lookups_until: int = 500  # steps; until then all texts ask in which cell an item is
     signs_until: int = 1500  # steps; then signs and cells stay, and a tower can be matched while this goes on
     num_threads: int = 1
     num_questions: int = 100  # for each task and language, at every measurement
@@ -76,12 +79,14 @@ class TreeStream(IterableDataset[TreeBatch]):
     def batch(self, step: int) -> TreeBatch:
         recipe = self.recipe
         rng = np.random.default_rng([recipe.loop.seed, step])
-        rows = fill_rows(self._trees(rng), recipe.num_rows, recipe.row_tokens, len(self.encoder.prefix))
+        rows = fill_rows(
+            self._trees(rng, step < recipe.lookups_until), recipe.num_rows, recipe.row_tokens, len(self.encoder.prefix)
+        )
         return TreeBatch.of(rows, recipe.row_tokens, self.encoder.prefix, seed=step)
 
-    def _trees(self, rng: np.random.Generator) -> Iterator[Tree]:
+    def _trees(self, rng: np.random.Generator, are_lookups: bool) -> Iterator[Tree]:
         while True:
-            yield from self.encoder.trees(training_text(rng, self.recipe.layout))
+            yield from self.encoder.trees(lookup_text(rng) if are_lookups else training_text(rng, self.recipe.layout))
 
 
 def pretrain_language(run_dir: Path, recipe: LanguageRecipe) -> None:
@@ -159,8 +164,10 @@ def load_encoder(run_dir: Path, recipe: LanguageRecipe) -> TreeEncoder:
 def tokenizer_texts(layout: TextLayout) -> Iterator[str]:
     """Training texts without their mosaics; the prompt and all names are repeated, so that they take few tokens."""
     yield from [to_text(render([{"role": "user", "content": "?"}]))] * _PROMPT_REPEATS
-    for named in (*THINGS.values(), *FLAGS.values()):
-        yield from [f" {named.en}\n{named.zh}"] * _NAME_REPEATS
+    for thing in THINGS.values():
+        yield from [f" {thing.en}\n {plural(thing.en)}\n{thing.zh}"] * _THING_REPEATS
+    for flag in FLAGS.values():
+        yield from [f" {flag.en}\n{flag.zh}"] * _FLAG_REPEATS
     for index in range(_NUM_TEXTS):
         for turns in training_text(np.random.default_rng([1, index]), layout).conversations:
             yield from (turn["value"].replace("<image>", "") for turn in turns)

@@ -29,8 +29,8 @@ class Shape:
     width: int = 256
     num_heads: int = 4
     num_key_heads: int = 2
-    mlp_width: int = 704
-    vocab_size: int = 2048
+    mlp_width: int = 672
+    vocab_size: int = 2560
     has_cells: bool = True  # an embedding for every cell; without it only the order tells where a mosaic's token lies
 
     def __post_init__(self) -> None:
@@ -68,6 +68,9 @@ class MosaicLanguageModel(nn.Module):
         self.cells = nn.Embedding(NUM_CELLS, shape.width)
         for module in (self.lm_head, self.signs, self.cells):
             nn.init.normal_(module.weight, std=_INIT_STD)
+        for layer in self.language_model.get_submodule("layers"):
+            for name in ("self_attn.o_proj", "mlp.down_proj"):  # so that every layer begins as the identity
+                nn.init.zeros_(layer.get_parameter(f"{name}.weight"))
         self.image_token_id = shape.vocab_size
         self.has_cells = shape.has_cells
         if not shape.has_cells:

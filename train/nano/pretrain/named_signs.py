@@ -16,7 +16,7 @@ from train.nano.pretrain.mosaic_model import MosaicLanguageModel
 from train.nano.pretrain.trees import GRIDS, first_cell
 from train.nano.text.locations import COLUMNS
 from train.nano.text.mosaic import SIGN_IDS
-from train.nano.text.wording import noun
+from train.nano.text.wording import noun, plural
 
 _BOX = (0.0, 0.0, 1.0, 1.0)
 _OWN = 0.5  # of a vector's standard deviation: what it does not share with other names
@@ -47,7 +47,7 @@ def init_signs_by_name(model: MosaicLanguageModel, token_ids: Callable[[str], li
 
 
 def sign_names(sign: str) -> list[str]:
-    """The texts that name a sign: in both languages, as within a sentence, letters in capitals; none of background."""
+    """The texts that name a sign: as within a sentence, letters in capitals; none of background."""
     if sign in (BACKGROUND, UNKNOWN):
         return []
     category, _, name = sign.partition(" ")
@@ -57,7 +57,8 @@ def sign_names(sign: str) -> list[str]:
         return [name]
     colour, _, shape = name.partition(" ")
     item = Item("shape", shape, _BOX, colour) if category == "shape" else Item(category, name, _BOX)  # type: ignore[arg-type]
-    return [_within(noun(item, lang), lang) for lang in LANGS]
+    names = [_within(noun(item, lang), lang) for lang in LANGS]
+    return names if category == "flag" else [*names, _within(plural(noun(item, "en")), "en")]
 
 
 def _within(text: str, lang: Lang) -> str:

@@ -12,10 +12,11 @@ from typing import Literal
 
 import numpy as np
 
-from train.nano.data.labels import BACKGROUND, DIGITS, FLAGS, LABELS, THINGS, UNKNOWN
+from train.nano.data.labels import BACKGROUND, COLOURS, DIGITS, FLAGS, LABELS, SHAPES, THINGS, UNKNOWN
 from train.nano.data.layout import place_items, scene_items, word_width
 from train.nano.data.sample import Box, Item, Truth
 from train.nano.data.vocabulary import VOCABULARY
+from train.nano.text.wording import MAX_ITEMS
 
 _LETTER_PAIRS = sorted({f"letter {a}{b}" for word in VOCABULARY for a, b in pairwise(word)})
 _NAMES = (*(label for label in LABELS if label != UNKNOWN), *_LETTER_PAIRS, UNKNOWN)
@@ -23,6 +24,7 @@ SIGN_IDS: dict[str, int] = {label: index for index, label in enumerate(_NAMES)}
 
 Shares = dict[str, float]  # category -> fraction
 _NARROW, _WIDE = "fijlrt", "mw"
+_FRAME: Box = (0.0, 0.0, 1.0, 1.0)  # of items that have no place yet
 _COVERED = 0.4  # of a patch: then it shows the item
 _NOISY, _NOISE = 0.5, 0.25  # share of single items seen badly, and of their patches that are mistaken
 _LABELS_OF = {each: [label for label in LABELS if label.startswith(each)] for each in ("thing", "flag", "digit")}
@@ -36,10 +38,7 @@ def random_truth(rng: np.random.Generator, shares: Shares, max_items: int = 5) -
     """
     category = list(shares)[rng.choice(len(shares), p=list(shares.values()))]
     if category == "scene":
-        num_items = int(rng.integers(1, max_items + 1))
-        placed = zip(scene_items(rng, num_items), place_items(rng, num_items))
-        boxes = [(item, (x - s / 2, y - s / 2, x + s / 2, y + s / 2)) for item, (x, y, s) in placed]
-        return Truth("scene", tuple(Item(item.category, item.name, box, item.colour) for item, box in boxes))
+        return _scene(rng, scene_items(rng, int(rng.integers(1, max_items + 1))))
     if category == "unknown":
         return Truth("unknown", (Item("unknown", "", _box(rng)),))
     if category == "word":
@@ -53,6 +52,17 @@ def random_truth(rng: np.random.Generator, shares: Shares, max_items: int = 5) -
     if category == "same" and rng.random() < 0.5:
         names[1] = names[0]
     return Truth(category, tuple(Item(of, name, _box(rng)) for name in names))  # type: ignore[arg-type]
+
+
+def distinct_scene(rng: np.random.Generator) -> Truth:
+    """A random scene of two to nine items, no two alike, as many things as shapes."""
+    things = [Item("thing", name, _FRAME) for name in rng.permutation(list(THINGS))]
+    pairs = [(shape, colour) for shape in SHAPES for colour in COLOURS]
+    shapes = [Item("shape", pairs[i][0], _FRAME, pairs[i][1]) for i in rng.permutation(len(pairs))]
+    num_items = int(rng.integers(2, MAX_ITEMS + 1))
+    num_things = int(rng.integers(num_items + 1))
+    items = things[:num_things] + shapes[: num_items - num_things]
+    return _scene(rng, [items[i] for i in rng.permutation(num_items)])
 
 
 def to_cells(rng: np.random.Generator, truth: Truth, grid: int) -> list[np.ndarray] | None:
@@ -87,6 +97,12 @@ def centre_cell(item: Item, grid: int) -> tuple[int, int]:
     """The row and the column of the cell that an item's centre lies in."""
     x, y = (min(grid - 1, max(0, int(side * grid))) for side in item.centre)
     return y, x
+
+
+def _scene(rng: np.random.Generator, items: list[Item]) -> Truth:
+    placed = zip(items, place_items(rng, len(items)))
+    boxes = [(item, (x - s / 2, y - s / 2, x + s / 2, y + s / 2)) for item, (x, y, s) in placed]
+    return Truth("scene", tuple(Item(item.category, item.name, box, item.colour) for item, box in boxes))
 
 
 def _empty(grid: int) -> np.ndarray:

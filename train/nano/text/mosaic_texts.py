@@ -6,6 +6,7 @@ model computes the image tokens once for all of them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import isqrt
 
@@ -27,14 +28,14 @@ from train.nano.text.dialogue import (
     tells_heldout,
     training_questions,
 )
-from train.nano.text.locations import location_question
-from train.nano.text.mosaic import SIGN_IDS, random_truth, to_cells
+from train.nano.text.locations import location_question, lookup_question
+from train.nano.text.mosaic import SIGN_IDS, distinct_scene, random_truth, to_cells
 from train.nano.text.wording import MAX_ITEMS, class_of, noun
 
 SHARES = {"scene": 0.62, "thing": 0.09, "flag": 0.11, "digit": 0.02, "word": 0.07, "same": 0.05, "unknown": 0.04}
 _TALK, _CAPTION, _FORM, _CONVERSATION = 0.01, 0.1, 0.06, 0.06  # shares of samples; the last of a sample's conversations
-_CHOICE = 0.1  # of a sample's conversations
-_LOCATIONS = 0.3  # of a scene's conversations
+_CHOICE = 0.07  # of a sample's conversations
+_LOCATIONS = 0.4  # of a scene's conversations
 _SMALL = 0.35  # share of 4 x 4 mosaics
 CHOICES: dict[Lang, str] = {"en": "choice (MMMU)", "zh": "choice (CMMMU)"}
 TASKS = ("counting", "comparing", "left/right", "above/below", *CHOICES.values())
@@ -85,7 +86,22 @@ def training_text(rng: np.random.Generator, layout: TextLayout, max_conversation
         _training_conversation(rng, truth, isqrt(len(cells[0])), layout)
         for _ in range(_num_conversations(truth, max_conversations))
     ]
-    return MosaicText(cells, [each for each in conversations if each])
+    return MosaicText(cells, _distinct([each for each in conversations if each]))
+
+
+def lookup_text(rng: np.random.Generator, max_conversations: int = 12) -> MosaicText:
+    """A random scene of different items, and the cells of them.
+
+    Training begins with these: they have many times the lookups by name of other texts, without which a language model
+    takes thousands of steps to look up any.
+    """
+    truth, cells = _placed(rng, distinct_scene)
+    conversations = []
+    for _ in range(max_conversations):
+        lang = LANGS[rng.integers(2)]
+        if question := lookup_question(rng, truth, isqrt(len(cells[0])), lang):
+            conversations.append(_turns("<image>\n" + question[0], question[1]))
+    return MosaicText(cells, _distinct(conversations))
 
 
 def heldout_questions(layout: TextLayout, num_per_task: int, seed: int = 20240122) -> list[TextQuestion]:
@@ -126,12 +142,24 @@ def _add(
 def _random_mosaic(
     rng: np.random.Generator, category: str = "", small: float = _SMALL
 ) -> tuple[Truth, tuple[tuple[int, ...], ...]]:
+    shares = {category: 1.0} if category else SHARES
+    return _placed(rng, lambda rng: random_truth(rng, shares, MAX_ITEMS), small)
+
+
+def _placed(
+    rng: np.random.Generator, random: Callable[[np.random.Generator], Truth], small: float = _SMALL
+) -> tuple[Truth, tuple[tuple[int, ...], ...]]:
+    """A random truth that a mosaic can show, and the mosaics' cells."""
     grid = 4 if rng.random() < small else 8
     while True:
-        truth = random_truth(rng, {category: 1.0} if category else SHARES, MAX_ITEMS)
+        truth = random(rng)
         cells = to_cells(rng, truth, grid)
         if cells is not None:
             return truth, tuple(tuple(SIGN_IDS[label] for label in each.flat) for each in cells)
+
+
+def _distinct(conversations: list[list[Turn]]) -> list[list[Turn]]:
+    return [each for index, each in enumerate(conversations) if each not in conversations[:index]]
 
 
 def _num_conversations(truth: Truth, most: int) -> int:
