@@ -113,7 +113,7 @@ def test_no_training_text_asks_a_held_out_question() -> None:
     heldout = {combination for combination in combinations if is_heldout(combination)}
     assert 0.05 < len(heldout) / len(combinations) < 0.25
     questions = heldout_questions(TextLayout(), 20)
-    assert {each.task for each in questions} == set(TASKS) and len(questions) == 20 * 10
+    assert {each.task for each in questions} == set(TASKS) and len(questions) == 20 * 12
 
 
 def test_with_every_combination_held_out_no_training_text_counts_or_compares(monkeypatch: pytest.MonkeyPatch) -> None:

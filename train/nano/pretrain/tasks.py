@@ -56,7 +56,7 @@ def task_scores(scored: Iterable[Scored]) -> dict[str, float]:
 
 @torch.inference_mode()
 def greedy_answers(
-    model: MosaicLanguageModel, encoder: TreeEncoder, texts: Sequence[MosaicText], max_new_tokens: int = 24
+    model: MosaicLanguageModel, encoder: TreeEncoder, texts: Sequence[MosaicText], max_new_tokens: int = 48
 ) -> list[list[int]]:
     """The ids that greedy decoding gives for each conversation's first question, up to a line break's separator."""
     prompts = [encoder.prompt(text) for text in texts]

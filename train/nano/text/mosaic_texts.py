@@ -38,7 +38,7 @@ _CHOICE = 0.07  # of a sample's conversations
 _LOCATIONS = 0.4  # of a scene's conversations
 _SMALL = 0.35  # share of 4 x 4 mosaics
 CHOICES: dict[Lang, str] = {"en": "choice (MMMU)", "zh": "choice (CMMMU)"}
-TASKS = ("counting", "comparing", "left/right", "above/below", *CHOICES.values())
+TASKS = ("counting", "comparing", "left/right", "above/below", *CHOICES.values(), "cells")
 
 
 @dataclass(frozen=True)
@@ -105,14 +105,20 @@ def lookup_text(rng: np.random.Generator, max_conversations: int = 12) -> Mosaic
 
 
 def heldout_questions(layout: TextLayout, num_per_task: int, seed: int = 20240122) -> list[TextQuestion]:
-    """As many questions for each of `TASKS` and both languages, about 8 x 8 mosaics, of held-out combinations only."""
+    """As many questions for each of `TASKS` and both languages, about 8 x 8 mosaics.
+
+    They are of held-out combinations only, but for "cells", which asks in which cells items of a scene are.
+    """
     questions: dict[tuple[str, Lang], list[TextQuestion]] = {
-        (task, lang): [] for task in TASKS for lang in LANGS if task in (CHOICES[lang], *TASKS[:4])
+        (task, lang): [] for task in TASKS for lang in LANGS if task not in set(CHOICES.values()) - {CHOICES[lang]}
     }
     rng = np.random.default_rng(seed)
     while any(len(each) < num_per_task for each in questions.values()):
         truth, cells = _random_mosaic(rng, category="scene", small=0.0)
         for lang in LANGS:
+            if len(truth.items) > 1 and (lookup := lookup_question(rng, truth, 8, lang)):
+                turns = _turns(_with_image(lookup[0], "<image>", layout), lookup[1])
+                _add(questions, "cells", lang, cells, turns, num_per_task)
             candidates = [
                 *all_questions(rng, truth, lang, measured=True),
                 *comparisons(rng, truth, lang, measured=True),
