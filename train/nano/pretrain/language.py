@@ -36,7 +36,7 @@ from train.nano.pretrain.trainer import (
     train_loop,
 )
 from train.nano.pretrain.trees import Tree, TreeBatch, TreeEncoder, fill_rows
-from train.nano.text.mosaic_texts import TextLayout, lookup_text, training_text
+from train.nano.text.mosaic_texts import TextLayout, list_text, training_text
 from train.nano.text.wording import plural
 from yi_vl.chat import render, to_text
 from yi_vl.hardware import gpu_or_cpu
@@ -57,7 +57,7 @@ class LanguageRecipe:
     num_rows: int = 24
     row_tokens: int = 256
     noise: float = 0.2  # standard deviation of the noise on mosaics, in those of the signs
-    lookups_until: int = 500  # steps; until then all texts ask in which cell an item is
+    lists_until: int = 1000  # steps; until then all texts are questions about several items at once
     signs_until: int = 1500  # steps; then signs and cells stay, and a tower can be matched while this goes on
     num_threads: int = 1
     num_questions: int = 100  # for each task and language, at every measurement
@@ -80,13 +80,13 @@ class TreeStream(IterableDataset[TreeBatch]):
         recipe = self.recipe
         rng = np.random.default_rng([recipe.loop.seed, step])
         rows = fill_rows(
-            self._trees(rng, step < recipe.lookups_until), recipe.num_rows, recipe.row_tokens, len(self.encoder.prefix)
+            self._trees(rng, step < recipe.lists_until), recipe.num_rows, recipe.row_tokens, len(self.encoder.prefix)
         )
         return TreeBatch.of(rows, recipe.row_tokens, self.encoder.prefix, seed=step)
 
-    def _trees(self, rng: np.random.Generator, are_lookups: bool) -> Iterator[Tree]:
+    def _trees(self, rng: np.random.Generator, are_lists: bool) -> Iterator[Tree]:
         while True:
-            yield from self.encoder.trees(lookup_text(rng) if are_lookups else training_text(rng, self.recipe.layout))
+            yield from self.encoder.trees(list_text(rng) if are_lists else training_text(rng, self.recipe.layout))
 
 
 def pretrain_language(run_dir: Path, recipe: LanguageRecipe) -> None:

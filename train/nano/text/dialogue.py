@@ -32,6 +32,7 @@ from train.nano.text.wording import (
     sentence,
     several,
     shown,
+    uncoloured,
     with_article,
 )
 
@@ -97,7 +98,7 @@ def training_questions(rng: np.random.Generator, truth: Truth, lang: Lang, skips
 def comparisons(rng: np.random.Generator, truth: Truth, lang: Lang, measured: bool = False) -> list[QAPair]:
     """ "Are there more dogs or more cats?" for every two classes of a scene of which there are not equally many."""
     counts = Counter(class_of(item) for item in truth.items)
-    examples = [_uncoloured(item) for item in {class_of(item): item for item in truth.items}.values()]
+    examples = [uncoloured(item) for item in {class_of(item): item for item in truth.items}.values()]
     questions = []
     for first, second in permutations(filter(is_countable, examples), 2):
         more = max(first, second, key=lambda item: counts[class_of(item)])
@@ -237,7 +238,7 @@ def _scene_questions(rng: np.random.Generator, truth: Truth, lang: Lang, measure
     for name, count in Counter(class_of(item) for item in items).items():
         example = next(item for item in items if class_of(item) == name)
         if is_countable(example):
-            counted = [_uncoloured(example)] * count
+            counted = [uncoloured(example)] * count
             name_en, name = noun(counted[0], "en"), noun(counted[0], lang)
             add("count_of", counted, *count_phrase(count, lang), p=plural(name_en), x=name)
     shapes = [item for item in items if item.category == "shape"]
@@ -313,7 +314,7 @@ def _alternatives(qa: QAPair, truth: Truth, lang: Lang, measured: bool) -> list[
         most = MAX_ITEMS if len(truth.items) > MOST_MEASURED or not measured else MOST_MEASURED
         return [count_phrase(number, lang)[1] for number in range(1, most + 1)]
     if qa.topic == "more":
-        return list(dict.fromkeys(_counted(_uncoloured(item), lang) for item in truth.items if is_countable(item)))
+        return list(dict.fromkeys(_counted(uncoloured(item), lang) for item in truth.items if is_countable(item)))
     if qa.topic == "colour":
         return list(COLOURS) if english else [chinese for chinese, _ in COLOURS.values()]
     if qa.topic == "shape":
@@ -323,10 +324,6 @@ def _alternatives(qa: QAPair, truth: Truth, lang: Lang, measured: bool) -> list[
     if qa.topic == "same":
         return ["Yes", "No"] if english else ["是", "否"]
     return [noun(Item("shape", shape, (0, 0, 1, 1), colour), lang) for shape in SHAPES for colour in COLOURS]
-
-
-def _uncoloured(item: Item) -> Item:
-    return Item(item.category, item.name, item.box)
 
 
 def _counted(item: Item, lang: Lang) -> str:

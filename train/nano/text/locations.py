@@ -18,11 +18,9 @@ from train.nano.text.wording import class_of, noun
 
 COLUMNS = "ABCDEFGH"
 _LISTS: dict[Lang, str] = {"en": "List the items with their cells.", "zh": "列出所有东西和位置。"}
-_CELLS: dict[Lang, str] = {"en": "Cells of {x}?", "zh": "{x}的位置？"}
 _FIND: dict[Lang, str] = {"en": "Cell of the {x}?", "zh": "{x}的位置？"}
 _NAME: dict[Lang, str] = {"en": "What is in {x}?", "zh": "{x}里是什么？"}
 _STEPS: dict[Lang, str] = {"en": "{x} First name the cells.", "zh": "{x}先说位置。"}
-_COMMAS: dict[Lang, str] = {"en": ", ", "zh": "，"}
 _COLONS: dict[Lang, str] = {"en": ": ", "zh": "："}
 
 
@@ -40,33 +38,28 @@ def location_question(rng: np.random.Generator, truth: Truth, grid: int, lang: L
     """
     draw = rng.random()
     items = sorted(truth.items, key=lambda item: centre_cell(item, grid))
-    if draw < 0.5 and (lookup := lookup_question(rng, truth, grid, lang)):
-        return lookup
-    if draw < 0.65:
+    counts = Counter(item.label for item in items)
+    unique = [item for item in items if counts[item.label] == 1]
+    if draw < 0.3 and unique:
+        item = unique[rng.integers(len(unique))]
+        return _FIND[lang].format(x=noun(item, lang)), cell_name(item, grid)
+    if draw < 0.5:
         return _LISTS[lang], _listed(items, grid, lang)
-    if draw < 0.8 or not qa.combination:  # a colour or a shape
+    if draw < 0.75 or not qa.combination:  # a colour or a shape
         item = items[rng.integers(len(items))]
         return _NAME[lang].format(x=cell_name(item, grid)), noun(item, lang)
     cells = _listed(_asked_about(qa, items), grid, lang)
     return _STEPS[lang].format(x=qa.question), cells + _COLONS[lang] + qa.core
 
 
-def lookup_question(rng: np.random.Generator, truth: Truth, grid: int, lang: Lang) -> tuple[str, str] | None:
-    """A question for the cells of named items, in any order, or for that of one; None where no item is alone."""
-    counts = Counter(item.label for item in truth.items)
-    unique = [item for item in truth.items if counts[item.label] == 1]
-    if not unique:
-        return None
-    items = [unique[i] for i in rng.permutation(len(unique))]
-    if len(items) > 1 and rng.random() < 0.6:
-        names = _COMMAS[lang].join(noun(item, lang) for item in items)
-        return _CELLS[lang].format(x=names), _listed(items, grid, lang)
-    return _FIND[lang].format(x=noun(items[0], lang)), cell_name(items[0], grid)
+def commas(lang: Lang) -> tuple[str, str]:
+    """What stands between the entries of a list, and between a name and what follows it."""
+    return (", ", " ") if lang == "en" else ("，", "")
 
 
 def _listed(items: list[Item], grid: int, lang: Lang) -> str:
-    space = " " if lang == "en" else ""
-    return _COMMAS[lang].join(f"{noun(item, lang)}{space}{cell_name(item, grid)}" for item in items)
+    comma, space = commas(lang)
+    return comma.join(f"{noun(item, lang)}{space}{cell_name(item, grid)}" for item in items)
 
 
 def _asked_about(qa: QAPair, items: list[Item]) -> list[Item]:

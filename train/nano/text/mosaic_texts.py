@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from math import isqrt
 
 import numpy as np
@@ -28,14 +29,15 @@ from train.nano.text.dialogue import (
     tells_heldout,
     training_questions,
 )
-from train.nano.text.locations import location_question, lookup_question
+from train.nano.text.lists import list_cells, list_question
+from train.nano.text.locations import location_question
 from train.nano.text.mosaic import SIGN_IDS, distinct_scene, random_truth, to_cells
 from train.nano.text.wording import MAX_ITEMS, class_of, noun
 
 SHARES = {"scene": 0.62, "thing": 0.09, "flag": 0.11, "digit": 0.02, "word": 0.07, "same": 0.05, "unknown": 0.04}
 _TALK, _CAPTION, _FORM, _CONVERSATION = 0.01, 0.1, 0.06, 0.06  # shares of samples; the last of a sample's conversations
 _CHOICE = 0.07  # of a sample's conversations
-_LOCATIONS = 0.4  # of a scene's conversations
+_LOCATIONS, _LISTS = 0.2, 0.25  # of a scene's conversations
 _SMALL = 0.35  # share of 4 x 4 mosaics
 CHOICES: dict[Lang, str] = {"en": "choice (MMMU)", "zh": "choice (CMMMU)"}
 TASKS = ("counting", "comparing", "left/right", "above/below", *CHOICES.values(), "cells")
@@ -89,19 +91,18 @@ def training_text(rng: np.random.Generator, layout: TextLayout, max_conversation
     return MosaicText(cells, _distinct([each for each in conversations if each]))
 
 
-def lookup_text(rng: np.random.Generator, max_conversations: int = 12) -> MosaicText:
-    """A random scene of different items, and the cells of them.
+def list_text(rng: np.random.Generator, max_conversations: int = 12) -> MosaicText:
+    """A random scene, often of different items, and questions about many of them at once.
 
-    Training begins with these: they have many times the lookups by name of other texts, without which a language model
-    takes thousands of steps to look up any.
+    Training begins with these: they have many times the lookups of other texts, without which a language model takes
+    thousands of steps to look up anything by its name.
     """
-    truth, cells = _placed(rng, distinct_scene)
-    conversations = []
-    for _ in range(max_conversations):
-        lang = LANGS[rng.integers(2)]
-        if question := lookup_question(rng, truth, isqrt(len(cells[0])), lang):
-            conversations.append(_turns("<image>\n" + question[0], question[1]))
-    return MosaicText(cells, _distinct(conversations))
+    shares = {"scene": 1.0}
+    draw = distinct_scene if rng.random() < 0.4 else partial(random_truth, shares=shares, max_items=MAX_ITEMS)
+    truth, cells = _placed(rng, draw)
+    grid = isqrt(len(cells[0]))
+    questions = [list_question(rng, truth, grid, LANGS[rng.integers(2)]) for _ in range(max_conversations)]
+    return MosaicText(cells, _distinct([_turns("<image>\n" + each[0], each[1]) for each in questions if each]))
 
 
 def heldout_questions(layout: TextLayout, num_per_task: int, seed: int = 20240122) -> list[TextQuestion]:
@@ -116,8 +117,8 @@ def heldout_questions(layout: TextLayout, num_per_task: int, seed: int = 2024012
     while any(len(each) < num_per_task for each in questions.values()):
         truth, cells = _random_mosaic(rng, category="scene", small=0.0)
         for lang in LANGS:
-            if len(truth.items) > 1 and (lookup := lookup_question(rng, truth, 8, lang)):
-                turns = _turns(_with_image(lookup[0], "<image>", layout), lookup[1])
+            if len(truth.items) > 1 and (listed := list_cells(rng, truth, 8, lang)):
+                turns = _turns(_with_image(listed[0], "<image>", layout), listed[1])
                 _add(questions, "cells", lang, cells, turns, num_per_task)
             candidates = [
                 *all_questions(rng, truth, lang, measured=True),
@@ -149,7 +150,7 @@ def _random_mosaic(
     rng: np.random.Generator, category: str = "", small: float = _SMALL
 ) -> tuple[Truth, tuple[tuple[int, ...], ...]]:
     shares = {category: 1.0} if category else SHARES
-    return _placed(rng, lambda rng: random_truth(rng, shares, MAX_ITEMS), small)
+    return _placed(rng, partial(random_truth, shares=shares, max_items=MAX_ITEMS), small)
 
 
 def _placed(
@@ -182,8 +183,9 @@ def _training_conversation(rng: np.random.Generator, truth: Truth, grid: int, la
     if draw < _CONVERSATION and not layout.image_last:
         return conversation(rng, truth, max_turns=3, skips_heldout=True)
     qa = _one_of_each_topic(rng, questions)
-    if truth.category == "scene" and layout.has_locations and draw > 1 - _LOCATIONS:
-        question, answer = location_question(rng, truth, grid, lang, qa)
+    if truth.category == "scene" and layout.has_locations and draw > 1 - _LOCATIONS - _LISTS:
+        listed = list_question(rng, truth, grid, lang) if draw < 1 - _LOCATIONS else None
+        question, answer = listed or location_question(rng, truth, grid, lang, qa)
         return _turns(_with_image(question, "<image>", layout), answer)
     if draw < _CONVERSATION + _CHOICE and truth.category not in ("same", "unknown"):
         chosen, options = as_choice(rng, qa, truth)

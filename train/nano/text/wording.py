@@ -44,6 +44,10 @@ def class_of(item: Item) -> str:
     return f"{item.category} {item.name}"
 
 
+def uncoloured(item: Item) -> Item:
+    return Item(item.category, item.name, item.box)
+
+
 def is_countable(item: Item) -> bool:
     return item.category == "shape" or bool(THINGS[item.name].article)
 
