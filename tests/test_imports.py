@@ -42,7 +42,8 @@ NANO_LAYERS = (
     {"data"},
     {"text"},
     {"data.shards"},
-    {"pretrain", "measure"},
+    {"pretrain"},
+    {"measure"},
     {"connectors", "tiles"},
     {"__main__"},
 )
