@@ -19,6 +19,7 @@ from train.mixture.design import (
     share_caps,
     tried_points,
 )
+from train.mixture.plots import draw_verdict
 from train.mixture.regression import best_point, features, fit_ridge, leave_one_out, spearman
 from train.mixture.verdict import judge, no_prediction, yaml_lines
 
@@ -203,6 +204,20 @@ def test_only_a_gain_of_two_standard_errors_is_recommended() -> None:
     assert not judge(equal, equal).is_recommended
     assert "diverged" in judge(equal, [0.5, 0.5, None]).reason
     assert "diverged" in judge([None, 1.0], [0.5, 0.5]).reason
+
+
+def test_the_picture_of_the_verdict_joins_the_runs_of_one_seed() -> None:
+    def seeds_joined(losses: dict[str, list[float | None]]) -> list[list[float]]:
+        runs = [
+            {"name": f"verdict-{name}-seed-{seed}", "loss": loss}
+            for name, of_seeds in losses.items()
+            for seed, loss in enumerate(of_seeds)
+        ]
+        (axes,) = draw_verdict({"runs": runs}).axes
+        return [list(line.get_ydata()) for line in axes.lines if line.get_color() == "grey"]
+
+    assert sorted(seeds_joined({"equal": [1.0, 1.2, None], "best-of-9": [0.9, 1.3, 1.4]})) == [[1.0, 0.9], [1.2, 1.3]]
+    assert seeds_joined({"equal": [None, None], "best-of-9": [None, None]}) == []  # all diverged: an empty picture
 
 
 def test_the_printed_lines_are_yaml_of_a_training_config() -> None:

@@ -112,7 +112,7 @@ def draw_verdict(results: dict[str, Any]) -> Figure:
             groups.setdefault(name, {})[seed] = run["loss"]
     for position, losses in enumerate(groups.values()):
         _draw_group(axes, position, list(losses.values()))
-    for seed in set.intersection(*map(set, groups.values())):
+    for seed in set.intersection(*map(set, groups.values())) if groups else ():  # all runs may have diverged
         axes.plot(range(len(groups)), [losses[seed] for losses in groups.values()], color="grey", linewidth=0.8)
     axes.set_xticks(range(len(groups)), list(groups))
     axes.set_xlim(-0.6, len(groups) - 0.4)

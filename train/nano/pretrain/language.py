@@ -10,7 +10,7 @@ D language width.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,7 +36,7 @@ from train.nano.pretrain.trainer import (
     train_loop,
 )
 from train.nano.pretrain.trees import Tree, TreeBatch, TreeEncoder, fill_rows
-from train.nano.text.mosaic_texts import TextLayout, list_text, training_text
+from train.nano.text.mosaic_texts import MosaicText, TextLayout, list_text, training_text
 from train.nano.text.wording import plural
 from yi_vl.chat import render, to_text
 from yi_vl.hardware import gpu_or_cpu
@@ -79,14 +79,15 @@ class TreeStream(IterableDataset[TreeBatch]):
     def batch(self, step: int) -> TreeBatch:
         recipe = self.recipe
         rng = np.random.default_rng([recipe.loop.seed, step])
-        rows = fill_rows(
-            self._trees(rng, step < recipe.lists_until), recipe.num_rows, recipe.row_tokens, len(self.encoder.prefix)
-        )
+        draw = list_text if step < recipe.lists_until else training_text
+        rows = fill_rows(self._trees(rng, draw), recipe.num_rows, recipe.row_tokens, len(self.encoder.prefix))
         return TreeBatch.of(rows, recipe.row_tokens, self.encoder.prefix, seed=step)
 
-    def _trees(self, rng: np.random.Generator, are_lists: bool) -> Iterator[Tree]:
+    def _trees(
+        self, rng: np.random.Generator, draw: Callable[[np.random.Generator, TextLayout], MosaicText]
+    ) -> Iterator[Tree]:
         while True:
-            yield from self.encoder.trees(list_text(rng) if are_lists else training_text(rng, self.recipe.layout))
+            yield from self.encoder.trees(draw(rng, self.recipe.layout))
 
 
 def pretrain_language(run_dir: Path, recipe: LanguageRecipe) -> None:

@@ -1,4 +1,4 @@
-"""Signs and cells begin as what their names are made of: a dog's sign as the mean direction of "dog" and "狗".
+"""Signs and cells begin as what their names are made of: a dog's sign as the mean direction of "dog", "dogs" and "狗".
 
 What an image shows then resembles the words that ask about it, as a trained projector's output would, and a language
 model need not learn hundreds of pairs of sign and word one by one before it can look anything up.

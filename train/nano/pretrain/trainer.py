@@ -29,10 +29,11 @@ from yi_vl.files import atomic_path, read_json_lines, write_json_lines, write_te
 STATE, LOG, RECIPE = "state.pt", "log.jsonl", "recipe.json"
 Batch = TypeVar("Batch")  # a dataclass of tensors
 Recipe = TypeVar("Recipe")
+# When a run is continued.
 _MAY_CHANGE = {
     "num_steps", "save_every", "measure_every", "num_workers", "num_threads", "num_questions",
     "lists_until", "signs_until",
-}  # fmt: skip  # when a run is continued
+}  # fmt: skip
 _SMOOTH_STEPS = 50
 
 

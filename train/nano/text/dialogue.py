@@ -33,6 +33,7 @@ from train.nano.text.wording import (
     several,
     shown,
     uncoloured,
+    unique_items,
     with_article,
 )
 
@@ -250,7 +251,7 @@ def _scene_questions(rng: np.random.Generator, truth: Truth, lang: Lang, measure
             add("colour", [item], f"It is {colour}." if english else f"它是{colour}的。", colour, s=shape)
         if sum(other.colour == item.colour for other in shapes) == 1:
             add("shape", [item], f"It is {a_or_an(shape)}." if english else f"它是{shape}。", shape, c=colour)
-    unique = [item for item in items if sum(other.label == item.label for other in items) == 1]
+    unique = unique_items(items)
     for item in unique:
         for where in DIRECTIONS:
             other = neighbour(items, item, where)

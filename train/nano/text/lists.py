@@ -6,16 +6,26 @@ For pretraining only: such an answer has several lookups by name, where an answe
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from functools import partial
 
 import numpy as np
 
 from train.nano.data.labels import Lang
 from train.nano.data.layout import DIRECTIONS, direction
-from train.nano.data.sample import Item, Truth
+from train.nano.data.sample import Truth
 from train.nano.text.combinations import combine, is_heldout
-from train.nano.text.locations import cell_name, commas
-from train.nano.text.wording import class_of, count_phrase, is_countable, noun, plural, uncoloured
+from train.nano.text.locations import cell_name
+from train.nano.text.wording import (
+    COMMAS,
+    class_of,
+    count_phrase,
+    entries,
+    is_countable,
+    noun,
+    plural,
+    uncoloured,
+    unique_items,
+)
 
 _CELLS: dict[Lang, str] = {"en": "Cells of {x}?", "zh": "{x}的位置？"}
 _COUNTS: dict[Lang, str] = {"en": "How many of each: {x}?", "zh": "各有几个：{x}？"}
@@ -28,17 +38,18 @@ _DIRECTIONS: dict[Lang, dict[str, str]] = {
 
 def list_question(rng: np.random.Generator, truth: Truth, grid: int, lang: Lang) -> tuple[str, str] | None:
     """A random question and its answer, without held-out combinations; None where there is nothing to ask."""
-    makers = [list_cells, _sides, _counts, _counts]  # not every scene has something to count
-    questions = (makers[i](rng, truth, grid, lang) for i in rng.permutation(len(makers)))
+    makers = [partial(list_cells, grid=grid), _sides, _counts, _counts]  # not every scene has something to count
+    questions = (makers[i](rng, truth, lang) for i in rng.permutation(len(makers)))
     return next((question for question in questions if question), None)
 
 
-def list_cells(rng: np.random.Generator, truth: Truth, grid: int, lang: Lang) -> tuple[str, str] | None:
+def list_cells(rng: np.random.Generator, truth: Truth, lang: Lang, grid: int) -> tuple[str, str] | None:
     """In which cell every item is that is there once; None where none is."""
-    return _listed(rng, _CELLS[lang], ((noun(item, lang), cell_name(item, grid)) for item in _unique(truth)), lang)
+    pairs = [(noun(item, lang), cell_name(item, grid)) for item in unique_items(truth.items)]
+    return _listed(rng, _CELLS[lang], pairs, lang)
 
 
-def _counts(rng: np.random.Generator, truth: Truth, grid: int, lang: Lang) -> tuple[str, str] | None:
+def _counts(rng: np.random.Generator, truth: Truth, lang: Lang) -> tuple[str, str] | None:
     """How many there are of every class; None where there is one of each."""
     counts = Counter(class_of(item) for item in truth.items)
     if max(counts.values()) == 1:
@@ -52,9 +63,9 @@ def _counts(rng: np.random.Generator, truth: Truth, grid: int, lang: Lang) -> tu
     return _listed(rng, _COUNTS[lang], pairs, lang)
 
 
-def _sides(rng: np.random.Generator, truth: Truth, grid: int, lang: Lang) -> tuple[str, str] | None:
+def _sides(rng: np.random.Generator, truth: Truth, lang: Lang) -> tuple[str, str] | None:
     """On which side of one item the others are that are clearly on one."""
-    unique = _unique(truth)
+    unique = unique_items(truth.items)
     if not unique:
         return None
     of = unique[rng.integers(len(unique))]
@@ -64,22 +75,15 @@ def _sides(rng: np.random.Generator, truth: Truth, grid: int, lang: Lang) -> tup
         topic = "sideways" if where in ("left", "right") else "upright"
         if where and not is_heldout(combine(topic, [item, of])):
             pairs.append((noun(item, lang), _DIRECTIONS[lang][where]))
-    return _listed(rng, _SIDES[lang].replace("{y}", noun(of, lang)), pairs, lang)
-
-
-def _unique(truth: Truth) -> list[Item]:
-    counts = Counter(item.label for item in truth.items)
-    return [item for item in truth.items if counts[item.label] == 1]
+    return _listed(rng, _SIDES[lang], pairs, lang, y=noun(of, lang))
 
 
 def _listed(
-    rng: np.random.Generator, question: str, pairs: Iterable[tuple[str, str]], lang: Lang
+    rng: np.random.Generator, question: str, pairs: list[tuple[str, str]], lang: Lang, **words: str
 ) -> tuple[str, str] | None:
     """The question for names and the answer that gives what belongs to each, in the same random order."""
-    pairs = list(pairs)
     if not pairs:
         return None
     chosen = [pairs[i] for i in rng.permutation(len(pairs))]
-    comma, space = commas(lang)
-    answer = comma.join(f"{name}{space}{value}" for name, value in chosen)
-    return question.format(x=comma.join(name for name, _ in chosen)), answer
+    names = COMMAS[lang].join(name for name, _ in chosen)
+    return question.format(x=names, **words), entries(chosen, lang)

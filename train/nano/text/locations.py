@@ -6,15 +6,13 @@ to find items, and then to compare and to count them.
 
 from __future__ import annotations
 
-from collections import Counter
-
 import numpy as np
 
 from train.nano.data.labels import Lang
 from train.nano.data.sample import Item, Truth
 from train.nano.text.dialogue import QAPair
 from train.nano.text.mosaic import centre_cell
-from train.nano.text.wording import class_of, noun
+from train.nano.text.wording import class_of, entries, noun, unique_items
 
 COLUMNS = "ABCDEFGH"
 _LISTS: dict[Lang, str] = {"en": "List the items with their cells.", "zh": "列出所有东西和位置。"}
@@ -38,28 +36,21 @@ def location_question(rng: np.random.Generator, truth: Truth, grid: int, lang: L
     """
     draw = rng.random()
     items = sorted(truth.items, key=lambda item: centre_cell(item, grid))
-    counts = Counter(item.label for item in items)
-    unique = [item for item in items if counts[item.label] == 1]
+    unique = unique_items(items)
     if draw < 0.3 and unique:
         item = unique[rng.integers(len(unique))]
         return _FIND[lang].format(x=noun(item, lang)), cell_name(item, grid)
     if draw < 0.5:
-        return _LISTS[lang], _listed(items, grid, lang)
+        return _LISTS[lang], _with_cells(items, grid, lang)
     if draw < 0.75 or not qa.combination:  # a colour or a shape
         item = items[rng.integers(len(items))]
         return _NAME[lang].format(x=cell_name(item, grid)), noun(item, lang)
-    cells = _listed(_asked_about(qa, items), grid, lang)
+    cells = _with_cells(_asked_about(qa, items), grid, lang)
     return _STEPS[lang].format(x=qa.question), cells + _COLONS[lang] + qa.core
 
 
-def commas(lang: Lang) -> tuple[str, str]:
-    """What stands between the entries of a list, and between a name and what follows it."""
-    return (", ", " ") if lang == "en" else ("，", "")
-
-
-def _listed(items: list[Item], grid: int, lang: Lang) -> str:
-    comma, space = commas(lang)
-    return comma.join(f"{noun(item, lang)}{space}{cell_name(item, grid)}" for item in items)
+def _with_cells(items: list[Item], grid: int, lang: Lang) -> str:
+    return entries([(noun(item, lang), cell_name(item, grid)) for item in items], lang)
 
 
 def _asked_about(qa: QAPair, items: list[Item]) -> list[Item]:

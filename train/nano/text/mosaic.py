@@ -30,7 +30,7 @@ _NOISY, _NOISE = 0.5, 0.25  # share of single items seen badly, and of their pat
 _LABELS_OF = {each: [label for label in LABELS if label.startswith(each)] for each in ("thing", "flag", "digit")}
 
 
-def random_truth(rng: np.random.Generator, shares: Shares, max_items: int = 5) -> Truth:
+def random_truth(rng: np.random.Generator, shares: Shares, max_items: int = MAX_ITEMS) -> Truth:
     """A random ground truth, without drawing an image of it.
 
     Args:
@@ -55,7 +55,7 @@ def random_truth(rng: np.random.Generator, shares: Shares, max_items: int = 5) -
 
 
 def distinct_scene(rng: np.random.Generator) -> Truth:
-    """A random scene of two to nine items, no two alike, as many things as shapes."""
+    """A random scene of two to nine items, no two alike, things and shapes in any proportion."""
     things = [Item("thing", name, _FRAME) for name in rng.permutation(list(THINGS))]
     pairs = [(shape, colour) for shape in SHAPES for colour in COLOURS]
     shapes = [Item("shape", pairs[i][0], _FRAME, pairs[i][1]) for i in rng.permutation(len(pairs))]

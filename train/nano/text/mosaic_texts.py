@@ -32,7 +32,7 @@ from train.nano.text.dialogue import (
 from train.nano.text.lists import list_cells, list_question
 from train.nano.text.locations import location_question
 from train.nano.text.mosaic import SIGN_IDS, distinct_scene, random_truth, to_cells
-from train.nano.text.wording import MAX_ITEMS, class_of, noun
+from train.nano.text.wording import class_of, noun
 
 SHARES = {"scene": 0.62, "thing": 0.09, "flag": 0.11, "digit": 0.02, "word": 0.07, "same": 0.05, "unknown": 0.04}
 _TALK, _CAPTION, _FORM, _CONVERSATION = 0.01, 0.1, 0.06, 0.06  # shares of samples; the last of a sample's conversations
@@ -91,18 +91,16 @@ def training_text(rng: np.random.Generator, layout: TextLayout, max_conversation
     return MosaicText(cells, _distinct([each for each in conversations if each]))
 
 
-def list_text(rng: np.random.Generator, max_conversations: int = 12) -> MosaicText:
+def list_text(rng: np.random.Generator, layout: TextLayout, max_conversations: int = 12) -> MosaicText:
     """A random scene, often of different items, and questions about many of them at once.
 
     Training begins with these: they have many times the lookups of other texts, without which a language model takes
     thousands of steps to look up anything by its name.
     """
-    shares = {"scene": 1.0}
-    draw = distinct_scene if rng.random() < 0.4 else partial(random_truth, shares=shares, max_items=MAX_ITEMS)
-    truth, cells = _placed(rng, draw)
+    truth, cells = _placed(rng, distinct_scene) if rng.random() < 0.4 else _random_mosaic(rng, category="scene")
     grid = isqrt(len(cells[0]))
     questions = [list_question(rng, truth, grid, LANGS[rng.integers(2)]) for _ in range(max_conversations)]
-    return MosaicText(cells, _distinct([_turns("<image>\n" + each[0], each[1]) for each in questions if each]))
+    return MosaicText(cells, _distinct([_listed(each, layout) for each in questions if each]))
 
 
 def heldout_questions(layout: TextLayout, num_per_task: int, seed: int = 20240122) -> list[TextQuestion]:
@@ -117,9 +115,8 @@ def heldout_questions(layout: TextLayout, num_per_task: int, seed: int = 2024012
     while any(len(each) < num_per_task for each in questions.values()):
         truth, cells = _random_mosaic(rng, category="scene", small=0.0)
         for lang in LANGS:
-            if len(truth.items) > 1 and (listed := list_cells(rng, truth, 8, lang)):
-                turns = _turns(_with_image(listed[0], "<image>", layout), listed[1])
-                _add(questions, "cells", lang, cells, turns, num_per_task)
+            if len(truth.items) > 1 and (listed := list_cells(rng, truth, lang, 8)):
+                _add(questions, "cells", lang, cells, _listed(listed, layout), num_per_task)
             candidates = [
                 *all_questions(rng, truth, lang, measured=True),
                 *comparisons(rng, truth, lang, measured=True),
@@ -150,7 +147,7 @@ def _random_mosaic(
     rng: np.random.Generator, category: str = "", small: float = _SMALL
 ) -> tuple[Truth, tuple[tuple[int, ...], ...]]:
     shares = {category: 1.0} if category else SHARES
-    return _placed(rng, partial(random_truth, shares=shares, max_items=MAX_ITEMS), small)
+    return _placed(rng, partial(random_truth, shares=shares), small)
 
 
 def _placed(
@@ -185,14 +182,18 @@ def _training_conversation(rng: np.random.Generator, truth: Truth, grid: int, la
     qa = _one_of_each_topic(rng, questions)
     if truth.category == "scene" and layout.has_locations and draw > 1 - _LOCATIONS - _LISTS:
         listed = list_question(rng, truth, grid, lang) if draw < 1 - _LOCATIONS else None
-        question, answer = listed or location_question(rng, truth, grid, lang, qa)
-        return _turns(_with_image(question, "<image>", layout), answer)
+        return _listed(listed or location_question(rng, truth, grid, lang, qa), layout)
     if draw < _CONVERSATION + _CHOICE and truth.category not in ("same", "unknown"):
         chosen, options = as_choice(rng, qa, truth)
         if len(options) > 1:
             return _choice(lang, chosen, options, has_image_in_front=True)
     images = "<image>" * (2 if truth.category == "same" else 1)
     return _turns(_with_image(qa.question, images, layout), _answer(qa, truth, layout))
+
+
+def _listed(question_and_answer: tuple[str, str], layout: TextLayout) -> list[Turn]:
+    question, answer = question_and_answer
+    return _turns(_with_image(question, "<image>", layout), answer)
 
 
 def _with_image(question: str, images: str, layout: TextLayout) -> str:

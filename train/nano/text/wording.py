@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
 from train.nano.data.labels import COLOURS, FLAGS, SHAPES, THINGS, Lang
 from train.nano.data.sample import Item
 
 _NUMBERS_EN = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 _NUMBERS_ZH = ("零", "一", "两", "三", "四", "五", "六", "七", "八", "九")
+COMMAS: dict[Lang, str] = {"en": ", ", "zh": "，"}
 MAX_ITEMS = len(_NUMBERS_EN) - 1  # that are counted
 _PLURALS = {
     "mouse": "mice",
@@ -35,6 +39,12 @@ def listed(items: list[Item], lang: Lang) -> str:
     return joined([with_article(item) if lang == "en" else noun(item, "zh") for item in items], lang)
 
 
+def entries(pairs: Iterable[tuple[str, str]], lang: Lang) -> str:
+    """What belongs to each of several names: "dog C5, cat E1"."""
+    space = " " if lang == "en" else ""
+    return COMMAS[lang].join(f"{name}{space}{value}" for name, value in pairs)
+
+
 def joined(parts: list[str], lang: Lang) -> str:
     and_, comma = (" and ", ", ") if lang == "en" else ("和", "、")
     return comma.join(parts[:-1]) + and_ + parts[-1] if len(parts) > 1 else parts[0]
@@ -42,6 +52,12 @@ def joined(parts: list[str], lang: Lang) -> str:
 
 def class_of(item: Item) -> str:
     return f"{item.category} {item.name}"
+
+
+def unique_items(items: Sequence[Item]) -> list[Item]:
+    """Those that no other item looks like."""
+    counts = Counter(item.label for item in items)
+    return [item for item in items if counts[item.label] == 1]
 
 
 def uncoloured(item: Item) -> Item:
