@@ -206,7 +206,7 @@ def test_only_a_gain_of_two_standard_errors_is_recommended() -> None:
     assert "diverged" in judge([None, 1.0], [0.5, 0.5]).reason
 
 
-def test_the_picture_of_the_verdict_joins_the_runs_of_one_seed() -> None:
+def test_the_plot_of_the_verdict_joins_the_runs_of_one_seed() -> None:
     def seeds_joined(losses: dict[str, list[float | None]]) -> list[list[float]]:
         runs = [
             {"name": f"verdict-{name}-seed-{seed}", "loss": loss}
@@ -217,7 +217,7 @@ def test_the_picture_of_the_verdict_joins_the_runs_of_one_seed() -> None:
         return [list(line.get_ydata()) for line in axes.lines if line.get_color() == "grey"]
 
     assert sorted(seeds_joined({"equal": [1.0, 1.2, None], "best-of-9": [0.9, 1.3, 1.4]})) == [[1.0, 0.9], [1.2, 1.3]]
-    assert seeds_joined({"equal": [None, None], "best-of-9": [None, None]}) == []  # all diverged: an empty picture
+    assert seeds_joined({"equal": [None, None], "best-of-9": [None, None]}) == []  # all diverged: an empty plot
 
 
 def test_the_printed_lines_are_yaml_of_a_training_config() -> None:
