@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 pytest.importorskip("sklearn")
-from train.nano.data.labels import BACKGROUND
+from train.nano.data.labels import BACKGROUND, LANGS
 from train.nano.data.layout import direction
 from train.nano.text import dialogue, lists
 from train.nano.text.combinations import combine, is_heldout
@@ -99,7 +99,7 @@ def test_cells_are_where_a_mosaic_has_its_signs_and_lead_to_the_answer() -> None
 def test_lists_are_true_in_random_order_and_without_what_is_held_out() -> None:
     """Every entry of an answer, parsed and compared with the scene."""
     numbers = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-    num_entries: Counter[str] = Counter()
+    num_entries, num_lettered = Counter[str](), Counter[str]()
     orders: set[bool] = set()
     for seed in range(600):
         rng = np.random.default_rng(seed)
@@ -109,10 +109,17 @@ def test_lists_are_true_in_random_order_and_without_what_is_held_out() -> None:
             continue
         entries = [tuple(each.rsplit(" ", 1)) for each in answer.split(", ")]
         names = [name for name, _ in entries]
+        question, *lines = question.split("\n")
+        options = {line[1]: line[4:] for line in lines}  # "(A) two"
+        if options:
+            assert len(set(options.values())) == len(options) <= 4 and list(options) == sorted(options)
+            assert {letter for _, letter in entries} == options.keys()
+            num_lettered[question.split()[0]] += 1
         assert question.removesuffix("?").endswith(", ".join(names)) and len(set(names)) == len(names)
         orders.add(names == sorted(names))
         items = {noun(item, "en"): item for item in truth.items}
         for name, value in entries:
+            value = options.get(value, value)
             if question.startswith("Cells of"):
                 assert value == cell_name(items[name], 8)
             elif question.startswith("How many of each"):
@@ -126,7 +133,25 @@ def test_lists_are_true_in_random_order_and_without_what_is_held_out() -> None:
                     combine("sideways" if value in ("left", "right") else "upright", [items[name], of])
                 )
             num_entries[question.split()[0]] += 1
-    assert min(num_entries[word] for word in ("Cells", "How", "Where")) > 50 and orders == {True, False}
+    words = ("Cells", "How", "Where")
+    assert min(num_entries[word] for word in words) > 50 and orders == {True, False}
+    assert min(num_lettered[word] for word in words) > 10
+
+
+def test_a_question_has_one_answer() -> None:
+    """A language model cannot know which of two forms is meant."""
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        truth = distinct_scene(rng) if seed % 3 else random_truth(rng, {"scene": 1.0}, 2)
+        answers: dict[str, set[str]] = {}
+        for lang in LANGS:
+            questions = all_questions(rng, truth, lang)
+            for _ in range(300):
+                qa = questions[rng.integers(len(questions))]
+                asked = (list_question(rng, truth, 8, lang), location_question(rng, truth, 8, lang, qa))
+                for question, answer in filter(None, asked):
+                    answers.setdefault(question, set()).add(answer)
+        assert {question: each for question, each in answers.items() if len(each) > 1} == {}
 
 
 def test_no_list_is_asked_twice_and_its_image_is_where_the_layout_says() -> None:

@@ -10,6 +10,7 @@ import numpy as np
 from train.nano.data.labels import Lang
 from train.nano.data.sample import Truth
 from train.nano.text.dialogue import QAPair, Turn, all_questions, multiple_choice
+from train.nano.text.wording import lettered
 
 CHOICE_EN = "Answer with the option's letter from the given choices directly."
 CHOICE_ZH = (
@@ -56,7 +57,7 @@ def with_image(rng: np.random.Generator, turns: list[Turn]) -> list[Turn]:
 
 def choice_prompt(question: str, options: list[str], lang: Lang) -> str:
     """A multiple-choice prompt: MMMU's in English, CMMMU's in Chinese."""
-    listed = "".join(f"({letter}) {option}\n" for letter, option in zip("ABCD", options))
+    listed = lettered(options) + "\n"
     if lang == "en":
         return f"{question}\n{listed}\n{CHOICE_EN}"
     return f"{CHOICE_ZH}\n\n{CHOICE_MARK}{question}\n选项：\n{listed}\n正确答案：\n"

@@ -20,6 +20,7 @@ from train.nano.data.sample import Item, Truth
 from train.nano.text.combinations import combine, is_heldout
 from train.nano.text.phrases import NUM_MEASURED, QUESTIONS, TALK
 from train.nano.text.wording import (
+    LETTERS,
     MAX_ITEMS,
     a_or_an,
     class_of,
@@ -193,7 +194,7 @@ def as_choice(rng: np.random.Generator, qa: QAPair, truth: Truth, measured: bool
     wrong = [core for core in _alternatives(qa, truth, lang, measured) if core != qa.core]
     options = [qa.core, *(wrong[i] for i in rng.choice(len(wrong), size=min(3, len(wrong)), replace=False))]
     options = [options[i] for i in rng.permutation(len(options))]
-    letter = "ABCD"[options.index(qa.core)]
+    letter = LETTERS[options.index(qa.core)]
     return replace(qa, answer=letter, accepted=()), options
 
 

@@ -6,6 +6,7 @@ For pretraining only: such an answer has several lookups by name, where an answe
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -17,10 +18,12 @@ from train.nano.text.combinations import combine, is_heldout
 from train.nano.text.locations import cell_name
 from train.nano.text.wording import (
     COMMAS,
+    LETTERS,
     class_of,
     count_phrase,
     entries,
     is_countable,
+    lettered,
     noun,
     plural,
     uncoloured,
@@ -30,60 +33,80 @@ from train.nano.text.wording import (
 _CELLS: dict[Lang, str] = {"en": "Cells of {x}?", "zh": "{x}的位置？"}
 _COUNTS: dict[Lang, str] = {"en": "How many of each: {x}?", "zh": "各有几个：{x}？"}
 _SIDES: dict[Lang, str] = {"en": "Where are they as seen from the {y}: {x}?", "zh": "从{y}看，都在哪边：{x}？"}
+_LETTERED = 0.5  # of the lists that have several values
 _DIRECTIONS: dict[Lang, dict[str, str]] = {
     "en": {where: where for where in DIRECTIONS},
     "zh": dict(zip(DIRECTIONS, ("左边", "右边", "上面", "下面"))),
 }
 
 
+@dataclass(frozen=True)
+class Listing:
+    """A question with a place for names, and for each name what is asked about it."""
+
+    question: str
+    values: dict[str, str]
+
+
 def list_question(rng: np.random.Generator, truth: Truth, grid: int, lang: Lang) -> tuple[str, str] | None:
-    """A random question and its answer, without held-out combinations; None where there is nothing to ask."""
-    makers = [partial(list_cells, grid=grid), _sides, _counts, _counts]  # not every scene has something to count
-    questions = (makers[i](rng, truth, lang) for i in rng.permutation(len(makers)))
-    return next((question for question in questions if question), None)
+    """A random question and its answer, without held-out combinations; None where there is nothing to ask.
+
+    At times the answer has the letters of options: "(A) C5 (B) E1", "dog A, cat B".
+    """
+    makers = [partial(_cells, grid=grid), _sides, _counts, _counts]  # not every scene has something to count
+    listings = (makers[i](truth, lang, rng) for i in rng.permutation(len(makers)))
+    listing = next((each for each in listings if each.values), None)
+    if listing is None:
+        return None
+    options = [str(value) for value in rng.permutation(sorted(set(listing.values.values())))][: len(LETTERS)]
+    if len(options) == 1 or rng.random() > _LETTERED:
+        return _asked(rng, listing, lang)
+    letters = dict(zip(options, LETTERS))
+    values = {name: letters[value] for name, value in listing.values.items() if value in letters}
+    return _asked(rng, Listing(f"{listing.question}\n{lettered(options)}", values), lang)
 
 
 def list_cells(rng: np.random.Generator, truth: Truth, lang: Lang, grid: int) -> tuple[str, str] | None:
     """In which cell every item is that is there once; None where none is."""
-    pairs = [(noun(item, lang), cell_name(item, grid)) for item in unique_items(truth.items)]
-    return _listed(rng, _CELLS[lang], pairs, lang)
+    listing = _cells(truth, lang, rng, grid)
+    return _asked(rng, listing, lang) if listing.values else None
 
 
-def _counts(rng: np.random.Generator, truth: Truth, lang: Lang) -> tuple[str, str] | None:
-    """How many there are of every class; None where there is one of each."""
+def _cells(truth: Truth, lang: Lang, rng: np.random.Generator, grid: int) -> Listing:
+    values = {noun(item, lang): cell_name(item, grid) for item in unique_items(truth.items)}
+    return Listing(_CELLS[lang], values)
+
+
+def _counts(truth: Truth, lang: Lang, rng: np.random.Generator) -> Listing:
+    """How many there are of every class; of none where there is one of each."""
     counts = Counter(class_of(item) for item in truth.items)
-    if max(counts.values()) == 1:
-        return None
     examples = {class_of(item): uncoloured(item) for item in truth.items if is_countable(item)}
-    pairs = []
+    values = {}
     for name, count in counts.items():
         if name in examples and not is_heldout(combine("count_of", [examples[name]] * count, count)):
             named = noun(examples[name], lang)
-            pairs.append((plural(named) if lang == "en" else named, count_phrase(count, lang)[1]))
-    return _listed(rng, _COUNTS[lang], pairs, lang)
+            values[plural(named) if lang == "en" else named] = count_phrase(count, lang)[1]
+    return Listing(_COUNTS[lang], values if max(counts.values()) > 1 else {})
 
 
-def _sides(rng: np.random.Generator, truth: Truth, lang: Lang) -> tuple[str, str] | None:
+def _sides(truth: Truth, lang: Lang, rng: np.random.Generator) -> Listing:
     """On which side of one item the others are that are clearly on one."""
     unique = unique_items(truth.items)
     if not unique:
-        return None
+        return Listing("", {})
     of = unique[rng.integers(len(unique))]
-    pairs = []
+    values = {}
     for item in unique:
         where = direction(item, of) if item is not of else None
         topic = "sideways" if where in ("left", "right") else "upright"
         if where and not is_heldout(combine(topic, [item, of])):
-            pairs.append((noun(item, lang), _DIRECTIONS[lang][where]))
-    return _listed(rng, _SIDES[lang], pairs, lang, y=noun(of, lang))
+            values[noun(item, lang)] = _DIRECTIONS[lang][where]
+    return Listing(_SIDES[lang].replace("{y}", noun(of, lang)), values)
 
 
-def _listed(
-    rng: np.random.Generator, question: str, pairs: list[tuple[str, str]], lang: Lang, **words: str
-) -> tuple[str, str] | None:
+def _asked(rng: np.random.Generator, listing: Listing, lang: Lang) -> tuple[str, str]:
     """The question for names and the answer that gives what belongs to each, in the same random order."""
-    if not pairs:
-        return None
+    pairs = list(listing.values.items())
     chosen = [pairs[i] for i in rng.permutation(len(pairs))]
     names = COMMAS[lang].join(name for name, _ in chosen)
-    return question.format(x=names, **words), entries(chosen, lang)
+    return listing.question.format(x=names), entries(chosen, lang)

@@ -16,7 +16,7 @@ from train.nano.text.wording import class_of, entries, noun, unique_items
 
 COLUMNS = "ABCDEFGH"
 _LISTS: dict[Lang, str] = {"en": "List the items with their cells.", "zh": "列出所有东西和位置。"}
-_FIND: dict[Lang, str] = {"en": "Cell of the {x}?", "zh": "{x}的位置？"}
+_FIND: dict[Lang, str] = {"en": "Cell of the {x}?", "zh": "{x}在哪格？"}
 _NAME: dict[Lang, str] = {"en": "What is in {x}?", "zh": "{x}里是什么？"}
 _STEPS: dict[Lang, str] = {"en": "{x} First name the cells.", "zh": "{x}先说位置。"}
 _COLONS: dict[Lang, str] = {"en": ": ", "zh": "："}

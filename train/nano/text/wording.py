@@ -11,6 +11,7 @@ from train.nano.data.sample import Item
 _NUMBERS_EN = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 _NUMBERS_ZH = ("零", "一", "两", "三", "四", "五", "六", "七", "八", "九")
 COMMAS: dict[Lang, str] = {"en": ", ", "zh": "，"}
+LETTERS = "ABCD"  # of options
 MAX_ITEMS = len(_NUMBERS_EN) - 1  # that are counted
 _PLURALS = {
     "mouse": "mice",
@@ -43,6 +44,11 @@ def entries(pairs: Iterable[tuple[str, str]], lang: Lang) -> str:
     """What belongs to each of several names: "dog C5, cat E1"."""
     space = " " if lang == "en" else ""
     return COMMAS[lang].join(f"{name}{space}{value}" for name, value in pairs)
+
+
+def lettered(options: Iterable[str]) -> str:
+    """Each option with its letter on a line of its own: "(A) two" """
+    return "\n".join(f"({letter}) {option}" for letter, option in zip(LETTERS, options))
 
 
 def joined(parts: list[str], lang: Lang) -> str:
