@@ -33,7 +33,8 @@ from train.nano.text.wording import (
 _CELLS: dict[Lang, str] = {"en": "Cells of {x}?", "zh": "{x}的位置？"}
 _COUNTS: dict[Lang, str] = {"en": "How many of each: {x}?", "zh": "各有几个：{x}？"}
 _SIDES: dict[Lang, str] = {"en": "Where are they as seen from the {y}: {x}?", "zh": "从{y}看，都在哪边：{x}？"}
-_LETTERED = 0.5  # of the lists that have several values
+_VALUES_TOO: dict[Lang, str] = {"en": "Say what and which letter.", "zh": "说出是什么和选项。"}
+_LETTERED = 0.6  # of the lists that have several values
 _DIRECTIONS: dict[Lang, dict[str, str]] = {
     "en": {where: where for where in DIRECTIONS},
     "zh": dict(zip(DIRECTIONS, ("左边", "右边", "上面", "下面"))),
@@ -51,7 +52,8 @@ class Listing:
 def list_question(rng: np.random.Generator, truth: Truth, grid: int, lang: Lang) -> tuple[str, str] | None:
     """A random question and its answer, without held-out combinations; None where there is nothing to ask.
 
-    At times the answer has the letters of options: "(A) C5 (B) E1", "dog A, cat B".
+    At times the answer has the letters of options, "(A) C5 (B) E1": "dog A, cat B", or the options too: "dog C5 A, cat
+    E1 B". The latter teaches to find an option's letter, the former to do so for what is not said.
     """
     makers = [partial(_cells, grid=grid), _sides, _counts, _counts]  # not every scene has something to count
     listings = (makers[i](truth, lang, rng) for i in rng.permutation(len(makers)))
@@ -59,11 +61,16 @@ def list_question(rng: np.random.Generator, truth: Truth, grid: int, lang: Lang)
     if listing is None:
         return None
     options = [str(value) for value in rng.permutation(sorted(set(listing.values.values())))][: len(LETTERS)]
-    if len(options) == 1 or rng.random() > _LETTERED:
+    draw = rng.random()
+    if len(options) == 1 or draw > _LETTERED:
         return _asked(rng, listing, lang)
     letters = dict(zip(options, LETTERS))
-    values = {name: letters[value] for name, value in listing.values.items() if value in letters}
-    return _asked(rng, Listing(f"{listing.question}\n{lettered(options)}", values), lang)
+    values = {name: value for name, value in listing.values.items() if value in letters}
+    question = f"{listing.question}\n{lettered(options)}"
+    if draw < _LETTERED / 2:
+        return _asked(rng, Listing(question, {name: letters[value] for name, value in values.items()}), lang)
+    values = {name: f"{value} {letters[value]}" for name, value in values.items()}
+    return _asked(rng, Listing(f"{question}\n{_VALUES_TOO[lang]}", values), lang)
 
 
 def list_cells(rng: np.random.Generator, truth: Truth, lang: Lang, grid: int) -> tuple[str, str] | None:
