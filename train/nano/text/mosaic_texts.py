@@ -36,7 +36,7 @@ from train.nano.text.wording import class_of, noun
 
 SHARES = {"scene": 0.62, "thing": 0.09, "flag": 0.11, "digit": 0.02, "word": 0.07, "same": 0.05, "unknown": 0.04}
 _TALK, _CAPTION, _FORM, _CONVERSATION = 0.01, 0.1, 0.06, 0.06  # shares of samples; the last of a sample's conversations
-_CHOICE = 0.07  # of a sample's conversations
+_CHOICE = 0.12  # of a sample's conversations
 _LOCATIONS, _LISTS = 0.2, 0.25  # of a scene's conversations
 _SMALL = 0.35  # share of 4 x 4 mosaics
 CHOICES: dict[Lang, str] = {"en": "choice (MMMU)", "zh": "choice (CMMMU)"}
