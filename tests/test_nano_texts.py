@@ -153,8 +153,8 @@ def test_a_question_has_one_answer() -> None:
             questions = all_questions(rng, truth, lang)
             for _ in range(300):
                 qa = questions[rng.integers(len(questions))]
-                asked = (list_question(rng, truth, 8, lang), location_question(rng, truth, 8, lang, qa))
-                for question, answer in filter(None, asked):
+                pairs = (list_question(rng, truth, 8, lang), location_question(rng, truth, 8, lang, qa))
+                for question, answer in filter(None, pairs):
                     answers.setdefault(question, set()).add(answer)
         assert {question: each for question, each in answers.items() if len(each) > 1} == {}
 

@@ -63,20 +63,20 @@ def list_question(rng: np.random.Generator, truth: Truth, grid: int, lang: Lang)
     options = [str(value) for value in rng.permutation(sorted(set(listing.values.values())))][: len(LETTERS)]
     draw = rng.random()
     if len(options) == 1 or draw > _LETTERED:
-        return _asked(rng, listing, lang)
+        return _in_random_order(rng, listing, lang)
     letters = dict(zip(options, LETTERS))
     values = {name: value for name, value in listing.values.items() if value in letters}
     question = f"{listing.question}\n{lettered(options)}"
     if draw < _LETTERED / 2:
-        return _asked(rng, Listing(question, {name: letters[value] for name, value in values.items()}), lang)
+        return _in_random_order(rng, Listing(question, {name: letters[value] for name, value in values.items()}), lang)
     values = {name: f"{value} {letters[value]}" for name, value in values.items()}
-    return _asked(rng, Listing(f"{question}\n{_VALUES_TOO[lang]}", values), lang)
+    return _in_random_order(rng, Listing(f"{question}\n{_VALUES_TOO[lang]}", values), lang)
 
 
 def list_cells(rng: np.random.Generator, truth: Truth, lang: Lang, grid: int) -> tuple[str, str] | None:
     """In which cell every item is that is there once; None where none is."""
     listing = _cells(truth, lang, rng, grid)
-    return _asked(rng, listing, lang) if listing.values else None
+    return _in_random_order(rng, listing, lang) if listing.values else None
 
 
 def _cells(truth: Truth, lang: Lang, rng: np.random.Generator, grid: int) -> Listing:
@@ -111,7 +111,7 @@ def _sides(truth: Truth, lang: Lang, rng: np.random.Generator) -> Listing:
     return Listing(_SIDES[lang].replace("{y}", noun(of, lang)), values)
 
 
-def _asked(rng: np.random.Generator, listing: Listing, lang: Lang) -> tuple[str, str]:
+def _in_random_order(rng: np.random.Generator, listing: Listing, lang: Lang) -> tuple[str, str]:
     """The question for names and the answer that gives what belongs to each, in the same random order."""
     pairs = list(listing.values.items())
     chosen = [pairs[i] for i in rng.permutation(len(pairs))]
