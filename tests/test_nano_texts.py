@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 pytest.importorskip("sklearn")
-from train.nano.data.labels import BACKGROUND, LANGS
-from train.nano.data.layout import direction
+from train.nano.data.labels import BACKGROUND, LANGS, Lang
+from train.nano.data.layout import DIRECTIONS, direction
 from train.nano.text import dialogue, lists
 from train.nano.text.combinations import combine, is_heldout
 from train.nano.text.dialogue import all_questions, comparisons
@@ -18,7 +18,7 @@ from train.nano.text.lists import list_question
 from train.nano.text.locations import cell_name, location_question
 from train.nano.text.mosaic import SIGN_IDS, distinct_scene, random_truth, to_cells
 from train.nano.text.mosaic_texts import TASKS, TextLayout, heldout_questions, list_text, training_text
-from train.nano.text.wording import noun, plural, uncoloured
+from train.nano.text.wording import COMMAS, noun, plural, uncoloured
 
 
 def test_no_training_text_asks_a_held_out_question() -> None:
@@ -96,51 +96,75 @@ def test_cells_are_where_a_mosaic_has_its_signs_and_lead_to_the_answer() -> None
     assert min(num_questions[topic] for topic in topics) >= 5, num_questions
 
 
-def test_lists_are_true_in_random_order_and_without_what_is_held_out() -> None:
+LIST_QUESTIONS = {
+    "en": {
+        "cells": r"Cells of (?P<names>.*)\?",
+        "counts": r"How many of each: (?P<names>.*)\?",
+        "sides": r"Where are they as seen from the (?P<of>.*?): (?P<names>.*)\?",
+    },
+    "zh": {
+        "cells": "(?P<names>.*)的位置？",
+        "counts": "各有几个：(?P<names>.*)？",
+        "sides": "从(?P<of>.*?)看，都在哪边：(?P<names>.*)？",
+    },
+}
+
+
+@pytest.mark.parametrize("lang", LANGS)
+def test_lists_are_true_in_random_order_and_without_what_is_held_out(lang: Lang) -> None:
     """Every entry of an answer, parsed and compared with the scene."""
-    numbers = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-    num_entries, num_lettered, num_both = Counter[str](), Counter[str](), Counter[str]()
+    directions = dict(zip(("左边", "右边", "上面", "下面"), DIRECTIONS))
+    num_entries, num_letters, num_both = Counter[str](), Counter[str](), Counter[str]()
     orders: set[bool] = set()
+    english = ["no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+    numbers = english if lang == "en" else [f"{each}个" for each in "零一两三四五六七八九"]
     for seed in range(600):
         rng = np.random.default_rng(seed)
         truth = random_truth(rng, {"scene": 1.0}, 9) if seed % 2 else distinct_scene(rng)
-        question, answer = list_question(rng, truth, 8, "en") or ("", "")
+        question, answer = list_question(rng, truth, 8, lang) or ("", "")
         if not question:
             continue
-        entries = [tuple(each.rsplit(" ", 1)) for each in answer.split(", ")]
         question, *lines = question.split("\n")
-        options = {line[1]: line[4:] for line in lines if line.startswith("(")}  # "(A) two"
-        if len(lines) > len(options):  # the options' values are said too: "dogs two A"
-            assert all(options[letter] == name.split()[-1] for name, letter in entries)
-            entries = [(" ".join(name.split()[:-1]), letter) for name, letter in entries]
-            num_both[question.split()[0]] += 1
-        names = [name for name, _ in entries]
-        if options:
-            assert len(set(options.values())) == len(options) <= 4 and list(options) == sorted(options)
-            assert {letter for _, letter in entries} == options.keys()
-            num_lettered[question.split()[0]] += 1
-        assert question.removesuffix("?").endswith(", ".join(names)) and len(set(names)) == len(names)
+        ((topic, parts),) = [
+            (topic, match) for topic, form in LIST_QUESTIONS[lang].items() if (match := re.fullmatch(form, question))
+        ]
+        names = parts["names"].split(COMMAS[lang])
+        assert len(set(names)) == len(names)
         orders.add(names == sorted(names))
-        items = {noun(item, "en"): item for item in truth.items}
-        for name, value in entries:
-            value = options.get(value, value)
-            if question.startswith("Cells of"):
+        values = []
+        for name, entry in zip(names, answer.split(COMMAS[lang]), strict=True):
+            assert entry.startswith(name)
+            values.append(entry.removeprefix(name).strip())
+        options = {line[1]: line[4:] for line in lines if line.startswith("(")}  # "(A) two"
+        if len(lines) > len(options):  # the values are said too: "dogs two A"
+            stated, values = zip(*(value.rsplit(" ", 1) for value in values))
+            assert [options[letter] for letter in values] == list(stated)
+            num_both[topic] += 1
+        elif options:
+            num_letters[topic] += 1
+        if options:
+            assert len(set(options.values())) == len(options) <= 4 and "".join(options) == "ABCD"[: len(options)]
+            assert set(values) == options.keys()
+            values = [options[letter] for letter in values]
+        items = {noun(item, lang): item for item in truth.items}
+        for name, value in zip(names, values):
+            if topic == "cells":
                 assert value == cell_name(items[name], 8)
-            elif question.startswith("How many of each"):
-                same = [item for item in truth.items if plural(noun(uncoloured(item), "en")) == name]
+            elif topic == "counts":
+                nouns = [noun(uncoloured(item), lang) for item in truth.items]
+                same = [item for item, each in zip(truth.items, nouns) if name in (each, plural(each))]
                 assert value == numbers[len(same)]
                 assert not is_heldout(combine("count_of", [uncoloured(item) for item in same], len(same)))
             else:
-                of = items[question.partition("seen from the ")[2].partition(":")[0]]
-                assert value == direction(items[name], of)
+                of, where = items[parts["of"]], directions.get(value, value)
+                assert where == direction(items[name], of)
                 assert not is_heldout(
-                    combine("sideways" if value in ("left", "right") else "upright", [items[name], of])
+                    combine("sideways" if where in ("left", "right") else "upright", [items[name], of])
                 )
-            num_entries[question.split()[0]] += 1
-    words = ("Cells", "How", "Where")
-    assert min(num_entries[word] for word in words) > 50 and orders == {True, False}
-    assert min(num_lettered[word] - num_both[word] for word in words) > 10
-    assert min(num_both[word] for word in words) > 10
+            num_entries[topic] += 1
+    topics = LIST_QUESTIONS[lang]
+    assert min(num_entries[topic] for topic in topics) > 50 and orders == {True, False}
+    assert min(num_letters[topic] for topic in topics) > 10 and min(num_both[topic] for topic in topics) > 10
 
 
 def test_a_question_has_one_answer() -> None:

@@ -52,55 +52,48 @@ class Listing:
 def list_question(rng: np.random.Generator, truth: Truth, grid: int, lang: Lang) -> tuple[str, str] | None:
     """A random question and its answer, without held-out combinations; None where there is nothing to ask.
 
-    At times the answer has the letters of options, "(A) C5 (B) E1": "dog A, cat B", or the options too: "dog C5 A, cat
-    E1 B". The latter teaches to find an option's letter, the former to do so for what is not said.
+    Where several values occur, some questions offer them as options; see `_with_options`.
     """
-    makers = [partial(_cells, grid=grid), _sides, _counts, _counts]  # not every scene has something to count
-    listings = (makers[i](truth, lang, rng) for i in rng.permutation(len(makers)))
+    counts = partial(_counts, truth, lang)  # twice: not every scene has something to count
+    makers = [partial(_cells, truth, grid, lang), partial(_sides, rng, truth, lang), counts, counts]
+    listings = (makers[i]() for i in rng.permutation(len(makers)))
     listing = next((each for each in listings if each.values), None)
     if listing is None:
         return None
-    options = [str(value) for value in rng.permutation(sorted(set(listing.values.values())))][: len(LETTERS)]
-    draw = rng.random()
-    if len(options) == 1 or draw > _LETTERED:
-        return _in_random_order(rng, listing, lang)
-    letters = dict(zip(options, LETTERS))
-    values = {name: value for name, value in listing.values.items() if value in letters}
-    question = f"{listing.question}\n{lettered(options)}"
-    if draw < _LETTERED / 2:
-        return _in_random_order(rng, Listing(question, {name: letters[value] for name, value in values.items()}), lang)
-    values = {name: f"{value} {letters[value]}" for name, value in values.items()}
-    return _in_random_order(rng, Listing(f"{question}\n{_VALUES_TOO[lang]}", values), lang)
+    if len(set(listing.values.values())) > 1 and rng.random() < _LETTERED:
+        listing = _with_options(rng, listing, lang)
+    return _in_random_order(rng, listing, lang)
 
 
 def list_cells(rng: np.random.Generator, truth: Truth, lang: Lang, grid: int) -> tuple[str, str] | None:
     """In which cell every item is that is there once; None where none is."""
-    listing = _cells(truth, lang, rng, grid)
+    listing = _cells(truth, grid, lang)
     return _in_random_order(rng, listing, lang) if listing.values else None
 
 
-def _cells(truth: Truth, lang: Lang, rng: np.random.Generator, grid: int) -> Listing:
-    values = {noun(item, lang): cell_name(item, grid) for item in unique_items(truth.items)}
-    return Listing(_CELLS[lang], values)
+def _cells(truth: Truth, grid: int, lang: Lang) -> Listing:
+    return Listing(_CELLS[lang], {noun(item, lang): cell_name(item, grid) for item in unique_items(truth.items)})
 
 
-def _counts(truth: Truth, lang: Lang, rng: np.random.Generator) -> Listing:
+def _counts(truth: Truth, lang: Lang) -> Listing:
     """How many there are of every class; of none where there is one of each."""
     counts = Counter(class_of(item) for item in truth.items)
+    if max(counts.values()) == 1:
+        return Listing(_COUNTS[lang], {})
     examples = {class_of(item): uncoloured(item) for item in truth.items if is_countable(item)}
     values = {}
     for name, count in counts.items():
         if name in examples and not is_heldout(combine("count_of", [examples[name]] * count, count)):
             named = noun(examples[name], lang)
             values[plural(named) if lang == "en" else named] = count_phrase(count, lang)[1]
-    return Listing(_COUNTS[lang], values if max(counts.values()) > 1 else {})
+    return Listing(_COUNTS[lang], values)
 
 
-def _sides(truth: Truth, lang: Lang, rng: np.random.Generator) -> Listing:
+def _sides(rng: np.random.Generator, truth: Truth, lang: Lang) -> Listing:
     """On which side of one item the others are that are clearly on one."""
     unique = unique_items(truth.items)
     if not unique:
-        return Listing("", {})
+        return Listing(_SIDES[lang], {})
     of = unique[rng.integers(len(unique))]
     values = {}
     for item in unique:
@@ -108,7 +101,24 @@ def _sides(truth: Truth, lang: Lang, rng: np.random.Generator) -> Listing:
         topic = "sideways" if where in ("left", "right") else "upright"
         if where and not is_heldout(combine(topic, [item, of])):
             values[noun(item, lang)] = _DIRECTIONS[lang][where]
-    return Listing(_SIDES[lang].replace("{y}", noun(of, lang)), values)
+    return Listing(_SIDES[lang].format(y=noun(of, lang), x="{x}"), values)
+
+
+def _with_options(rng: np.random.Generator, listing: Listing, lang: Lang) -> Listing:
+    """Up to four of its values as options, "(A) C5 (B) E1", and what has them.
+
+    Half of the answers are letters alone, "dog A, cat B", the others values and letters, "dog C5 A, cat E1 B". These
+    teach to find the letter of what is said; the former then need the letter of what is not.
+    """
+    values = sorted(set(listing.values.values()))
+    options = [values[i] for i in rng.permutation(len(values))][: len(LETTERS)]
+    letters = dict(zip(options, LETTERS))
+    question = f"{listing.question}\n{lettered(options)}"
+    offered = {name: value for name, value in listing.values.items() if value in letters}
+    if rng.random() < 0.5:
+        return Listing(question, {name: letters[value] for name, value in offered.items()})
+    both = {name: f"{value} {letters[value]}" for name, value in offered.items()}
+    return Listing(f"{question}\n{_VALUES_TOO[lang]}", both)
 
 
 def _in_random_order(rng: np.random.Generator, listing: Listing, lang: Lang) -> tuple[str, str]:

@@ -47,7 +47,7 @@ def entries(pairs: Iterable[tuple[str, str]], lang: Lang) -> str:
 
 
 def lettered(options: Iterable[str]) -> str:
-    """Each option with its letter on a line of its own: "(A) two" """
+    """Each option on a line of its own, after its letter in brackets."""
     return "\n".join(f"({letter}) {option}" for letter, option in zip(LETTERS, options))
 
 
