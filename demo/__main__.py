@@ -56,12 +56,7 @@ def demo(
     if account is None and (share or not _is_loopback(host)):
         what = "--share shows" if share else f"--host {host} shows"
         raise ValueError(f"{what} the page to others, so it needs a password: add --auth USER:PASSWORD.")
-    if keep:
-        keep = as_path(keep, "--keep")
-        try:
-            keep.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(f"--keep {keep}: no such folder can be made: {error.strerror}.") from error
+    keep = _make_folder(keep) if keep else None
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # so that uploads are removed then too
     find(model)  # refused before the seconds that imports take
     with quick_start():
@@ -76,18 +71,18 @@ def demo(
     name = Path(model).name if model else "nano"
     of_model = ANY_YI_VL if model else NANO
     descriptions = dict.fromkeys(LANGUAGES, about) if about else of_model
+    page = running(
+        yi_vl,
+        name,
+        descriptions,
+        keep,
+        find_card(model),
+        server_name=host,
+        server_port=port,
+        share=share,
+        auth=account,
+    )
     try:
-        page = running(
-            yi_vl,
-            name,
-            descriptions,
-            keep,
-            find_card(model),
-            server_name=host,
-            server_port=port,
-            share=share,
-            auth=account,
-        )
         with page as (url, shared_url):
             if share and not shared_url:
                 raise ValueError("--share: the tunnel could not be opened. Is there a way to the internet?")
@@ -99,6 +94,15 @@ def demo(
     except OSError as error:
         reason = str(error).partition(".")[0]
         raise ValueError(f"the page cannot be served at {host}: {reason}. Choose another --host or --port.") from error
+
+
+def _make_folder(keep: Path) -> Path:
+    folder = as_path(keep, "--keep")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--keep {folder}: no such folder can be made: {error.strerror}.") from error
+    return folder
 
 
 def _account(auth: str | None) -> tuple[str, str] | None:

@@ -12,6 +12,7 @@ from conftest import COLOURS, Members, png
 from toy_runs import trainer
 
 from train.config import TrainConfig
+from yi_vl.chat import Segment
 
 Configure = Callable[..., TrainConfig]
 
@@ -57,3 +58,8 @@ def configure_preferences(configure: Configure, tmp_path: Path, write_shard: Cal
         "lr={projector: 1e-3, language: 1e-3}",
     )
     return lambda *overrides: configure(*settings, *overrides)
+
+
+def supervised(segments: list[Segment]) -> str:
+    """The text that the loss is of."""
+    return "".join(segment.text for segment in segments if segment.is_supervised)

@@ -125,9 +125,8 @@ def test_lists_are_true_in_random_order_and_without_what_is_held_out(lang: Lang)
         if not question:
             continue
         question, *lines = question.split("\n")
-        ((topic, parts),) = [
-            (topic, match) for topic, form in LIST_QUESTIONS[lang].items() if (match := re.fullmatch(form, question))
-        ]
+        matches = {topic: re.fullmatch(pattern, question) for topic, pattern in LIST_QUESTIONS[lang].items()}
+        ((topic, parts),) = [(topic, match) for topic, match in matches.items() if match]
         names = parts["names"].split(COMMAS[lang])
         assert len(set(names)) == len(names)
         orders.add(names == sorted(names))
