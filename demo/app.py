@@ -278,7 +278,10 @@ def _script(max_image_bytes: int) -> str:
 
 
 def _examples(language: Language) -> list[ExampleMessage]:
-    return [{"text": text, "files": [str(_IMAGES / name)]} for name, text in EXAMPLES[language].items()]
+    return [
+        {"text": question, "files": [str(_IMAGES / name) for name in names]}
+        for question, names in EXAMPLES[language].items()
+    ]
 
 
 def _wait_for_answer(language: Language) -> dict[str, Any]:

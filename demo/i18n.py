@@ -102,13 +102,27 @@ TEXTS: dict[Language, dict[str, str]] = {
 }
 
 
-EXAMPLES: dict[Language, dict[str, str]] = {  # file name in docs/images -> question
+EXAMPLES: dict[Language, dict[str, tuple[str, ...]]] = {  # question -> file names in docs/images
     "en": {
-        "penguin.png": "What is in this picture?",
-        "scene.png": "How many things are there?",
-        "brazil.png": "Which country's flag is this?",
+        "What is in this picture?": ("penguin.png",),
+        "Which country's flag is this?": ("brazil.png",),
+        "Which digit is this?": ("digit.png",),
+        "What word is written here?": ("word.png",),
+        "How many things are there?": ("scene.png",),
+        "What is below the car?": ("cake.png",),
+        "Do both pictures show the same thing?": ("dog.png", "ladybug.png"),
+        "What do you see?": ("flower.jpg",),  # nano is not sure
     },
-    "zh": {"penguin.png": "图片里是什么？", "scene.png": "有几个东西？", "brazil.png": "这是哪里的旗帜？"},
+    "zh": {
+        "图片里是什么？": ("penguin.png",),
+        "这是哪里的旗帜？": ("brazil.png",),
+        "这是数字几？": ("digit.png",),
+        "图中写的是什么单词？": ("word.png",),
+        "有几个东西？": ("scene.png",),
+        "汽车的下面是什么？": ("cake.png",),
+        "两张图是同一种东西吗？": ("dog.png", "ladybug.png"),
+        "你看到了什么？": ("flower.jpg",),
+    },
 }
 
 # What Gradio says in English whatever the language is: the beginning of a label, or of a text of its own.
@@ -118,6 +132,7 @@ GRADIO_IN_CHINESE = {
     "bot's message: ": "模型：",
     "chatbot conversation": "对话",
     "Select example": "试试示例",
+    "Example attachments": "示例图片",
     "Multimedia input field": "输入框",
     "Upload a file": "上传图片",
     "Uploaded files": "已选的图片",
