@@ -8,7 +8,7 @@ PYTHON ?= python3
 VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
 BIN = $(VENV)/bin
-IMAGE ?= docs/images/penguin.png
+IMAGE ?= docs/images/dog.png
 # Exact versions, so that these commands are reproducible. `pip install yi_vl` uses the ranges of pyproject.toml.
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 

@@ -10,9 +10,9 @@ LANGUAGES: tuple[Language, ...] = get_args(Language)
 
 NANO: dict[Language, str] = {
     "en": "It names common things, flags, digits and short English words in drawings, counts and compares a few of "
-    "them, and tells left from right. It has never seen a photograph and knows nothing else.",
+    "them, and tells left from right. About anything else, such as a photograph, it says that it is not sure.",
     "zh": "它能说出图画里的常见事物、旗帜、数字和简短的英文单词，能数数、比较、分左右。"
-    "它从没见过照片，也不知道别的事情。",
+    "遇到照片等别的图像，它会说“我不确定。”。",
 }
 ANY_YI_VL: dict[Language, str] = {
     "en": "It describes images and answers questions about them, in English and Chinese. It can be wrong.",
@@ -104,23 +104,23 @@ TEXTS: dict[Language, dict[str, str]] = {
 
 EXAMPLES: dict[Language, dict[str, tuple[str, ...]]] = {  # question -> file names in docs/images
     "en": {
-        "What is in this picture?": ("penguin.png",),
+        "What is in this picture?": ("dog.png",),
         "Which country's flag is this?": ("brazil.png",),
         "Which digit is this?": ("digit.png",),
         "What word is written here?": ("word.png",),
-        "How many things are there?": ("scene.png",),
-        "What is below the car?": ("cake.png",),
-        "Do both pictures show the same thing?": ("dog.png", "ladybug.png"),
+        "How many items are there?": ("scene.png",),
+        "What is below the fire truck?": ("umbrella.png",),
+        "Do both pictures show the same thing?": ("cherries.png", "spider.png"),
         "What do you see?": ("flower.jpg",),  # nano is not sure
     },
     "zh": {
-        "图片里是什么？": ("penguin.png",),
+        "图片里是什么？": ("dog.png",),
         "这是哪里的旗帜？": ("brazil.png",),
         "这是数字几？": ("digit.png",),
         "图中写的是什么单词？": ("word.png",),
-        "有几个东西？": ("scene.png",),
-        "汽车的下面是什么？": ("cake.png",),
-        "两张图是同一种东西吗？": ("dog.png", "ladybug.png"),
+        "一共有几个物体？": ("scene.png",),
+        "消防车的下面是什么？": ("umbrella.png",),
+        "两张图是同一种东西吗？": ("cherries.png", "spider.png"),
         "你看到了什么？": ("flower.jpg",),
     },
 }

@@ -191,7 +191,7 @@ def full_size(
     tokenizer: Annotated[
         Path, typer.Option(help="A folder with tokenizer.model and tokenizer_config.json, for a new checkpoint.")
     ] = Path("tests/official_tiny/checkpoint"),
-    image: Annotated[Path, typer.Option(help="The image of the question.")] = Path("docs/images/penguin.png"),
+    image: Annotated[Path, typer.Option(help="The image of the question.")] = Path("docs/images/dog.png"),
     new_tokens: Annotated[int, typer.Option(help="Number of tokens to generate.")] = 16,
     quantize: QuantizeOption = None,
 ) -> None:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-import pytest
+from pathlib import Path
 
+import pytest
+from transformers import AutoConfig
+
+import yi_vl
 from yi_vl.checkpoint.summary import measure
 from yi_vl.cli import _PRESETS
 from yi_vl.config import PRESETS, OpenClipVisionConfig, YiVLConfig, preset
+
+# Entries of a saved configuration that tell of its files, its weights or its tokenizer rather than of the model.
+_ABOUT_FILES = ("architectures", "dtype", "transformers_version")
 
 
 @pytest.mark.parametrize(
@@ -61,6 +68,26 @@ def test_nano_is_small_and_has_no_official_layout() -> None:
     sizes = measure(preset("nano"))
     assert sum(sizes.num_parameters.values()) <= 20e6
     assert sizes.num_official_parameters is None and sizes.num_official_tensors is None
+
+
+def test_the_bundled_nano_has_the_shape_of_its_preset() -> None:
+    bundled, expected = YiVLConfig.from_pretrained(Path(yi_vl.__file__).parent / "nano"), preset("nano")
+    assert bundled.image_token_id == expected.image_token_id
+    for part in ("text_config", "vision_config"):
+        shapes = [getattr(config, part).to_diff_dict() for config in (bundled, expected)]
+        assert {name: value for name, value in shapes[0].items() if name not in _ABOUT_FILES} == {
+            name: value for name, value in shapes[1].items() if name not in _ABOUT_FILES
+        }
+
+
+def test_a_saved_configuration_does_not_tell_where_its_parts_came_from(tmp_path: Path) -> None:
+    config = preset("nano")
+    config.text_config.save_pretrained(tmp_path / "home" / "ada" / "llama")
+    config.text_config = AutoConfig.from_pretrained(tmp_path / "home" / "ada" / "llama")
+    config.save_pretrained(tmp_path / "whole")
+    saved = (tmp_path / "whole" / "config.json").read_text()
+    assert "ada" not in saved and "LABEL_0" not in saved  # LABEL_0: of classifiers, a default
+    assert YiVLConfig.from_pretrained(tmp_path / "whole").text_config.num_hidden_layers == 7
 
 
 def test_unknown_presets_are_refused() -> None:

@@ -163,7 +163,7 @@ def test_two_visitors_are_answered_together_and_see_their_own_only(
     assert list(served.folder.rglob("wide.png"))
     anna.page.close()
     wait_until(lambda: not list(served.folder.rglob("wide.png")))
-    assert list(served.folder.rglob("tall.png")) and list(served.folder.rglob("penguin.png"))
+    assert list(served.folder.rglob("tall.png")) and list(served.folder.rglob("dog.png"))
 
 
 def test_large_uploads_and_strangers_are_refused(visit: Any, served: Served) -> None:

@@ -265,8 +265,8 @@ def test_an_example_is_one_key_away_and_the_model_shows_what_it_sees(visit: Any)
     visitor.page.get_by_text("As the model sees it").click()
     image = visitor.page.locator(".seen img")
     seen = pixels_of(image.get_attribute("src"))
-    penguin = load_image(ROOT / "docs" / "images" / "penguin.png")
-    assert seen == pad_and_resize(penguin, IMAGE_SIZE_PX).tobytes()
+    dog = load_image(ROOT / "docs" / "images" / "dog.png")
+    assert seen == pad_and_resize(dog, IMAGE_SIZE_PX).tobytes()
 
 
 def test_nano_answers_out_of_the_box(browser: Any, tmp_path: Path) -> None:
@@ -277,7 +277,7 @@ def test_nano_answers_out_of_the_box(browser: Any, tmp_path: Path) -> None:
         context = browser.new_context(viewport={"width": 900, "height": 1230})
         context.set_default_timeout(PATIENCE_MS)
         visitor = Visitor(context.new_page(), url)
-        for question, name in (("What is in this picture?", "penguin.png"), ("这是哪里的旗帜？", "brazil.png")):
+        for question, name in (("What word is written here?", "word.png"), ("图片里是什么？", "dog.png")):
             assert "⚠️" not in visitor.ask(question, images / name)  # what nano knows is test_nano.py's business
         visitor.press("Like")
         visitor.page.get_by_label("Liked", exact=True).wait_for()

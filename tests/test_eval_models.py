@@ -170,7 +170,7 @@ def test_speed_is_measured_over_the_same_answers(small_mmmu: str, tiny_folder: P
     result = compare_runner(ModelChoice(str(tiny_folder)), mmmu.load(small_mmmu, "val"), 4, 6)
     assert result["same_answers"] == "7 of 7" and result["ratio"] > 0
     model = YiVLModel(str(tiny_folder)).yi_vl
-    chat = compare_chat(model, ROOT / "docs" / "images" / "penguin.png", 3, 4)
+    chat = compare_chat(model, ROOT / "docs" / "images" / "dog.png", 3, 4)
     assert all(list(times) == ["turn_1_ms", "turn_2_ms", "turn_3_ms"] for times in chat["variants"].values())
     prefill = compare_prefill(model, 100)
     assert prefill["variants"]["yi_vl"]["of_the_limit"] > 0 and abs(int(prefill["what"].split()[0]) - 100) < 10

@@ -28,8 +28,8 @@ def test_its_weights_are_small() -> None:
 @pytest.mark.parametrize(
     ("image", "question", "answer"),
     [
-        ("penguin.png", "What is in this picture?", "It is a penguin."),
-        ("penguin.png", "图片里是什么？", "这是企鹅。"),
+        ("dog.png", "What is in this picture?", "It is a dog."),
+        ("dog.png", "图片里是什么？", "这是狗。"),
         ("brazil.png", "Which flag is this?", "It is the flag of Brazil."),
         ("brazil.png", "这是哪国的国旗？", "这是巴西的国旗。"),
     ],
@@ -39,7 +39,7 @@ def test_it_answers_about_new_images(nano: YiVL, image: str, question: str, answ
 
 
 def test_it_stops_by_itself(nano: YiVL) -> None:
-    answer = nano.predict(IMAGES / "penguin.png", "What is this?", max_new_tokens=200)
+    answer = nano.predict(IMAGES / "dog.png", "What is this?", max_new_tokens=200)
     assert 0 < len(answer) < 100 and "#" not in answer
 
 
@@ -47,7 +47,7 @@ def test_one_by_one_and_in_a_batch_it_says_the_same(nano: YiVL) -> None:
     requests = [
         (IMAGES / "scene.png", "How many items are there?"),
         (None, "Hello!"),
-        ([IMAGES / "penguin.png", IMAGES / "brazil.png"], "Do both pictures show the same?"),
+        ([IMAGES / "dog.png", IMAGES / "brazil.png"], "Do both pictures show the same?"),
         (IMAGES / "brazil.png", "这是什么旗？"),
     ]
     assert nano.predict_batch(requests) == [nano.predict(*request) for request in requests]
@@ -55,5 +55,5 @@ def test_one_by_one_and_in_a_batch_it_says_the_same(nano: YiVL) -> None:
 
 def test_a_conversation_remembers_the_image(nano: YiVL) -> None:
     chat = nano.chat()
-    chat.ask("What is in this picture?", [IMAGES / "penguin.png"])
-    assert chat.ask("用中文怎么说？") == "这是企鹅。"
+    chat.ask("What is in this picture?", [IMAGES / "dog.png"])
+    assert chat.ask("用中文怎么说？") == "这是狗。"

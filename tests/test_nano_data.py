@@ -17,8 +17,8 @@ from train.nano.data.compose import NUM_TEST_DIGITS, Composer, _digits
 from train.nano.data.labels import FLAGS, LABEL_IDS, LANGS, THINGS, UNKNOWN
 from train.nano.data.layout import direction
 from train.nano.data.packages import Split
-from train.nano.data.sample import CATEGORIES, dense_labels
-from train.nano.data.unknown import UNKNOWN_STYLES
+from train.nano.data.sample import CATEGORIES, Sample, dense_labels
+from train.nano.data.unknown import UNKNOWN_STYLES, _test_photos, _training_photos, photo
 from train.nano.measure import heldout
 from train.nano.measure.evaluate import is_correct
 from train.nano.measure.heldout import write_cmmmu, write_mmmu
@@ -196,6 +196,34 @@ def test_what_has_no_name_is_answered_with_not_sure(composer: Composer) -> None:
         assert cells is not None and len(set(cells[0].flat) - {"background"}) >= 1
     first, second = (composer.unknown(np.random.default_rng(7), 112).image.tobytes() for _ in range(2))
     assert first == second
+
+
+def test_no_question_gives_away_that_the_image_is_unknown(composer: Composer) -> None:
+    """Each that opens a conversation about such an image opens one about an image that nano knows."""
+
+    def openings(sample: Sample) -> set[str]:
+        turns = (dialogue.conversation(np.random.default_rng(seed), sample.truth) for seed in range(1500))
+        return {conversation[0]["value"] for conversation in turns}
+
+    rng = np.random.default_rng(0)
+    known = set().union(*(openings(composer.compose(rng, name, 56)) for name in ("thing", "flag", "digit", "word")))
+    unknown = openings(composer.unknown(rng, 56))
+    assert unknown <= known and any("Describe" in question for question in unknown)
+
+
+def test_photographs_of_the_test_are_in_no_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    from skimage import data
+    from sklearn import datasets
+
+    _test_photos.cache_clear()
+    _training_photos.cache_clear()
+    rng = np.random.default_rng(0)
+    with monkeypatch.context() as patched:
+        patched.setattr(datasets, "load_sample_images", lambda: pytest.fail("a photograph of the test"))
+        drawn = [photo(rng, 56, "train") for _ in range(40)]
+    assert len({image.tobytes() for image in drawn}) == 40
+    monkeypatch.setattr(data, "coffee", lambda: pytest.fail("a photograph of the training"))
+    assert all(photo(rng, 56, "test").size == (56, 56) for _ in range(20))
 
 
 def test_held_out_questions_ask_about_unknown_images_last(composer: Composer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.core
 WIDE, TALL = OFFICIAL / "wide.png", OFFICIAL / "tall.png"
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
 QUESTIONS = [
-    ("penguin.png", "What is in this picture?", "It is a penguin."),
+    ("dog.png", "What is in this picture?", "It is a dog."),
     ("scene.png", "How many items are there? Give me their number, please.", None),
     ("brazil.png", "这是哪国的国旗？", "这是巴西的国旗。"),
 ]
@@ -202,7 +202,7 @@ def _image_inputs(processor: YiVLProcessor, *names: str) -> dict[str, torch.Tens
     )
 
 
-@pytest.mark.parametrize("names", [("penguin.png",), ("penguin.png", "brazil.png")])
+@pytest.mark.parametrize("names", [("dog.png",), ("dog.png", "brazil.png")])
 def test_drafts_never_hold_an_image_token(nano: YiVL, names: tuple[str, ...]) -> None:
     inputs = _image_inputs(nano.processor, *names)
     plain = nano.model.generate(**inputs, max_new_tokens=24)
@@ -223,7 +223,7 @@ def test_generate_never_samples_the_image_token(
 
 
 def test_an_image_goes_with_its_beams_and_sequences(nano: YiVL) -> None:
-    inputs = _image_inputs(nano.processor, "penguin.png")
+    inputs = _image_inputs(nano.processor, "dog.png")
     plain = nano.model.generate(**inputs, max_new_tokens=12, do_sample=False)
     rows = nano.model.generate(**inputs, max_new_tokens=12, do_sample=True, top_k=1, num_return_sequences=2)
     assert torch.equal(rows, plain.expand(2, -1))

@@ -25,7 +25,7 @@ from yi_vl.checkpoint.assemble import from_parts
 from yi_vl.checkpoint.weight_files import WeightFiles
 from yi_vl.quantize import SCHEMES, Int4Linear, Int8Linear, int4, int8, packed_layers
 
-PENGUIN = Path(__file__).parents[1] / "docs/images/penguin.png"
+DOG = Path(__file__).parents[1] / "docs/images/dog.png"
 QUESTION = "What is in this picture?"
 
 
@@ -50,13 +50,13 @@ def logits_of(model: yi_vl.YiVL, image: Path = OFFICIAL / "wide.png") -> torch.T
 @pytest.mark.core
 @pytest.mark.parametrize(("scheme", "bound"), [("int8", 0.002), ("int4", 0.15)])
 def test_nano_moves_little(scheme: str, bound: float) -> None:
-    exact = logits_of(yi_vl.load(device="cpu"), PENGUIN).log_softmax(-1)
+    exact = logits_of(yi_vl.load(device="cpu"), DOG).log_softmax(-1)
     model = yi_vl.load(device="cpu", quantize=scheme)  # type: ignore[arg-type]
-    measured = logits_of(model, PENGUIN).log_softmax(-1)
+    measured = logits_of(model, DOG).log_softmax(-1)
     divergence = (exact.exp() * (exact - measured)).sum(-1).mean()
     assert 0 < divergence < bound
-    assert "penguin" in model.predict(PENGUIN, QUESTION)
-    requests = [(PENGUIN, QUESTION), (PENGUIN, "图片里是什么？"), (None, "Hello!")]
+    assert "dog" in model.predict(DOG, QUESTION)
+    requests = [(DOG, QUESTION), (DOG, "图片里是什么？"), (None, "Hello!")]
     assert model.predict_batch(requests) == [model.predict(*request) for request in requests]
 
 

@@ -215,6 +215,17 @@ class YiVLConfig(PreTrainedConfig):
         num_tokens = self.connector_config.num_tokens
         return self.vision_config.num_patches if num_tokens is None else num_tokens
 
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What is saved: each part as if it were saved alone.
+
+        So there is nothing that is PreTrainedConfig's default, and no name of the folder that a part came from.
+        """
+        values = super().to_diff_dict()
+        for name in self.sub_configs:
+            values[name] = getattr(self, name).to_diff_dict()
+            values[name].pop("transformers_version", None)
+        return values
+
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """As transformers does, and beside it a file by which a program that does not import yi_vl finds the classes.
 
@@ -294,10 +305,10 @@ def preset(name: str) -> YiVLConfig:
                 stem_widths=[64, 128, 192],
             ),
             text_config=LlamaConfig(
-                vocab_size=2944,
+                vocab_size=2624,
                 hidden_size=256,
-                intermediate_size=704,
-                num_hidden_layers=6,
+                intermediate_size=672,
+                num_hidden_layers=7,
                 num_attention_heads=4,
                 num_key_value_heads=2,
                 max_position_embeddings=1024,
@@ -306,6 +317,6 @@ def preset(name: str) -> YiVLConfig:
                 initializer_range=0.05,
                 pad_token_id=0,
             ),
-            image_token_id=2900,
+            image_token_id=2560,
         )
     raise ValueError(f"There is no preset {name!r}; the presets are {', '.join(PRESETS)}.")

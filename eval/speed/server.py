@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from yi_vl import YiVL
 
 _NAME = "model"
-_IMAGES = ("penguin.png", "scene.png")
+_IMAGES = ("dog.png", "scene.png")
 _LONG_TEXT = "a word and another word "
 
 

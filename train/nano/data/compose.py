@@ -20,7 +20,7 @@ from train.nano.data.labels import COLOURS, DIGITS, FLAGS, THINGS
 from train.nano.data.layout import choice, place_items, scene_items, word_width
 from train.nano.data.packages import Split
 from train.nano.data.sample import Category, Item, Sample, Truth, TruthCategory
-from train.nano.data.unknown import UNKNOWN_STYLES, UnknownStyle, noise, page, photo, real_photo
+from train.nano.data.unknown import UNKNOWN_STYLES, UnknownStyle, noise, page, photo
 from train.nano.data.vocabulary import VOCABULARY
 
 NUM_TEST_DIGITS = 360
@@ -100,11 +100,11 @@ class Composer:
         self, rng: np.random.Generator, size_px: int, split: Split = "train", style: UnknownStyle | None = None
     ) -> Sample:
         """One image of what has no name here: other artwork half of the time, else one of the other styles."""
-        style = style or rng.choice(UNKNOWN_STYLES, p=[0.55, 0.25, 0.05, 0.15])
+        style = style or rng.choice(UNKNOWN_STYLES, p=[0.5, 0.3, 0.05, 0.15])
         if style == "artwork":
             return self._single(rng, "unknown", "", size_px, split)
         if style == "photo":
-            image = photo(rng, size_px) if split == "train" else real_photo(rng, size_px)
+            image = photo(rng, size_px, split)
         elif style == "noise":
             image = noise(rng, size_px)
         else:

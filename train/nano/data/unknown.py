@@ -1,8 +1,8 @@
 """Images of what nano has no name for, to be answered with "I am not sure.": photographs, noise, pages, other artwork.
 
-Photographs are imitated in training: broad shapes under uneven light, out of focus and grainy. Those of the test are
-parts of the two real ones that scikit-learn has. Pages are lines of small print. The artwork is of classes that are not
-in `classes.tsv`; those of the test are in no training.
+Photographs of the training are parts of the free ones that scikit-image has, in other colours, and imitations: broad
+shapes under uneven light, out of focus and grainy. Those of the test are parts of the two that scikit-learn has. Pages
+are lines of small print. The artwork is of classes that are not in `classes.tsv`; those of the test are in no training.
 """
 
 from __future__ import annotations
@@ -20,6 +20,11 @@ from train.nano.data.vocabulary import VOCABULARY
 
 UnknownStyle = Literal["artwork", "photo", "noise", "page"]
 UNKNOWN_STYLES: tuple[UnknownStyle, ...] = get_args(UnknownStyle)
+_PHOTOS = (  # functions of skimage.data, of images in the public domain or CC0
+    "astronaut", "brick", "camera", "chelsea", "clock", "coffee", "coins", "grass", "gravel", "hubble_deep_field",
+    "retina", "rocket",
+)  # fmt: skip
+_IMITATED, _IN_FRONT = 0.3, 0.4  # of the photographs of the training, and of the others
 _TEST_EVERY = 3  # of the icons one is for the test
 
 # Icon names, of nothing that resembles a thing of classes.py.
@@ -52,8 +57,32 @@ def unknown_icons(split: Split) -> tuple[str, ...]:
     return tuple(name for index, name in enumerate(names) if (index % _TEST_EVERY == 0) == (split == "test"))
 
 
-def photo(rng: np.random.Generator, size_px: int) -> Image.Image:
-    """Something like a photograph of nothing in particular."""
+def photo(rng: np.random.Generator, size_px: int, split: Split) -> Image.Image:
+    """A photograph, or something like one."""
+    if split == "test":
+        return _part(rng, _test_photos(), size_px, 0.4)
+    if rng.random() < _IMITATED:
+        return _imitated_photo(rng, size_px)
+    image = _recoloured(rng, _part(rng, _training_photos(), size_px, 0.25))
+    return _in_front(rng, image) if rng.random() < _IN_FRONT else image
+
+
+def _in_front(rng: np.random.Generator, background: Image.Image) -> Image.Image:
+    """An oval of another photograph before this one, which is out of focus: a subject to take for a thing."""
+    size_px = background.width
+    subject = _recoloured(rng, _part(rng, _training_photos(), size_px, 0.25))
+    width, height = rng.uniform(0.3, 0.9, 2) * size_px
+    x, y = rng.uniform(0, size_px - width), rng.uniform(0, size_px - height)
+    mask = Image.new("L", background.size)
+    ImageDraw.Draw(mask).ellipse((x, y, x + width, y + height), fill=255)
+    ragged = 0.25 * (_clouds(rng, size_px, (8, 16, 32), (1.0, 0.7, 0.5)) - 0.5)  # an outline that is no oval
+    soft = np.asarray(mask.filter(ImageFilter.GaussianBlur(0.04 * size_px))) / 255 + ragged
+    mask = Image.fromarray(paint.as_bytes(255 * np.clip(20 * (soft - 0.5), 0, 1)))
+    background = background.filter(ImageFilter.GaussianBlur(rng.uniform(0, 0.03) * size_px))
+    return Image.composite(subject, background, mask)
+
+
+def _imitated_photo(rng: np.random.Generator, size_px: int) -> Image.Image:
     light = _clouds(rng, size_px, (2, 4, 8), (1.0, 0.6, 0.3))[..., None]  # (H, W, 1)
     first, second = (np.array(paint.random_colour(rng), dtype=np.float64) for _ in range(2))
     canvas = Image.fromarray(paint.as_bytes(first * light + second * (1 - light)))
@@ -65,20 +94,40 @@ def photo(rng: np.random.Generator, size_px: int) -> Image.Image:
     return Image.fromarray(paint.as_bytes(np.asarray(canvas) * (1 + rng.uniform(0.1, 0.6) * texture) + grain))
 
 
-def real_photo(rng: np.random.Generator, size_px: int) -> Image.Image:
-    """A random part of one of scikit-learn's photographs, a temple and a flower."""
-    photos = _photos()
+def _part(rng: np.random.Generator, photos: list[Image.Image], size_px: int, smallest: float) -> Image.Image:
+    """A random square of a photograph, as wide as at least `smallest` of its shorter side."""
     image = photos[rng.integers(len(photos))]
-    side = int(rng.uniform(0.4, 1.0) * min(image.size))
+    side = int(rng.uniform(smallest, 1.0) * min(image.size))
     x, y = (int(rng.integers(0, whole - side + 1)) for whole in image.size)
     return image.crop((x, y, x + side, y + side)).resize((size_px, size_px), Image.Resampling.BICUBIC)
 
 
+def _recoloured(rng: np.random.Generator, image: Image.Image) -> Image.Image:
+    """At times mirrored or turned, with the channels in another order, and lighter or darker in each of them."""
+    pixels = np.asarray(image, dtype=np.float64)
+    if rng.random() < 0.5:
+        pixels = pixels[:, ::-1]
+    if rng.random() < 0.3:
+        pixels = np.rot90(pixels, int(rng.integers(1, 4)))
+    if rng.random() < 0.5:
+        pixels = pixels[..., rng.permutation(3)]
+    gamma, gain = rng.uniform(0.6, 1.6, 3), rng.uniform(0.7, 1.2, 3)
+    return Image.fromarray(paint.as_bytes(255 * gain * (pixels / 255) ** gamma))
+
+
 @cache
-def _photos() -> list[Image.Image]:
+def _test_photos() -> list[Image.Image]:
+    """scikit-learn's photographs: a temple and a flower."""
     from sklearn.datasets import load_sample_images
 
     return [Image.fromarray(pixels) for pixels in load_sample_images().images]
+
+
+@cache
+def _training_photos() -> list[Image.Image]:
+    from skimage import data
+
+    return [Image.fromarray(getattr(data, name)()).convert("RGB") for name in _PHOTOS]
 
 
 def noise(rng: np.random.Generator, size_px: int) -> Image.Image:

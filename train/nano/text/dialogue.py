@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 
 from train.nano.data.labels import COLOURS, FLAGS, LANGS, SHAPES, THINGS, Lang
-from train.nano.data.layout import DIRECTIONS, choice, direction, neighbour
+from train.nano.data.layout import DIRECTIONS, direction, neighbour
 from train.nano.data.sample import Item, Truth
 from train.nano.text.combinations import combine, is_heldout
 from train.nano.text.phrases import NUM_MEASURED, QUESTIONS, TALK
@@ -47,7 +47,7 @@ SKILLS: dict[str, Skill] = {
 
 NOT_SURE: dict[Lang, str] = {"en": "I am not sure.", "zh": "我不确定。"}
 MOST_MEASURED = 5  # items of the held-out scenes
-_NAMING_TOPICS = ("thing", "flag", "digit", "word", "describe")
+_UNKNOWN_TOPICS = {"thing": 0.5, "describe": 0.2, "flag": 0.1, "digit": 0.1, "word": 0.1}  # what is asked
 _PLACES = {
     "left": ("to the left of", "左边"), "right": ("to the right of", "右边"),
     "above": ("above", "上面"), "below": ("below", "下面"),
@@ -80,7 +80,7 @@ def all_questions(rng: np.random.Generator, truth: Truth, lang: Lang, measured: 
     if truth.category == "scene":
         questions = _scene_questions(rng, truth, lang, measured)
     elif truth.category == "unknown":
-        topic = choice(rng, _NAMING_TOPICS)
+        topic = str(rng.choice(list(_UNKNOWN_TOPICS), p=list(_UNKNOWN_TOPICS.values())))
         questions = [QAPair(topic, lang, _phrase(rng, topic, lang, measured), NOT_SURE[lang], NOT_SURE[lang])]
     else:
         answer, core, accepted = _single_answer(truth, lang)
@@ -163,7 +163,8 @@ def conversation(rng: np.random.Generator, truth: Truth, max_turns: int = 4, ski
         turns += _turns(chosen.question, chosen.answer)
     if truth.category != "same" and rng.random() < 0.25 and not (skips_heldout and tells_heldout(truth)):
         topic = "describe"
-        turns += _turns(_phrase(rng, topic, lang), caption(rng, truth, lang))
+        described = _turns(_phrase(rng, topic, lang), caption(rng, truth, lang))
+        turns = described + turns if rng.random() < 0.5 else turns + described
     if truth.category != "scene" and rng.random() < 0.25:  # the same once more in the other language: a follow-up
         other = LANGS[1 - LANGS.index(lang)]
         repeated = all_questions(rng, truth, other)[0]
