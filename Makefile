@@ -18,8 +18,8 @@ ask: $(VENV)/.ready
 ifdef QUESTION
 	@$(BIN)/yi-vl ask $(IMAGE) "$(QUESTION)"
 else
-	@echo "$(IMAGE)  What is in this picture?"
-	@$(BIN)/yi-vl ask $(IMAGE) "What is in this picture?"
+	@echo "$(IMAGE)  What is in this image?"
+	@$(BIN)/yi-vl ask $(IMAGE) "What is in this image?"
 	@echo "$(IMAGE)  图片里是什么？"
 	@$(BIN)/yi-vl ask $(IMAGE) "图片里是什么？"
 endif

@@ -10,9 +10,9 @@ LANGUAGES: tuple[Language, ...] = get_args(Language)
 
 NANO: dict[Language, str] = {
     "en": "It names common things, flags, digits and short English words in drawings, counts and compares a few of "
-    "them, and tells left from right. About anything else, such as a photograph, it says that it is not sure.",
+    "them, and tells left from right. About most other images it says that it is not sure. It can be wrong.",
     "zh": "它能说出图画里的常见事物、旗帜、数字和简短的英文单词，能数数、比较、分左右。"
-    "遇到照片等别的图像，它会说“我不确定。”。",
+    "遇到照片等别的图像，它大多会说“我不确定。”。它会犯错。",
 }
 ANY_YI_VL: dict[Language, str] = {
     "en": "It describes images and answers questions about them, in English and Chinese. It can be wrong.",
@@ -31,7 +31,7 @@ TEXTS: dict[Language, dict[str, str]] = {
         "question": "Your question",
         "new_chat": "＋ New chat",
         "stop": "■ Stop",
-        "default_question": "What is in this picture?",
+        "default_question": "What is in this image?",
         "seen": "👁 As the model sees it",
         "seen_nothing": "There is no image yet.",
         "seen_caption": "{name}, {size} × {size} pixels",
@@ -104,13 +104,13 @@ TEXTS: dict[Language, dict[str, str]] = {
 
 EXAMPLES: dict[Language, dict[str, tuple[str, ...]]] = {  # question -> file names in docs/images
     "en": {
-        "What is in this picture?": ("dog.png",),
+        "What is in this image?": ("dog.png",),
         "Which country's flag is this?": ("brazil.png",),
         "Which digit is this?": ("digit.png",),
         "What word is written here?": ("word.png",),
         "How many items are there?": ("scene.png",),
         "What is below the fire truck?": ("umbrella.png",),
-        "Do both pictures show the same thing?": ("cherries.png", "spider.png"),
+        "Do both images show the same thing?": ("cherries.png", "spider.png"),
         "What do you see?": ("flower.jpg",),  # nano is not sure
     },
     "zh": {

@@ -289,7 +289,7 @@ def test_the_next_turn_finds_the_answer_cached(yi_vl_model: YiVL, monkeypatch: p
 def test_prefix_caching_changes_no_answer(yi_vl_model: YiVL) -> None:
     warm = uncached(yi_vl_model)
     chat = warm.chat()
-    chat.ask("What is in this picture?", [WIDE], max_new_tokens=6)
+    chat.ask("What is in this image?", [WIDE], max_new_tokens=6)
     conversation = [*chat.messages, user("What else?")]
 
     def logits(model: YiVL) -> torch.Tensor:

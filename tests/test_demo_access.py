@@ -77,7 +77,7 @@ def test_everything_is_in_the_language_of_the_browser_or_of_the_switch(visit: An
     assert page.locator("html").get_attribute("lang") == "en" and page.evaluate("navigator.language") == "en"
     wait_for_count(visitor.answers, 1)  # the conversation is still there
     page.get_by_role("button", name="New chat").click()
-    page.get_by_label("Select example 1: What is in this picture?").wait_for()
+    page.get_by_label("Select example 1: What is in this image?").wait_for()
     assert page.get_by_role("link", name="English").get_attribute("aria-current") == "true"
     assert httpx.get(served.url, headers={"accept": "text/html", "accept-language": "fr"}).text.count('lang="en"') == 1
 

@@ -39,7 +39,7 @@ ROOT = Path(__file__).parents[1]
 def test_a_conversation(visit: Any, yi_vl: YiVL, pace: Pace) -> None:
     """Upload, ask, go on in Chinese with a second image, like, save: every answer is the model's own."""
     visitor = visit()
-    assert visitor.ask("What is in this picture?", WIDE)
+    assert visitor.ask("What is in this image?", WIDE)
     assert visitor.ask("和这张图比呢？", TALL, WIDE)
     visitor.press("Like")
     visitor.page.get_by_label("Liked", exact=True).wait_for()

@@ -28,14 +28,25 @@ def test_its_weights_are_small() -> None:
 @pytest.mark.parametrize(
     ("image", "question", "answer"),
     [
-        ("dog.png", "What is in this picture?", "It is a dog."),
+        ("dog.png", "What is in this image?", "It is a dog."),
         ("dog.png", "图片里是什么？", "这是狗。"),
         ("brazil.png", "Which flag is this?", "It is the flag of Brazil."),
         ("brazil.png", "这是哪国的国旗？", "这是巴西的国旗。"),
+        ("word.png", "What word is written here?", 'It says "WEEK".'),
+        ("digit.png", "这是数字几？", "这是数字7。"),
+        ("scene.png", "一共有几个物体？", "有五个。"),
+        ("umbrella.png", "What is below the fire truck?", "It is the umbrella."),
+        ("flower.jpg", "What do you see?", "I am not sure."),
     ],
 )
 def test_it_answers_about_new_images(nano: YiVL, image: str, question: str, answer: str) -> None:
     assert nano.predict(IMAGES / image, question) == answer
+
+
+def test_it_tells_two_images_apart(nano: YiVL) -> None:
+    pair = [IMAGES / "cherries.png", IMAGES / "spider.png"]
+    assert nano.predict(pair, "Do both images show the same thing?") == "No, one shows cherries and the other a spider."
+    assert nano.predict(pair, "两张图是同一种东西吗？") == "不是，一张是樱桃，另一张是蜘蛛。"
 
 
 def test_it_stops_by_itself(nano: YiVL) -> None:
@@ -47,7 +58,7 @@ def test_one_by_one_and_in_a_batch_it_says_the_same(nano: YiVL) -> None:
     requests = [
         (IMAGES / "scene.png", "How many items are there?"),
         (None, "Hello!"),
-        ([IMAGES / "dog.png", IMAGES / "brazil.png"], "Do both pictures show the same?"),
+        ([IMAGES / "dog.png", IMAGES / "brazil.png"], "Do both images show the same?"),
         (IMAGES / "brazil.png", "这是什么旗？"),
     ]
     assert nano.predict_batch(requests) == [nano.predict(*request) for request in requests]
@@ -55,5 +66,5 @@ def test_one_by_one_and_in_a_batch_it_says_the_same(nano: YiVL) -> None:
 
 def test_a_conversation_remembers_the_image(nano: YiVL) -> None:
     chat = nano.chat()
-    chat.ask("What is in this picture?", [IMAGES / "dog.png"])
+    chat.ask("What is in this image?", [IMAGES / "dog.png"])
     assert chat.ask("用中文怎么说？") == "这是狗。"

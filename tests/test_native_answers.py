@@ -30,7 +30,7 @@ pytestmark = pytest.mark.core
 WIDE, TALL = OFFICIAL / "wide.png", OFFICIAL / "tall.png"
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
 QUESTIONS = [
-    ("dog.png", "What is in this picture?", "It is a dog."),
+    ("dog.png", "What is in this image?", "It is a dog."),
     ("scene.png", "How many items are there? Give me their number, please.", None),
     ("brazil.png", "这是哪国的国旗？", "这是巴西的国旗。"),
 ]

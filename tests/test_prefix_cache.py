@@ -57,7 +57,7 @@ def test_an_image_seen_lately_is_not_encoded_again(yi_vl: YiVL, monkeypatch: pyt
 def test_a_chat_reads_only_what_is_new(yi_vl: YiVL, monkeypatch: pytest.MonkeyPatch) -> None:
     fresh, watched = uncached(yi_vl), Watched(yi_vl, monkeypatch)
     chat = fresh.chat()
-    chat.ask("What is in this picture?", [WIDE], max_new_tokens=6)
+    chat.ask("What is in this image?", [WIDE], max_new_tokens=6)
     first_turn, watched.read[:] = watched.read[0], []
     chat.ask("And now?", max_new_tokens=6)
     assert watched.encoded == [1] and watched.read[0] < first_turn / 4
@@ -90,7 +90,7 @@ def test_prefix_caching_changes_no_answer(yi_vl: YiVL, change: str) -> None:
     """Logits of the next turn equal those of a cold run, whatever happened to the conversation before."""
     warm = uncached(yi_vl)
     chat = warm.chat()
-    chat.ask("What is in this picture?", [WIDE], max_new_tokens=6)
+    chat.ask("What is in this image?", [WIDE], max_new_tokens=6)
     chat.ask("What else?", max_new_tokens=6)
     if change == "regenerate":
         chat.messages = chat.messages[:-2]
@@ -107,7 +107,7 @@ def test_prefix_caching_changes_no_answer(yi_vl: YiVL, change: str) -> None:
         chat.messages = [
             {
                 "role": "user",
-                "content": [{"type": "image", "image": TALL}, {"type": "text", "text": "What is in this picture?"}],
+                "content": [{"type": "image", "image": TALL}, {"type": "text", "text": "What is in this image?"}],
             },
             *chat.messages[1:],
         ]

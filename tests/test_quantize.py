@@ -26,7 +26,7 @@ from yi_vl.checkpoint.weight_files import WeightFiles
 from yi_vl.quantize import SCHEMES, Int4Linear, Int8Linear, int4, int8, packed_layers
 
 DOG = Path(__file__).parents[1] / "docs/images/dog.png"
-QUESTION = "What is in this picture?"
+QUESTION = "What is in this image?"
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ def yi_vl() -> YiVL:
 
 def two_prompts(yi_vl: YiVL) -> list[Prompt]:
     image = OFFICIAL / "wide.png"
-    long = [{"type": "image", "image": image}, {"type": "text", "text": "What is in this picture?"}]
+    long = [{"type": "image", "image": image}, {"type": "text", "text": "What is in this image?"}]
     return [yi_vl.engine.prepare([{"role": "user", "content": content}]) for content in (long, "Hi")]
 
 

@@ -93,12 +93,12 @@ def conversations() -> dict[str, list[Message]]:
     transparent = Image.new("RGBA", (60, 90), (0, 0, 0, 0))
     transparent.paste((200, 30, 30, 255), (10, 10, 40, 40))
     see_through = part(_encoded(transparent, format="PNG"))
-    first = user(dog, "What is in this picture?")
+    first = user(dog, "What is in this image?")
     return {
         "English": [first],
         "Chinese": [user(dog, "图片里是什么？")],
-        "two images": [user(dog, scene, "Do both pictures show the same thing?")],
-        "long": [user(dog, scene, "Do both pictures show the same thing?" + " Look closely." * 50)],  # > 1 block
+        "two images": [user(dog, scene, "Do both images show the same thing?")],
+        "long": [user(dog, scene, "Do both images show the same thing?" + " Look closely." * 50)],  # > 1 block
         "image after text": [user("Look at this: ", tall, " What is it?")],
         "image alone": [user(dog)],
         "second turn": [first, {"role": "assistant", "content": "It is a dog."}, user("What color is it?")],
@@ -106,8 +106,8 @@ def conversations() -> dict[str, list[Message]]:
         "text only": [user("Who are you?")],
         "system prompt": [{"role": "system", "content": "Answer briefly. 请简短回答。"}, first],
         "merged": [user(dog), user("How many are there?"), user("And what is it?")],
-        "transparent image": [user(see_through, "What is in this picture?")],
-        "turned photo": [user(turned, "What is in this picture?")],
+        "transparent image": [user(see_through, "What is in this image?")],
+        "turned photo": [user(turned, "What is in this image?")],
         "typed special tokens": [
             user(
                 dog,

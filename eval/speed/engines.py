@@ -31,7 +31,7 @@ from yi_vl.image.data_url import data_url, png_bytes
 _BATCH_SIZES = (1, 8, 32)
 _LLAMA_CPP_SLOTS = 8
 _IMAGES = (Path("docs/images/dog.png"), Path("docs/images/scene.png"))
-_QUESTIONS = ("What is in this picture?", "图片里是什么？", "Describe the picture.", "How many things are there?")
+_QUESTIONS = ("What is in this image?", "图片里是什么？", "Please describe this image.", "How many items are there?")
 _TEXTS = ("Who are you?", "你是谁？", "What can you do?", "Say hello.")
 
 
