@@ -20,6 +20,10 @@ def _icon(colour: str) -> dict[str, str]:
     return {"body": f'<rect x="4" y="4" width="16" height="8" fill="{colour}"/>'}
 
 
+def _svg(colour: str) -> str:
+    return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 24 24">{_icon(colour)["body"]}</svg>'
+
+
 def _write_archive(folder: Path, package: packages.Package, members: dict[str, bytes]) -> None:
     with tarfile.open(folder / package.archive, "w:gz") as archive:
         for name, content in members.items():
@@ -48,8 +52,11 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if name == "noto":
             icons[next(iter(THINGS.values())).icons[0]] = {"body": "<rect"}
         icons |= {icon: _icon(colour) for split in ("train", "test") for icon in unknown_icons(split)}  # type: ignore[arg-type]
-        content = json.dumps({"width": 24, "height": 24, "icons": icons}).encode()
-        _write_archive(npm, package, {"icons.json": content})
+        members = {"icons.json": json.dumps({"width": 24, "height": 24, "icons": icons}).encode()}
+        if name == "country-flag-icons":  # files; one drawing is the held-out one, in almost the same blue
+            files = {"3x2/JP": "#0000ee", "1x1/JP": colour, "1x1/GB-ENG": colour, "3x2/AC": colour}
+            members = {f"{file}.svg": _svg(ink).encode() for file, ink in files.items()}
+        _write_archive(npm, package, members)
     for name, package in packages.FONTS.items():
         _write_archive(npm, package, {f"files/{name}-latin-400-normal.woff2": b"", "../outside": b""})
     art.render_art(folder)
@@ -98,6 +105,30 @@ def test_a_drawing_that_does_not_render_is_left_out_and_counted(data_dir: Path) 
     assert json.loads((data_dir / "art.json").read_text())["num_failed"] == 1
     styles = [drawing.style for drawing in art.load_art(data_dir).train[f"thing {first.key}"]]
     assert styles.count("noto") == styles.count("noto-v1") - 1
+
+
+def test_flags_of_a_set_of_files_are_found_by_code(data_dir: Path) -> None:
+    train = art.load_art(data_dir).train
+    styles = {key: [drawing.style for drawing in train[f"flag {key}"]] for key in ("jp", "gb-eng", "sh-ac")}
+    assert "country-flag-icons-1x1" in styles["jp"]
+    assert styles["gb-eng"] == ["country-flag-icons-1x1"] and styles["sh-ac"] == ["country-flag-icons-3x2"]
+
+
+def test_no_training_drawing_is_nearly_a_held_out_one(data_dir: Path) -> None:
+    assert "country-flag-icons-3x2" not in [drawing.style for drawing in art.load_art(data_dir).train["flag jp"]]
+    assert json.loads((data_dir / "art.json").read_text())["num_copies"] == 1
+
+
+def test_a_simplified_flag_keeps_its_layout_in_few_colours() -> None:
+    stripes = np.full((90, 120, 4), 255, np.uint8)
+    stripes[:45, :, 1:3] = 0
+    stripes[40:50, 55:65, :3] = np.random.default_rng(0).integers(0, 256, (10, 10, 3))  # an emblem
+    for seed in range(20):
+        simple = np.asarray(paint._simplified(np.random.default_rng(seed), Image.fromarray(stripes)))
+        assert simple.shape == stripes.shape and (simple[..., 3] == 255).all()
+        assert len(np.unique(simple[..., :3].reshape(-1, 3), axis=0)) < 10
+        top, bottom = simple[5, 5, :3].astype(int), simple[85, 5, :3].astype(int)
+        assert top[0] > top[1:].max() + 150 and bottom.min() > 200
 
 
 def test_every_package_is_pinned_and_has_a_licence() -> None:

@@ -157,6 +157,13 @@ def test_shards_are_reproducible_and_readable(
         assert [sample["__key__"] for sample in samples] == ["00000000", "00000001", "00000002"]
         for sample in samples:
             assert "txt" in sample or json.loads(sample["json"])["conversations"]
+        if source.folder == "chat-448/later":
+            user_turns = [turn for turn in json.loads(samples[0]["json"])["conversations"] if turn["from"] == "human"]
+            assert (
+                "<image>" in user_turns[0]["value"]
+                and sum(turn["value"].count("<image>") for turn in user_turns[1:]) == 1
+            )
+            assert {"0.jpg", "1.jpg"} <= samples[0].keys()
 
 
 def test_held_out_questions_come_in_the_benchmarks_schemas(composer: Composer, tmp_path: Path) -> None:

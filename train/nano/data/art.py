@@ -8,6 +8,7 @@ import csv
 import io
 import json
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -17,6 +18,7 @@ import numpy.typing as npt
 import resvg_py
 from PIL import Image, ImageDraw
 
+from train.nano.data.icon_sets import IconifySet, SvgFiles
 from train.nano.data.labels import FLAGS, LABELS, THINGS, UNKNOWN
 from train.nano.data.packages import FLAG_ART, FONTS, MORE_THING_ART, THING_ART, Package, Split, fetch, read_members
 from train.nano.data.unknown import unknown_icons
@@ -26,10 +28,10 @@ from yi_vl.files import atomic_path, write_text
 # and the held-out flag is twemoji's.
 _CIRCLE_FLAG_NAMES = {"ie": "lang-ga", "io": "dg", "la": "lo"}
 _WITHOUT_CIRCLE_FLAG = {"ar"}
-_FLAG_SUFFIXES = {"flag": ("-4x3", "-1x1")}
 
 LONGER_SIDE_PX = 192
-_VERSION = 3  # with glyphs
+_VERSION = 4  # without copies
+_CENTRE_PX, _COPY_DISTANCE = 64, 10.0  # mean difference of two drawings, of 255
 DATA_DIR = Path("data/nano")
 ICONS_PATH = Path(__file__).with_name("icons.tsv")
 _logger = logging.getLogger(__name__)
@@ -81,29 +83,58 @@ def load_art(data_dir: Path = DATA_DIR) -> Art:
 def render_art(data_dir: Path) -> None:
     """Fetch every package, unpack the fonts, render all drawings and write the cache; the index comes last."""
     _unpack_fonts(data_dir)
-    rasters: list[npt.NDArray[np.uint8]] = []
-    rows: list[dict[str, Any]] = []
-    offset = num_failed = 0
+    rendered: list[tuple[dict[str, Any], npt.NDArray[np.uint8]]] = []
+    num_failed = 0
     for label, style, split, svg in _all_svgs(data_dir / "npm"):
         pixels = render(svg)
         if pixels is None:
             num_failed += 1
             _logger.warning("resvg could not draw %s of %s; skipped", label, style)
             continue
-        height, width = pixels.shape[:2]
         is_glyph = not pixels[pixels[..., 3] > 0][:, :3].any()
         if is_glyph and label.startswith("flag"):
             continue  # a flag is its colours
         if is_glyph:
             pixels = fill_enclosed(pixels)
-        row = {"label": label, "style": style, "split": split, "is_glyph": is_glyph}
-        rows.append({**row, "offset": offset, "height": height, "width": width})
-        rasters.append(pixels.reshape(-1))
+        rendered.append(({"label": label, "style": style, "split": split, "is_glyph": is_glyph}, pixels))
+    kept = without_copies(rendered)
+    offset = 0
+    for row, pixels in kept:
+        row |= {"offset": offset, "height": pixels.shape[0], "width": pixels.shape[1]}
         offset += pixels.size
-    _logger.info("%d drawings rendered, %d skipped", len(rows), num_failed)
+    counts = {"num_failed": num_failed, "num_copies": len(rendered) - len(kept)}
+    _logger.info("%d drawings rendered, %s", len(kept), counts)
     with atomic_path(data_dir / "art.npy") as partial, partial.open("wb") as file:  # the old one may be mapped
-        np.save(file, np.concatenate(rasters))
-    write_text(data_dir / "art.json", json.dumps({"version": _VERSION, "drawings": rows, "num_failed": num_failed}))
+        np.save(file, np.concatenate([pixels.reshape(-1) for _, pixels in kept]))
+    index = {"version": _VERSION, "drawings": [row for row, _ in kept], **counts}
+    write_text(data_dir / "art.json", json.dumps(index))
+
+
+def without_copies(
+    rendered: list[tuple[dict[str, Any], npt.NDArray[np.uint8]]],
+) -> list[tuple[dict[str, Any], npt.NDArray[np.uint8]]]:
+    """The drawings, (row of the index, (H, W, 4) pixels), less those of training that are nearly a held-out one."""
+    heldout: dict[str, list[npt.NDArray[np.float32]]] = {}
+    for row, pixels in rendered:
+        if row["split"] == "test":
+            heldout.setdefault(row["label"], []).append(_centre(pixels))
+    return [
+        (row, pixels)
+        for row, pixels in rendered
+        if row["split"] == "test"
+        or all(np.abs(_centre(pixels) - other).mean() > _COPY_DISTANCE for other in heldout.get(row["label"], []))
+    ]
+
+
+def _centre(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    """(H, W, 4) -> (M, 3): the colours in the central disc, which a flag cut round has as well, laid on grey."""
+    image = Image.fromarray(pixels)
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    ground = Image.new("RGBA", (_CENTRE_PX, _CENTRE_PX), (128, 128, 128, 255))
+    ground.alpha_composite(image.crop((left, top, left + side, top + side)).resize(ground.size))
+    away = np.hypot(*(np.mgrid[:_CENTRE_PX, :_CENTRE_PX] - (_CENTRE_PX - 1) / 2))
+    return np.asarray(ground, dtype=np.float32)[away < 0.45 * _CENTRE_PX, :3]
 
 
 def _read_index(data_dir: Path) -> dict[str, Any]:
@@ -146,7 +177,7 @@ def _all_svgs(npm_dir: Path) -> list[tuple[str, str, Split, str]]:
     """(label, style, split, svg) of every drawing of every class."""
     drawings: list[tuple[str, str, Split, str]] = []
     for style, package in THING_ART.items():
-        icons = _IconSet(package, npm_dir)
+        icons = IconifySet(package, npm_dir)
         for named in THINGS.values():
             names = named.icons if package.split == "train" else named.icons[:1]
             drawings += [(f"thing {named.key}", style, package.split, svg) for svg in icons.svgs(names)]
@@ -157,22 +188,37 @@ def _all_svgs(npm_dir: Path) -> list[tuple[str, str, Split, str]]:
         drawings += [(UNKNOWN, style, package.split, svg) for svg in icons.svgs(unknown_icons(package.split))]
     for style, names_of in read_icons().items():
         package = MORE_THING_ART[style]
-        icons = _IconSet(package, npm_dir)
+        icons = IconifySet(package, npm_dir)
         for key, names in names_of.items():
             drawings += [(f"thing {key}", style, package.split, svg) for svg in icons.svgs(names)]
         drawings += [(UNKNOWN, style, package.split, svg) for svg in icons.svgs(unknown_icons(package.split))]
     for style, package in FLAG_ART.items():
-        icons = _IconSet(package, npm_dir)
-        for suffix in _FLAG_SUFFIXES.get(style, ("",)):
-            for named in FLAGS.values():
-                if package.split == "test" and named.key in _WITHOUT_CIRCLE_FLAG:
-                    continue
-                name = named.key if package.split == "train" else _CIRCLE_FLAG_NAMES.get(named.key, named.key)
-                for svg in icons.svgs((name + suffix,)):
-                    drawings.append((f"flag {named.key}", style + suffix, package.split, svg))
+        for key, file_style, svg in _flag_svgs(style, package, npm_dir):
+            drawings.append((f"flag {key}", file_style, package.split, svg))
     known = set(LABELS)
     assert all(label in known for label, *_ in drawings)
     return drawings
+
+
+def _flag_svgs(style: str, package: Package, npm_dir: Path) -> Iterator[tuple[str, str, str]]:
+    """(key, style, svg) of every flag that a set of flags has, in each of its shapes."""
+    names = _flag_names(style)
+    has_files = style == "country-flag-icons"
+    icons = SvgFiles(package, npm_dir, names.values()) if has_files else IconifySet(package, npm_dir)
+    for (key, shape), name in names.items():
+        for svg in icons.svgs([name]):
+            yield key, f"{style}-{shape}" if shape else style, svg
+
+
+def _flag_names(style: str) -> dict[tuple[str, str], str]:
+    """{(key, shape): icon} of a set of flags."""
+    if style == "flag":
+        return {(key, shape): f"{key}-{shape}" for key in FLAGS for shape in ("4x3", "1x1")}
+    if style == "country-flag-icons":  # "3x2/JP", "1x1/GB-ENG", "1x1/AC"
+        return {(key, shape): f"{shape}/{key.removeprefix('sh-').upper()}" for key in FLAGS for shape in ("3x2", "1x1")}
+    if style == "circle-flags":
+        return {(key, ""): _CIRCLE_FLAG_NAMES.get(key, key) for key in FLAGS if key not in _WITHOUT_CIRCLE_FLAG}
+    return {(key, ""): key for key in FLAGS}
 
 
 def read_icons(path: Path = ICONS_PATH) -> dict[str, dict[str, tuple[str, ...]]]:
@@ -182,26 +228,3 @@ def read_icons(path: Path = ICONS_PATH) -> dict[str, dict[str, tuple[str, ...]]]
         for row in csv.DictReader(lines, delimiter="\t"):
             icons[row["set"]][row["thing"]] = tuple(row["icons"].split())
     return icons
-
-
-class _IconSet:
-    """An iconify package's `icons.json`: icon name to SVG text."""
-
-    def __init__(self, package: Package, npm_dir: Path) -> None:
-        content = json.loads(read_members(fetch(package, npm_dir), ["icons.json"])["icons.json"])
-        self.icons: dict[str, dict[str, Any]] = content["icons"]
-        self.aliases: dict[str, dict[str, Any]] = content.get("aliases", {})
-        self.size = (content.get("width", 16), content.get("height", 16))
-
-    def svgs(self, names: tuple[str, ...]) -> list[str]:
-        """SVGs of those names that the set has, in order, each drawing once."""
-        resolved = [self.aliases.get(name, {}).get("parent", name) for name in names]
-        return [self._svg(self.icons[name]) for name in dict.fromkeys(resolved) if name in self.icons]
-
-    def _svg(self, icon: dict[str, Any]) -> str:
-        width, height = icon.get("width", self.size[0]), icon.get("height", self.size[1])
-        return (
-            '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-            f'viewBox="{icon.get("left", 0)} {icon.get("top", 0)} {width} {height}" width="{width}" height="{height}">'
-            f"{icon['body']}</svg>"
-        )

@@ -63,6 +63,7 @@ MORE_THING_ART: dict[str, Package] = {
 FLAG_ART: dict[str, Package] = {
     "flag": Package("@iconify-json/flag", "1.2.12", "MIT", "artwork of flags (flag-icons, 4:3 and 1:1)"),
     "flagpack": Package("@iconify-json/flagpack", "1.2.8", "MIT", "artwork of flags"),
+    "country-flag-icons": Package("country-flag-icons", "1.6.20", "MIT", "artwork of flags (3:2 and 1:1)"),
     "cif": Package("@iconify-json/cif", "1.2.7", "CC0-1.0", "artwork of flags"),
     "circle-flags": Package("@iconify-json/circle-flags", "1.2.11", "MIT", "artwork of flags", "test"),
 }

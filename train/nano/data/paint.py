@@ -268,7 +268,12 @@ def _on_tile(rng: np.random.Generator, sprite: Image.Image) -> Image.Image:
 
 
 def restyle_flag(rng: np.random.Generator, sprite: Image.Image) -> Image.Image:
-    """A rectangular flag as it is, cropped square, cut round, rounded off, or waving; sometimes with a border."""
+    """A rectangular flag as it is, cropped square, cut round, rounded off, or waving; sometimes with a border.
+
+    A quarter are simplified first: a small set draws few details, in colours of its own.
+    """
+    if rng.random() < 0.25:
+        sprite = _simplified(rng, sprite)
     style: Literal["plain", "square", "round", "rounded", "waving"] = rng.choice(
         ["plain", "square", "round", "rounded", "waving"], p=[0.2, 0.1, 0.4, 0.15, 0.15]
     )
@@ -284,6 +289,20 @@ def restyle_flag(rng: np.random.Generator, sprite: Image.Image) -> Image.Image:
         rgb = _bordered(rng, rgb, mask)
     rgb.putalpha(mask)
     return _waved(rng, rgb) if style == "waving" else rgb
+
+
+def _simplified(rng: np.random.Generator, sprite: Image.Image) -> Image.Image:
+    """Blobs for details, in a few flat colours, each of them moved a little."""
+    small = sprite.convert("RGB").resize([int(rng.integers(18, 44))] * 2, Image.Resampling.BOX)
+    flat = small.resize(sprite.size, Image.Resampling.BICUBIC).quantize(
+        int(rng.integers(5, 10)), Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE
+    )
+    palette = flat.getpalette()
+    assert palette is not None
+    flat.putpalette(as_bytes(np.array(palette) + rng.uniform(-25, 25, len(palette))).tolist())
+    simple = flat.convert("RGB")
+    simple.putalpha(sprite.getchannel("A"))
+    return simple
 
 
 def _waved(rng: np.random.Generator, sprite: Image.Image) -> Image.Image:

@@ -30,6 +30,7 @@ from train.shards.files import write_tar
 SAMPLES_PER_SHARD = 1000
 _SHARES_224: dict[Category, float] = {"thing": 0.36, "flag": 0.34, "digit": 0.1, "scene": 0.2}  # too coarse for letters
 _SHARES_448: dict[Category, float] = {"thing": 0.2, "flag": 0.2, "digit": 0.05, "word": 0.35, "scene": 0.2}
+_IN_LATER_TURNS: tuple[Category, ...] = ("thing", "flag", "digit", "word", "scene", "unknown")
 _JPEG_QUALITY = 90
 
 
@@ -123,6 +124,14 @@ def _make_choice(composer: Composer, rng: np.random.Generator) -> dict[str, byte
     return _members(sample) | _json(with_image(rng, choice_conversation(rng, sample.truth)))
 
 
+def _make_later_image(composer: Composer, rng: np.random.Generator) -> dict[str, bytes]:
+    """A conversation that comes to another image: what is asked then is about that one."""
+    samples = [composer.compose(rng, _IN_LATER_TURNS[rng.integers(len(_IN_LATER_TURNS))], 448) for _ in range(2)]
+    images = {f"{index}.jpg": encode_jpeg(sample.image) for index, sample in enumerate(samples)}
+    conversations = [dialogue.conversation(rng, sample.truth, max_turns=2) for sample in samples]
+    return images | _json([turn for turns in conversations for turn in turns])
+
+
 def _make_talk(composer: Composer, rng: np.random.Generator) -> dict[str, bytes]:
     return _json(dialogue.talk(rng))
 
@@ -138,5 +147,6 @@ SOURCES = (
     Source("chat-448/same", 3_000, _chat_maker("same")),
     Source("chat-448/unknown", 4_000, _chat_maker("unknown")),
     Source("chat-448/choice", 6_000, _make_choice),
+    Source("chat-448/later", 4_000, _make_later_image),
     Source("chat-448/talk", 1_000, _make_talk),
 )

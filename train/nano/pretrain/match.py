@@ -34,7 +34,7 @@ from yi_vl.hardware import gpu_or_cpu
 from yi_vl.image import YiVLImageProcessor
 from yi_vl.vision import OpenClipTower
 
-RECIPE = TowerRecipe(num_steps=2700, learning_rate=8e-4, warmup_steps=100, large_every=2, late_from=0.45)
+RECIPE = TowerRecipe(num_steps=3400, learning_rate=8e-4, warmup_steps=100, large_every=2, late_from=0.45)
 _IGNORED = -100
 _SHARPNESS = 16.0  # logits per squared distance between two signs
 
