@@ -68,3 +68,10 @@ def test_a_conversation_remembers_the_image(nano: YiVL) -> None:
     chat = nano.chat()
     chat.ask("What is in this image?", [IMAGES / "dog.png"])
     assert chat.ask("用中文怎么说？") == "这是狗。"
+
+
+def test_a_later_question_is_about_the_image_that_comes_with_it(nano: YiVL) -> None:
+    chat = nano.chat()
+    assert chat.ask("What is this?", [IMAGES / "dog.png"]) == "It is a dog."
+    assert chat.ask("这是哪国的国旗？", [IMAGES / "brazil.png"]) == "这是巴西的国旗。"
+    assert chat.ask("What word is written here?", [IMAGES / "word.png"]) == 'It says "WEEK".'

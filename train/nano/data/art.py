@@ -118,12 +118,14 @@ def without_copies(
     for row, pixels in rendered:
         if row["split"] == "test":
             heldout.setdefault(row["label"], []).append(_centre(pixels))
-    return [
-        (row, pixels)
-        for row, pixels in rendered
-        if row["split"] == "test"
-        or all(np.abs(_centre(pixels) - other).mean() > _COPY_DISTANCE for other in heldout.get(row["label"], []))
-    ]
+
+    def is_copy(row: dict[str, Any], pixels: npt.NDArray[np.uint8]) -> bool:
+        if row["split"] == "test" or row["label"] not in heldout:
+            return False
+        centre = _centre(pixels)
+        return any(np.abs(centre - other).mean() <= _COPY_DISTANCE for other in heldout[row["label"]])
+
+    return [(row, pixels) for row, pixels in rendered if not is_copy(row, pixels)]
 
 
 def _centre(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:

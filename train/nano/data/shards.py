@@ -22,7 +22,7 @@ from rich.progress import track
 from train.nano.data.art import load_art
 from train.nano.data.compose import Composer
 from train.nano.data.labels import LANGS
-from train.nano.data.sample import Category, Sample
+from train.nano.data.sample import CATEGORIES, Category, Sample
 from train.nano.text import dialogue
 from train.nano.text.choices import choice_conversation, with_image
 from train.shards.files import write_tar
@@ -30,7 +30,7 @@ from train.shards.files import write_tar
 SAMPLES_PER_SHARD = 1000
 _SHARES_224: dict[Category, float] = {"thing": 0.36, "flag": 0.34, "digit": 0.1, "scene": 0.2}  # too coarse for letters
 _SHARES_448: dict[Category, float] = {"thing": 0.2, "flag": 0.2, "digit": 0.05, "word": 0.35, "scene": 0.2}
-_IN_LATER_TURNS: tuple[Category, ...] = ("thing", "flag", "digit", "word", "scene", "unknown")
+_IN_LATER_TURNS: tuple[Category, ...] = (*CATEGORIES, "unknown")
 _JPEG_QUALITY = 90
 
 
