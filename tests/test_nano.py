@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import yi_vl
+from train.nano.measure.evaluate import add_other_answers
 from yi_vl.predict import YiVL
 
 pytestmark = pytest.mark.core
@@ -41,6 +42,21 @@ def test_its_weights_are_small() -> None:
 )
 def test_it_answers_about_new_images(nano: YiVL, image: str, question: str, answer: str) -> None:
     assert nano.predict(IMAGES / image, question) == answer
+
+
+def test_what_not_being_sure_costs_is_measured_by_the_answer_it_gives_otherwise(nano: YiVL) -> None:
+    row = {"skill": "things", "images": ["images/flower.jpg"], "question": "What do you see?", "right": False}
+    unsure = [
+        row | {"answer": "I am not sure.", "accepted": ["It is a flower."]},
+        row | {"answer": "我不确定。", "accepted": ["这是花。"], "question": "你看到了什么？"},
+    ]
+    others = [row | {"answer": "It is a dog."}, row | {"answer": "I am not sure.", "right": True}]
+    add_other_answers(nano, [*unsure, *others], IMAGES.parent)
+    assert unsure[0]["otherwise"].startswith("It is ") and unsure[1]["otherwise"].startswith("这是")
+    assert not any(each["otherwise_right"] for each in unsure) and "otherwise" not in others[0] | others[1]
+    again = unsure[0] | {"accepted": [unsure[0]["otherwise"]]}
+    add_other_answers(nano, [again], IMAGES.parent)
+    assert again["otherwise_right"]
 
 
 def test_it_tells_two_images_apart(nano: YiVL) -> None:

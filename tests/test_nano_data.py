@@ -258,7 +258,9 @@ def test_the_pages_of_answers_hold_their_images_by_skill_and_escape_all_text(tmp
     rows = [
         row,
         row | {"answer": "x", "right": True, "lang": "zh"},
-        row | {"skill": "words", "images": ["a.png"] * 2, "answer": "我不确定。"},
+        row
+        | {"skill": "words", "images": ["a.png"] * 2, "answer": "我不确定。"}
+        | {"otherwise": "<u>", "otherwise_right": True},
     ]
     index = write_pages(tmp_path / "pages", "my <model>", rows, tmp_path)
     page = (tmp_path / "pages" / "things.html").read_text(encoding="utf-8")
@@ -268,11 +270,12 @@ def test_the_pages_of_answers_hold_their_images_by_skill_and_escape_all_text(tmp
     assert "<dd class=right>x</dd>" in page and "50.0% of 2 answers right" in page
     table = index.read_text(encoding="utf-8")
     for cells in (
-        'things.html">things</a></td><td>2</td><td>0.0%</td><td>100.0%</td>',
-        "<td>1</td><td>0.0%</td><td>–</td><td>100.0%</td>",
+        'things.html">things</a></td><td>2</td><td>0.0%</td><td>100.0%</td><td>0.0%</td><td>0.0%</td>',
+        "<td>1</td><td>0.0%</td><td>–</td><td>100.0%</td><td>100.0%</td>",
     ):
         assert cells in table
-    assert (tmp_path / "pages" / "words.html").read_text(encoding="utf-8").count("<img") == 2
+    words = (tmp_path / "pages" / "words.html").read_text(encoding="utf-8")
+    assert words.count("<img") == 2 and "<small>otherwise: &lt;u&gt;</small>" in words
 
 
 def test_a_page_shows_images_from_the_whole_of_a_long_skill(tmp_path: Path) -> None:

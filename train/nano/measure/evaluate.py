@@ -16,7 +16,9 @@ from typing import Any
 
 from rich.progress import track
 
+from train.nano.measure.other_answer import other_answer
 from train.nano.measure.page import write_pages
+from train.nano.text.dialogue import NOT_SURE
 from yi_vl import YiVL, load
 from yi_vl.files import read_json_lines
 from yi_vl.quantize import Scheme
@@ -103,6 +105,15 @@ def measure(model: YiVL, questions: Sequence[Question]) -> list[dict[str, Any]]:
     ]
 
 
+def add_other_answers(model: YiVL, records: Iterable[dict[str, Any]], heldout: Path) -> None:
+    """To each record that wrongly is "not sure", what the model answers otherwise, and whether that is correct."""
+    for record in records:
+        if not record["right"] and record["answer"].strip() in NOT_SURE.values():
+            images = [heldout / name for name in record["images"]]
+            answer = other_answer(model, images, record["question"], record["answer"])
+            record |= {"otherwise": answer, "otherwise_right": is_correct(record["skill"], answer, record["accepted"])}
+
+
 def scores(records: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """skill -> {"en", "zh", "both": share of right answers, "count"}, and the same under "all"."""
     groups: dict[str, dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
@@ -142,7 +153,9 @@ def measure_all(checkpoints: dict[str, Path], heldout: Path, out_dir: Path, quan
     out_dir.mkdir(parents=True, exist_ok=True)
     measured: dict[str, dict[str, dict[str, Any]]] = {}
     for name, path in checkpoints.items():
-        records = measure(load(path, quantize=quantize), questions)
+        model = load(path, quantize=quantize)
+        records = measure(model, questions)
+        add_other_answers(model, records, heldout)
         name = f"{name}-{quantize}" if quantize else name
         measured[name] = scores(records)
         lines = [json.dumps(record, ensure_ascii=False) for record in records]

@@ -45,7 +45,8 @@ def write_pages(folder: Path, title: str, records: Sequence[dict[str, Any]], hel
         write_text(folder / f"{skill}.html", _skill_page(title, skill, list(by_skill), rows, heldout))
     index = folder / "index.html"
     table = "".join(_table_row(skill, rows) for skill, rows in by_skill.items())
-    header = "<tr><th>skill</th><th>questions</th><th>English</th><th>Chinese</th><th>not sure</th></tr>"
+    names = ("skill", "questions", "English", "Chinese", "not sure", "its cost")
+    header = f"<tr>{''.join(f'<th>{name}</th>' for name in names)}</tr>"
     body = f"<h1>{escape(title)}</h1>{_navigation(list(by_skill), '')}<table>{header}{table}</table>"
     write_text(index, html_page(title, body, _STYLE))
     return index
@@ -74,13 +75,18 @@ def _navigation(skills: Sequence[str], current: str) -> str:
 
 def _table_row(skill: str, rows: Sequence[dict[str, Any]]) -> str:
     by_lang = [_percent([row for row in rows if row["lang"] == lang]) for lang in ("en", "zh")]
-    cells = [f'<a href="{escape(skill)}.html">{escape(skill)}</a>', len(rows), *by_lang, _not_sure(rows)]
+    cells = [f'<a href="{escape(skill)}.html">{escape(skill)}</a>', len(rows), *by_lang, _not_sure(rows), _cost(rows)]
     return f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
 
 
 def _not_sure(rows: Sequence[dict[str, Any]]) -> str:
-    """How often the answer is that there is none: what this costs where there is one."""
+    """How often the answer is that there is none."""
     return f"{100 * sum(row['answer'].strip() in NOT_SURE.values() for row in rows) / len(rows):.1f}%"
+
+
+def _cost(rows: Sequence[dict[str, Any]]) -> str:
+    """How often it is that where the model would have been right otherwise."""
+    return f"{100 * sum(row.get('otherwise_right', False) for row in rows) / len(rows):.1f}%"
 
 
 def _percent(rows: Sequence[dict[str, Any]]) -> str:
@@ -95,6 +101,8 @@ def _card(images: Sequence[Path], rows: Sequence[dict[str, Any]]) -> str:
 def _answer(row: dict[str, Any]) -> str:
     verdict = "right" if row["right"] else "wrong"
     expected = "" if row["right"] else f"<small>expected: {escape(row['accepted'][0])}</small>"
+    if "otherwise" in row:
+        expected += f"<small>otherwise: {escape(row['otherwise'])}</small>"
     return f"<dt>{escape(row['question'])}</dt><dd class={verdict}>{escape(row['answer'])}{expected}</dd>"
 
 
