@@ -16,11 +16,11 @@ from yi_vl.chat import STOP_STRING
 def other_answer(model: YiVL, images: Sequence[Path], question: str, answer: str, max_new_tokens: int = 48) -> str:
     """The greedy answer among those that do not begin with the same token as `answer`."""
     content: list[dict[str, Any]] = [{"type": "image", "image": Image.open(path)} for path in images]
-    asked = [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
-    answered = [*asked, {"role": "assistant", "content": answer}]
+    messages = [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
+    answered = [*messages, {"role": "assistant", "content": answer}]
     processor, core = model.processor, model.model
     inputs = processor.apply_chat_template(
-        asked, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     ).to(core.device, core.dtype)
     num_prompt = inputs["input_ids"].shape[1]
     ids = processor.apply_chat_template(answered, tokenize=True, return_dict=True, return_tensors="pt")["input_ids"]
