@@ -84,7 +84,10 @@ STARTS = (
     (["demo", "--host", "0.0.0.0"], 2, (*FRAMEWORKS, *WEB, "numpy", "PIL")),
     (["eval", "mmmu", "--split", "none"], 2, (*FRAMEWORKS, *WEB, "numpy", "PIL")),
     (["train", "no-such-file.yaml"], 2, (*FRAMEWORKS, *WEB)),
-    (["yi_vl", "ask", "docs/images/dog.png", "What is this?", "--max-new-tokens", "2"], 0, UNUSED),
+    *(
+        (["yi_vl", "ask", "docs/images/dog.png", "What is this?", "--max-new-tokens", "2", *options], 0, UNUSED)
+        for options in ([], ["--quantize", "int8", "--device", "cpu"])
+    ),
 )  # fmt: skip
 
 

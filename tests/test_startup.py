@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib
 import importlib.util
+import subprocess
 import sys
 
 import pytest
@@ -42,6 +43,19 @@ def test_garbage_is_collected_again_unless_it_was_not_before() -> None:
         assert not gc.isenabled()
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("imports_triton", [True, False])
+def test_at_the_exit_triton_is_collected_and_nothing_without_it(imports_triton: bool) -> None:
+    script = (
+        "import atexit, gc, sys, types\n"
+        "from yi_vl.startup import quick_start\n"
+        "atexit.register(lambda: print(gc.get_freeze_count() > 0))\n"  # runs last
+        "with quick_start():\n    pass\n"
+        f"sys.modules |= {{'triton': types.ModuleType('triton')}} if {imports_triton} else {{}}"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert ended.stdout.strip() == str(not imports_triton)
 
 
 @pytest.mark.parametrize("version", ["5.16.1", "5.23.4", "5.25.0", "6.0.0"])

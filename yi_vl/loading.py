@@ -48,7 +48,7 @@ def load_quickly(
 ) -> YiVL:
     """`predict.load`, within `quick_imports`."""
     with quick_start():
-        with quick_imports(quantizers=quantize is not None or _may_be_quantized(model)):
+        with quick_imports(quantizers=_is_for_gpu(quantize, device) or _may_be_quantized(model)):
             from .predict import load
 
         return load(
@@ -80,6 +80,15 @@ def quick_imports(quantizers: bool = True) -> Iterator[None]:
         if not constants.HF_HUB_DISABLE_PROGRESS_BARS:
             enable_progress_bars()  # those of downloads, which transformers disables with its own
         yield
+
+
+def _is_for_gpu(quantize: str | None, device: str | None) -> bool:
+    """Whether it is torchao that quantizes; on a CPU our own layers need no other package."""
+    if quantize is None or device == "cpu":
+        return False
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def _may_be_quantized(model: str | None) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import sys
 from collections.abc import Iterable, Iterator
@@ -37,6 +38,13 @@ def quick_start() -> Iterator[None]:
     with paused_garbage_collection():
         yield
         gc.freeze()
+        atexit.register(_unfreeze_for_triton)
+
+
+def _unfreeze_for_triton() -> None:
+    """Triton 3.9, which torchao imports, otherwise reports all that is left of it at the exit as leaked."""
+    if sys.modules.get("triton") is not None:
+        gc.unfreeze()
 
 
 def hidden_packages(quantizers: bool) -> tuple[str, ...]:
