@@ -49,6 +49,7 @@ def test_nanos_preferences_are_its_own_correct_answers(tmp_path: Path, write_sha
         "same?": ("是的，都是狗。", "是的，都是狗。"),
         "same 1?": ("No, a cat and a dog.", "No, one shows a cup and one a dog."),  # the verdict is right
         "same 2?": ("Yes, a dog.", "Yes, a dog."),  # one yes more than there are no
+        "unknown?": ("I am not sure.", "I am not sure."),
     }
     for name in NUM_SAMPLES:
         samples = []
@@ -64,7 +65,9 @@ def test_nanos_preferences_are_its_own_correct_answers(tmp_path: Path, write_sha
     folder = build_preferences(tmp_path, model)  # type: ignore[arg-type]
     assert ([b"x", b"y"], "same?") in model.requests and ([b"x"], "flags?") in model.requests
     pairs = {pair["__key__"]: pair for pair in read_shard(str(folder / "00000.tar"))}
-    assert sorted(pairs) == ["flags-00000000", "same-00000000", "same-00000001", "things-00000000"]
+    assert sorted(pairs) == [
+        "flags-00000000", "same-00000000", "same-00000001", "things-00000000", "unknown-00000000",
+    ]  # fmt: skip
     num_cut = 0
     for key, pair in pairs.items():
         versions, images = read_versions(pair, "preference")
@@ -76,7 +79,7 @@ def test_nanos_preferences_are_its_own_correct_answers(tmp_path: Path, write_sha
         assert not is_cut or (chosen.startswith(rejected) and 1 < len(rejected) < len(chosen))
         assert images == ([b"x", b"y"] if question.startswith("same") else [b"x"])
         num_cut += is_cut
-    assert num_cut == 2, "the first and the fourth of four pairs"
+    assert num_cut == 2, "the first and the fourth of five pairs"
 
 
 def test_a_cut_answer_is_a_beginning() -> None:

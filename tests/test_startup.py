@@ -9,8 +9,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
-from yi_vl import startup
+from yi_vl import loading, startup
 from yi_vl.startup import hidden, paused_garbage_collection
 
 
@@ -66,3 +67,20 @@ def test_nothing_is_hidden_from_a_transformers_that_was_not_tried(
     assert startup.hidden_packages(quantizers=False) == ()
     monkeypatch.setattr(startup.metadata, "version", lambda _: "5.24.1")
     assert "torchvision" in startup.hidden_packages(quantizers=True)
+
+
+@pytest.mark.parametrize(
+    ("quantize", "device", "has_gpu", "is_found"),
+    [
+        ("int8", None, True, True),
+        ("int4", "cuda:0", True, True),
+        ("int8", "cpu", True, False),
+        ("int8", None, False, False),
+        (None, None, True, False),
+    ],
+)
+def test_torchao_is_found_where_it_quantizes(
+    quantize: str | None, device: str | None, has_gpu: bool, is_found: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    assert loading._is_for_gpu(quantize, device) is is_found

@@ -23,6 +23,7 @@ from train.data.shard_reader import RawSample, read_shard
 from train.shards.files import Members, write_tar
 from yi_vl import YiVL
 
+# Of chat-448.
 NUM_SAMPLES = {"things": 300, "flags": 400, "words": 400, "digits": 200, "scenes": 400, "same": 300, "unknown": 300}
 _SAMPLES_PER_SHARD = 1000
 _CUT_EVERY = 3  # of so many pairs, one has a cut answer

@@ -18,7 +18,7 @@ from rich.progress import track
 
 from train.nano.measure.other_answer import other_answer
 from train.nano.measure.page import write_pages
-from train.nano.text.dialogue import NOT_SURE
+from train.nano.text.dialogue import is_not_sure
 from yi_vl import YiVL, load
 from yi_vl.files import read_json_lines
 from yi_vl.quantize import Scheme
@@ -108,7 +108,7 @@ def measure(model: YiVL, questions: Sequence[Question]) -> list[dict[str, Any]]:
 def add_other_answers(model: YiVL, records: Iterable[dict[str, Any]], heldout: Path) -> None:
     """To each record that wrongly is "not sure", what the model answers otherwise, and whether that is correct."""
     for record in records:
-        if not record["right"] and record["answer"].strip() in NOT_SURE.values():
+        if not record["right"] and is_not_sure(record["answer"]):
             images = [heldout / name for name in record["images"]]
             answer = other_answer(model, images, record["question"], record["answer"])
             record |= {"otherwise": answer, "otherwise_right": is_correct(record["skill"], answer, record["accepted"])}

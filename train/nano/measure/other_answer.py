@@ -7,29 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
 from yi_vl import YiVL
-from yi_vl.chat import STOP_STRING
+from yi_vl.image import load_image
 
 
 def other_answer(model: YiVL, images: Sequence[Path], question: str, answer: str, max_new_tokens: int = 48) -> str:
     """The greedy answer among those that do not begin with the same token as `answer`."""
-    content: list[dict[str, Any]] = [{"type": "image", "image": Image.open(path)} for path in images]
-    messages = [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
-    answered = [*messages, {"role": "assistant", "content": answer}]
     processor, core = model.processor, model.model
+    content: list[dict[str, Any]] = [{"type": "image", "image": load_image(path)} for path in images]
+    messages = [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
     inputs = processor.apply_chat_template(
         messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     ).to(core.device, core.dtype)
-    num_prompt = inputs["input_ids"].shape[1]
-    ids = processor.apply_chat_template(answered, tokenize=True, return_dict=True, return_tensors="pt")["input_ids"]
+    answered = processor.encode_messages([*messages, {"role": "assistant", "content": answer}], False)
+    first = next(token for token, is_answer in zip(answered.input_ids, answered.loss_mask) if is_answer)
     with torch.inference_mode():
-        tokens = core.generate(
-            **inputs,
-            do_sample=False,
-            max_new_tokens=max_new_tokens,
-            begin_suppress_tokens=[ids[0, num_prompt].item()],
-        )
-    text: str = processor.decode(tokens[0, num_prompt:], skip_special_tokens=True)
-    return text.split(STOP_STRING)[0].strip()
+        tokens = core.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens, begin_suppress_tokens=[first])
+    text: str = processor.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return text.strip()

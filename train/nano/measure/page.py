@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image
 
 from train.html_page import html_page
-from train.nano.text.dialogue import NOT_SURE
+from train.nano.text.dialogue import is_not_sure
 from yi_vl.files import write_text
 from yi_vl.image.data_url import data_url
 
@@ -59,7 +59,7 @@ def _skill_page(title: str, skill: str, skills: Sequence[str], rows: Sequence[di
     shown = list(cards.items())[:: -(-len(cards) // _MOST_CARDS)]
     articles = "\n".join(_card([heldout / name for name in images], answered) for images, answered in shown)
     only = "<label><input type=checkbox id=wrong> only what is wrong</label>"
-    count = f"{len(shown)} of {len(cards)} images, {_percent(rows)} of {len(rows)} answers right"
+    count = f"{len(shown)} of {len(cards)} images, {_right(rows)} of {len(rows)} answers right"
     body = f"<h1>{escape(title)}</h1>{_navigation(skills, skill)}<p>{count} {only}</p><main>\n{articles}\n</main>"
     return html_page(f"{title}: {skill}", body, _STYLE)
 
@@ -74,23 +74,19 @@ def _navigation(skills: Sequence[str], current: str) -> str:
 
 
 def _table_row(skill: str, rows: Sequence[dict[str, Any]]) -> str:
-    by_lang = [_percent([row for row in rows if row["lang"] == lang]) for lang in ("en", "zh")]
-    cells = [f'<a href="{escape(skill)}.html">{escape(skill)}</a>', len(rows), *by_lang, _not_sure(rows), _cost(rows)]
+    by_lang = [_right([row for row in rows if row["lang"] == lang]) for lang in ("en", "zh")]
+    not_sure = _percent([is_not_sure(row["answer"]) for row in rows])
+    cost = _percent([row.get("otherwise_right", False) for row in rows])
+    cells = [f'<a href="{escape(skill)}.html">{escape(skill)}</a>', len(rows), *by_lang, not_sure, cost]
     return f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
 
 
-def _not_sure(rows: Sequence[dict[str, Any]]) -> str:
-    """How often the answer is that there is none."""
-    return f"{100 * sum(row['answer'].strip() in NOT_SURE.values() for row in rows) / len(rows):.1f}%"
+def _right(rows: Sequence[dict[str, Any]]) -> str:
+    return _percent([row["right"] for row in rows])
 
 
-def _cost(rows: Sequence[dict[str, Any]]) -> str:
-    """How often it is that where the model would have been right otherwise."""
-    return f"{100 * sum(row.get('otherwise_right', False) for row in rows) / len(rows):.1f}%"
-
-
-def _percent(rows: Sequence[dict[str, Any]]) -> str:
-    return f"{100 * sum(row['right'] for row in rows) / len(rows):.1f}%" if rows else "–"
+def _percent(values: Sequence[bool]) -> str:
+    return f"{100 * sum(values) / len(values):.1f}%" if values else "–"
 
 
 def _card(images: Sequence[Path], rows: Sequence[dict[str, Any]]) -> str:

@@ -71,6 +71,11 @@ class QAPair:
     combination: str = ""  # what is asked about what, in no language: see combinations.py
 
 
+def is_not_sure(answer: str) -> bool:
+    """Whether a model says that it has no name for what it is shown."""
+    return answer.strip() in NOT_SURE.values()
+
+
 def all_questions(rng: np.random.Generator, truth: Truth, lang: Lang, measured: bool = False) -> list[QAPair]:
     """Every question that an image allows, each in one random phrasing, in random order.
 
