@@ -74,6 +74,7 @@ def test_nothing_is_hidden_from_a_transformers_that_was_not_tried(
     [
         ("int8", None, True, True),
         ("int4", "cuda:0", True, True),
+        ("int8", "cuda", False, True),  # refused for want of a GPU, not of torchao
         ("int8", "cpu", True, False),
         ("int8", None, False, False),
         (None, None, True, False),

@@ -83,9 +83,12 @@ def quick_imports(quantizers: bool = True) -> Iterator[None]:
 
 
 def _is_for_gpu(quantize: str | None, device: str | None) -> bool:
-    """Whether it is torchao that quantizes; on a CPU our own layers need no other package."""
-    if quantize is None or device == "cpu":
-        return False
+    """Whether it is torchao that quantizes; on a CPU our own layers need no other package.
+
+    A GPU that is asked for and not there is reported as that when the model is loaded.
+    """
+    if quantize is None or device is not None:
+        return quantize is not None and device != "cpu"
     import torch
 
     return torch.cuda.is_available()
